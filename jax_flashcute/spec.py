@@ -1,0 +1,87 @@
+"""What one attention call computes: its static part and its arrays.
+
+``AttentionSpec`` holds everything that is known while tracing and is part of a kernel's identity.
+``Operands`` holds the arrays; an absent one is ``None``, so the structure of the tree says which
+features a call uses.  The forward and the backward pass take the same pair, so they cannot
+disagree about a mask.
+
+Dimensions, everywhere in this package:
+
+    B  batch            T  query length      N  query heads      H   head_dim of query and key
+                        S  key length        K  key/value heads  Hv  head_dim of value
+    G = N // K  query heads that share one key/value head
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The static part of an attention call.
+
+    Attributes:
+      scale: factor on ``query @ key``; already resolved (never None).
+      is_causal: query at position p sees keys ``kv <= p``.
+      local_window_size: ``(left, right)``: query at position p sees ``p - left <= kv <= p + right``;
+        ``None`` in either place leaves that side open, ``None`` for the whole means no window.
+      logits_soft_cap: ``c`` in ``c * tanh(score / c)``, applied to the scaled score before the
+        bias; ``None`` for none.
+      deterministic: gradients are bit-identical between runs.
+
+    A query row i stands at position ``i + q_offset``; ``q_offset`` is an operand.
+    """
+
+    scale: float
+    is_causal: bool = False
+    local_window_size: tuple[int | None, int | None] | None = None
+    logits_soft_cap: float | None = None
+    deterministic: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Operands:
+    """The arrays of an attention call, with an explicit batch dimension.
+
+    Attributes:
+      query: (B, T, N, H), floating point.
+      key: (B, S, K, H), same dtype.
+      value: (B, S, K, Hv), same dtype.
+      q_offset: (B,) int32: position of query row 0; absent means 0.
+      query_seq_lengths: (B,) int32: rows at or beyond it give output 0, LSE -inf, gradient 0.
+      key_value_seq_lengths: (B,) int32: keys at or beyond it are invisible and may hold NaN.
+      bias: (1|B, 1|N, 1|T, 1|S), added to the scaled score.
+      mask: (1|B, 1|N, 1|T, 1|S) bool, False hides.
+      sinks: (N,) float32: one extra logit per head that takes part in the normaliser only.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    q_offset: jax.Array | None = None
+    query_seq_lengths: jax.Array | None = None
+    key_value_seq_lengths: jax.Array | None = None
+    bias: jax.Array | None = None
+    mask: jax.Array | None = None
+    sinks: jax.Array | None = None
+
+    def present(self) -> tuple[str, ...]:
+        """Names of the arrays that this call has, in field order."""
+        return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Residuals:
+    """What the backward pass needs of the forward pass.
+
+    Attributes:
+      out: (B, T, N, Hv), in the dtype of the operands.
+      lse: (B, T, N) float32: log of the sum of exp of the scores; -inf where no key is visible.
+    """
+
+    out: jax.Array
+    lse: jax.Array
