@@ -1,0 +1,126 @@
+"""What every test shares: the two markers, and the record of a run on a GPU.
+
+``gpu`` tests are skipped where JAX finds no CUDA device; ``slow`` ones are deselected unless
+``--run-slow`` is given.  ``--record-run FILE`` writes what was run, where and with which outcome,
+so that the last run on a GPU can be kept beside the benchmark results.
+"""
+
+import functools
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+# Tests share a GPU with each other and with other programs: take memory as it is needed.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("jax_flashcute")
+    group.addoption("--run-slow", action="store_true", help="also run tests marked slow")
+    group.addoption(
+        "--record-run",
+        metavar="FILE",
+        type=Path,
+        help="write command, device, versions, date and counts of this run to FILE (JSON)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The workers of pytest-xdist hand their reports to the controller, which alone writes.
+    if config.getoption("--record-run") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(RunRecorder(config.getoption("--record-run")), "run-recorder")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--run-slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and (reason := no_cuda_device()):
+        pytest.skip(reason)
+
+
+@functools.cache
+def no_cuda_device() -> str | None:
+    """Why JAX has no CUDA device to test on, or None where it has one."""
+    import jax
+
+    try:
+        jax.devices("cuda")
+    except RuntimeError as error:
+        return f"JAX has no CUDA device: {str(error).splitlines()[0]}"
+    return None
+
+
+class RunRecorder:
+    """Counts the outcomes of a run and writes them to a JSON file when it ends."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.start = time.monotonic()
+        self.counts = dict.fromkeys(["passed", "failed", "error", "skipped", "xfailed"], 0)
+        self.not_passed: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if hasattr(report, "wasxfail"):
+            outcome = "xfailed"
+        elif report.failed:
+            outcome = "failed" if report.when == "call" else "error"
+        elif report.skipped or report.when == "call":
+            outcome = report.outcome
+        else:
+            return
+        self.counts[outcome] += 1
+        if outcome in ("failed", "error"):
+            self.not_passed.append(f"{report.nodeid} ({report.when})")
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        import jax
+        import jaxlib
+
+        device = jax.devices()[0]
+        arguments = session.config.invocation_params.args
+        record = {
+            "command": shlex.join(
+                ["python", "-m", "pytest", *session.config.invocation_params.args]
+            ),
+            "commit": git("rev-parse", "HEAD"),
+            "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": device.device_kind,
+            "platform_version": device.client.platform_version.strip(),
+            "python": sys.version.split()[0],
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
+            "seconds": round(time.monotonic() - self.start, 1),
+            "exit_status": int(exitstatus),
+            "counts": self.counts,
+            "not_passed": self.not_passed,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def git(*arguments: str) -> str | None:
+    """The output of a git command in this repository, or None where git cannot tell."""
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
