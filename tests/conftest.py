@@ -95,9 +95,7 @@ class RunRecorder:
         device = jax.devices()[0]
         arguments = session.config.invocation_params.args
         record = {
-            "command": shlex.join(
-                ["python", "-m", "pytest", *session.config.invocation_params.args]
-            ),
+            "command": shlex.join(["python", "-m", "pytest", *map(str, arguments)]),
             "commit": git("rev-parse", "HEAD"),
             "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
