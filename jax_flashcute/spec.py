@@ -25,7 +25,7 @@ class AttentionSpec:
     Attributes:
       scale: factor on ``query @ key``; already resolved (never None).
       is_causal: query at position p sees keys ``kv <= p``.
-      local_window_size: ``(left, right)``: query at position p sees ``p - left <= kv <= p + right``;
+      local_window_size: ``(left, right)``: position p sees keys ``p - left <= kv <= p + right``;
         ``None`` in either place leaves that side open, ``None`` for the whole means no window.
       logits_soft_cap: ``c`` in ``c * tanh(score / c)``, applied to the scaled score before the
         bias; ``None`` for none.
@@ -53,9 +53,9 @@ class Operands:
       q_offset: (B,) int32: position of query row 0; absent means 0.
       query_seq_lengths: (B,) int32: rows at or beyond it give output 0, LSE -inf, gradient 0.
       key_value_seq_lengths: (B,) int32: keys at or beyond it are invisible and may hold NaN.
-      bias: (1|B, 1|N, 1|T, 1|S), added to the scaled score.
+      bias: (1|B, 1|N, 1|T, 1|S) floating point, added to the scaled score.
       mask: (1|B, 1|N, 1|T, 1|S) bool, False hides.
-      sinks: (N,) float32: one extra logit per head that takes part in the normaliser only.
+      sinks: (1|B, N) float32: one extra logit per head that takes part in the normaliser only.
     """
 
     query: jax.Array
@@ -80,7 +80,8 @@ class Residuals:
 
     Attributes:
       out: (B, T, N, Hv), in the dtype of the operands.
-      lse: (B, T, N) float32: log of the sum of exp of the scores; -inf where no key is visible.
+      lse: (B, T, N) float32 (float64 where the operands are): log of the sum of exp of the scores
+        and the sink; -inf where no key is visible (the sink where there is one) and in padded rows.
     """
 
     out: jax.Array

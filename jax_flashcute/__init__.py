@@ -1,0 +1,12 @@
+"""FlashAttention for JAX: attention that is exact, fast and linear in memory."""
+
+from jax_flashcute.api import Explanation, dot_product_attention, explain, flash_attention
+from jax_flashcute.spec import AttentionSpec
+
+__all__ = [
+    "AttentionSpec",
+    "Explanation",
+    "dot_product_attention",
+    "explain",
+    "flash_attention",
+]

@@ -1,0 +1,492 @@
+"""The public calls: arguments are checked and given one form here, and nowhere else."""
+
+import math
+import os
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jax_flashcute import autodiff, dispatch
+from jax_flashcute.dispatch import IMPLEMENTATIONS, Implementation
+from jax_flashcute.spec import AttentionSpec, Operands
+
+Window = int | tuple[int | None, int | None] | None
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+# No sequence reaches this far, and positions and windows add up in int32.
+_UNBOUNDED = 2**30
+
+
+def flash_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    q_offset: ArrayLike = 0,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: Window = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    return_residual: bool = False,
+    deterministic: bool | None = None,
+    implementation: Implementation = None,
+):
+    """Softmax attention, exact, without the T by S matrix of scores in memory.
+
+    Computes ``softmax(cap(scale * query @ key^T) + bias) @ value`` per head, over the keys that a
+    query row may see.  Dimensions: B batch, T query length, S key length, N query heads, K
+    key/value heads (N a multiple of K: grouped queries), H head_dim, Hv head_dim of value.
+
+    A row that sees no key gives output 0, LSE -inf and zero gradients.
+
+    Args:
+      query: (B, T, N, H) or (T, N, H); float16, bfloat16, float32 or (with x64) float64.
+      key: (B, S, K, H) or (S, K, H), same dtype.
+      value: (B, S, K, Hv) or (S, K, Hv), same dtype.
+      bias: (1|B, 1|N, 1|T, 1|S) floating point, added to the scaled and capped scores; leading
+        dimensions may be left out.  It is never expanded, and has a gradient.
+      mask: booleans of such a shape; False hides a key.
+      scale: factor on the scores; 1 / sqrt(H) by default.  A traced scale multiplies the query
+        instead, in the query's dtype.
+      is_causal: the row at position p sees keys ``kv <= p``.
+      q_offset: position of query row 0: an integer, a scalar array or (B,), traced or not.  0
+        aligns query and key at the start; S - T aligns them at the end.
+      query_seq_lengths: (B,) or scalar integers; rows at or beyond give output 0, LSE -inf and
+        gradient 0, whatever they hold.
+      key_value_seq_lengths: (B,) or scalar integers; keys at or beyond are invisible, whatever
+        they hold.
+      local_window_size: ``(left, right)``: the row at position p sees ``p - left <= kv <= p +
+        right``; None leaves a side open; an integer is both sides.
+      logits_soft_cap: c > 0 in ``c * tanh(score / c)``, applied before the bias.
+      sinks: (N,) floating point: an extra logit per head that takes part in the normaliser only.
+        Differentiable.
+      return_residual: also return the LSE, which is differentiable.
+      deterministic: gradients are bit-identical between runs.  None follows
+        ``--xla_gpu_deterministic_ops`` in ``XLA_FLAGS``.
+      implementation: ``"cute"`` (kernels for Hopper and Blackwell), ``"xla"`` (every platform,
+        memory linear in T), ``"reference"`` (dense, float32, differentiable any number of times),
+        used or refused; None takes the fastest that can serve the call.  See ``explain``.
+
+    Returns:
+      out, (B, T, N, Hv) or (T, N, Hv) in the query's dtype; with ``return_residual``, ``(out,
+      lse)`` with lse (B, T, N) or (T, N) in float32 (float64 for float64 operands).
+
+    Raises:
+      ValueError: an argument does not fit; it is named.
+      NotImplementedError: the implementation asked for cannot serve the call; every reason is
+        given.
+    """
+    spec, operands = _checked(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        scale=scale,
+        is_causal=is_causal,
+        q_offset=q_offset,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        deterministic=deterministic,
+    )
+    residuals = autodiff.attention(spec, operands, _known(implementation))
+    out, lse = residuals.out, residuals.lse
+    if jnp.ndim(query) == 3:
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_residual else out
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Implementation = None,
+    return_residual: bool = False,
+):
+    """``jax.nn.dot_product_attention``, argument for argument, in linear memory.
+
+    Two results are better defined than there: a row that sees no key gives 0 (and residual -inf),
+    where ``jax.nn`` gives the mean of all values; and what stands beyond
+    ``key_value_seq_lengths`` may be NaN.
+
+    Args:
+      query: (B, T, N, H) or (T, N, H).
+      key: (B, S, K, H) or (S, K, H).
+      value: as ``key``.
+      bias: broadcastable to (B, N, T, S), added to the scaled scores.
+      mask: booleans broadcastable to (B, N, T, S); False hides a key.
+      scale: factor on the scores; 1 / sqrt(H) by default.
+      is_causal: query row i sees keys ``kv <= i``.
+      query_seq_lengths: (B,) int32; rows at or beyond give 0.
+      key_value_seq_lengths: (B,) int32; keys at or beyond are invisible.
+      local_window_size: ``(left, right)`` or one integer for both.
+      implementation: as for ``flash_attention``.
+      return_residual: also return the LSE (B, T, N), in the operands' dtype and, as in
+        ``jax.nn``, without a gradient.
+
+    Returns:
+      An array of query's shape, or a pair of it and the LSE.
+
+    Raises:
+      ValueError: an argument does not fit; it is named.
+      NotImplementedError: the implementation asked for cannot serve the call.
+    """
+
+    def four_dimensional(array: ArrayLike) -> jax.Array:
+        array = jnp.asarray(array)
+        return array.reshape((1,) * (4 - array.ndim) + array.shape)
+
+    shape = jnp.shape(query)
+    query, key, value = (four_dimensional(x) for x in (query, key, value))
+    if value.shape != key.shape:
+        raise ValueError(
+            f"value must have the shape of key, {key.shape}, as in jax.nn; got {value.shape} "
+            "(flash_attention takes another head_dim for value)"
+        )
+    if bias is not None:
+        bias = jnp.asarray(bias)
+        bias = bias if jnp.issubdtype(bias.dtype, jnp.floating) else bias.astype(jnp.float32)
+    out, lse = flash_attention(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        implementation=implementation,
+        return_residual=True,
+    )
+    out = out.reshape(shape)
+    if return_residual:
+        return out, lax.stop_gradient(lse.astype(out.dtype).reshape(shape[:-1]))
+    return out
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which implementation a call takes, and why.
+
+    Attributes:
+      implementation: what was asked for.
+      forward: what serves the forward pass where the program is lowered for CUDA: ``"cute"``,
+        ``"xla"``, ``"reference"``, or ``"refused"``.
+      backward: what serves the backward pass there.
+      forward_reasons: every reason why no kernel serves the forward pass; empty if one does.
+      backward_reasons: likewise for the backward pass.
+      elsewhere: what serves both on every other platform.
+    """
+
+    implementation: Implementation
+    forward: str
+    backward: str
+    forward_reasons: tuple[str, ...]
+    backward_reasons: tuple[str, ...]
+    elsewhere: str
+
+    def __str__(self) -> str:
+        lines = [f"implementation={self.implementation!r}"]
+        passes = (
+            ("forward", self.forward, self.forward_reasons),
+            ("backward", self.backward, self.backward_reasons),
+        )
+        for name, served_by, reasons in passes:
+            lines.append(f"{name} on CUDA: {served_by}")
+            if reasons:
+                lines.append("  no kernel serves it:")
+                lines.extend(f"  - {reason}" for reason in reasons)
+        lines.append(f"forward and backward on other platforms: {self.elsewhere}")
+        return "\n".join(lines)
+
+
+def explain(
+    query,
+    key,
+    value,
+    *,
+    bias=None,
+    mask=None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    q_offset=0,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size: Window = None,
+    logits_soft_cap: float | None = None,
+    sinks=None,
+    return_residual: bool = False,
+    deterministic: bool | None = None,
+    implementation: Implementation = None,
+) -> Explanation:
+    """Say which implementation ``flash_attention`` would take for these arguments, and why.
+
+    Args are those of ``flash_attention``; arrays may be ``jax.ShapeDtypeStruct``.  Nothing is
+    computed and no device is needed.
+
+    Raises:
+      ValueError: an argument does not fit; it is named.
+    """
+    del return_residual
+    arrays = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "bias": bias,
+        "mask": mask,
+        "q_offset": q_offset,
+        "query_seq_lengths": query_seq_lengths,
+        "key_value_seq_lengths": key_value_seq_lengths,
+        "sinks": sinks,
+    }
+    static = {name: x for name, x in arrays.items() if x is None or isinstance(x, int)}
+    shaped = {name: x for name, x in arrays.items() if name not in static}
+    spec = None
+
+    def operands_of(shaped):
+        nonlocal spec
+        spec, operands = _checked(
+            **static,
+            **shaped,
+            scale=scale,
+            is_causal=is_causal,
+            local_window_size=local_window_size,
+            logits_soft_cap=logits_soft_cap,
+            deterministic=deterministic,
+        )
+        return operands
+
+    operands = jax.eval_shape(operands_of, shaped)
+    implementation = _known(implementation)
+    reasons = {
+        direction: tuple(dispatch.reasons_against_kernel(spec, operands, direction))
+        for direction in ("fwd", "bwd")
+    }
+
+    def served_by(direction: str) -> str:
+        match implementation:
+            case None:
+                return "xla" if reasons[direction] else "cute"
+            case "cute":
+                return "refused" if reasons[direction] else "cute"
+            case _:
+                return implementation
+
+    return Explanation(
+        implementation=implementation,
+        forward=served_by("fwd"),
+        backward=served_by("bwd"),
+        forward_reasons=reasons["fwd"],
+        backward_reasons=reasons["bwd"],
+        elsewhere={None: "xla", "cute": "refused"}.get(implementation, str(implementation)),
+    )
+
+
+def _known(implementation: Implementation) -> Implementation:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {list(IMPLEMENTATIONS)}; got {implementation!r}"
+        )
+    return implementation
+
+
+def _checked(
+    query,
+    key,
+    value,
+    *,
+    bias,
+    mask,
+    scale,
+    is_causal,
+    q_offset,
+    query_seq_lengths,
+    key_value_seq_lengths,
+    local_window_size,
+    logits_soft_cap,
+    sinks,
+    deterministic,
+) -> tuple[AttentionSpec, Operands]:
+    """The call's spec and operands, or a ValueError that names the argument."""
+    query, key, value = _checked_inputs(query, key, value)
+    B, T, N, H = query.shape
+    S = key.shape[1]
+    element_shape = (B, N, T, S)
+    if scale is None:
+        scale = 1.0 / math.sqrt(H)
+    elif isinstance(scale, jax.core.Tracer):
+        query = (query * _scalar("scale", scale)).astype(query.dtype)
+        scale = 1.0
+    spec = AttentionSpec(
+        scale=float(_scalar("scale", scale)),
+        is_causal=bool(is_causal),
+        local_window_size=_checked_window(local_window_size),
+        logits_soft_cap=_checked_cap(logits_soft_cap),
+        deterministic=_follows_xla_flags() if deterministic is None else bool(deterministic),
+    )
+    operands = Operands(
+        query=query,
+        key=key,
+        value=value,
+        q_offset=_per_batch("q_offset", q_offset, B),
+        query_seq_lengths=_per_batch("query_seq_lengths", query_seq_lengths, B),
+        key_value_seq_lengths=_per_batch("key_value_seq_lengths", key_value_seq_lengths, B),
+        bias=_elementwise("bias", bias, jnp.floating, "floating point", element_shape),
+        mask=_elementwise("mask", mask, jnp.bool_, "bool", element_shape),
+        sinks=_checked_sinks(sinks, N),
+    )
+    return spec, operands
+
+
+def _checked_inputs(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array]:
+    arrays = {"query": query, "key": key, "value": value}
+    arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
+    query, key, value = arrays.values()
+    for name, array in arrays.items():
+        if array.ndim not in (3, 4):
+            raise ValueError(
+                f"{name} must be (batch, length, heads, head_dim) or (length, heads, head_dim); "
+                f"got shape {array.shape}"
+            )
+        if array.dtype.name not in _DTYPES:
+            raise ValueError(f"{name} must have a dtype of {_DTYPES}; got {array.dtype.name}")
+        if array.ndim != query.ndim:
+            raise ValueError(
+                f"{name} must have as many dimensions as query, {query.ndim}; "
+                f"got shape {array.shape}"
+            )
+        if array.dtype != query.dtype:
+            raise ValueError(
+                f"{name} must have query's dtype, {query.dtype.name}; got {array.dtype.name}"
+            )
+    if query.ndim == 3:
+        query, key, value = query[None], key[None], value[None]
+    B, _, N, H = query.shape
+    _, S, K, _ = key.shape
+    if key.shape[0] != B or key.shape[3] != H:
+        raise ValueError(
+            f"key must have query's batch and head_dim, (batch={B}, head_dim={H}); "
+            f"got (batch={key.shape[0]}, head_dim={key.shape[3]})"
+        )
+    if value.shape[:3] != (B, S, K):
+        raise ValueError(
+            f"value must have key's batch, length and heads, {(B, S, K)}; got {value.shape[:3]}"
+        )
+    if N == 0 or K == 0 or H == 0 or value.shape[3] == 0:
+        raise ValueError(
+            "query, key and value must have at least one head and one feature; got shapes "
+            f"{query.shape}, {key.shape}, {value.shape}"
+        )
+    if N % K != 0:
+        raise ValueError(f"query must have a multiple of key's {K} heads; got {N}")
+    return query, key, value
+
+
+def _scalar(name: str, value):
+    if jnp.ndim(value) != 0:
+        raise ValueError(f"{name} must be a scalar; got shape {jnp.shape(value)}")
+    return value
+
+
+def _checked_window(window: Window) -> tuple[int | None, int | None] | None:
+    if window is None:
+        return None
+    sides = window if isinstance(window, (tuple, list)) else (window, window)
+    if len(sides) != 2:
+        raise ValueError(
+            f"local_window_size must be an integer or a pair (left, right); got {window!r}"
+        )
+    for side in sides:
+        if side is None:
+            continue
+        try:
+            negative = side.__index__() < 0
+        except AttributeError:
+            negative = True
+        if negative:
+            raise ValueError(
+                "local_window_size must hold integers of at least 0, or None for an open side; "
+                f"got {window!r}"
+            )
+    left, right = (None if s is None or s >= _UNBOUNDED else int(s) for s in sides)
+    return None if left is None and right is None else (left, right)
+
+
+def _checked_cap(cap: float | None) -> float | None:
+    if cap is None:
+        return None
+    cap = float(cap)
+    if not (math.isfinite(cap) and cap > 0):
+        raise ValueError(f"logits_soft_cap must be a positive number or None; got {cap}")
+    return cap
+
+
+def _per_batch(name: str, array, B) -> jax.Array | None:
+    """Integers, scalar or (B,), as (B,) int32; None where they say nothing."""
+    if array is None or (name == "q_offset" and isinstance(array, int) and array == 0):
+        return None
+    array = jnp.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers; got dtype {array.dtype.name}")
+    if array.ndim > 1 or (array.ndim == 1 and array.shape[0] != B):
+        raise ValueError(f"{name} must be a scalar or ({B},); got shape {array.shape}")
+    return jnp.broadcast_to(array.astype(jnp.int32), (B,))
+
+
+def _elementwise(name: str, array, kind, kind_name: str, full_shape) -> jax.Array | None:
+    """A bias or a mask, as (1|B, 1|N, 1|T, 1|S)."""
+    if array is None:
+        return None
+    array = jnp.asarray(array)
+    if not jnp.issubdtype(array.dtype, kind):
+        raise ValueError(f"{name} must be {kind_name}; got dtype {array.dtype.name}")
+    shape = (1,) * (4 - array.ndim) + array.shape
+    fits = len(shape) == 4 and all(
+        length in (1, full) for length, full in zip(shape, full_shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} must broadcast to (batch, heads, query length, key length) = {full_shape}; "
+            f"got shape {array.shape}"
+        )
+    return array.reshape(shape)
+
+
+def _checked_sinks(sinks, N: int) -> jax.Array | None:
+    if sinks is None:
+        return None
+    sinks = jnp.asarray(sinks)
+    if not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise ValueError(f"sinks must be floating point; got dtype {sinks.dtype.name}")
+    if sinks.shape != (N,):
+        raise ValueError(f"sinks must have one value per query head, ({N},); got {sinks.shape}")
+    return sinks.astype(jnp.promote_types(sinks.dtype, jnp.float32))[None]
+
+
+def _follows_xla_flags() -> bool:
+    """Whether XLA itself has been told to be deterministic on GPUs."""
+    names = ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops")
+    on = ("", "=true", "=True", "=1")
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    return any(flag == name + value for flag in flags for name in names for value in on)

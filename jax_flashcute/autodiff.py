@@ -1,0 +1,128 @@
+"""Reverse-mode derivatives: one spec for both directions, residuals with names.
+
+``jax.checkpoint`` policies can keep ``flash_attention_out`` and ``flash_attention_lse``
+(``jax.checkpoint_policies.save_only_these_names``), and the forward pass is then not run again.
+Forward mode and second derivatives are refused, in words; ``implementation="reference"`` has both.
+"""
+
+import functools
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jax_flashcute import dispatch
+from jax_flashcute.batching import fold_backward, fold_forward
+from jax_flashcute.dispatch import Implementation
+from jax_flashcute.spec import AttentionSpec, Operands, Residuals
+
+_USE_REFERENCE = (
+    'use implementation="reference", which plain autodiff differentiates any number of times in '
+    "either mode (its memory is quadratic in the sequence length)"
+)
+_NO_FORWARD_MODE = (
+    "flash_attention has no forward-mode derivative (jax.jvp, jax.jacfwd, jax.linearize): "
+    f"{_USE_REFERENCE}, or reverse mode (jax.grad, jax.vjp, jax.jacrev)"
+)
+_NO_SECOND_ORDER = f"flash_attention has no second derivatives: {_USE_REFERENCE}"
+
+
+def attention(spec: AttentionSpec, operands: Operands, implementation: Implementation) -> Residuals:
+    """Attention that reverse mode can differentiate.
+
+    Args:
+      spec: the static part of the call.
+      operands: its arrays.
+      implementation: ``"cute"``, ``"xla"``, ``"reference"`` or None; see ``dispatch``.
+
+    Returns:
+      ``Residuals``: out and lse, both differentiable.
+
+    Raises:
+      NotImplementedError: ``"cute"`` cannot serve the call; or a forward-mode or second
+        derivative was asked of anything but ``"reference"``.
+    """
+    if implementation == "reference":
+        return _named(dispatch.dense(spec, operands))
+    return _attention(spec, implementation, jax.tree.map(_reverse_mode_only, operands))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(
+    spec: AttentionSpec, implementation: Implementation, operands: Operands
+) -> Residuals:
+    return _forward_pass(spec, implementation)(operands)
+
+
+def _attention_fwd(spec: AttentionSpec, implementation: Implementation, operands: Operands):
+    if implementation == "cute":
+        dispatch.refuse_unless_served(spec, operands, "bwd")
+    residuals = _named(_forward_pass(spec, implementation)(operands))
+    return residuals, (operands, residuals)
+
+
+def _attention_bwd(spec: AttentionSpec, implementation: Implementation, saved, cotangents):
+    operands, residuals = saved
+    gradients = _backward_pass(spec, implementation)(
+        operands, residuals, cotangents.out, cotangents.lse
+    )
+    return (gradients,)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _named(residuals: Residuals) -> Residuals:
+    return Residuals(
+        out=checkpoint_name(residuals.out, "flash_attention_out"),
+        lse=checkpoint_name(residuals.lse, "flash_attention_lse"),
+    )
+
+
+def _forward_pass(spec: AttentionSpec, implementation: Implementation):
+    return _underivable(fold_forward(functools.partial(dispatch.forward, spec, implementation)))
+
+
+def _backward_pass(spec: AttentionSpec, implementation: Implementation):
+    return _underivable(fold_backward(functools.partial(dispatch.backward, spec, implementation)))
+
+
+def _underivable(function):
+    """``function``, which refuses to be differentiated: it is one half of a derivative already."""
+    guarded = jax.custom_jvp(function)
+
+    @guarded.defjvp
+    def refuse(primals, tangents):  # pyright: ignore[reportUnusedFunction]
+        raise NotImplementedError(_NO_SECOND_ORDER)
+
+    return guarded
+
+
+# JAX refuses forward mode over a custom_vjp on its own, but cannot say what to do instead.  The
+# tangent of this identity is a primitive that can be transposed and cannot be evaluated.
+
+
+@jax.custom_jvp
+def _reverse_mode_only(x: jax.Array) -> jax.Array:
+    return x
+
+
+@_reverse_mode_only.defjvp
+def _(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    if tangent.dtype == jax.dtypes.float0:
+        return x, tangent
+    return x, _reverse_mode_tangent_p.bind(tangent)
+
+
+def _refuse_forward_mode(*_, **__):
+    raise NotImplementedError(_NO_FORWARD_MODE)
+
+
+_reverse_mode_tangent_p = Primitive("flash_attention_reverse_mode_only")
+_reverse_mode_tangent_p.def_impl(_refuse_forward_mode)
+_reverse_mode_tangent_p.def_abstract_eval(lambda aval: aval)
+ad.deflinear2(_reverse_mode_tangent_p, lambda cotangent, _: [cotangent])
+batching.defvectorized(_reverse_mode_tangent_p)
+mlir.register_lowering(_reverse_mode_tangent_p, _refuse_forward_mode)

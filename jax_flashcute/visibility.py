@@ -1,0 +1,110 @@
+"""Which keys a query row may see, by position and length: element by element, and as ranges.
+
+The reference and the XLA path share these rules, so that they cannot disagree.  ``operands.mask``
+is data, not a rule, and is applied by its users.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jax_flashcute.spec import AttentionSpec, Operands
+
+
+def reach(spec: AttentionSpec) -> tuple[int | None, int | None]:
+    """``(left, right)``: position p sees only ``p - left <= kv <= p + right``; None is open."""
+    left, right = spec.local_window_size or (None, None)
+    if spec.is_causal:
+        right = 0 if right is None else min(right, 0)
+    return left, right
+
+
+def visible(
+    spec: AttentionSpec, operands: Operands, q_idx: jax.Array, kv_idx: jax.Array
+) -> jax.Array:
+    """Which keys which query rows see.
+
+    Args:
+      spec: the static part of the call.
+      operands: its arrays; only the lengths and ``q_offset`` are read.
+      q_idx: integer query row numbers (not positions), at least 1-d, broadcastable to ``kv_idx``.
+      kv_idx: integer key numbers, of the same rank.
+
+    Returns:
+      Booleans (1|B, 1, ...) that end in the broadcast shape of ``q_idx`` and ``kv_idx``.
+    """
+
+    def per_batch(array: jax.Array) -> jax.Array:
+        return array.reshape(array.shape + (1,) * (q_idx.ndim + 1))
+
+    position = q_idx[None, None]
+    if operands.q_offset is not None:
+        position = position + per_batch(operands.q_offset)
+    left, right = reach(spec)
+    seen = jnp.ones((1, 1, *jnp.broadcast_shapes(q_idx.shape, kv_idx.shape)), bool)
+    if left is not None:
+        seen &= kv_idx >= position - left
+    if right is not None:
+        seen &= kv_idx <= position + right
+    if operands.query_seq_lengths is not None:
+        seen &= q_idx < per_batch(operands.query_seq_lengths)
+    if operands.key_value_seq_lengths is not None:
+        seen &= kv_idx < per_batch(operands.key_value_seq_lengths)
+    return seen
+
+
+def zero_beyond(array: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """Zeros where ``array`` (B, rows, ...) stands at or beyond ``lengths`` (B,): it may be NaN."""
+    if lengths is None:
+        return array
+    row = jax.lax.broadcasted_iota(jnp.int32, array.shape, 1)
+    keep = row < lengths.reshape(lengths.shape + (1,) * (array.ndim - 1))
+    return jnp.where(keep, array, jnp.zeros((), array.dtype))
+
+
+def key_block_range(spec, operands, first_q, last_q, block_kv, num_kv):
+    """The key blocks that query rows ``first_q..last_q`` can see: ``(start, stop)``, half open.
+
+    Taken over the whole batch, so a block in the range may be invisible to some of it; a block
+    outside is invisible to all.  Rows and results are integers or int32 scalars.
+    """
+    left, right = reach(spec)
+    low, high = _offset_bounds(operands)
+    start, stop = 0, num_kv
+    if left is not None:
+        start = jnp.clip((first_q + low - left) // block_kv, 0, num_kv)
+    if right is not None:
+        stop = jnp.minimum(stop, (last_q + high + right) // block_kv + 1)
+    if operands.key_value_seq_lengths is not None:
+        longest = jnp.max(operands.key_value_seq_lengths, initial=0)
+        stop = jnp.minimum(stop, -(-longest // block_kv))
+    if operands.query_seq_lengths is not None:
+        longest = jnp.max(operands.query_seq_lengths, initial=0)
+        stop = jnp.where(first_q < longest, stop, 0)
+    return start, stop
+
+
+def query_block_range(spec, operands, first_kv, last_kv, block_q, num_q):
+    """The query blocks that can see keys ``first_kv..last_kv``; the inverse of key_block_range."""
+    left, right = reach(spec)
+    low, high = _offset_bounds(operands)
+    start, stop = 0, num_q
+    if right is not None:
+        start = jnp.clip((first_kv - right - high) // block_q, 0, num_q)
+    if left is not None:
+        stop = jnp.minimum(stop, (last_kv + left - low) // block_q + 1)
+    if operands.query_seq_lengths is not None:
+        longest = jnp.max(operands.query_seq_lengths, initial=0)
+        stop = jnp.minimum(stop, -(-longest // block_q))
+    if operands.key_value_seq_lengths is not None:
+        longest = jnp.max(operands.key_value_seq_lengths, initial=0)
+        stop = jnp.where(first_kv < longest, stop, 0)
+    return start, stop
+
+
+def _offset_bounds(operands: Operands):
+    """The smallest and the largest ``q_offset`` of the batch."""
+    if operands.q_offset is None:
+        return 0, 0
+    if operands.q_offset.shape[0] == 0:
+        return 0, 0
+    return jnp.min(operands.q_offset), jnp.max(operands.q_offset)

@@ -1,0 +1,431 @@
+"""Blockwise attention in XLA, for every platform: memory linear in the sequence lengths.
+
+Scores exist one (block_q, block_kv) tile at a time, with an online softmax forward (Milakov and
+Gimelshein, 2018) and recomputation from the LSE backward (Dao, 2023).  Tiles that causality, the
+window or the lengths hide from the whole batch are skipped.
+
+Inside, everything query-like is laid out as (num_q, B, K, G * block_q, ...) and everything
+key-like as (num_kv, B, K, block_kv, ...): a tile is then one plain batched matrix product, and
+the G query heads of a key head are rows of it.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_flashcute.spec import AttentionSpec, Operands, Residuals
+from jax_flashcute.visibility import key_block_range, query_block_range, visible, zero_beyond
+
+# Elements of one tile of scores over all heads and batches.  16 MiB in float32 stay in the last
+# cache of a server CPU; at four times that, XLA's products ran 2.5 times slower (2 cores, EPYC).
+_TILE_ELEMENTS = 2**22
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 1024
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def forward(spec: AttentionSpec, operands: Operands) -> Residuals:
+    """Attention; see ``reference.attention`` for the semantics, which are the same."""
+    tiles = _Tiles.of(operands)
+    dtype = _statistics_dtype(operands)
+    query = tiles.split_q(zero_beyond(operands.query, operands.query_seq_lengths))
+    key = tiles.split_kv(zero_beyond(operands.key, operands.key_value_seq_lengths))
+    value = tiles.split_kv(zero_beyond(operands.value, operands.key_value_seq_lengths))
+    bias, mask = (tiles.pad_elements(x) for x in (operands.bias, operands.mask))
+    zero = _varying_zero(operands, dtype)
+
+    def attend(i, results):
+        q_i = _at(query, i)
+        rows = q_i.shape[:-1]
+
+        def accumulate(j, carry):
+            acc, row_max, row_sum = carry
+            score, _ = _score(spec, q_i, _at(key, j), dtype)
+            score = tiles.on_elements(score, i, j, spec, operands, bias, mask)
+            new_max = jnp.maximum(row_max, jnp.max(score, axis=-1, keepdims=True))
+            # Until a key is visible the maximum is -inf, and -inf - -inf is NaN.
+            shift = jnp.where(new_max == -jnp.inf, 0, new_max)
+            weight = jnp.exp(score - shift)
+            shrink = jnp.exp(row_max - shift)
+            row_sum = row_sum * shrink + jnp.sum(weight, axis=-1, keepdims=True)
+            acc = acc * shrink + _matmul(weight.astype(value.dtype), _at(value, j), dtype)
+            return acc, new_max, row_sum
+
+        row_max, row_sum = zero - jnp.inf, zero
+        if operands.sinks is not None:
+            row_max = tiles.per_head_rows(operands.sinks.astype(dtype))
+            row_sum = jnp.where(row_max == -jnp.inf, 0, 1).astype(dtype) + zero
+        carry = (
+            jnp.broadcast_to(zero, (*rows, value.shape[-1])),
+            jnp.broadcast_to(row_max + zero, (*rows, 1)),
+            jnp.broadcast_to(row_sum, (*rows, 1)),
+        )
+        first_q = i * tiles.block_q
+        start, stop = key_block_range(
+            spec, operands, first_q, first_q + tiles.block_q - 1, tiles.block_kv, tiles.num_kv
+        )
+        acc, row_max, row_sum = _loop(start, stop, tiles.num_kv, accumulate, carry)
+        empty = row_sum == 0
+        row_sum = jnp.where(empty, 1, row_sum)
+        lse = jnp.where(empty, -jnp.inf, row_max + jnp.log(row_sum))
+        out = (acc / row_sum).astype(value.dtype)
+        return _put(results[0], i, out), _put(results[1], i, lse)
+
+    shape = query.shape[:-1]
+    results = (
+        jnp.broadcast_to(zero.astype(value.dtype), (*shape, value.shape[-1])),
+        jnp.broadcast_to(zero, (*shape, 1)),
+    )
+    out, lse = _loop(0, tiles.num_q, tiles.num_q, attend, results)
+    out, lse = tiles.join_q(out), tiles.join_q(lse)[..., 0]
+    if operands.query_seq_lengths is not None:
+        padded = ~zero_beyond(jnp.ones(lse.shape, bool), operands.query_seq_lengths)
+        out = jnp.where(padded[..., None], 0, out)
+        lse = jnp.where(padded, -jnp.inf, lse)
+    return Residuals(out=out, lse=lse)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def backward(
+    spec: AttentionSpec,
+    operands: Operands,
+    residuals: Residuals,
+    dout: jax.Array,
+    dlse: jax.Array,
+) -> Operands:
+    """Gradients of ``forward``, whichever implementation computed the residuals.
+
+    Args:
+      spec: the static part of the call.
+      operands: its arrays.
+      residuals: out (B, T, N, Hv) and lse (B, T, N) of the forward pass.
+      dout: (B, T, N, Hv), the cotangent of out.
+      dlse: (B, T, N), the cotangent of lse.
+
+    Returns:
+      ``Operands`` with the gradients of query, key, value, bias and sinks, each in its operand's
+      shape and dtype, and None for the integer and boolean operands.
+    """
+    tiles = _Tiles.of(operands)
+    dtype = _statistics_dtype(operands)
+    empty = residuals.lse == -jnp.inf
+    # An infinite LSE makes exp(score - lse) exactly 0 in rows that have no gradient.
+    lse = jnp.where(empty, jnp.inf, residuals.lse.astype(dtype))
+    dout = jnp.where(empty[..., None], jnp.zeros((), dout.dtype), dout)
+    delta = jnp.sum(dout.astype(dtype) * residuals.out.astype(dtype), axis=-1)
+    delta = delta - jnp.where(empty, 0, dlse.astype(dtype))
+
+    query = tiles.split_q(zero_beyond(operands.query, operands.query_seq_lengths))
+    key = tiles.split_kv(zero_beyond(operands.key, operands.key_value_seq_lengths))
+    value = tiles.split_kv(zero_beyond(operands.value, operands.key_value_seq_lengths))
+    bias, mask = (tiles.pad_elements(x) for x in (operands.bias, operands.mask))
+    douts = tiles.split_q(dout)
+    # Tiles are transposed here, keys by queries, so that four of the five products need no
+    # transposition of a tile; row statistics lie along the last axis.
+    lses = jnp.swapaxes(tiles.split_q(lse[..., None], fill=jnp.inf), -1, -2)
+    deltas = jnp.swapaxes(tiles.split_q(delta[..., None]), -1, -2)
+    zero = _varying_zero((operands, dout, dlse), dtype)
+
+    def key_block(j, carry):
+        dquery, dkey, dvalue, dbias = carry
+
+        def accumulate(i, carry):
+            dquery, dk, dv, dbias = carry
+            q_i, k_j, do_i = _at(query, i), _at(key, j), _at(douts, i)
+            score, slope = _score(spec, k_j, q_i, dtype)
+            score = tiles.on_elements(score, i, j, spec, operands, bias, mask, transposed=True)
+            weight = jnp.exp(score - _at(lses, i))
+            dv = dv + _matmul(weight.astype(do_i.dtype), do_i, dtype)
+            dweight = _matmul_transposed(_at(value, j), do_i, dtype)
+            dscore = weight * (dweight - _at(deltas, i))
+            if dbias is not None:
+                dbias = tiles.add_to_elements(dbias, i, j, dscore)
+            if slope is not None:
+                dscore = dscore * slope
+            dscore = dscore.astype(q_i.dtype)
+            dk = dk + _matmul(dscore, q_i, dtype)
+            dq = _matmul(jnp.swapaxes(dscore, -1, -2), k_j, dtype)
+            return _put(dquery, i, _at(dquery, i) + dq), dk, dv, dbias
+
+        first_kv = j * tiles.block_kv
+        start, stop = query_block_range(
+            spec, operands, first_kv, first_kv + tiles.block_kv - 1, tiles.block_q, tiles.num_q
+        )
+        carry = (
+            dquery,
+            jnp.broadcast_to(zero, key.shape[1:]),
+            jnp.broadcast_to(zero, value.shape[1:]),
+            dbias,
+        )
+        dquery, dk, dv, dbias = _loop(start, stop, tiles.num_q, accumulate, carry)
+        dk = (dk * spec.scale).astype(key.dtype)
+        return dquery, _put(dkey, j, dk), _put(dvalue, j, dv.astype(value.dtype)), dbias
+
+    carry = (
+        jnp.broadcast_to(zero, query.shape),
+        jnp.broadcast_to(zero.astype(key.dtype), key.shape),
+        jnp.broadcast_to(zero.astype(value.dtype), value.shape),
+        None if bias is None else jnp.broadcast_to(zero, bias.shape),
+    )
+    dquery, dkey, dvalue, dbias = _loop(0, tiles.num_kv, tiles.num_kv, key_block, carry)
+    dsinks = None
+    if operands.sinks is not None:
+        dsink = -jnp.exp(operands.sinks.astype(dtype)[:, None, :] - lse) * delta
+        axes = (1,) if operands.sinks.shape[0] == lse.shape[0] else (0, 1)
+        dsinks = jnp.sum(dsink, axis=axes).reshape(operands.sinks.shape)
+        dsinks = dsinks.astype(operands.sinks.dtype)
+    if dbias is not None:
+        T, S = operands.bias.shape[2:]
+        dbias = dbias[:, :, :T, :S].astype(operands.bias.dtype)
+    return Operands(
+        query=(tiles.join_q(dquery) * spec.scale).astype(operands.query.dtype),
+        key=tiles.join_kv(dkey),
+        value=tiles.join_kv(dvalue),
+        bias=dbias,
+        sinks=dsinks,
+    )
+
+
+def _statistics_dtype(operands: Operands):
+    return jnp.promote_types(operands.query.dtype, jnp.float32)
+
+
+def _matmul(a: jax.Array, b: jax.Array, dtype) -> jax.Array:
+    return jnp.einsum("bkrx,bkxy->bkry", a, b, preferred_element_type=dtype)
+
+
+def _matmul_transposed(a: jax.Array, b: jax.Array, dtype) -> jax.Array:
+    return jnp.einsum("bkrx,bkyx->bkry", a, b, preferred_element_type=dtype)
+
+
+def _score(spec: AttentionSpec, a: jax.Array, b: jax.Array, dtype):
+    """Scaled and capped ``a @ b^T``, and the slope of the cap (None without one)."""
+    score = _matmul_transposed(a, b, dtype) * spec.scale
+    if spec.logits_soft_cap is None:
+        return score, None
+    bounded = jnp.tanh(score / spec.logits_soft_cap)
+    return spec.logits_soft_cap * bounded, 1 - bounded * bounded
+
+
+def _loop(start, stop, count, body, carry):
+    """``fori_loop``; of a loop that can have one turn at most only the turn is left.
+
+    A turn outside of ``start..stop`` changes nothing but time: its keys are all masked.
+    """
+    if isinstance(count, int) and count == 1:
+        return body(0, carry)
+    if not (isinstance(start, int) and isinstance(stop, int)):
+        start, stop = jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32)
+    return lax.fori_loop(start, stop, body, carry)
+
+
+def _at(array: jax.Array, index) -> jax.Array:
+    return lax.dynamic_index_in_dim(array, index, 0, keepdims=False)
+
+
+def _put(array: jax.Array, index, block: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(array, block, index, 0)
+
+
+def _varying_zero(tree, dtype) -> jax.Array:
+    """A scalar 0 that varies over the mesh axes of all of ``tree``, inside a ``shard_map``.
+
+    Loop carries built from it have the type that the loop body gives them.  Sums over nothing
+    carry that type and read no data.
+    """
+    return sum(jnp.sum(x[:0].astype(dtype)) for x in jax.tree.leaves(tree))
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """How one call is cut into tiles; dimensions may be symbolic (``jax.export``)."""
+
+    B: int
+    T: int
+    S: int
+    K: int
+    G: int
+    block_q: int
+    block_kv: int
+
+    @staticmethod
+    def of(operands: Operands) -> "_Tiles":
+        B, T, N, _ = operands.query.shape
+        S, K = operands.key.shape[1:3]
+        largest = _LARGEST_BLOCK
+        products = B * N if isinstance(B, int) and isinstance(N, int) else 64
+        while largest > _SMALLEST_BLOCK and products * largest * largest > _TILE_ELEMENTS:
+            largest //= 2
+        return _Tiles(
+            B=B,
+            T=T,
+            S=S,
+            K=K,
+            G=N // K,
+            block_q=_even_block(T, largest),
+            block_kv=_even_block(S, largest),
+        )
+
+    @property
+    def num_q(self):
+        return _at_least_one(-(-self.T // self.block_q))
+
+    @property
+    def num_kv(self):
+        return _at_least_one(-(-self.S // self.block_kv))
+
+    def split_q(self, array: jax.Array, fill: float = 0) -> jax.Array:
+        """(B, T, N, X) -> (num_q, B, K, G * block_q, X); rows beyond T hold ``fill``."""
+        array = _pad(array, 1, self.num_q * self.block_q, fill)
+        X = array.shape[-1]
+        array = array.reshape(self.B, self.num_q, self.block_q, self.K, self.G, X)
+        array = array.transpose(1, 0, 3, 4, 2, 5)
+        return array.reshape(self.num_q, self.B, self.K, self.G * self.block_q, X)
+
+    def join_q(self, blocks: jax.Array) -> jax.Array:
+        """The inverse of ``split_q``."""
+        X = blocks.shape[-1]
+        blocks = blocks.reshape(self.num_q, self.B, self.K, self.G, self.block_q, X)
+        blocks = blocks.transpose(1, 0, 4, 2, 3, 5)
+        array = blocks.reshape(self.B, self.num_q * self.block_q, self.K * self.G, X)
+        return array[:, : self.T]
+
+    def split_kv(self, array: jax.Array) -> jax.Array:
+        """(B, S, K, X) -> (num_kv, B, K, block_kv, X); rows beyond S hold 0."""
+        array = _pad(array, 1, self.num_kv * self.block_kv, 0)
+        array = array.reshape(self.B, self.num_kv, self.block_kv, self.K, array.shape[-1])
+        return array.transpose(1, 0, 3, 2, 4)
+
+    def join_kv(self, blocks: jax.Array) -> jax.Array:
+        """The inverse of ``split_kv``."""
+        blocks = blocks.transpose(1, 0, 3, 2, 4)
+        array = blocks.reshape(self.B, self.num_kv * self.block_kv, self.K, blocks.shape[-1])
+        return array[:, : self.S]
+
+    def per_head_rows(self, array: jax.Array) -> jax.Array:
+        """(1|B, N) -> (1|B, K, G * block_q, 1): a value per head, for every row of a tile."""
+        b = array.shape[0]
+        array = array.reshape(b, self.K, self.G, 1)
+        array = jnp.broadcast_to(array, (b, self.K, self.G, self.block_q))
+        return array.reshape(b, self.K, self.G * self.block_q, 1)
+
+    def pad_elements(self, array: jax.Array | None) -> jax.Array | None:
+        """A bias or mask (1|B, 1|N, 1|T, 1|S), its full dimensions padded to whole blocks."""
+        if array is None:
+            return None
+        if self._full(array, 2):
+            array = _pad(array, 2, self.num_q * self.block_q, 0)
+        if self._full(array, 3):
+            array = _pad(array, 3, self.num_kv * self.block_kv, 0)
+        return array
+
+    def on_elements(
+        self, score, i, j, spec, operands, bias, mask, *, transposed: bool = False
+    ) -> jax.Array:
+        """``score`` of tile (i, j) plus its bias, -inf where hidden.
+
+        Args:
+          score: (B, K, G * block_q, block_kv), or (B, K, block_kv, G * block_q) if transposed.
+          i: query block.
+          j: key block.
+          spec: the static part of the call.
+          operands: its arrays.
+          bias: ``operands.bias`` as ``pad_elements`` gives it.
+          mask: ``operands.mask`` as ``pad_elements`` gives it.
+          transposed: whether ``score`` is.
+        """
+
+        def placed(element: jax.Array) -> jax.Array:
+            return element.transpose(0, 1, 4, 2, 3) if transposed else element
+
+        seen = self._seen(i, j, spec, operands)
+        if mask is not None:
+            mask = self._element_tile(mask, i, j)
+            seen = mask if seen is None else seen & mask
+        if bias is None and seen is None:
+            return score
+        grouped = (self.block_kv, self.G, self.block_q)
+        grouped = grouped if transposed else (self.G, self.block_q, self.block_kv)
+        tile = score.reshape(self.B, self.K, *grouped)
+        if bias is not None:
+            tile = tile + placed(self._element_tile(bias, i, j)).astype(score.dtype)
+        if seen is not None:
+            tile = jnp.where(placed(seen), tile, -jnp.inf)
+        return tile.reshape(score.shape)
+
+    def add_to_elements(self, array: jax.Array, i, j, tile: jax.Array) -> jax.Array:
+        """Add a transposed tile's values to a padded (1|B, 1|N, 1|T, 1|S) array, reduced to it."""
+        tile = tile.reshape(self.B, self.K, self.block_kv, self.G, self.block_q)
+        tile = tile.transpose(0, 1, 3, 4, 2)
+        tile = tile.reshape(self.B, self.K * self.G, self.block_q, self.block_kv)
+        target = lax.dynamic_slice(array, self._element_start(array, i, j), self._size(array))
+        axes = tuple(axis for axis in range(4) if target.shape[axis] != tile.shape[axis])
+        target = target + jnp.sum(tile, axis=axes, keepdims=True)
+        return lax.dynamic_update_slice(array, target, self._element_start(array, i, j))
+
+    def _seen(self, i, j, spec: AttentionSpec, operands: Operands) -> jax.Array | None:
+        """Booleans (1|B, 1, 1, block_q, block_kv), or None where the rules hide nothing.
+
+        Padded query rows are left to the callers, who need not spend a comparison per element.
+        """
+        q_idx = i * self.block_q + jnp.arange(self.block_q)[None, :, None]
+        kv_idx = j * self.block_kv + jnp.arange(self.block_kv)[None, None, :]
+        rules = dataclasses.replace(operands, query_seq_lengths=None)
+        bounded = spec.is_causal or spec.local_window_size is not None
+        seen = None
+        if bounded or operands.key_value_seq_lengths is not None:
+            seen = visible(spec, rules, q_idx, kv_idx)
+        if not (isinstance(self.S, int) and self.num_kv * self.block_kv == self.S):
+            inside = (kv_idx < self.S)[None, None]
+            seen = inside if seen is None else seen & inside
+        return seen
+
+    def _full(self, array: jax.Array, axis: int) -> bool:
+        length = (self.T, self.S)[axis - 2]
+        # With one row or key in all, broadcast and full are the same, up to padding.
+        return array.shape[axis] == length and not (isinstance(length, int) and length == 1)
+
+    def _size(self, array: jax.Array) -> tuple[int, ...]:
+        rows = 1 if self._single(array, 2) else self.block_q
+        columns = 1 if self._single(array, 3) else self.block_kv
+        return (*array.shape[:2], rows, columns)
+
+    def _single(self, array: jax.Array, axis: int) -> bool:
+        return isinstance(array.shape[axis], int) and array.shape[axis] == 1
+
+    def _element_start(self, array: jax.Array, i, j):
+        row = 0 if self._single(array, 2) else i * self.block_q
+        column = 0 if self._single(array, 3) else j * self.block_kv
+        return (0, 0, row, column)
+
+    def _element_tile(self, array: jax.Array, i, j) -> jax.Array:
+        """Tile (i, j) of a padded bias or mask, as (1|B, 1|K, 1|G, 1|block_q, 1|block_kv)."""
+        tile = lax.dynamic_slice(array, self._element_start(array, i, j), self._size(array))
+        b, n = tile.shape[:2]
+        heads = (1, 1) if n == 1 else (self.K, self.G)
+        return tile.reshape(b, *heads, *tile.shape[2:])
+
+
+def _even_block(length, largest: int) -> int:
+    """At most ``largest``, such that the last block is nearly full; a multiple of 16, or all."""
+    if not isinstance(length, int):
+        return min(largest, 256)
+    blocks = max(1, -(-length // largest))
+    even = -(-length // blocks)
+    return max(1, min(length, -(-even // 16) * 16))
+
+
+def _at_least_one(count):
+    return max(count, 1) if isinstance(count, int) else count
+
+
+def _pad(array: jax.Array, axis: int, length, fill: float) -> jax.Array:
+    """``array`` with ``fill`` appended along ``axis`` up to ``length``."""
+    if isinstance(length, int) and array.shape[axis] == length:
+        return array
+    low_high = [(0, 0, 0)] * array.ndim
+    low_high[axis] = (0, length - array.shape[axis], 0)
+    return lax.pad(array, jnp.asarray(fill, array.dtype), low_high)
