@@ -8,6 +8,7 @@ Forward mode and second derivatives are refused, in words; ``implementation="ref
 import functools
 
 import jax
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -45,7 +46,8 @@ def attention(spec: AttentionSpec, operands: Operands, implementation: Implement
     """
     if implementation == "reference":
         return _named(dispatch.dense(spec, operands))
-    return _attention(spec, implementation, jax.tree.map(_reverse_mode_only, operands))
+    operands = jax.tree.map(_reverse_mode_only, _equally_varying(operands))
+    return _attention(spec, implementation, operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -71,6 +73,25 @@ def _attention_bwd(spec: AttentionSpec, implementation: Implementation, saved, c
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _equally_varying(operands: Operands) -> Operands:
+    """Operands that all vary over the same mesh axes, inside a ``shard_map`` that checks it.
+
+    A gradient varies wherever any operand does, and must have its operand's type.  The cast of an
+    operand that is replicated over some axis is, in reverse, the sum of its gradient over it.
+    """
+
+    def varying(x: jax.Array) -> frozenset[str]:
+        return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+    axes = frozenset[str]().union(*(varying(x) for x in jax.tree.leaves(operands)))
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - varying(x)))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, operands) if axes else operands
 
 
 def _named(residuals: Residuals) -> Residuals:
