@@ -1,0 +1,1 @@
+"""Side-by-side measurements of attention implementations: ``python -m benchmarks.run``."""

@@ -1,0 +1,121 @@
+"""The attention calls that are measured, by suite.
+
+A pass is ``fwd`` or ``bwd``; the backward pass is the gradient of all three inputs alone, from
+saved residuals.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Pass = Literal["fwd", "bwd"]
+PASSES: tuple[Pass, ...] = ("fwd", "bwd")
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention call: query (B, T, N, H), key (B, S, K, H), value (B, S, K, Hv)."""
+
+    name: str
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    causal: bool = False
+    dtype: str = "bfloat16"
+
+    @property
+    def label(self) -> str:
+        """What tells this case from the others of its suite, short enough for a table."""
+        if self.seqlen_q == self.seqlen_k:
+            lengths = f"{self.batch}x{self.seqlen_q}"
+        else:
+            lengths = f"{self.batch}x{self.seqlen_q}/{self.seqlen_k}"
+        dims = f"{self.head_dim}"
+        if self.head_dim_v != self.head_dim:
+            dims += f"/{self.head_dim_v}"
+        mask = "causal" if self.causal else "full"
+        return f"hd{dims} {lengths} {self.q_heads}/{self.kv_heads} {mask}"
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether reading keys and values, not the products, sets the pace."""
+        return self.seqlen_q <= 16
+
+    def flops(self, pass_: Pass) -> float:
+        """Floating-point operations of the products, by the field's convention.
+
+        Two products forward; five backward, three of them over head_dim.  A causal mask counts
+        for half of the scores.
+        """
+        scores = self.batch * self.q_heads * self.seqlen_q * self.seqlen_k
+        if self.causal:
+            scores /= 2
+        if pass_ == "fwd":
+            return 2.0 * scores * (self.head_dim + self.head_dim_v)
+        return 2.0 * scores * (3 * self.head_dim + 2 * self.head_dim_v)
+
+    def bytes(self, dtype: str) -> float:
+        """Bytes of the three inputs and the output, each once."""
+        query_and_out = self.batch * self.seqlen_q * self.q_heads
+        key_and_value = self.batch * self.seqlen_k * self.kv_heads
+        return float(
+            (query_and_out + key_and_value) * (self.head_dim + self.head_dim_v) * BYTES[dtype]
+        )
+
+    def rate(self, pass_: Pass, dtype: str, ms: float) -> dict[str, float]:
+        """The rate that a time amounts to: ``gbs`` for a decode call, else ``tflops``."""
+        if self.is_decode:
+            return {"gbs": self.bytes(dtype) / ms / 1e6}
+        return {"tflops": self.flops(pass_) / ms / 1e9}
+
+
+def square(
+    name: str, head_dim: int, batch: int, seqlen: int, q_heads: int, kv_heads: int, *, causal: bool
+) -> Case:
+    """Self-attention: as many queries as keys, one head_dim."""
+    return Case(name, batch, seqlen, seqlen, q_heads, kv_heads, head_dim, head_dim, causal=causal)
+
+
+# (head_dim, batch, seqlen, q_heads, kv_heads, causal): constant work per head_dim, short to long.
+DENSE = tuple(
+    square("dense", head_dim, batch, seqlen, q_heads, kv_heads, causal=causal)
+    for head_dim, batch, seqlen, q_heads, kv_heads, causal in [
+        (64, 4, 4096, 32, 32, False),
+        (64, 4, 4096, 32, 32, True),
+        (64, 1, 16384, 32, 32, False),
+        (64, 1, 16384, 32, 32, True),
+        (128, 16, 1024, 16, 16, False),
+        (128, 16, 1024, 16, 16, True),
+        (128, 4, 4096, 16, 16, False),
+        (128, 4, 4096, 16, 16, True),
+        (128, 2, 8192, 32, 8, True),
+        (128, 1, 16384, 16, 16, False),
+        (128, 1, 16384, 16, 16, True),
+        (256, 4, 4096, 8, 8, False),
+        (256, 4, 4096, 8, 8, True),
+        (256, 1, 16384, 8, 8, False),
+        (256, 1, 16384, 8, 8, True),
+    ]
+)
+
+DECODE = tuple(
+    Case("decode", batch, 1, seqlen_k, q_heads, kv_heads, 128, 128)
+    for batch, seqlen_k, q_heads, kv_heads in [
+        (32, 8192, 32, 8),
+        (128, 2048, 64, 8),
+        (1, 131072, 32, 8),
+    ]
+)
+
+# Small enough for a CPU: shows that the harness works, and nothing about speed.
+TINY = (
+    square("tiny", 32, 1, 64, 4, 2, causal=True),
+    square("tiny", 64, 2, 128, 2, 2, causal=False),
+)
+
+SUITES: dict[str, tuple[Case, ...]] = {"dense": DENSE, "decode": DECODE, "tiny": TINY}

@@ -1,0 +1,153 @@
+"""Timing steps in turns: every implementation once a round, several rounds.
+
+A step's time is the time in which the GPU was busy with it: the union of its kernels' intervals,
+without the host's gaps between them.  Where CUPTI is not to be had, the host's clock over many
+asynchronous calls stands in, and says so.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from benchmarks.cupti import Activity, DeviceTimeline
+
+MIN_CALLS, MAX_CALLS = 5, 20
+ROUND_MS = 30.0  # about what one implementation takes in one round
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of an implementation, ready to run.
+
+    Attributes:
+      call: enqueues the call and returns its result without waiting.
+      wait: waits for a result.
+      dtype: the dtype it really runs in.
+    """
+
+    call: Callable[[], Any]
+    wait: Callable[[Any], None]
+    dtype: str
+
+    def run(self, calls: int) -> None:
+        """Enqueue so many calls and wait for the last."""
+        result = None
+        for _ in range(calls):
+            result = self.call()
+        self.wait(result)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median over all calls, and the distance between the fastest and slowest round's median."""
+
+    ms: float
+    ms_spread: float
+    calls: int
+
+
+class Clock(Protocol):
+    """Times calls; ``name`` goes into the result's row."""
+
+    name: str
+
+    def time(self, step: Step, calls: int) -> list[float]:
+        """Milliseconds of each call, or one mean where single calls cannot be told apart."""
+        ...
+
+
+class HostClock:
+    """The host's clock over many asynchronous calls: dispatch counts where it is slower."""
+
+    name = "host"
+
+    def time(self, step: Step, calls: int) -> list[float]:
+        start = time.perf_counter()
+        step.run(calls)
+        return [(time.perf_counter() - start) * 1e3 / calls]
+
+
+class DeviceClock:
+    """The GPU's clock, through CUPTI."""
+
+    name = "device"
+
+    def __init__(self, timeline: DeviceTimeline):
+        self.timeline = timeline
+
+    def time(self, step: Step, calls: int) -> list[float]:
+        self.timeline.read()
+        step.run(calls)
+        activities = self.timeline.read()
+        if not activities:
+            raise RuntimeError("CUPTI recorded no kernel of this step")
+        return busy_ms_per_call(activities, calls)
+
+
+def busy_ms(activities: Sequence[Activity]) -> float:
+    """Milliseconds in which at least one of the activities, given by start, was running."""
+    busy, covered = 0, 0
+    for activity in activities:
+        busy += max(0, activity.end - max(activity.start, covered))
+        covered = max(covered, activity.end)
+    return busy / 1e6
+
+
+def busy_ms_per_call(activities: Sequence[Activity], calls: int) -> list[float]:
+    """Busy time of each call; one mean where the kernels do not repeat from call to call."""
+    per_call, rest = divmod(len(activities), calls)
+    groups = [activities[i * per_call : (i + 1) * per_call] for i in range(calls)]
+    names = [[activity.name for activity in group] for group in groups]
+    if rest or any(group != names[0] for group in names):
+        return [busy_ms(activities) / calls]
+    return [busy_ms(group) for group in groups]
+
+
+def calls_per_round(step: Step) -> int:
+    """As many calls as fit a round, from one call on the host's clock after a warm-up."""
+    step.run(2)
+    start = time.perf_counter()
+    step.run(1)
+    ms = (time.perf_counter() - start) * 1e3
+    return max(MIN_CALLS, min(MAX_CALLS, round(ROUND_MS / ms)))
+
+
+def measure(
+    steps: dict[str, Step],
+    clock: Clock,
+    rounds: int,
+    failed: Callable[[str, Exception], None],
+) -> dict[str, Timing]:
+    """Time every step once a round, in an order that turns from round to round.
+
+    A step that raises is reported through ``failed`` and left out from there on.
+    """
+    times: dict[str, list[list[float]]] = {}
+    calls: dict[str, int] = {}
+    names = list(steps)
+    for round_ in range(rounds):
+        shift = round_ % len(names) if names else 0
+        for name in names[shift:] + names[:shift]:
+            if round_ and name not in times:
+                continue
+            try:
+                if name not in calls:
+                    calls[name] = calls_per_round(steps[name])
+                steps[name].run(1)
+                times.setdefault(name, []).append(clock.time(steps[name], calls[name]))
+            except Exception as error:  # a peer's failure must not stop the others
+                times.pop(name, None)
+                failed(name, error)
+    return {name: summarize(rounds_, calls[name]) for name, rounds_ in times.items()}
+
+
+def summarize(rounds: Sequence[Sequence[float]], calls: int) -> Timing:
+    """Median of all calls and spread of the rounds' medians."""
+    medians = [statistics.median(times) for times in rounds]
+    return Timing(
+        ms=statistics.median(ms for times in rounds for ms in times),
+        ms_spread=max(medians) - min(medians),
+        calls=calls * len(rounds),
+    )

@@ -1,0 +1,52 @@
+"""A measured step from any JAX attention function of (query, key, value)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.cases import Case, Pass
+from benchmarks.measure import Step
+
+
+def no_gpu() -> str | None:
+    """Why JAX cannot use a GPU, or None."""
+    if jax.default_backend() != "gpu":
+        return f"JAX runs on {jax.default_backend()}, not on a GPU"
+    return None
+
+
+def jax_step(
+    attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    case: Case,
+    pass_: Pass,
+    dtype: str | None = None,
+) -> Step:
+    """Compile one pass of an attention function over random normal inputs.
+
+    The backward pass is a jitted call of the function that ``jax.vjp`` gives, whose residuals are
+    computed once, outside.
+    """
+    dtype = dtype or case.dtype
+    query_shape = (case.batch, case.seqlen_q, case.q_heads, case.head_dim)
+    key_shape = (case.batch, case.seqlen_k, case.kv_heads, case.head_dim)
+    value_shape = (*key_shape[:-1], case.head_dim_v)
+    out_shape = (*query_shape[:-1], case.head_dim_v)
+
+    @jax.jit
+    def normal():
+        keys = jax.random.split(jax.random.key(0), 4)
+        shapes = (query_shape, key_shape, value_shape, out_shape)
+        return [
+            jax.random.normal(key, shape, jnp.dtype(dtype))
+            for key, shape in zip(keys, shapes, strict=True)
+        ]
+
+    query, key, value, out_gradient = normal()
+    if pass_ == "fwd":
+        forward = jax.jit(attention).lower(query, key, value).compile()
+        return Step(lambda: forward(query, key, value), jax.block_until_ready, dtype)
+
+    _, vjp = jax.jit(lambda q, k, v: jax.vjp(attention, q, k, v))(query, key, value)
+    backward = jax.jit(lambda vjp, gradient: vjp(gradient)).lower(vjp, out_gradient).compile()
+    return Step(lambda: backward(vjp, out_gradient), jax.block_until_ready, dtype)

@@ -1,0 +1,50 @@
+"""A measured step from any PyTorch attention function of (query, key, value)."""
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.cases import Case, Pass
+from benchmarks.measure import Step
+
+
+def no_gpu() -> str | None:
+    """Why PyTorch cannot use a GPU, or None."""
+    return None if torch.cuda.is_available() else "PyTorch sees no GPU"
+
+
+def torch_step(
+    attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    case: Case,
+    pass_: Pass,
+) -> Step:
+    """One pass of an attention function on (batch, length, heads, head_dim) tensors."""
+    dtype = getattr(torch, case.dtype)
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=dtype, generator=generator)
+
+    query = normal(case.batch, case.seqlen_q, case.q_heads, case.head_dim)
+    key = normal(case.batch, case.seqlen_k, case.kv_heads, case.head_dim)
+    value = normal(case.batch, case.seqlen_k, case.kv_heads, case.head_dim_v)
+
+    def wait(_result: object) -> None:
+        torch.cuda.synchronize()
+
+    if pass_ == "fwd":
+
+        def forward() -> torch.Tensor:
+            with torch.no_grad():
+                return attention(query, key, value)
+
+        return Step(forward, wait, case.dtype)
+
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    out = attention(*inputs)
+    out_gradient = normal(*out.shape)
+
+    def backward() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(out, inputs, out_gradient, retain_graph=True)
+
+    return Step(backward, wait, case.dtype)
