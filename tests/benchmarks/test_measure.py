@@ -1,0 +1,113 @@
+"""What is made of a timeline, and how implementations take turns."""
+
+import pytest
+
+from benchmarks.cupti import Activity
+from benchmarks.measure import (
+    DeviceClock,
+    HostClock,
+    Step,
+    busy_ms,
+    busy_ms_per_call,
+    measure,
+)
+
+MS = 1_000_000  # nanoseconds
+
+
+def kernel(start_ms: float, end_ms: float, name: str = "k") -> Activity:
+    return Activity(round(start_ms * MS), round(end_ms * MS), name)
+
+
+@pytest.mark.parametrize(
+    ("activities", "expected"),
+    [
+        ([kernel(1, 3)], 2.0),
+        ([kernel(1, 3), kernel(5, 6)], 3.0),  # a gap does not count
+        ([kernel(1, 3), kernel(2, 5)], 4.0),  # an overlap counts once
+        ([kernel(1, 9), kernel(2, 3), kernel(8, 10)], 9.0),  # one inside another
+        ([kernel(1, 2), kernel(2, 3)], 2.0),
+    ],
+)
+def test_busy_time_is_the_union(activities: list[Activity], expected: float) -> None:
+    assert busy_ms(activities) == pytest.approx(expected)
+
+
+def test_calls_are_told_apart_by_their_kernels() -> None:
+    activities = [
+        kernel(0, 1, "pre"),
+        kernel(1.5, 3, "main"),
+        kernel(10, 11.5, "pre"),
+        kernel(12, 14, "main"),
+    ]
+    assert busy_ms_per_call(activities, 2) == pytest.approx([2.5, 3.5])
+
+
+@pytest.mark.parametrize("names", [["a", "b", "b", "a"], ["a", "a", "a"]])
+def test_kernels_that_do_not_repeat_give_a_mean(names: list[str]) -> None:
+    activities = [kernel(i, i + 0.5, name) for i, name in enumerate(names)]
+    assert busy_ms_per_call(activities, 2) == pytest.approx([len(names) * 0.25])
+
+
+class RecordedTimeline:
+    """A timeline on which every call of a step takes a given time."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.activities: list[Activity] = []
+
+    def step(self, ms: float, log: list[str] | None = None, name: str = "k") -> Step:
+        def call():
+            if log is not None:
+                log.append(name)
+            self.activities.append(kernel(self.now, self.now + ms, name))
+            self.now += ms + 1  # the host is slow: gaps of a millisecond
+
+        return Step(call, lambda _: None, "bfloat16")
+
+    def read(self) -> list[Activity]:
+        activities, self.activities = self.activities, []
+        return activities
+
+
+def test_device_clock_sees_only_its_own_calls() -> None:
+    timeline = RecordedTimeline()
+    timeline.step(50).run(3)
+    assert DeviceClock(timeline).time(timeline.step(0.25), 4) == pytest.approx([0.25] * 4)
+
+
+def test_device_clock_refuses_an_empty_timeline() -> None:
+    step = Step(lambda: None, lambda _: None, "bfloat16")
+    with pytest.raises(RuntimeError, match="no kernel"):
+        DeviceClock(RecordedTimeline()).time(step, 4)
+
+
+def test_implementations_take_turns_and_a_failing_one_leaves() -> None:
+    timeline = RecordedTimeline()
+    log: list[str] = []
+
+    def fail():
+        raise MemoryError("out of memory")
+
+    steps = {
+        "slow": timeline.step(2, log, "slow"),
+        "broken": Step(fail, lambda _: None, "bfloat16"),
+        "fast": timeline.step(1, log, "fast"),
+    }
+    failures = []
+    timings = measure(
+        steps, DeviceClock(timeline), 3, lambda name, error: failures.append((name, str(error)))
+    )
+    assert failures == [("broken", "out of memory")]
+    assert list(timings) == ["slow", "fast"]
+    assert timings["slow"].ms == pytest.approx(2)
+    assert timings["fast"].ms == pytest.approx(1)
+    assert timings["fast"].ms_spread == pytest.approx(0, abs=1e-9)
+    turns = [name for i, name in enumerate(log) if i == 0 or log[i - 1] != name]
+    # The order turns: slow first, then (broken and) fast first, then fast first.
+    assert turns == ["slow", "fast", "slow", "fast", "slow"]
+
+
+def test_host_clock_gives_one_mean() -> None:
+    (ms,) = HostClock().time(Step(lambda: None, lambda _: None, "bfloat16"), 10)
+    assert 0 <= ms < 100

@@ -1,0 +1,125 @@
+"""The harness end to end on a CPU, and the cases' arithmetic."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import peers, report, run
+from benchmarks.cases import DECODE, DENSE, SUITES, Case
+
+FIELDS = {
+    "run", "commit", "date", "gpu", "clock", "command", "case", "pass", "implementation", "batch",
+    "seqlen_q", "seqlen_k", "q_heads", "kv_heads", "head_dim", "head_dim_v", "causal", "dtype",
+    "ms", "ms_spread", "calls", "tflops",
+}  # fmt: skip
+
+
+def test_flops_follow_the_convention() -> None:
+    case = Case("dense", 2, 1024, 1024, 16, 4, 128, 128)
+    assert case.flops("fwd") == 4 * 2 * 16 * 1024**2 * 128
+    assert case.flops("bwd") == 2.5 * case.flops("fwd")
+    causal = Case("dense", 2, 1024, 1024, 16, 4, 128, 128, causal=True)
+    assert causal.flops("fwd") == case.flops("fwd") / 2
+
+
+def test_decode_counts_bytes() -> None:
+    case = DECODE[0]
+    read = 2 * 32 * 8192 * 8 * 128 * 2
+    assert case.bytes("bfloat16") == pytest.approx(read, rel=0.01)
+    assert case.rate("fwd", "bfloat16", 1.0) == {"gbs": case.bytes("bfloat16") / 1e6}
+
+
+def test_labels_tell_the_cases_of_a_suite_apart() -> None:
+    for suite in SUITES.values():
+        assert len({case.label for case in suite}) == len(suite)
+    assert len(DENSE) == 15
+
+
+def test_every_peer_says_whether_it_can_run() -> None:
+    for name in peers.NAMES:
+        reason = peers.load(name).available()
+        assert reason is None or isinstance(reason, str)
+
+
+def test_run_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results" / "cpu" / "tiny.json"
+    arguments = ["--cases", "tiny", "--filter", "hd32", "--passes", "fwd,bwd", "--allow-cpu"]
+    arguments += ["--peers", "jax_flashcute,jax_nn_xla,flash_attention_3_jax", "--rounds", "2"]
+    assert run.main([*arguments, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert [(row["pass"], row["implementation"]) for row in rows] == [
+        ("fwd", "jax_flashcute"),
+        ("fwd", "jax_nn_xla"),
+        ("bwd", "jax_flashcute"),
+        ("bwd", "jax_nn_xla"),
+    ]
+    for row in rows:
+        assert set(row) == FIELDS
+        assert row["ms"] > 0
+        assert row["head_dim"] == 32
+    assert len({row["run"] for row in rows}) == 1
+    assert "flash_attention_3_jax" in capsys.readouterr().err
+
+    assert run.main([*arguments, "--append", "--out", str(out)]) == 0
+    assert len(json.loads(out.read_text())) == 8
+
+    (out.parent / "gpu_tests.json").write_text('{"counts": {}}')
+    page, *pictures = report.report(out.parent, tmp_path / "docs")
+    text = page.read_text()
+    assert "## tiny, forward" in text
+    assert "| hd32 1x64 4/2 causal |" in text
+    assert [picture.name for picture in pictures] == ["cpu_tiny_fwd.png", "cpu_tiny_bwd.png"]
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failing_peer_is_reported_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = peers.load("jax_flashcute")
+
+    def build(case, pass_):
+        raise NotImplementedError("no kernel for this")
+
+    monkeypatch.setattr(broken, "build", build)
+    out = tmp_path / "tiny.json"
+    arguments = ["--cases", "tiny", "--filter", "hd32", "--allow-cpu", "--rounds", "1"]
+    arguments += ["--peers", "jax_flashcute,jax_nn_xla", "--out", str(out)]
+    assert run.main(arguments) == 0
+    assert [row["implementation"] for row in json.loads(out.read_text())] == ["jax_nn_xla"]
+    assert "jax_flashcute: NotImplementedError: no kernel for this" in capsys.readouterr().err
+
+
+def test_no_gpu_needs_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = type("Device", (), {"platform": "cpu", "device_kind": "cpu"})()
+    monkeypatch.setattr(run.jax, "devices", lambda: [device])
+    assert run.main(["--cases", "tiny"]) == 2
+
+
+def row(implementation: str, date: str, ms: float, **other) -> report.Row:
+    case = DENSE[0]
+    return {
+        "run": date, "commit": "c", "date": date, "gpu": "NVIDIA H200", "case": "dense",
+        "pass": "fwd", "implementation": implementation, "batch": case.batch,
+        "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k, "q_heads": case.q_heads,
+        "kv_heads": case.kv_heads, "head_dim": case.head_dim, "head_dim_v": case.head_dim_v,
+        "causal": case.causal, "dtype": "bfloat16", "ms": ms, "ms_spread": 0.0,
+        "tflops": case.flops("fwd") / ms / 1e9,
+    } | other  # fmt: skip
+
+
+def test_report_never_mixes_runs() -> None:
+    rows = [
+        row("jax_flashcute", "2026-01-01", 4.0),
+        row("other", "2026-01-01", 1.0),
+        row("jax_flashcute", "2026-02-01", 1.0),
+        row("jax_nn_cudnn", "2026-02-01", 2.0),
+    ]
+    ((key, latest),) = report.latest_runs(rows).items()
+    assert key == ("dense", "fwd")
+    assert latest == rows[2:]
+    text = report.table(latest)
+    assert "other |" not in text.replace("best other |", "")
+    assert "| 2.00 |" in text
+    assert "2.000 of jax_nn_cudnn (1 cells)" in text
