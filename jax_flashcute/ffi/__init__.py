@@ -1,0 +1,1 @@
+"""Between JAX and the compiled kernels: compiling, storing and calling them."""

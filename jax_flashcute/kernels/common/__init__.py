@@ -1,0 +1,1 @@
+"""What the kernels of every architecture share: positions, block ranges, softmax, schedulers."""

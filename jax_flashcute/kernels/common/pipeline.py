@@ -1,0 +1,74 @@
+"""Shared-memory pipelines fed by TMA, with their arrive counts checked while tracing."""
+
+import cutlass.cute as cute
+from cutlass import Int32
+
+from jax_flashcute.kernels.common.traced import Traced
+
+
+class TmaPipeline(Traced):
+    """A ring of shared-memory stages: one warp fills a stage by TMA, consumer warps empty it.
+
+    Barriers: ``full[stage]`` completes after one arrival and ``tx_bytes`` bytes;
+    ``empty[stage]`` completes after one arrival of each consumer warp.
+
+    The state of either end is a (stage, phase) pair that starts at (0, 0) and moves by
+    ``advance``.  ``check_arrivals`` compares the warps that were traced releasing a stage with the
+    count the barrier was given; a mismatch would hang the GPU.
+    """
+
+    def __init__(self, name: str, barriers, stages: int, tx_bytes: int, consumer_warps: int):
+        """``barriers``: pointer to 2 * stages 64-bit words in shared memory, full ones first."""
+        self.name = name
+        self.full = barriers
+        self.empty = barriers + stages
+        self.stages = stages
+        self.tx_bytes = tx_bytes
+        self.consumer_warps = consumer_warps
+        self.releasing_warps: set[int] = set()
+
+    def init(self) -> None:
+        """Initialises the barriers; called by one thread."""
+        for stage in range(self.stages):
+            cute.arch.mbarrier_init(self.full + stage, 1)
+            cute.arch.mbarrier_init(self.empty + stage, self.consumer_warps)
+
+    def acquire(self, stage: Int32, phase: Int32) -> None:
+        """Producer: waits until the stage is empty."""
+        cute.arch.mbarrier_wait(self.empty + stage, phase ^ 1)
+
+    def expect(self, stage: Int32) -> None:
+        """Producer: announces the bytes that the copies into this stage will bring."""
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(self.full + stage, self.tx_bytes)
+
+    def commit(self, stage: Int32) -> None:
+        """Producer: marks a stage full that was filled without announced bytes."""
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(self.full + stage)
+
+    def wait(self, stage: Int32, phase: Int32) -> None:
+        """Consumer: waits until the stage is full."""
+        cute.arch.mbarrier_wait(self.full + stage, phase)
+
+    def release(self, stage: Int32, warps: int) -> None:
+        """Consumer: gives the stage back; called by ``warps`` warps, each arriving once."""
+        self.releasing_warps.add(warps)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(self.empty + stage)
+
+    def advance(self, stage: Int32, phase: Int32):
+        """The (stage, phase) after this one."""
+        if self.stages == 1:
+            return stage, phase ^ 1
+        following = stage + 1
+        wrapped = Int32(following == self.stages)
+        return following - self.stages * wrapped, phase ^ wrapped
+
+    def check_arrivals(self) -> None:
+        """Raises where the warps traced releasing a stage are not those its barrier counts."""
+        if self.releasing_warps != {self.consumer_warps}:
+            raise RuntimeError(
+                f"pipeline {self.name}: the empty barrier counts {self.consumer_warps} warps, "
+                f"but code was traced that releases it from {sorted(self.releasing_warps)}"
+            )

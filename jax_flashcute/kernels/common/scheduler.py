@@ -1,0 +1,74 @@
+"""Which tile a persistent block works on next: longest first, drawn from one counter.
+
+Tiles are ordered so that the key/value heads in flight fit in the L2 cache together; inside such
+a section the rows of queries with the most keys come first, so the last tiles to be drawn are
+short and blocks finish together.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+
+from jax_flashcute.kernels.common.traced import Traced
+
+L2_BYTES = 32 * 1024 * 1024
+"""Keys and values in flight together: L2 (50 MB on H100 and H200) less what Q, O and slack take."""
+
+
+class TileOrder(Traced):
+    """Maps a tile's index to (m_block, head, kv_head, batch).
+
+    ``head`` counts query heads, or key/value heads where a group's heads are packed in a tile.
+    """
+
+    def __init__(
+        self,
+        m_blocks: Int32,
+        kv_heads: Int32,
+        batch: Int32,
+        heads_per_kv: int,
+        section: Int32,
+    ):
+        """``heads_per_kv``: query heads a key/value head serves (1 when packed); ``section``:
+        key/value heads, over all batch entries, that are worked on together."""
+        self.m_blocks = m_blocks
+        self.kv_heads = kv_heads
+        self.batch = batch
+        self.heads_per_kv = heads_per_kv
+        self.section = section
+
+    @property
+    def num_tiles(self) -> Int32:
+        return self.m_blocks * self.kv_heads * self.batch * self.heads_per_kv
+
+    @cute.jit
+    def coordinates(self, index: Int32):
+        """(m_block, head, kv_head, batch) of a tile index below ``num_tiles``."""
+        per_section = self.section * self.heads_per_kv * self.m_blocks
+        first = index // per_section * self.section
+        within = index - index // per_section * per_section
+        width = cutlass.min(self.section, self.kv_heads * self.batch - first) * self.heads_per_kv
+        m_block = self.m_blocks - 1 - within // width
+        column = within - within // width * width
+        entry = first + column // self.heads_per_kv
+        batch = entry // self.kv_heads
+        kv_head = entry - batch * self.kv_heads
+        head = (
+            kv_head * self.heads_per_kv + column - column // self.heads_per_kv * self.heads_per_kv
+        )
+        return m_block, head, kv_head, batch
+
+
+def section_size(kv_length: Int32, kv_bytes_per_key: int, kv_heads: Int32, batch: Int32) -> Int32:
+    """Key/value heads whose keys and values fit in L2 together, at least one."""
+    per_head = cutlass.Int64(kv_length) * kv_bytes_per_key
+    fitting = cutlass.Int64(L2_BYTES) // cutlass.max(per_head, cutlass.Int64(1))
+    fitting = cutlass.max(fitting, cutlass.Int64(1))
+    return cutlass.Int32(cutlass.min(fitting, cutlass.Int64(kv_heads * batch)))
+
+
+@cute.kernel
+def reset_counter(counter: cute.Tensor):
+    """Sets the tile counter to 0 ahead of the kernel that draws from it."""
+    if cute.arch.thread_idx()[0] == 0:
+        counter[0] = Int32(0)

@@ -1,0 +1,135 @@
+"""Online softmax in base 2 over rows that a quad of lanes shares.
+
+Each lane holds, for every row it takes part in, some of the row's scores; the maximum is reduced
+over the quad at each tile, the sum only at the end.
+"""
+
+import math
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+from jax_flashcute.kernels.common.traced import Traced
+
+LN2 = math.log(2.0)
+LOG2_E = math.log2(math.e)
+CHAINS = 4
+"""Independent chains in a reduction along a row, so that latency does not bound it."""
+
+
+def _reduce(values, combine):
+    """Combines Python-unrolled values in a few independent chains."""
+    chains = list(values[:CHAINS])
+    for i, value in enumerate(values[CHAINS:]):
+        chains[i % CHAINS] = combine(chains[i % CHAINS], value)
+    while len(chains) > 1:
+        chains = [
+            combine(chains[i], chains[i + 1]) if i + 1 < len(chains) else chains[i]
+            for i in range(0, len(chains), 2)
+        ]
+    return chains[0]
+
+
+def quad_max(x: Float32) -> Float32:
+    for offset in (2, 1):
+        x = cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, offset=offset))
+    return x
+
+
+def quad_sum(x: Float32) -> Float32:
+    for offset in (2, 1):
+        x = x + cute.arch.shuffle_sync_bfly(x, offset=offset)
+    return x
+
+
+def exp2(x: Float32) -> Float32:
+    return cute.math.exp2(x, fastmath=True)
+
+
+class OnlineSoftmax(Traced):
+    """Running maximum and sum of each row a thread takes part in.
+
+    ``row_max`` holds the maximum that the sums and O are relative to, in units of the raw scores.
+    With a rescale threshold it may lag behind the true maximum by that many powers of two, so
+    probabilities may reach 2**threshold; the normalisation at the end removes the factor exactly.
+    """
+
+    def __init__(self, rows: int, scale: float, rescale_threshold: float):
+        self.rows = rows
+        self.scale_log2 = scale * LOG2_E
+        self.threshold = rescale_threshold
+        self.row_max = cute.make_rmem_tensor(rows, Float32)
+        self.row_sum = cute.make_rmem_tensor(rows, Float32)
+
+    def reset(self) -> None:
+        self.row_max.fill(-Float32.inf)
+        self.row_sum.fill(0.0)
+
+    @cute.jit
+    def step(
+        self,
+        scores: cute.Tensor,
+        row_scale: cute.Tensor,
+        is_first: cutlass.Constexpr[bool],
+        may_be_empty: cutlass.Constexpr[bool],
+    ):
+        """Turns a tile's raw scores into probabilities and updates the statistics.
+
+        Args:
+          scores: (rows, columns) registers, overwritten by exp2(scale_log2 * (score - row_max)).
+          row_scale: (rows,) registers: the factor that O accumulated so far must take.
+          is_first: no tile came before; O has nothing to rescale.
+          may_be_empty: a row may have seen only hidden keys (-inf) up to here.
+
+        Returns:
+          1 where some lane of the warp has a factor other than 1, else 0.
+        """
+        columns = cute.size(scores, mode=[1])
+        needs_rescale = Int32(0)
+        for r in cutlass.range_constexpr(self.rows):
+            tile_max = quad_max(
+                _reduce([scores[r, c] for c in range(columns)], lambda a, b: cute.arch.fmax(a, b))
+            )
+            previous = self.row_max[r]
+            if const_expr(is_first):
+                row_max = tile_max
+                row_scale[r] = Float32(1.0)
+            else:
+                row_max = cute.arch.fmax(previous, tile_max)
+                if const_expr(self.threshold > 0):
+                    # -inf - -inf is NaN and compares false, which keeps -inf: right as well.
+                    if not (row_max - previous) * self.scale_log2 > self.threshold:
+                        row_max = previous
+            self.row_max[r] = row_max
+            base = row_max
+            if const_expr(may_be_empty):
+                base = Float32(0.0) if row_max == -Float32.inf else row_max
+            if const_expr(not is_first):
+                factor = exp2((previous - base) * self.scale_log2)
+                row_scale[r] = factor
+                self.row_sum[r] = self.row_sum[r] * factor
+                needs_rescale = needs_rescale | Int32(factor != 1.0)
+            scaled_base = base * self.scale_log2
+            for c in cutlass.range_constexpr(columns):
+                scores[r, c] = exp2(scores[r, c] * self.scale_log2 - scaled_base)
+            tile_sum = _reduce([scores[r, c] for c in range(columns)], lambda a, b: a + b)
+            if const_expr(is_first):
+                self.row_sum[r] = tile_sum
+            else:
+                self.row_sum[r] = self.row_sum[r] + tile_sum
+        return needs_rescale
+
+    @cute.jit
+    def finish(self, row_scale: cute.Tensor, lse: cute.Tensor):
+        """Final factor of O and log-sum-exp (natural log) of each row; 0 and -inf where empty."""
+        for r in cutlass.range_constexpr(self.rows):
+            total = quad_sum(self.row_sum[r])
+            is_empty = total == 0.0
+            row_scale[r] = Float32(0.0) if is_empty else cute.arch.rcp_approx(total)
+            lse[r] = (
+                -Float32.inf
+                if is_empty
+                else (self.row_max[r] * self.scale_log2 + cute.math.log2(total, fastmath=True))
+                * LN2
+            )

@@ -1,0 +1,729 @@
+"""The forward kernel on Hopper: O = softmax(scale Q K^T) V and the log-sum-exp of each row.
+
+One producer warp feeds one to three consumer warpgroups through shared memory.  Each warpgroup
+owns a slab of 64 query rows.  Without packing a slab is 64 tokens of one query head; with packing
+it is 64 // G tokens of the G query heads that share a key/value head, row = token * G + head, so
+that short queries of many heads still fill the rows.  Blocks are persistent: the producer draws
+tiles from a counter (common/scheduler.py) and runs ahead into the next tile while the consumers
+finish the last one.
+
+Inside a warpgroup the product S = Q K^T of the next key tile is issued before O += P V of this
+one, so softmax runs beside a product; between warpgroups named barriers make them take turns in
+issuing products, so one's softmax runs beside the other's products.
+
+    edge     producer             consumer                   stages     full      empty
+    q        TMA, producer warp   every warpgroup            1          1 + tx    4 W
+    k        TMA, producer warp   every warpgroup            kv_stages  1 + tx    4 W
+    v        TMA, producer warp   every warpgroup            kv_stages  1 + tx    4 W
+    tile     producer warp        every warpgroup            2          1         4 W
+    turn[w]  warpgroup w - 1      warpgroup w                named barrier 1 + w, 256 threads
+    o[w]     warpgroup w          its warp 0 (TMA store)     named barrier 4 + w, 128 threads
+
+Counts are arrivals; "+ tx" means that the barrier also waits for the copies' bytes; W is the
+number of consumer warpgroups, of four warps each.
+"""
+
+from functools import partial
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+
+from jax_flashcute.kernels.common.intervals import IntervalMask
+from jax_flashcute.kernels.common.pipeline import TmaPipeline
+from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
+from jax_flashcute.kernels.common.softmax import OnlineSoftmax
+from jax_flashcute.kernels.config import FwdConfig, round_up
+from jax_flashcute.kernels.sm90.fragments import (
+    ROWS_PER_THREAD,
+    as_operand_a,
+    column_words,
+    convert_pairs,
+    gemm,
+    hide_outside,
+    row_in_slab,
+    rows_and_columns,
+    smem_layout,
+    swizzle_width,
+    tiled_mma,
+    tma_partition,
+)
+
+TURN_BARRIER = 1
+OUTPUT_BARRIER = 4
+TILE_STAGES = 2
+
+
+class ForwardSm90:
+    """Compiles to one kernel for all batch sizes, lengths and head counts of a plan."""
+
+    def __init__(
+        self,
+        config: FwdConfig,
+        dtype,
+        head_dim: int,
+        head_dim_v: int,
+        group: int,
+        pack_gqa: bool,
+        scale: float,
+        mask: IntervalMask,
+        num_sms: int,
+    ):
+        """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most."""
+        self.config = config
+        self.dtype = dtype
+        self.head_dim = head_dim
+        self.head_dim_v = head_dim_v
+        self.heads_packed = group if pack_gqa else 1
+        self.heads_per_kv = 1 if pack_gqa else group
+        self.scale = scale
+        self.mask = mask
+        self.num_sms = num_sms
+        self.smem_h = round_up(head_dim, 16)
+        self.smem_hv = round_up(head_dim_v, 16)
+        self.slab_tokens = 64 // self.heads_packed
+        self.tile_tokens = self.slab_tokens * config.warpgroups
+        self.consumer_threads = 128 * config.warpgroups
+        self.consumer_warps = 4 * config.warpgroups
+        self.takes_turns = config.warpgroups > 1
+
+    # ---- host side -------------------------------------------------------------------------
+
+    def slab_tma_layout(self, width: int):
+        """The written part of a slab in shared memory as (heads, tokens, columns)."""
+        atom = swizzle_width(self.dtype, width)
+        layout = smem_layout(self.dtype, 64, width)
+        return cute.make_composed_layout(
+            layout.inner,
+            0,
+            cute.make_layout(
+                (self.heads_packed, self.slab_tokens, (atom, width // atom)),
+                stride=(atom, atom * self.heads_packed, (1, 64 * atom)),
+            ),
+        )
+
+    def by_head(self, x: cute.Tensor, width: int, packed: int) -> cute.Tensor:
+        """(B, T, heads, width) as (packed, T, width, heads / packed, B)."""
+        b, t, heads = x.shape[0], x.shape[1], x.shape[2]
+        row = Int64(heads) * width
+        return cute.make_tensor(
+            x.iterator,
+            cute.make_layout(
+                (packed, t, width, heads // packed, b),
+                stride=(width, row, 1, packed * width, row * t),
+            ),
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        stream: cuda.CUstream,
+        mQ: cute.Tensor,  # (B, T, N, H)
+        mK: cute.Tensor,  # (B, S, K, H)
+        mV: cute.Tensor,  # (B, S, K, Hv)
+        mQOffset: cute.Tensor | None,  # (B,) int32
+        mQLengths: cute.Tensor | None,  # (B,) int32
+        mKVLengths: cute.Tensor | None,  # (B,) int32
+        mO: cute.Tensor,  # (B, T, N, Hv)
+        mLSE: cute.Tensor,  # (B, T, N) float32
+        mCounter: cute.Tensor,  # (1,) int32, scratch
+    ):
+        cfg = self.config
+        batch, q_length, kv_length, kv_heads = (
+            mQ.shape[0],
+            mQ.shape[1],
+            mK.shape[1],
+            mK.shape[2],
+        )
+        q_tensor = self.by_head(mQ, self.head_dim, self.heads_packed)
+        k_tensor = self.by_head(mK, self.head_dim, 1)
+        v_tensor = self.by_head(mV, self.head_dim_v, 1)
+        o_tensor = self.by_head(mO, self.head_dim_v, self.heads_packed)
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        q_box = (self.heads_packed, self.slab_tokens, self.smem_h)
+        o_box = (self.heads_packed, self.slab_tokens, self.smem_hv)
+        tma_q = cpasync.make_tiled_tma_atom(
+            load, q_tensor, self.slab_tma_layout(self.smem_h), q_box
+        )
+        tma_o = cpasync.make_tiled_tma_atom(
+            store, o_tensor, self.slab_tma_layout(self.smem_hv), o_box
+        )
+        k_layout = smem_layout(self.dtype, cfg.tile_n, self.smem_h, cfg.kv_stages)
+        v_layout = smem_layout(self.dtype, cfg.tile_n, self.smem_hv, cfg.kv_stages)
+        k_tensor, v_tensor = (
+            k_tensor[0, None, None, None, None],
+            v_tensor[0, None, None, None, None],
+        )
+        tma_k = cpasync.make_tiled_tma_atom(
+            load, k_tensor, cute.select(k_layout, mode=[0, 1]), (cfg.tile_n, self.smem_h)
+        )
+        tma_v = cpasync.make_tiled_tma_atom(
+            load, v_tensor, cute.select(v_layout, mode=[0, 1]), (cfg.tile_n, self.smem_hv)
+        )
+
+        m_blocks = cute.ceil_div(q_length, self.tile_tokens)
+        kv_bytes_per_key = (self.head_dim + self.head_dim_v) * 2
+        section = section_size(kv_length, kv_bytes_per_key, kv_heads, batch)
+        num_tiles = m_blocks * kv_heads * batch * self.heads_per_kv
+        blocks = cutlass.min(num_tiles, Int32(self.num_sms))
+        reset_counter(mCounter).launch(grid=[1, 1, 1], block=[32, 1, 1], stream=stream)
+        self.kernel(
+            *tma_q,
+            *tma_k,
+            *tma_v,
+            *tma_o,
+            mQOffset,
+            mQLengths,
+            mKVLengths,
+            mLSE,
+            mCounter,
+            m_blocks,
+            section,
+            q_length,
+            kv_length,
+            kv_heads,
+            batch,
+        ).launch(
+            grid=[blocks, 1, 1],
+            block=[self.consumer_threads + 128, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=True,
+        )
+
+    def shared_storage(self):
+        cfg = self.config
+        kv_words = 2 * cfg.kv_stages
+        q_elements = cfg.tile_m * self.smem_h
+        o_elements = cfg.tile_m * self.smem_hv
+        if not cfg.overlap_epilogue:
+            q_elements, o_elements = max(q_elements, o_elements), 0
+
+        def aligned(elements):
+            return cute.struct.Align[cute.struct.MemRange[self.dtype, elements], 1024]
+
+        @cute.struct
+        class SharedStorage:
+            q_barriers: cute.struct.MemRange[Int64, 2]
+            k_barriers: cute.struct.MemRange[Int64, kv_words]
+            v_barriers: cute.struct.MemRange[Int64, kv_words]
+            tile_barriers: cute.struct.MemRange[Int64, 2 * TILE_STAGES]
+            tail_barrier: cute.struct.MemRange[Int64, 1]
+            tile_index: cute.struct.MemRange[Int32, TILE_STAGES]
+            sQ: aligned(q_elements)
+            sK: aligned(cfg.kv_stages * cfg.tile_n * self.smem_h)
+            sV: aligned(cfg.kv_stages * cfg.tile_n * self.smem_hv)
+            sO: aligned(o_elements)
+
+        return SharedStorage
+
+    # ---- device side -----------------------------------------------------------------------
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        gQ: cute.Tensor,
+        tma_k: cute.CopyAtom,
+        gK: cute.Tensor,
+        tma_v: cute.CopyAtom,
+        gV: cute.Tensor,
+        tma_o: cute.CopyAtom,
+        gO: cute.Tensor,
+        mQOffset: cute.Tensor | None,
+        mQLengths: cute.Tensor | None,
+        mKVLengths: cute.Tensor | None,
+        mLSE: cute.Tensor,
+        mCounter: cute.Tensor,
+        m_blocks: Int32,
+        section: Int32,
+        q_length: Int32,
+        kv_length: Int32,
+        kv_heads: Int32,
+        batch: Int32,
+    ):
+        cfg = self.config
+        warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        storage = cutlass.utils.SmemAllocator().allocate(self.shared_storage())
+        h_bytes, hv_bytes = self.smem_h * 2, self.smem_hv * 2
+        slab_rows = self.heads_packed * self.slab_tokens
+        pipeline_q = TmaPipeline(
+            "q",
+            storage.q_barriers.data_ptr(),
+            1,
+            cfg.warpgroups * slab_rows * h_bytes,
+            self.consumer_warps,
+        )
+        pipeline_k = TmaPipeline(
+            "k",
+            storage.k_barriers.data_ptr(),
+            cfg.kv_stages,
+            cfg.tile_n * h_bytes,
+            self.consumer_warps,
+        )
+        pipeline_v = TmaPipeline(
+            "v",
+            storage.v_barriers.data_ptr(),
+            cfg.kv_stages,
+            cfg.tile_n * hv_bytes,
+            self.consumer_warps,
+        )
+        pipeline_tile = TmaPipeline(
+            "tile", storage.tile_barriers.data_ptr(), TILE_STAGES, 0, self.consumer_warps
+        )
+        pipelines = (pipeline_q, pipeline_k, pipeline_v, pipeline_tile)
+        if warp_index == 0:
+            for atom in (tma_q, tma_k, tma_v, tma_o):
+                cpasync.prefetch_descriptor(atom)
+            with cute.arch.elect_one():
+                for pipeline in pipelines:
+                    pipeline.init()
+                cute.arch.mbarrier_init(storage.tail_barrier.data_ptr(), 1)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        # One slab of Q and of O per warpgroup; the slab is the last mode.
+        q_layout = smem_layout(self.dtype, 64, self.smem_h, cfg.warpgroups)
+        o_layout = smem_layout(self.dtype, 64, self.smem_hv, cfg.warpgroups)
+        k_layout = smem_layout(self.dtype, cfg.tile_n, self.smem_h, cfg.kv_stages)
+        v_layout = smem_layout(self.dtype, cfg.tile_n, self.smem_hv, cfg.kv_stages)
+        o_storage = storage.sO if const_expr(cfg.overlap_epilogue) else storage.sQ
+        sQ = storage.sQ.get_tensor(q_layout.outer, swizzle=q_layout.inner)
+        sK = storage.sK.get_tensor(k_layout.outer, swizzle=k_layout.inner)
+        sV = storage.sV.get_tensor(v_layout.outer, swizzle=v_layout.inner)
+        sO = o_storage.get_tensor(o_layout.outer, swizzle=o_layout.inner)
+
+        order = TileOrder(m_blocks, kv_heads, batch, self.heads_per_kv, section)
+        tile_index = storage.tile_index.get_tensor(cute.make_layout(TILE_STAGES))
+        lengths = partial(self.lengths_of, mQOffset, mQLengths, mKVLengths, q_length, kv_length)
+
+        if warp_index < 4:
+            cute.arch.setmaxregister_decrease(cfg.producer_registers)
+            if warp_index == 0:
+                self.produce(
+                    (tma_q, gQ, sQ),
+                    (tma_k, gK, sK),
+                    (tma_v, gV, sV),
+                    pipelines,
+                    storage.tail_barrier.data_ptr(),
+                    tile_index,
+                    mCounter,
+                    order,
+                    lengths,
+                    mKVLengths is not None,
+                )
+        else:
+            cute.arch.setmaxregister_increase(cfg.consumer_registers)
+            self.consume(
+                sQ,
+                sK,
+                sV,
+                sO,
+                (tma_o, gO),
+                mLSE,
+                pipelines,
+                tile_index,
+                order,
+                lengths,
+                q_length,
+            )
+        for pipeline in pipelines:
+            pipeline.check_arrivals()
+
+    @cute.jit
+    def lengths_of(self, mQOffset, mQLengths, mKVLengths, q_length, kv_length, batch: Int32):
+        """(position of query row 0, query length, key length) of a batch entry."""
+        offset = mQOffset[batch] if const_expr(mQOffset is not None) else Int32(0)
+        queries = Int32(q_length)
+        keys = Int32(kv_length)
+        if const_expr(mQLengths is not None):
+            queries = cutlass.max(cutlass.min(mQLengths[batch], queries), Int32(0))
+        if const_expr(mKVLengths is not None):
+            keys = cutlass.max(cutlass.min(mKVLengths[batch], keys), Int32(0))
+        return offset, queries, keys
+
+    @cute.jit
+    def key_tiles(self, m_block: Int32, offset: Int32, queries: Int32, keys: Int32):
+        """``IntervalMask.block_range`` of a query tile; empty where it holds no valid row."""
+        first = m_block * self.tile_tokens
+        last = cutlass.min(first + self.tile_tokens, queries) - 1
+        n_min, n_max, full_min, full_max = self.mask.block_range(
+            first + offset, last + offset, keys, self.config.tile_n
+        )
+        n_max = n_max if first < queries else Int32(0)
+        return n_min, n_max, full_min, full_max
+
+    @cute.jit
+    def produce(
+        self,
+        q_copy,
+        k_copy,
+        v_copy,
+        pipelines,
+        tail_barrier,
+        tile_index: cute.Tensor,
+        mCounter: cute.Tensor,
+        order: cutlass.Constexpr,
+        lengths: cutlass.Constexpr,
+        has_kv_lengths: cutlass.Constexpr[bool],
+    ):
+        """The producer warp: draws tiles and loads their Q, K and V."""
+        cfg = self.config
+        pipeline_q, pipeline_k, pipeline_v, pipeline_tile = pipelines
+        tma_q, gQ, sQ = q_copy
+        tma_k, gK, sK = k_copy
+        tma_v, gV, sV = v_copy
+        q_box = (self.heads_packed, self.slab_tokens, self.smem_h)
+        # (heads, tokens, columns, slab): the slabs as TMA writes them.
+        slab = self.slab_tma_layout(self.smem_h)
+        sQ_tma = cute.make_tensor(
+            sQ.iterator,
+            cute.append(slab.outer, cute.make_layout(cfg.warpgroups, stride=64 * self.smem_h)),
+        )
+        grid = cute.arch.grid_dim()[0]
+        tile = cute.arch.block_idx()[0]
+        q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase, tail_phase = (
+            Int32(0) for _ in range(8)
+        )
+        # The counter is reset by the kernel before this one.
+        cute.arch.griddepcontrol_wait()
+        while tile < order.num_tiles:
+            # Draw the next tile now; its latency hides behind this tile's loads.
+            following = Int32(0)
+            if cute.arch.lane_idx() == 0:
+                following = cute.arch.atomic_add(mCounter.iterator, Int32(1)) + grid
+            following = cute.arch.shuffle_sync(following, 0)
+
+            m_block, head, kv_head, batch = order.coordinates(tile)
+            offset, queries, keys = lengths(batch)
+            n_min, n_max, _, _ = self.key_tiles(m_block, offset, queries, keys)
+            gQ_tile = cute.local_tile(
+                gQ[None, None, None, head, batch], q_box, (0, None, 0)
+            )  # (heads, tokens, columns, slabs)
+            gK_tile = cute.local_tile(
+                gK[None, None, kv_head, batch], (cfg.tile_n, self.smem_h), (None, 0)
+            )
+            gV_tile = cute.local_tile(
+                gV[None, None, kv_head, batch], (cfg.tile_n, self.smem_hv), (None, 0)
+            )
+            tQsQ, tQgQ = tma_partition(tma_q, sQ_tma, gQ_tile)
+            tKsK, tKgK = tma_partition(tma_k, sK, gK_tile)
+            tVsV, tVgV = tma_partition(tma_v, sV, gV_tile)
+            # The consumers take K of tile n - 1 before V of tile n: load in that order, and the
+            # first K before Q, whose place is given back late.
+            if n_min < n_max:
+                pipeline_k.acquire(k_stage, k_phase)
+                pipeline_k.expect(k_stage)
+                cute.copy(
+                    tma_k,
+                    tKgK[None, n_max - 1],
+                    tKsK[None, k_stage],
+                    tma_bar_ptr=pipeline_k.full + k_stage,
+                )
+                k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+            pipeline_q.acquire(Int32(0), q_phase)
+            pipeline_q.expect(Int32(0))
+            for w in cutlass.range_constexpr(cfg.warpgroups):
+                cute.copy(
+                    tma_q,
+                    tQgQ[None, m_block * cfg.warpgroups + w],
+                    tQsQ[None, w],
+                    tma_bar_ptr=pipeline_q.full,
+                )
+            q_phase ^= 1
+            for i in cutlass.range(n_max - n_min, unroll=1):
+                n = n_max - 1 - i
+                if n > n_min:
+                    pipeline_k.acquire(k_stage, k_phase)
+                    pipeline_k.expect(k_stage)
+                    cute.copy(
+                        tma_k,
+                        tKgK[None, n - 1],
+                        tKsK[None, k_stage],
+                        tma_bar_ptr=pipeline_k.full + k_stage,
+                    )
+                    k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+                pipeline_v.acquire(v_stage, v_phase)
+                is_tail = Boolean(False)
+                if const_expr(has_kv_lengths):
+                    is_tail = (n + 1) * cfg.tile_n > keys
+                if is_tail:
+                    # What lies beyond the length may be NaN, and 0 * NaN is NaN: clear it.
+                    with cute.arch.elect_one():
+                        cute.arch.mbarrier_arrive_and_expect_tx(tail_barrier, pipeline_v.tx_bytes)
+                    cute.copy(tma_v, tVgV[None, n], tVsV[None, v_stage], tma_bar_ptr=tail_barrier)
+                    cute.arch.mbarrier_wait(tail_barrier, tail_phase)
+                    self.clear_rows(sV, v_stage, keys - n * cfg.tile_n)
+                    cute.arch.fence_view_async_shared()
+                    cute.arch.sync_warp()
+                    pipeline_v.commit(v_stage)
+                    tail_phase ^= 1
+                else:
+                    pipeline_v.expect(v_stage)
+                    cute.copy(
+                        tma_v,
+                        tVgV[None, n],
+                        tVsV[None, v_stage],
+                        tma_bar_ptr=pipeline_v.full + v_stage,
+                    )
+                v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
+
+            pipeline_tile.acquire(t_stage, t_phase)
+            if cute.arch.lane_idx() == 0:
+                tile_index[t_stage] = following
+            cute.arch.sync_warp()
+            pipeline_tile.commit(t_stage)
+            t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
+            tile = following
+
+    @cute.jit
+    def clear_rows(self, sV: cute.Tensor, stage: Int32, first: Int32):
+        """Zeroes rows first.. of a stage of V; one warp.  A row's swizzle stays in its atom row."""
+        atom = swizzle_width(self.dtype, self.smem_hv)
+        words = atom // 4
+        tile_n = self.config.tile_n
+        atoms = self.smem_hv // atom
+        linear = cute.make_tensor(
+            cute.recast_ptr(sV.iterator, swizzle_=cute.make_swizzle(0, 4, 3), dtype=Int64),
+            cute.make_layout(
+                (words, tile_n, atoms, self.config.kv_stages),
+                stride=(1, words, words * tile_n, words * tile_n * atoms),
+            ),
+        )
+        lane = cute.arch.lane_idx()
+        for a in cutlass.range_constexpr(atoms):
+            for i in cutlass.range(
+                first * words + lane, Int32(tile_n * words), Int32(32), unroll=1
+            ):
+                linear[i % words, i // words, a, stage] = Int64(0)
+
+    @cute.jit
+    def consume(
+        self,
+        sQ: cute.Tensor,
+        sK: cute.Tensor,
+        sV: cute.Tensor,
+        sO: cute.Tensor,
+        o_copy,
+        mLSE: cute.Tensor,
+        pipelines,
+        tile_index: cute.Tensor,
+        order: cutlass.Constexpr,
+        lengths: cutlass.Constexpr,
+        q_length: Int32,
+    ):
+        """A consumer warpgroup: products, softmax and output of its slab of every tile."""
+        cfg = self.config
+        pipeline_q, pipeline_k, pipeline_v, pipeline_tile = pipelines
+        warps = self.consumer_warps
+        thread = cute.arch.thread_idx()[0] % 128
+        slab = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128) - 1
+
+        mma_qk = tiled_mma(self.dtype, cfg.tile_n, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
+        mma_pv = tiled_mma(
+            self.dtype, self.smem_hv, OperandMajorMode.MN, warpgroup.OperandSource.RMEM
+        )
+        wg_qk, wg_pv = mma_qk.get_slice(0), mma_pv.get_slice(0)
+        tSrQ = mma_qk.make_fragment_A(wg_qk.partition_A(sQ))[None, None, None, slab]
+        tSrK = mma_qk.make_fragment_B(wg_qk.partition_B(sK))
+        sVt = cute.make_tensor(
+            sV.iterator, cute.select(sV.layout, mode=[1, 0, 2])
+        )  # (columns, keys, stages)
+        tOrV = mma_pv.make_fragment_B(wg_pv.partition_B(sVt))
+        acc_S = cute.make_rmem_tensor(mma_qk.partition_shape_C((64, cfg.tile_n)), Float32)
+        acc_O = cute.make_rmem_tensor(mma_pv.partition_shape_C((64, self.smem_hv)), Float32)
+        rP = cute.make_rmem_tensor(cute.make_layout(cute.size(acc_S)), self.dtype)
+        tOrP = as_operand_a(rP)
+        scores, out = rows_and_columns(acc_S), rows_and_columns(acc_O)
+        softmax = OnlineSoftmax(ROWS_PER_THREAD, self.scale, cfg.rescale_threshold)
+        row_scale = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
+        lse = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
+
+        if const_expr(self.takes_turns):
+            # Warpgroup 0 goes first.
+            if slab == cfg.warpgroups - 1:
+                self.pass_turn(slab)
+
+        q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase = (Int32(0) for _ in range(7))
+        tile = cute.arch.block_idx()[0]
+        while tile < order.num_tiles:
+            m_block, head, _, batch = order.coordinates(tile)
+            offset, queries, keys = lengths(batch)
+            n_min, n_max, full_min, full_max = self.key_tiles(m_block, offset, queries, keys)
+            first_token = (m_block * cfg.warpgroups + slab) * self.slab_tokens
+            mask_tile = partial(self.apply_mask, scores, thread, first_token + offset, keys)
+            softmax.reset()
+            pipeline_q.wait(Int32(0), q_phase)
+            q_phase ^= 1
+            if n_min < n_max:
+                # S of the rightmost tile, alone.
+                pipeline_k.wait(k_stage, k_phase)
+                self.take_turn(slab)
+                gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False)
+                self.pass_turn(slab)
+                warpgroup.wait_group(0)
+                pipeline_k.release(k_stage, warps)
+                k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+                mask_tile(n_max - 1)
+                softmax.step(scores, row_scale, True, True)
+                convert_pairs(acc_S, rP)
+
+                # Three stretches, right to left: boundary tiles, full tiles, boundary tiles.
+                full_end = cutlass.max(cutlass.min(full_max, n_max - 1), n_min)
+                full_begin = cutlass.min(cutlass.max(full_min, n_min), full_end)
+                accumulate = Boolean(False)
+                for stretch in cutlass.range_constexpr(3 if self.mask.left is not None else 2):
+                    begin, end = (
+                        (full_end, n_max - 1),
+                        (full_begin, full_end),
+                        (n_min, full_begin),
+                    )[stretch]
+                    if const_expr(stretch == 1 and self.mask.left is None):
+                        begin = n_min
+                    for i in cutlass.range(end - begin, unroll=1):
+                        n = end - 1 - i
+                        pipeline_k.wait(k_stage, k_phase)
+                        self.take_turn(slab)
+                        gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False)
+                        pipeline_v.wait(v_stage, v_phase)
+                        gemm(mma_pv, acc_O, tOrP, tOrV[None, None, None, v_stage], accumulate)
+                        self.pass_turn(slab)
+                        warpgroup.wait_group(1)
+                        pipeline_k.release(k_stage, warps)
+                        k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+                        if const_expr(stretch != 1):
+                            mask_tile(n)
+                        needs_rescale = softmax.step(scores, row_scale, False, stretch != 1)
+                        warpgroup.wait_group(0)
+                        pipeline_v.release(v_stage, warps)
+                        v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
+                        convert_pairs(acc_S, rP)
+                        self.rescale(out, row_scale, needs_rescale)
+                        accumulate = Boolean(True)
+
+                if const_expr(cfg.overlap_epilogue):
+                    pipeline_q.release(Int32(0), warps)
+                pipeline_v.wait(v_stage, v_phase)
+                gemm(mma_pv, acc_O, tOrP, tOrV[None, None, None, v_stage], accumulate)
+                warpgroup.wait_group(0)
+                pipeline_v.release(v_stage, warps)
+                v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
+            else:
+                acc_O.fill(0.0)
+                if const_expr(cfg.overlap_epilogue):
+                    pipeline_q.release(Int32(0), warps)
+
+            # Rows at or beyond the query length are as good as empty.
+            softmax.finish(row_scale, lse)
+            for r in cutlass.range_constexpr(ROWS_PER_THREAD):
+                row = row_in_slab(thread, r)
+                token = first_token + row // self.heads_packed
+                is_valid = token < queries
+                lse[r] = lse[r] if is_valid else -Float32.inf
+                for c in cutlass.range_constexpr(cute.size(out, mode=[1])):
+                    scaled = out[r, c] * row_scale[r]
+                    out[r, c] = scaled if is_valid else Float32(0.0)
+                in_slab = row < self.slab_tokens * self.heads_packed
+                if thread % 4 == 0 and in_slab and token < q_length:
+                    q_head = head * self.heads_packed + row % self.heads_packed
+                    mLSE[batch, token, q_head] = lse[r]
+            self.store_output(
+                acc_O, sO[None, None, slab], o_copy, mma_pv, thread, slab, m_block, head, batch
+            )
+            if const_expr(not cfg.overlap_epilogue):
+                # O lies where Q was: Q's place is free once the store has read it.
+                if cute.arch.make_warp_uniform(thread // 32) == 0:
+                    cute.arch.cp_async_bulk_wait_group(0, read=True)
+                pipeline_q.release(Int32(0), warps)
+
+            pipeline_tile.wait(t_stage, t_phase)
+            tile = tile_index[t_stage]
+            cute.arch.sync_warp()
+            pipeline_tile.release(t_stage, warps)
+            t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
+        if const_expr(self.takes_turns):
+            # The turn that was passed last has to be taken, or the barrier stays half full.
+            if slab == 0:
+                self.take_turn(slab)
+        # Shared memory must outlive the stores that read it.
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def apply_mask(
+        self, scores: cute.Tensor, thread: Int32, position: Int32, keys: Int32, n: Int32
+    ):
+        """Hides keys of tile n outside each row's interval; ``position`` is the slab's first."""
+        tile_n = self.config.tile_n
+        for r in cutlass.range_constexpr(ROWS_PER_THREAD):
+            row_position = position + row_in_slab(thread, r) // self.heads_packed
+            start = n * tile_n
+            words = column_words(self.mask.upper(row_position, keys) - start, thread, tile_n)
+            if const_expr(self.mask.left is not None):
+                hidden = column_words(self.mask.lower(row_position) - start, thread, tile_n)
+                words = [w & ~h for w, h in zip(words, hidden, strict=True)]
+            hide_outside(scores, r, words)
+
+    @cute.jit
+    def rescale(self, out: cute.Tensor, row_scale: cute.Tensor, needs_rescale: Int32):
+        """Multiplies the accumulated O by its rows' factors, where a lane of the warp needs it."""
+        if const_expr(self.config.rescale_threshold > 0):
+            if cute.arch.vote_any_sync(needs_rescale != 0):
+                for r in cutlass.range_constexpr(ROWS_PER_THREAD):
+                    for c in cutlass.range_constexpr(cute.size(out, mode=[1])):
+                        out[r, c] = out[r, c] * row_scale[r]
+        else:
+            for r in cutlass.range_constexpr(ROWS_PER_THREAD):
+                for c in cutlass.range_constexpr(cute.size(out, mode=[1])):
+                    out[r, c] = out[r, c] * row_scale[r]
+
+    @cute.jit
+    def take_turn(self, slab: Int32):
+        """Waits until the warpgroup before this one has issued its products."""
+        if const_expr(self.takes_turns):
+            cute.arch.barrier(barrier_id=TURN_BARRIER + slab, number_of_threads=256)
+
+    @cute.jit
+    def pass_turn(self, slab: Int32):
+        """Lets the next warpgroup issue its products."""
+        if const_expr(self.takes_turns):
+            following = slab + 1
+            following = Int32(0) if following == self.config.warpgroups else following
+            cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + following, number_of_threads=256)
+
+    @cute.jit
+    def store_output(
+        self,
+        acc_O: cute.Tensor,
+        sO: cute.Tensor,
+        o_copy,
+        mma_pv: cute.TiledMma,
+        thread: Int32,
+        slab: Int32,
+        m_block: Int32,
+        head: Int32,
+        batch: Int32,
+    ):
+        """Rounds O, lays it out in shared memory and stores it by TMA."""
+        tma_o, gO = o_copy
+        warp_in_group = cute.arch.make_warp_uniform(thread // 32)
+        rO = cute.make_rmem_tensor(acc_O.layout, self.dtype)
+        convert_pairs(acc_O, rO)
+        # The store before this one must have read the slab.
+        if warp_in_group == 0:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.barrier(barrier_id=OUTPUT_BARRIER + slab, number_of_threads=128)
+        copy = cute.make_tiled_copy_C(
+            cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), mma_pv
+        ).get_slice(thread)
+        cute.copy(copy, copy.retile(rO), copy.partition_D(sO))
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=OUTPUT_BARRIER + slab, number_of_threads=128)
+        if warp_in_group == 0:
+            box = (self.heads_packed, self.slab_tokens, self.smem_hv)
+            gO_tile = cute.local_tile(gO[None, None, None, head, batch], box, (0, None, 0))
+            written = self.slab_tma_layout(self.smem_hv)
+            tOsO, tOgO = tma_partition(tma_o, cute.make_tensor(sO.iterator, written.outer), gO_tile)
+            cute.copy(tma_o, tOsO, tOgO[None, m_block * self.config.warpgroups + slab])
+            cute.arch.cp_async_bulk_commit_group()

@@ -1,0 +1,126 @@
+"""Register fragments of wgmma on Hopper, and the shared-memory layouts it reads.
+
+In a 64 x N accumulator, warp w and lane l of a warpgroup hold rows 16 w + l // 4 + {0, 8} and
+columns 8 j + 2 (l % 4) + {0, 1}; flat register 4 j + 2 r + b is row r of the two, column bit b.
+"""
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as hopper
+from cutlass import Float32, Int32, Uint32, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.utils import LayoutEnum
+
+from jax_flashcute.kernels.common.intervals import low_bits
+
+ROWS_PER_THREAD = 2
+
+
+def smem_layout(dtype, rows: int, columns: int, stages: int | None = None):
+    """Row-major tile(s) in shared memory with the widest swizzle that divides the columns."""
+    atom = warpgroup.make_smem_layout_atom(
+        hopper.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, columns), dtype
+    )
+    shape = (rows, columns) if stages is None else (rows, columns, stages)
+    return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
+
+
+def swizzle_width(dtype, columns: int) -> int:
+    """Columns of one swizzle atom of ``smem_layout``."""
+    for width in (64, 32, 16, 8):
+        if columns % (width * 16 // dtype.width) == 0:
+            return width * 16 // dtype.width
+    raise ValueError(f"columns must be a multiple of 8, got {columns}")
+
+
+def tiled_mma(dtype, n: int, b_major: OperandMajorMode, a_source: warpgroup.OperandSource):
+    """One warpgroup's 64 x n product with float32 accumulation; A is K-major."""
+    return hopper.make_trivial_tiled_mma(
+        dtype,
+        dtype,
+        OperandMajorMode.K,
+        b_major,
+        Float32,
+        atom_layout_mnk=(1, 1, 1),
+        tiler_mn=(64, n),
+        a_source=a_source,
+    )
+
+
+def gemm(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, accumulate) -> None:
+    """Issues acc (+)= a @ b over all k blocks of the fragments and commits them as one group."""
+    atom = cute.make_mma_atom(mma.op)
+    atom.set(warpgroup.Field.ACCUMULATE, accumulate)
+    warpgroup.fence()
+    for k in range(cute.size(a, mode=[2])):
+        cute.gemm(atom, acc, a[None, None, k], b[None, None, k], acc)
+        atom.set(warpgroup.Field.ACCUMULATE, True)
+    warpgroup.commit_group()
+
+
+def tma_partition(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
+    """Shared and global tiles as the copy takes them: (copy, stages) and (copy, tiles)."""
+    return cpasync.tma_partition(
+        atom,
+        0,
+        cute.make_layout(1),
+        cute.group_modes(smem, 0, cute.rank(gmem) - 1),
+        cute.group_modes(gmem, 0, cute.rank(gmem) - 1),
+    )
+
+
+def rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
+    """View of a 64 x N accumulator as (2, N / 4): this thread's rows, this thread's columns."""
+    eighths = cute.size(acc) // 4
+    return cute.make_tensor(acc.iterator, cute.make_layout((2, (2, eighths)), stride=(2, (1, 4))))
+
+
+def as_operand_a(fragment: cute.Tensor) -> cute.Tensor:
+    """View of a 64 x N fragment as the A operand of a product over N, 16 columns a k block."""
+    return cute.make_tensor(
+        fragment.iterator,
+        cute.make_layout(((2, 2, 2), 1, cute.size(fragment) // 8), stride=((1, 2, 4), 0, 8)),
+    )
+
+
+def row_in_slab(thread: Int32, r: int) -> Int32:
+    """Row 0..63 that register row ``r`` of thread 0..127 of the warpgroup stands for."""
+    return thread // 32 * 16 + thread % 32 // 4 + 8 * r
+
+
+def column_words(limit: Int32, thread: Int32, columns: int) -> list[Uint32]:
+    """Which of a thread's columns lie below ``limit``, as 32-bit words over its column registers.
+
+    A thread's i-th column is 8 (i // 2) + 2 (lane % 4) + i % 2, so the number of them below a
+    limit is 2 (x // 8) + min(x % 8, 2) with x the limit less the lane's own offset.
+    """
+    x = limit - 2 * (thread % 4)
+    below = 2 * (x >> 3) + cutlass.min(x & 7, Int32(2))
+    return [low_bits(below - 32 * w) for w in range((columns // 4 + 31) // 32)]
+
+
+@cute.jit
+def hide_outside(scores: cute.Tensor, r: cutlass.Constexpr[int], visible: list):
+    """Sets to -inf the scores of row ``r`` whose bit in the words is clear.
+
+    The bit positions are constants, which lets ptxas turn a word into predicates at once (R2P).
+    """
+    for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
+        word = visible[c // 32]
+        scores[r, c] = scores[r, c] if (word & Uint32(1 << (c % 32))) != Uint32(0) else -Float32.inf
+
+
+@cute.jit
+def convert_pairs(source: cute.Tensor, target: cute.Tensor):
+    """Rounds float32 registers to the target's 16-bit type, two an instruction."""
+    pairs = cute.make_tensor(
+        cute.recast_ptr(target.iterator, dtype=Uint32), cute.make_layout(cute.size(target) // 2)
+    )
+    flat = cute.make_tensor(source.iterator, cute.make_layout(cute.size(source)))
+    kind = "bf16x2" if const_expr(target.element_type is cutlass.BFloat16) else "f16x2"
+    for i in cutlass.range_constexpr(cute.size(target) // 2):
+        pairs[i] = cute.arch.inline_ptx(
+            "cvt.rn." + kind + ".f32 {$w0}, {$r0}, {$r1};",
+            write_only_types=[Uint32],
+            read_only_args=[flat[2 * i + 1], flat[2 * i]],
+        )
