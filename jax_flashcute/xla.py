@@ -20,16 +20,54 @@ from jax import lax
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 from jax_flashcute.visibility import key_block_range, query_block_range, visible, zero_beyond
 
-# Elements of one tile of scores over all heads and batches.  16 MiB in float32 stay in the last
-# cache of a server CPU; at four times that, XLA's products ran 2.5 times slower (2 cores, EPYC).
-_TILE_ELEMENTS = 2**22
+# Elements of one tile of scores over all heads and batches.  On a CPU, 4 MiB in float32 stay in a
+# core's cache: at 16 MiB, training steps of small models took twice as long (2 cores of an EPYC).
+# An accelerator starts several kernels per tile and wants few, large ones.
+_TILE_ELEMENTS_CPU = 2**20
+_TILE_ELEMENTS_ACCELERATOR = 2**24
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 1024
 
 
-@functools.partial(jax.jit, static_argnames="spec")
 def forward(spec: AttentionSpec, operands: Operands) -> Residuals:
     """Attention; see ``reference.attention`` for the semantics, which are the same."""
-    tiles = _Tiles.of(operands)
+    return _by_platform(functools.partial(_forward, spec), operands)
+
+
+def backward(
+    spec: AttentionSpec,
+    operands: Operands,
+    residuals: Residuals,
+    dout: jax.Array,
+    dlse: jax.Array,
+) -> Operands:
+    """Gradients of ``forward``, whichever implementation computed the residuals.
+
+    Args:
+      spec: the static part of the call.
+      operands: its arrays.
+      residuals: out (B, T, N, Hv) and lse (B, T, N) of the forward pass.
+      dout: (B, T, N, Hv), the cotangent of out.
+      dlse: (B, T, N), the cotangent of lse.
+
+    Returns:
+      ``Operands`` with the gradients of query, key, value, bias and sinks, each in its operand's
+      shape and dtype, and None for the integer and boolean operands.
+    """
+    return _by_platform(functools.partial(_backward, spec), operands, residuals, dout, dlse)
+
+
+def _by_platform(function, *arguments):
+    """``function(tile_elements, *arguments)`` with what suits the platform lowered for."""
+    return lax.platform_dependent(
+        *arguments,
+        cpu=functools.partial(function, _TILE_ELEMENTS_CPU),
+        default=functools.partial(function, _TILE_ELEMENTS_ACCELERATOR),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "tile_elements"))
+def _forward(spec: AttentionSpec, tile_elements: int, operands: Operands) -> Residuals:
+    tiles = _Tiles.of(operands, tile_elements)
     dtype = _statistics_dtype(operands)
     query = tiles.split_q(zero_beyond(operands.query, operands.query_seq_lengths))
     key = tiles.split_kv(zero_beyond(operands.key, operands.key_value_seq_lengths))
@@ -88,28 +126,16 @@ def forward(spec: AttentionSpec, operands: Operands) -> Residuals:
     return Residuals(out=out, lse=lse)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def backward(
+@functools.partial(jax.jit, static_argnames=("spec", "tile_elements"))
+def _backward(
     spec: AttentionSpec,
+    tile_elements: int,
     operands: Operands,
     residuals: Residuals,
     dout: jax.Array,
     dlse: jax.Array,
 ) -> Operands:
-    """Gradients of ``forward``, whichever implementation computed the residuals.
-
-    Args:
-      spec: the static part of the call.
-      operands: its arrays.
-      residuals: out (B, T, N, Hv) and lse (B, T, N) of the forward pass.
-      dout: (B, T, N, Hv), the cotangent of out.
-      dlse: (B, T, N), the cotangent of lse.
-
-    Returns:
-      ``Operands`` with the gradients of query, key, value, bias and sinks, each in its operand's
-      shape and dtype, and None for the integer and boolean operands.
-    """
-    tiles = _Tiles.of(operands)
+    tiles = _Tiles.of(operands, tile_elements)
     dtype = _statistics_dtype(operands)
     empty = residuals.lse == -jnp.inf
     # An infinite LSE makes exp(score - lse) exactly 0 in rows that have no gradient.
@@ -252,12 +278,12 @@ class _Tiles:
     block_kv: int
 
     @staticmethod
-    def of(operands: Operands) -> "_Tiles":
+    def of(operands: Operands, tile_elements: int) -> "_Tiles":
         B, T, N, _ = operands.query.shape
         S, K = operands.key.shape[1:3]
         largest = _LARGEST_BLOCK
         products = B * N if isinstance(B, int) and isinstance(N, int) else 64
-        while largest > _SMALLEST_BLOCK and products * largest * largest > _TILE_ELEMENTS:
+        while largest > _SMALLEST_BLOCK and products * largest * largest > tile_elements:
             largest //= 2
         return _Tiles(
             B=B,
