@@ -96,8 +96,8 @@ class RunRecorder:
         arguments = session.config.invocation_params.args
         record = {
             "command": shlex.join(["python", "-m", "pytest", *map(str, arguments)]),
-            "commit": git("rev-parse", "HEAD"),
-            "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+            "commit": os.environ.get("JAX_FLASHCUTE_COMMIT")
+            or git("describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": device.device_kind,
             "platform_version": device.client.platform_version.strip(),
