@@ -33,10 +33,10 @@ def reasons_against_kernel(
       direction: the forward or the backward pass.
     """
     try:
-        from jax_flashcute.kernels import registry
+        from jax_flashcute import plan
     except ImportError as error:
         return [f"the kernels cannot be imported: {error}"]
-    return registry.reasons_against(spec, operands, direction)
+    return plan.reasons_against(spec, operands, direction)
 
 
 def refuse_unless_served(spec: AttentionSpec, operands: Operands, direction: Direction) -> None:

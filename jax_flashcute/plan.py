@@ -1,0 +1,65 @@
+"""From a call to the kernel that serves it: the target architecture and the compile key."""
+
+import os
+from dataclasses import dataclass
+
+import jax
+
+from jax_flashcute.kernels import registry
+from jax_flashcute.spec import AttentionSpec, Operands
+
+ARCH_VARIABLE = "JAX_FLASHCUTE_ARCH"
+"""Environment variable that names the architecture to compile for, such as ``sm_90a``."""
+
+DEFAULT_NUM_SMS = 132
+"""Multiprocessors assumed where no device tells: H100 SXM and H200."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a kernel is compiled for."""
+
+    arch: str
+    num_sms: int
+
+
+def target() -> Target | None:
+    """The target that ``JAX_FLASHCUTE_ARCH`` names, else the first CUDA device, else None."""
+    named = os.environ.get(ARCH_VARIABLE)
+    if named:
+        return Target(named, DEFAULT_NUM_SMS)
+    try:
+        device = jax.local_devices(backend="cuda")[0]
+    except RuntimeError:
+        return None
+    capability = str(device.compute_capability).replace(".", "")
+    suffix = "a" if int(capability) >= 90 else ""
+    return Target(f"sm_{capability}{suffix}", getattr(device, "core_count", DEFAULT_NUM_SMS))
+
+
+def reasons_against(
+    spec: AttentionSpec, operands: Operands, direction: registry.Direction
+) -> list[str]:
+    """``registry.reasons_against`` on the architecture that a program would be lowered for."""
+    known = target()
+    return registry.reasons_against(spec, operands, direction, known.arch if known else None)
+
+
+def make_plan(spec: AttentionSpec, operands: Operands) -> registry.KernelKey:
+    """The compile key of the forward kernel of a call.
+
+    Raises:
+      NotImplementedError: no kernel serves the call, with every reason; or there is neither a
+        CUDA device nor a named architecture to compile for.
+    """
+    known = target()
+    if known is None:
+        raise NotImplementedError(
+            "lowering for CUDA on a machine without a CUDA device: set "
+            f"{ARCH_VARIABLE} to the architecture to compile for, one of "
+            f"{', '.join(registry.ARCHITECTURES)}"
+        )
+    reasons = registry.reasons_against(spec, operands, "fwd", known.arch)
+    if reasons:
+        raise NotImplementedError("no kernel serves this call:\n  - " + "\n  - ".join(reasons))
+    return registry.forward_key(spec, operands, known.arch, known.num_sms)
