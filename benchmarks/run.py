@@ -81,7 +81,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def choose_clock(asked: str) -> Clock:
-    """The device's clock where it works, tried on one product; else the host's.
+    """The device's clock where it works, tried on a few products; else the host's.
 
     Raises:
       CuptiError: the device's clock was asked for by name and does not work.
@@ -90,11 +90,15 @@ def choose_clock(asked: str) -> Clock:
         return HostClock()
     try:
         clock = DeviceClock(DeviceTimeline())
-        x = jnp.ones((512, 512))
+        x = jnp.ones((2048, 2048))
         product = jax.jit(jnp.matmul)
-        ms = clock.time(Step(lambda: product(x, x), jax.block_until_ready, "float32"), 4)
-        if not all(0 < each < 100 for each in ms):
-            raise CuptiError(f"a small product seems to take {ms} ms")
+        step = Step(lambda: product(x, x), jax.block_until_ready, "float32")
+        step.run(2)
+        start = time.perf_counter()
+        busy = sum(clock.time(step, 8))
+        elapsed = (time.perf_counter() - start) * 1e3
+        if not 0 < busy <= elapsed:
+            raise CuptiError(f"eight products were busy for {busy:.3f} of {elapsed:.3f} ms")
     except (CuptiError, RuntimeError) as error:
         if asked == "device":
             raise
