@@ -1,6 +1,7 @@
 """The example that trains: it runs, and its loss does not depend on the implementation."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ def train(out: Path, *arguments: str) -> tuple[dict[str, Any], subprocess.Comple
     script = REPOSITORY / "examples" / "train_byte_lm.py"
     result = subprocess.run(
         [sys.executable, script, "--out", out, *SHORT, *arguments],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=300,
