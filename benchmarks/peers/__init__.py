@@ -3,7 +3,7 @@
 A peer is a module of this package with two functions:
 
     available() -> str | None           why it cannot run here, or None
-    build(case, pass_) -> Step          a call on random normal inputs, compiled
+    build(case, pass_) -> Step          a call on random normal inputs
 
 Its module's name is its name on the command line and in the results.  ``build`` raises where the
 peer cannot run a case; the harness reports that and goes on.

@@ -22,7 +22,7 @@ def jax_step(
     pass_: Pass,
     dtype: str | None = None,
 ) -> Step:
-    """Compile one pass of an attention function over random normal inputs.
+    """One jitted pass of an attention function over random normal inputs.
 
     The backward pass is a jitted call of the function that ``jax.vjp`` gives, whose residuals are
     computed once, outside.
@@ -44,9 +44,9 @@ def jax_step(
 
     query, key, value, out_gradient = normal()
     if pass_ == "fwd":
-        forward = jax.jit(attention).lower(query, key, value).compile()
+        forward = jax.jit(attention)
         return Step(lambda: forward(query, key, value), jax.block_until_ready, dtype)
 
     _, vjp = jax.jit(lambda q, k, v: jax.vjp(attention, q, k, v))(query, key, value)
-    backward = jax.jit(lambda vjp, gradient: vjp(gradient)).lower(vjp, out_gradient).compile()
+    backward = jax.jit(lambda vjp, gradient: vjp(gradient))
     return Step(lambda: backward(vjp, out_gradient), jax.block_until_ready, dtype)
