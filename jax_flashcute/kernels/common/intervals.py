@@ -55,6 +55,46 @@ class IntervalMask:
         full_max = cutlass.min(cutlass.max(full_max, Int32(0)), n_max)
         return n_min, n_max, full_min, full_max
 
+    def first_query(self, key: Int32, offset: Int32) -> Int32:
+        """First query row that sees a key; only where ``right`` is set.  Row i is at i + offset."""
+        return key - (self.right + offset)
+
+    def end_query(self, key: Int32, offset: Int32, q_length: Int32) -> Int32:
+        """One past the last query row that sees a key."""
+        if const_expr(self.left is None):
+            return q_length
+        return cutlass.min(q_length, key + (self.left + 1) - offset)
+
+    def query_range(
+        self,
+        first: Int32,
+        last: Int32,
+        offset: Int32,
+        q_length: Int32,
+        tile_m: cutlass.Constexpr[int],
+    ):
+        """The query tiles that see keys first..last: ``block_range`` the other way round.
+
+        Returns:
+          ``(m_min, m_max, full_min, full_max)``: tiles m_min <= m < m_max hold a row that sees one
+          of the keys; in those with full_min <= m < full_max every row below ``q_length`` sees
+          all of them.  An empty range has m_min >= m_max.
+        """
+        m_max = (self.end_query(last, offset, q_length) + (tile_m - 1)) // tile_m
+        m_max = cutlass.max(m_max, Int32(0))
+        m_min = Int32(0)
+        full_min = Int32(0)
+        full_max = m_max
+        if const_expr(self.right is not None):
+            m_min = cutlass.max(self.first_query(first, offset), Int32(0)) // tile_m
+            full_min = (
+                cutlass.max(self.first_query(last, offset), Int32(0)) + (tile_m - 1)
+            ) // tile_m
+        if const_expr(self.left is not None):
+            end = first + (self.left + 1) - offset
+            full_max = cutlass.min(cutlass.max(end, Int32(0)) // tile_m, m_max)
+        return m_min, m_max, full_min, full_max
+
 
 def low_bits(count: Int32) -> Uint32:
     """A word whose lowest ``count`` bits are set; count may lie outside 0..32."""

@@ -7,7 +7,7 @@ columns 8 j + 2 (l % 4) + {0, 1}; flat register 4 j + 2 r + b is row r of the tw
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
-from cutlass import Float32, Int32, Uint32, const_expr
+from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.utils import LayoutEnum
 
@@ -33,12 +33,18 @@ def swizzle_width(dtype, columns: int) -> int:
     raise ValueError(f"columns must be a multiple of 8, got {columns}")
 
 
-def tiled_mma(dtype, n: int, b_major: OperandMajorMode, a_source: warpgroup.OperandSource):
-    """One warpgroup's 64 x n product with float32 accumulation; A is K-major."""
+def tiled_mma(
+    dtype,
+    n: int,
+    b_major: OperandMajorMode,
+    a_source: warpgroup.OperandSource,
+    a_major: OperandMajorMode = OperandMajorMode.K,
+):
+    """One warpgroup's 64 x n product with float32 accumulation."""
     return hopper.make_trivial_tiled_mma(
         dtype,
         dtype,
-        OperandMajorMode.K,
+        a_major,
         b_major,
         Float32,
         atom_layout_mnk=(1, 1, 1),
@@ -124,3 +130,26 @@ def convert_pairs(source: cute.Tensor, target: cute.Tensor):
             write_only_types=[Uint32],
             read_only_args=[flat[2 * i + 1], flat[2 * i]],
         )
+
+
+@cute.jit
+def clear_rows(tile: cute.Tensor, width: cutlass.Constexpr[int], stage: Int32, first: Int32):
+    """Zeroes rows first.. of a stage of a ``smem_layout`` of (rows, width, stages); one warp.
+
+    A row's swizzle permutes inside the row of its atom, so whole atom rows can be cleared.
+    """
+    rows = cute.size(tile, mode=[0])
+    stages = cute.size(tile, mode=[2])
+    atom = swizzle_width(tile.element_type, width)
+    words, atoms = atom // 4, width // atom
+    linear = cute.make_tensor(
+        cute.recast_ptr(tile.iterator, swizzle_=cute.make_swizzle(0, 4, 3), dtype=Int64),
+        cute.make_layout(
+            (words, rows, atoms, stages),
+            stride=(1, words, words * rows, words * rows * atoms),
+        ),
+    )
+    lane = cute.arch.lane_idx()
+    for a in cutlass.range_constexpr(atoms):
+        for i in cutlass.range(first * words + lane, Int32(rows * words), Int32(32), unroll=1):
+            linear[i % words, i // words, a, stage] = Int64(0)
