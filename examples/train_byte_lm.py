@@ -242,7 +242,8 @@ def main() -> int:
     order = np.random.default_rng(args.seed)
     losses: list[jax.Array] = []
     start = time.perf_counter()
-    with tqdm(total=args.steps, unit="step", desc="training") as bar:
+    interval = 0.1 if sys.stderr.isatty() else 5.0  # seconds; a log file wants fewer lines
+    with tqdm(total=args.steps, unit="step", desc="training", mininterval=interval) as bar:
         for step in range(args.steps):
             positions = order.integers(0, len(train) - args.seq_len - 1, args.batch)
             losses.append(train_step(model, optimizer, cut(train, positions, args.seq_len + 1)))

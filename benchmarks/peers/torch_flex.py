@@ -19,6 +19,8 @@ def build(case: Case, pass_: Pass) -> Step:
 
     from benchmarks.peers.torch_step import torch_step
 
+    # Past a number of shapes the compiler would give up on this function and run it eagerly.
+    torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     block_mask = None
     if case.causal:
