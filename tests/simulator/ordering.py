@@ -1,0 +1,217 @@
+"""Happens-before on shared memory, across warps and across the generic and asynchronous proxies.
+
+Every actor has a clock: each warp; each warp's wgmmas, which finish in order; and a pool of slots,
+one for each bulk copy in flight.  A warp keeps two vector clocks: what happened before it, and the
+part of that which a proxy fence has made visible to the asynchronous proxy.  Barriers carry both
+from those who arrive to those who wait.  Shadow memory, a cell for every four bytes, holds the last
+writer and every actor's last read.  An access that is not ordered after the last conflicting one is
+a race; one that is ordered, but generic-to-asynchronous without a proxy fence, is a missing fence.
+
+Threads of one warp are taken as ordered by the program.
+"""
+
+import numpy as np
+
+CELL = 4
+NUM_SLOTS = 24
+
+
+class Ordering:
+    """The clocks and the shadow memory of one cluster.
+
+    Args:
+      num_warps: warps of all its blocks together.
+      cells: shadow cells of all its blocks together.
+      log: where findings go.
+    """
+
+    def __init__(self, num_warps: int, cells: int, log):
+        self.num_warps = num_warps
+        self.first_slot = 2 * num_warps
+        self.num_actors = self.first_slot + NUM_SLOTS
+        self.clock = np.zeros((num_warps, self.num_actors + 1), np.int32)
+        self.fenced = np.zeros((num_warps, self.num_actors + 1), np.int32)
+        warps = np.arange(num_warps)
+        self.clock[warps, warps] = 1
+        self.wgmma_clock = np.zeros(num_warps, np.int32)
+        self.slot_clock = np.zeros(NUM_SLOTS, np.int32)
+        self.next_slot = 0
+        self.writer = np.full(cells, self.num_actors, np.int16)  # one past the end: nobody
+        self.write_clock = np.zeros(cells, np.int32)
+        self.write_statement = np.zeros(cells, np.int32)
+        self.read_clock = np.zeros((self.num_actors, cells), np.int32)
+        self.written = np.zeros(cells, bool)
+        self.log = log
+        self.statements = []
+
+    # ---- synchronisation
+
+    def release(self, warp: int):
+        """What a warp publishes when it arrives at a barrier."""
+        pair = self.clock[warp].copy(), self.fenced[warp].copy()
+        self.clock[warp, warp] += 1
+        return pair
+
+    def acquire(self, warp: int, pair) -> None:
+        np.maximum(self.clock[warp], pair[0], out=self.clock[warp])
+        np.maximum(self.fenced[warp], pair[1], out=self.fenced[warp])
+
+    def nothing(self):
+        return (
+            np.zeros(self.num_actors + 1, np.int32),
+            np.zeros(self.num_actors + 1, np.int32),
+        )
+
+    @staticmethod
+    def join(into, pair) -> None:
+        np.maximum(into[0], pair[0], out=into[0])
+        np.maximum(into[1], pair[1], out=into[1])
+
+    def fence_proxy(self, warp: int) -> None:
+        np.maximum(self.fenced[warp], self.clock[warp], out=self.fenced[warp])
+        self.clock[warp, warp] += 1
+
+    # ---- accesses by threads
+
+    def read(self, warps, cells, statement, pc) -> None:
+        """Threads of ``warps`` (n,) read ``cells`` (n, k)."""
+        column = warps[:, None]
+        written = self.written[cells]
+        if not written.all():
+            self._uninitialised(cells, written, statement)
+        ok = self.clock[column, self.writer[cells]] >= self.write_clock[cells]
+        if not ok.all():
+            self._race("reads", f"warp {int(warps[np.argwhere(~ok)[0][0]])}", cells, ok, statement)
+        self.read_clock[column, cells] = self.clock[warps, warps][:, None]
+
+    def write(self, warps, cells, statement, pc) -> None:
+        """Threads of ``warps`` (n,) write ``cells`` (n, k)."""
+        column = warps[:, None]
+        ok = self.clock[column, self.writer[cells]] >= self.write_clock[cells]
+        if not ok.all():
+            self._race("writes", f"warp {int(warps[np.argwhere(~ok)[0][0]])}", cells, ok, statement)
+        seen = self.clock[warps, : self.num_actors].T[:, :, None]
+        late = self.read_clock[:, cells] > seen
+        if late.any():
+            writer = int(warps[np.argwhere(late)[0][1]])
+            self._overwritten(f"warp {writer}", late, cells, statement)
+        self.writer[cells] = column
+        self.write_clock[cells] = self.clock[warps, warps][:, None]
+        self.write_statement[cells] = pc
+        self.written[cells] = True
+
+    # ---- accesses by the asynchronous proxy
+
+    def begin(self, warp: int):
+        """Start an asynchronous operation: (actor, clock, view for writers, view for readers)."""
+        slot = self.next_slot
+        self.next_slot = (slot + 1) % NUM_SLOTS
+        self.slot_clock[slot] += 1
+        clock = int(self.slot_clock[slot])
+        return (self.first_slot + slot, clock, *self._views(warp))
+
+    def _views(self, warp):
+        writers = self.clock[warp].copy()
+        writers[: self.num_warps] = self.fenced[warp, : self.num_warps]
+        return writers, self.clock[warp].copy()
+
+    def wgmma(self, warp: int):
+        """The warp's wgmma actor, for operations of the group not yet committed."""
+        return (self.num_warps + warp, int(self.wgmma_clock[warp]) + 1, *self._views(warp))
+
+    def wgmma_commit(self, warp: int) -> None:
+        self.wgmma_clock[warp] += 1
+
+    def wgmma_wait(self, warp: int, pending: int) -> None:
+        actor = self.num_warps + warp
+        done = self.wgmma_clock[warp] - pending
+        self.clock[warp, actor] = max(self.clock[warp, actor], done)
+
+    def finish(self, pair, token) -> None:
+        """Publish an operation's completion through a barrier's clocks."""
+        actor, clock = token[:2]
+        pair[0][actor] = max(pair[0][actor], clock)
+        pair[1][actor] = max(pair[1][actor], clock)
+
+    def observe(self, warp: int, token) -> None:
+        """A warp waited for an operation of its own (bulk groups)."""
+        actor, clock = token[:2]
+        self.clock[warp, actor] = max(self.clock[warp, actor], clock)
+
+    def async_read(self, token, cells, statement, name) -> None:
+        actor, clock, writers, everything = token
+        written = self.written[cells]
+        if not written.all():
+            self._uninitialised(cells, written, statement)
+        self._check_writers(name, "reads", writers, everything, cells, statement)
+        self.read_clock[actor, cells] = clock
+
+    def async_write(self, token, cells, statement, pc, name) -> None:
+        actor, clock, writers, everything = token
+        self._check_writers(name, "writes", writers, everything, cells, statement)
+        late = self.read_clock[:, cells] > everything[: self.num_actors, None]
+        if late.any():
+            self._overwritten(name, late, cells, statement)
+        self.writer[cells] = actor
+        self.write_clock[cells] = clock
+        self.write_statement[cells] = pc
+        self.written[cells] = True
+
+    def _check_writers(self, name, verb, writers, everything, cells, statement):
+        who = self.writer[cells]
+        clock = self.write_clock[cells]
+        ok = writers[who] >= clock
+        if ok.all():
+            return
+        ordered = everything[who] >= clock
+        if not ordered.all():
+            self._race(verb, name, cells, ordered, statement)
+        else:
+            cell = int(np.asarray(cells)[~ok].flat[0])
+            self.log.add(
+                "missing proxy fence",
+                statement,
+                f"{name} {verb} byte {cell * CELL} of shared memory, which {self._last(cell)} "
+                "through the generic proxy, with no fence.proxy.async between",
+            )
+
+    # ---- reports
+
+    def actor_name(self, actor: int) -> str:
+        if actor < self.num_warps:
+            return f"warp {actor}"
+        if actor < self.first_slot:
+            return f"a wgmma of warp {actor - self.num_warps}"
+        return "a bulk copy"
+
+    def _last(self, cell):
+        statement = self.statements[int(self.write_statement[cell])]
+        return f"{self.actor_name(int(self.writer[cell]))} wrote at {statement.where()}"
+
+    def _race(self, verb, who, cells, ok, statement):
+        cell = int(np.asarray(cells)[~ok].flat[0])
+        self.log.add(
+            "shared-memory race",
+            statement,
+            f"{who} {verb} byte {cell * CELL} of shared memory, which {self._last(cell)}, with "
+            "nothing that orders the two",
+        )
+
+    def _overwritten(self, who, late, cells, statement):
+        first = np.argwhere(late)[0]
+        cell = int(np.asarray(cells)[tuple(first[1:])])
+        self.log.add(
+            "shared-memory race",
+            statement,
+            f"{who} writes byte {cell * CELL} of shared memory while "
+            f"{self.actor_name(int(first[0]))} may still read it",
+        )
+
+    def _uninitialised(self, cells, written, statement):
+        cell = int(np.asarray(cells)[~written].flat[0])
+        self.log.add(
+            "uninitialised shared memory",
+            statement,
+            f"reads byte {cell * CELL} of shared memory, which nothing wrote",
+        )
+        self.written[np.asarray(cells)[~written]] = True

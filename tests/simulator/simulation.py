@@ -1,0 +1,133 @@
+"""``simulate``: from a compiled kernel and arrays to arrays."""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from . import (  # noqa: F401  (each registers its instructions)
+    arithmetic,
+    barriers,
+    bulk_copies,
+    memory_access,
+    warp_operations,
+    warpgroup_mma,
+)
+from .findings import FindingLog, SimulationError
+from .machine import Machine
+from .memory import GlobalMemory
+from .program import Program
+from .ptx import Kernel, parse
+from .recorder import Launch, record
+from .schedule import Schedule
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(ptx: str) -> dict[str, Kernel]:
+    return parse(ptx)
+
+
+@functools.lru_cache(maxsize=64)
+def _program(ptx: str, name: str) -> Program:
+    return Program(_parsed(ptx)[name])
+
+
+def record_launches(kernel, memory_buffers, *, num_sms=132) -> list[Launch]:
+    """The launches that a compiled kernel's launcher makes for (address, dims) buffers."""
+    if kernel.ptx is None:
+        raise ValueError("kernel: compile it with its PTX kept")
+    sizes = {name: k.parameter_sizes for name, k in _parsed(kernel.ptx).items()}
+    return record(kernel.object, memory_buffers, sizes, arch=kernel.arch, num_sms=num_sms)
+
+
+def simulate(
+    kernel,
+    *inputs: np.ndarray,
+    outputs: Sequence[tuple[Sequence[int], np.dtype]],
+    timing: str = "late",
+    warps: str = "fair",
+    seed: int = 0,
+    num_sms: int = 132,
+    check: bool = True,
+    log: FindingLog | None = None,
+    trace=None,
+) -> list[np.ndarray]:
+    """Run a compiled kernel on the CPU.
+
+    Args:
+      kernel: has ``object``, ``ptx`` and ``arch``, as ``ffi.compile_kernel`` returns them with the
+        intermediates kept.
+      inputs: the input arrays, in the kernel's order; copied, never written.
+      outputs: (shape, dtype) of each output; they start as poison (NaN for floats).
+      timing: when asynchronous copies complete: "late", "early" or "shuffled".
+      warps: who runs: "fair", "adversarial" or "seeded".
+      seed: of every random choice.
+      num_sms: multiprocessors that the launcher is told of.
+      check: whether to check the ordering of accesses to shared memory.
+      log: collects findings instead of raising them at the end; those that end a run still raise.
+      trace: a :class:`trace.Trace` to fill.
+
+    Returns:
+      The output arrays.
+
+    Raises:
+      SimulationError: the program misbehaved; its ``findings`` say how.
+      PtxError: the PTX has something that the simulator does not know.
+    """
+    own_log = log is None
+    log = FindingLog() if own_log else log
+    random = np.random.default_rng(seed)
+    memory = GlobalMemory()
+    buffers, held = [], []
+    for i, array in enumerate(inputs):
+        array = np.ascontiguousarray(array)
+        block = memory.allocate(array.nbytes, f"input {i}", 0xFF)
+        block.data[: array.nbytes] = array.reshape(-1).view(np.uint8)
+        buffers.append((block.base, array.shape))
+    for i, (shape, dtype) in enumerate(outputs):
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        block = memory.allocate(size, f"output {i}", 0xFF)
+        buffers.append((block.base, tuple(shape)))
+        held.append((block, tuple(shape), np.dtype(dtype), size))
+    schedule = Schedule(timing, warps, seed)
+    # Registers hold NaNs in every float width; which ones, the seed says.
+    poison = 2**64 - 1 if seed == 0 else int(random.integers(1, 2**63)) | 0x7FC0FFC07FC0FFC0
+    for launch in record_launches(kernel, buffers, num_sms=num_sms):
+        run_launch(
+            launch, _program(kernel.ptx, launch.kernel), memory, schedule, log,
+            check=check, poison=poison, num_sms=num_sms, trace=trace,
+        )  # fmt: skip
+    if own_log and log.findings:
+        raise SimulationError(log.findings)
+    return [
+        block.data[:size].copy().view(dtype).reshape(shape) for block, shape, dtype, size in held
+    ]
+
+
+def run_launch(
+    launch, program, memory, schedule, log, *, check=True, poison=0, num_sms=132, trace=None
+):
+    """Run every block of one launch, cluster after cluster."""
+    if 0 in launch.grid:
+        return
+    threads = program.kernel.num_threads
+    if threads is not None and threads != int(np.prod(launch.block)):
+        raise ValueError(f"{launch.kernel}: launched with {launch.block}, compiled for {threads}")
+    machine = Machine(
+        launch, program, memory, schedule, log,
+        check_ordering=check, poison=poison, num_sms=num_sms, trace=trace,
+    )  # fmt: skip
+    gx, gy, gz = launch.grid
+    cx, cy, cz = launch.cluster
+    with np.errstate(all="ignore"):
+        for z in range(0, gz, cz):
+            for y in range(0, gy, cy):
+                for x in range(0, gx, cx):
+                    machine.run_cluster(
+                        [
+                            (x + i, y + j, z + k)
+                            for k in range(cz)
+                            for j in range(cy)
+                            for i in range(cx)
+                        ]
+                    )
