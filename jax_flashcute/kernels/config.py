@@ -1,6 +1,6 @@
 """Tile configurations of the kernels, what makes one valid, and how one is chosen."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 SMEM_BYTES = 227 * 1024
 """Shared memory one block can have on Hopper and Blackwell."""
@@ -18,18 +18,18 @@ class FwdConfig:
       warpgroups: consumer warpgroups; each owns 64 query rows.
       tile_n: keys per tile.
       kv_stages: depth of the K and of the V pipeline.
-      overlap_epilogue: O has shared memory of its own, so that the next tile's Q can be loaded
-        while this tile's O is still being written; else O reuses Q's.
       rescale_threshold: O and the row sums are rescaled only once the row maximum has grown by
         more than this many powers of two; 0 rescales at every tile.
+      takes_turns: warpgroups issue their products in turns, so that the softmax of one runs beside
+        the products of another.
       consumer_registers, producer_registers: registers a thread, after reallocation.
     """
 
     warpgroups: int
     tile_n: int
     kv_stages: int
-    overlap_epilogue: bool = True
     rescale_threshold: float = 8.0
+    takes_turns: bool = True
     consumer_registers: int = 240
     producer_registers: int = 24
 
@@ -40,9 +40,7 @@ class FwdConfig:
     def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Shared memory in bytes, without barriers, for 16-bit operands."""
         h, hv = round_up(head_dim, 16), round_up(head_dim_v, 16)
-        q, o = self.tile_m * h, self.tile_m * hv
-        kv = self.kv_stages * self.tile_n * (h + hv)
-        return 2 * (kv + (q + o if self.overlap_epilogue else max(q, o)))
+        return 2 * (self.tile_m * h + self.kv_stages * self.tile_n * (h + hv))
 
     def reasons_invalid(self, head_dim: int, head_dim_v: int) -> list[str]:
         """Every reason why this configuration cannot be compiled for these head_dims."""
@@ -71,18 +69,126 @@ class FwdConfig:
 
 def forward_config(head_dim: int, head_dim_v: int) -> FwdConfig:
     """The forward configuration for a pair of head_dims on Hopper."""
+    widest = max(head_dim, head_dim_v)
+    if widest <= 64:
+        return FwdConfig(3, 128, 2, consumer_registers=160, producer_registers=32)
+    if widest <= 128:
+        return FwdConfig(2, 128, 2)
+    if head_dim_v <= 128:
+        return FwdConfig(2, 112, 2)
+    if widest <= 192:
+        return FwdConfig(2, 96, 2)
+    return FwdConfig(2, 80, 2)
+
+
+@dataclass(frozen=True)
+class BwdConfig:
+    """How the backward kernel for head_dims up to 128 is tiled.
+
+    A block owns ``tile_n`` = 64 * warpgroups keys and goes over the query tiles that see them.
+
+    Attributes:
+      warpgroups: consumer warpgroups; each owns 64 keys.
+      tile_m: query rows per tile.
+      q_stages, do_stages: depth of the pipelines of Q and of dO.
+      ds_stages: buffers of dS in shared memory; with one, the warpgroups meet once more a tile.
+      dq_split: how the warpgroups share dQ = dS K of a tile: "rows", 64 each; "columns" of K, equal
+        parts of 64 rows; or "none", the first one alone.
+      consumer_registers, producer_registers: registers a thread, after reallocation.
+    """
+
+    warpgroups: int
+    tile_m: int
+    q_stages: int = 2
+    do_stages: int = 2
+    ds_stages: int = 2
+    dq_split: str = "rows"
+    consumer_registers: int = 240
+    producer_registers: int = 24
+
+    @property
+    def tile_n(self) -> int:
+        return 64 * self.warpgroups
+
+    @property
+    def dq_parts(self) -> int:
+        """Warpgroups that take part in dQ."""
+        return 1 if self.dq_split == "none" else self.warpgroups
+
+    def dq_part_shape(self, head_dim: int) -> tuple[int, int]:
+        """Rows and columns of dQ that one warpgroup computes."""
+        h = round_up(head_dim, 16)
+        return 64, h // self.warpgroups if self.dq_split == "columns" else h
+
+    def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
+        """Shared memory in bytes, without barriers, for 16-bit operands."""
+        h, hv = round_up(head_dim, 16), round_up(head_dim_v, 16)
+        keys = 2 * self.tile_n * (h + hv)
+        queries = self.tile_m * (self.q_stages * (2 * h + 4) + self.do_stages * (2 * hv + 4))
+        ds = 2 * self.ds_stages * self.tile_m * self.tile_n
+        return keys + queries + ds + 4 * self.tile_m * h
+
+    def reasons_invalid(self, head_dim: int, head_dim_v: int) -> list[str]:
+        """Every reason why this configuration cannot be compiled for these head_dims."""
+        reasons = []
+        h, hv = round_up(head_dim, 16), round_up(head_dim_v, 16)
+        if self.warpgroups not in (1, 2, 3):
+            reasons.append(f"warpgroups must be 1, 2 or 3, got {self.warpgroups}")
+        if self.tile_m % 16 or not 16 <= self.tile_m <= 256:
+            reasons.append(f"tile_m must be a multiple of 16 from 16 to 256, got {self.tile_m}")
+        if self.dq_split not in ("rows", "columns", "none"):
+            reasons.append(f"dq_split must be rows, columns or none, got {self.dq_split!r}")
+        rows = 64 * self.warpgroups if self.dq_split == "rows" else 64
+        if self.tile_m != rows:
+            reasons.append(f"dq_split={self.dq_split} needs tile_m={rows}, got {self.tile_m}")
+        if self.dq_split == "columns" and h % (64 * self.warpgroups):
+            reasons.append(f"dq_split=columns needs head_dim to divide into 64s, got {head_dim}")
+        smem = self.smem_bytes(head_dim, head_dim_v) + 4096
+        if smem > SMEM_BYTES:
+            reasons.append(f"shared memory: {smem} bytes needed, {SMEM_BYTES} available")
+        registers = 128 * (self.warpgroups * self.consumer_registers + self.producer_registers)
+        if registers > 65536:
+            reasons.append(f"registers: {registers} needed, 65536 available")
+        # dK and dV, then S and dP, or dQ and the 16-bit P and dS, live in registers together.
+        dq = self.dq_part_shape(head_dim)[1] // 2
+        accumulators = (h + hv) // 2 + max(self.tile_m, self.tile_m // 2 + dq)
+        if accumulators + 24 > self.consumer_registers:
+            reasons.append(
+                f"registers a thread: {accumulators} for accumulators alone, "
+                f"{self.consumer_registers} available"
+            )
+        return reasons
+
+
+def backward_config(head_dim: int, head_dim_v: int) -> BwdConfig:
+    """The backward configuration for a pair of head_dims on Hopper."""
     if max(head_dim, head_dim_v) <= 64:
-        config = FwdConfig(3, 128, 2, consumer_registers=160, producer_registers=32)
-    elif max(head_dim, head_dim_v) <= 128:
-        config = FwdConfig(2, 128, 2)
-    elif head_dim_v <= 128:
-        config = FwdConfig(2, 112, 2, overlap_epilogue=False)
-    elif max(head_dim, head_dim_v) <= 192:
-        config = FwdConfig(2, 96, 2, overlap_epilogue=False)
-    else:
-        config = FwdConfig(2, 80, 2, overlap_epilogue=False)
-    if not config.overlap_epilogue:
-        roomier = replace(config, overlap_epilogue=True)
-        if not roomier.reasons_invalid(head_dim, head_dim_v):
-            config = roomier
-    return config
+        return BwdConfig(2, 128, dq_split="rows")
+    if round_up(head_dim, 16) == 128:
+        return BwdConfig(2, 64, dq_split="columns")
+    return BwdConfig(2, 64, dq_split="none")
+
+
+def workspace_shapes(
+    config: BwdConfig,
+    batch: int,
+    q_length: int,
+    kv_length: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    head_dim_v: int,
+) -> list[tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes of the backward launcher's scratch outputs, in its argument order.
+
+    dQ in float32, tile by tile in the order of the registers that computed it; the log-sum-exp in
+    base 2 and the row sums of dO * O, both padded to whole query tiles.  None needs initialising.
+    """
+    m_blocks = -(-q_length // config.tile_m)
+    h = round_up(head_dim, 16)
+    rows = (batch, heads, m_blocks * config.tile_m)
+    return [
+        ((batch, heads, m_blocks * config.tile_m * h), "float32"),
+        (rows, "float32"),
+        (rows, "float32"),
+    ]

@@ -1,0 +1,1 @@
+"""Kernels around the attention kernels: what comes before and after the backward."""

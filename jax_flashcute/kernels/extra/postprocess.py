@@ -1,0 +1,111 @@
+"""After the backward: dQ from float32, in the order of the main kernel's registers, to 16 bits."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+
+from jax_flashcute.kernels.config import BwdConfig, round_up
+from jax_flashcute.kernels.sm90.fragments import (
+    convert_pairs,
+    smem_layout,
+    tiled_mma,
+    tma_partition,
+)
+
+
+class Postprocess:
+    """Compiles to one kernel; a block serves one query tile of one head."""
+
+    def __init__(self, config: BwdConfig, dtype, head_dim: int, scale: float):
+        self.config = config
+        self.dtype = dtype
+        self.head_dim = head_dim
+        self.scale = scale
+        self.smem_h = round_up(head_dim, 16)
+
+    def launch(self, stream, m_blocks: Int32, mdQAccum: cute.Tensor, mdQ: cute.Tensor) -> None:
+        cfg = self.config
+        b, t, n = mdQ.shape[0], mdQ.shape[1], mdQ.shape[2]
+        row = Int64(n) * self.head_dim
+        dq_tensor = cute.make_tensor(
+            mdQ.iterator,
+            cute.make_layout((t, self.head_dim, n, b), stride=(row, 1, self.head_dim, row * t)),
+        )
+        tma_dq = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileS2GOp(),
+            dq_tensor,
+            smem_layout(self.dtype, cfg.tile_m, self.smem_h),
+            (cfg.tile_m, self.smem_h),
+        )
+        self.kernel(*tma_dq, mdQAccum, m_blocks, n).launch(
+            grid=[m_blocks * n * b, 1, 1],
+            block=[128 * cfg.dq_parts, 1, 1],
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_dq: cute.CopyAtom,
+        gdQ: cute.Tensor,
+        mdQAccum: cute.Tensor,
+        m_blocks: Int32,
+        heads: Int32,
+    ):
+        cfg = self.config
+        thread = cute.arch.thread_idx()[0] % 128
+        part = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128)
+        block = cute.arch.block_idx()[0]
+        entry = block // m_blocks
+        m_block = block - entry * m_blocks
+        batch = entry // heads
+        head = entry - batch * heads
+
+        dq_layout = smem_layout(self.dtype, cfg.tile_m, self.smem_h)
+
+        @cute.struct
+        class SharedStorage:
+            sdQ: cute.struct.Align[cute.struct.MemRange[self.dtype, cfg.tile_m * self.smem_h], 1024]
+
+        storage = cutlass.utils.SmemAllocator().allocate(SharedStorage)
+        sdQ = storage.sdQ.get_tensor(dq_layout.outer, swizzle=dq_layout.inner)
+
+        rows, columns = cfg.dq_part_shape(self.head_dim)
+        values = rows * columns // 128
+        mma = tiled_mma(self.dtype, columns, OperandMajorMode.MN, warpgroup.OperandSource.SMEM)
+        acc = cute.make_rmem_tensor(mma.partition_shape_C((rows, columns)), Float32)
+        first = (Int64(entry) * m_blocks + m_block) * (cfg.tile_m * self.smem_h)
+        source = cute.make_tensor(
+            (mdQAccum.iterator + first).align(16),
+            cute.make_layout(
+                (4, 128, values // 4, cfg.dq_parts), stride=(1, 4, 512, rows * columns)
+            ),
+        )
+        target = cute.make_tensor(acc.iterator, cute.make_layout((4, values // 4), stride=(1, 4)))
+        # The accumulation is finished by the kernel before this one.
+        cute.arch.griddepcontrol_wait()
+        cute.autovec_copy(source[None, thread, None, part], target)
+        for i in cutlass.range_constexpr(values):
+            acc[i] = acc[i] * self.scale
+        rdQ = cute.make_rmem_tensor(acc.layout, self.dtype)
+        convert_pairs(acc, rdQ)
+        by_rows = const_expr(cfg.dq_split == "rows")
+        sdQ_part = cute.local_tile(
+            sdQ, (rows, columns), (part if by_rows else 0, 0 if by_rows else part)
+        )
+        copy = cute.make_tiled_copy_C(
+            cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), mma
+        ).get_slice(thread)
+        cute.copy(copy, copy.retile(rdQ), copy.partition_D(sdQ_part))
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_threads()
+        if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 0:
+            tile = cute.local_tile(
+                gdQ[None, None, head, batch], (cfg.tile_m, self.smem_h), (None, 0)
+            )
+            tQsQ, tQgQ = tma_partition(tma_dq, sdQ, tile)
+            cute.copy(tma_dq, tQsQ, tQgQ[None, m_block])
+            cute.arch.cp_async_bulk_commit_group()
+            cute.arch.cp_async_bulk_wait_group(0, read=True)

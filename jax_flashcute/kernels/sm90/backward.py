@@ -1,0 +1,777 @@
+"""The backward kernel on Hopper for head_dims up to 128: dQ, dK and dV in one pass over the keys.
+
+A block owns ``tile_n`` keys of one key/value head and goes over the query tiles that see them, of
+every query head of the group:
+
+    S^T = K Q^T      P^T = exp2(scale log2(e) S^T - LSE2)      dV += P^T dO
+    dP^T = V dO^T    dS^T = P^T (dP^T - dPsum)                 dK += dS^T Q      dQ += dS K
+
+The scores are computed transposed, a warpgroup owning 64 keys, so that P^T and dS^T are in
+registers just as the products dV and dK take them; only dS goes through shared memory, for dQ,
+which needs all keys of the block.  dQ is summed in float32 in global memory by bulk reductions,
+tile by tile in the order of the registers (extra/postprocess.py turns it into 16 bits), and dK is
+multiplied by the scale at the end.
+
+    edge       producer             consumer                stages     full      empty
+    k, v       TMA, producer warp   every warpgroup         1 each     1 + tx    used once
+    q, LSE2    TMA, producer warp   every warpgroup         q_stages   1 + tx    4 W
+    dO, dPsum  TMA, producer warp   every warpgroup         do_stages  1 + tx    4 W
+    dS         every warpgroup      every warpgroup         ds_stages  named barrier 1, 128 W threads
+    dQ full    warpgroup w          dQ warp (bulk reduce)   1          named barrier 2 + w, 160 threads
+    dQ empty   dQ warp              warpgroup w             1          named barrier 5 + w, 160 threads
+
+Counts are arrivals; "+ tx" means that the barrier also waits for the copies' bytes; W is the
+number of consumer warpgroups, of four warps each.
+"""
+
+from functools import partial
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+
+from jax_flashcute.kernels.common.intervals import IntervalMask
+from jax_flashcute.kernels.common.lengths import entry_lengths
+from jax_flashcute.kernels.common.pipeline import TmaPipeline
+from jax_flashcute.kernels.common.scheduler import section_size
+from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
+from jax_flashcute.kernels.config import BwdConfig, round_up
+from jax_flashcute.kernels.extra.postprocess import Postprocess
+from jax_flashcute.kernels.extra.preprocess import Preprocess
+from jax_flashcute.kernels.sm90.fragments import (
+    ROWS_PER_THREAD,
+    as_operand_a,
+    clear_rows,
+    column_words,
+    convert_pairs,
+    gemm,
+    hide_outside,
+    row_in_slab,
+    rows_and_columns,
+    smem_layout,
+    tiled_mma,
+    tma_partition,
+)
+
+CONSUMER_BARRIER = 1
+DQ_FULL_BARRIER = 2
+DQ_EMPTY_BARRIER = 5
+
+# Barriers in shared memory: K, V, one for loads whose tail is cleared, the two pipelines.
+TAIL = 2
+FIRST_PIPELINE = 3
+
+
+class BackwardSm90:
+    """Compiles to one launcher (three kernels) for all batch sizes, lengths and head counts."""
+
+    def __init__(
+        self,
+        config: BwdConfig,
+        dtype,
+        head_dim: int,
+        head_dim_v: int,
+        group: int,
+        scale: float,
+        mask: IntervalMask,
+    ):
+        """``group``: query heads a key/value head serves."""
+        self.config = config
+        self.dtype = dtype
+        self.head_dim = head_dim
+        self.head_dim_v = head_dim_v
+        self.group = group
+        self.scale = scale
+        self.mask = mask
+        self.smem_h = round_up(head_dim, 16)
+        self.smem_hv = round_up(head_dim_v, 16)
+        self.consumer_threads = 128 * config.warpgroups
+        self.consumer_warps = 4 * config.warpgroups
+
+    # ---- host side -------------------------------------------------------------------------
+
+    def by_head(self, x: cute.Tensor, width: int) -> cute.Tensor:
+        """(B, T, heads, width) as (T, width, heads, B) with 64-bit strides."""
+        b, t, heads = x.shape[0], x.shape[1], x.shape[2]
+        row = Int64(heads) * width
+        return cute.make_tensor(
+            x.iterator, cute.make_layout((t, width, heads, b), stride=(row, 1, width, row * t))
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        stream: cuda.CUstream,
+        mQ: cute.Tensor,  # (B, T, N, H)
+        mK: cute.Tensor,  # (B, S, K, H)
+        mV: cute.Tensor,  # (B, S, K, Hv)
+        mO: cute.Tensor,  # (B, T, N, Hv)
+        mLSE: cute.Tensor,  # (B, T, N) float32
+        mdO: cute.Tensor,  # (B, T, N, Hv)
+        mdLSE: cute.Tensor | None,  # (B, T, N) float32
+        mQOffset: cute.Tensor | None,  # (B,) int32
+        mQLengths: cute.Tensor | None,  # (B,) int32
+        mKVLengths: cute.Tensor | None,  # (B,) int32
+        mdQ: cute.Tensor,  # (B, T, N, H)
+        mdK: cute.Tensor,  # (B, S, K, H)
+        mdV: cute.Tensor,  # (B, S, K, Hv)
+        mdQAccum: cute.Tensor,  # (B, N, m_blocks * tile_m * smem_h) float32, scratch
+        mLSE2: cute.Tensor,  # (B, N, m_blocks * tile_m) float32, scratch
+        mdPsum: cute.Tensor,  # (B, N, m_blocks * tile_m) float32, scratch
+    ):
+        cfg = self.config
+        batch, q_length, heads = mQ.shape[0], mQ.shape[1], mQ.shape[2]
+        kv_length, kv_heads = mK.shape[1], mK.shape[2]
+        m_blocks = cute.ceil_div(q_length, cfg.tile_m)
+        n_blocks = cute.ceil_div(kv_length, cfg.tile_n)
+
+        Preprocess(self.dtype, self.head_dim_v, cfg.tile_m, self.smem_h).launch(
+            stream, m_blocks, mO, mdO, mLSE, mdLSE, mQLengths, (mLSE2, mdPsum, mdQAccum)
+        )
+
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+
+        def tma(op, x, rows, width, smem_width):
+            return cpasync.make_tiled_tma_atom(
+                op,
+                self.by_head(x, width),
+                smem_layout(self.dtype, rows, smem_width),
+                (rows, smem_width),
+            )
+
+        tma_q = tma(load, mQ, cfg.tile_m, self.head_dim, self.smem_h)
+        tma_do = tma(load, mdO, cfg.tile_m, self.head_dim_v, self.smem_hv)
+        tma_k = tma(load, mK, cfg.tile_n, self.head_dim, self.smem_h)
+        tma_v = tma(load, mV, cfg.tile_n, self.head_dim_v, self.smem_hv)
+        tma_dk = tma(store, mdK, cfg.tile_n, self.head_dim, self.smem_h)
+        tma_dv = tma(store, mdV, cfg.tile_n, self.head_dim_v, self.smem_hv)
+
+        # Queries, dO and the float32 dQ of the heads in flight should stay in L2.
+        bytes_per_query = self.group * (6 * self.head_dim + 2 * self.head_dim_v)
+        section = section_size(q_length, bytes_per_query, kv_heads, batch)
+        self.kernel(
+            *tma_q,
+            *tma_do,
+            *tma_k,
+            *tma_v,
+            *tma_dk,
+            *tma_dv,
+            mQOffset,
+            mQLengths,
+            mKVLengths,
+            mLSE2,
+            mdPsum,
+            mdQAccum,
+            m_blocks,
+            n_blocks,
+            section,
+            q_length,
+            kv_length,
+            heads,
+            kv_heads,
+            batch,
+        ).launch(
+            grid=[n_blocks * kv_heads * batch, 1, 1],
+            block=[self.consumer_threads + 128, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=True,
+        )
+        Postprocess(cfg, self.dtype, self.head_dim, self.scale).launch(
+            stream, m_blocks, mdQAccum, mdQ
+        )
+
+    def shared_storage(self):
+        cfg = self.config
+
+        def aligned(dtype, elements):
+            return cute.struct.Align[cute.struct.MemRange[dtype, elements], 1024]
+
+        @cute.struct
+        class SharedStorage:
+            barriers: cute.struct.MemRange[Int64, 3 + 2 * (cfg.q_stages + cfg.do_stages)]
+            sLSE: cute.struct.Align[cute.struct.MemRange[Float32, cfg.q_stages * cfg.tile_m], 128]
+            sdPsum: cute.struct.Align[
+                cute.struct.MemRange[Float32, cfg.do_stages * cfg.tile_m], 128
+            ]
+            sK: aligned(self.dtype, cfg.tile_n * self.smem_h)
+            sV: aligned(self.dtype, cfg.tile_n * self.smem_hv)
+            sQ: aligned(self.dtype, cfg.q_stages * cfg.tile_m * self.smem_h)
+            sdO: aligned(self.dtype, cfg.do_stages * cfg.tile_m * self.smem_hv)
+            sdS: aligned(self.dtype, cfg.ds_stages * cfg.tile_m * cfg.tile_n)
+            sdQ: aligned(Float32, cfg.tile_m * self.smem_h)
+
+        return SharedStorage
+
+    # ---- device side -----------------------------------------------------------------------
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        gQ: cute.Tensor,
+        tma_do: cute.CopyAtom,
+        gdO: cute.Tensor,
+        tma_k: cute.CopyAtom,
+        gK: cute.Tensor,
+        tma_v: cute.CopyAtom,
+        gV: cute.Tensor,
+        tma_dk: cute.CopyAtom,
+        gdK: cute.Tensor,
+        tma_dv: cute.CopyAtom,
+        gdV: cute.Tensor,
+        mQOffset: cute.Tensor | None,
+        mQLengths: cute.Tensor | None,
+        mKVLengths: cute.Tensor | None,
+        mLSE2: cute.Tensor,
+        mdPsum: cute.Tensor,
+        mdQAccum: cute.Tensor,
+        m_blocks: Int32,
+        n_blocks: Int32,
+        section: Int32,
+        q_length: Int32,
+        kv_length: Int32,
+        heads: Int32,
+        kv_heads: Int32,
+        batch_size: Int32,
+    ):
+        cfg = self.config
+        warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        storage = cutlass.utils.SmemAllocator().allocate(self.shared_storage())
+        kv_full = storage.barriers.data_ptr()
+        pipeline_q = TmaPipeline(
+            "q",
+            kv_full + FIRST_PIPELINE,
+            cfg.q_stages,
+            cfg.tile_m * (self.smem_h * 2 + 4),
+            self.consumer_warps,
+        )
+        pipeline_do = TmaPipeline(
+            "dO",
+            kv_full + FIRST_PIPELINE + 2 * cfg.q_stages,
+            cfg.do_stages,
+            cfg.tile_m * (self.smem_hv * 2 + 4),
+            self.consumer_warps,
+        )
+        if warp_index == 0:
+            for atom in (tma_q, tma_do, tma_k, tma_v, tma_dk, tma_dv):
+                cpasync.prefetch_descriptor(atom)
+            with cute.arch.elect_one():
+                pipeline_q.init()
+                pipeline_do.init()
+                cute.arch.mbarrier_init(kv_full, 1)
+                cute.arch.mbarrier_init(kv_full + 1, 1)
+                cute.arch.mbarrier_init(kv_full + TAIL, 1)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        def staged(storage_member, rows, width, stages):
+            layout = smem_layout(self.dtype, rows, width, stages)
+            return storage_member.get_tensor(layout.outer, swizzle=layout.inner)
+
+        sQ = staged(storage.sQ, cfg.tile_m, self.smem_h, cfg.q_stages)
+        sdO = staged(storage.sdO, cfg.tile_m, self.smem_hv, cfg.do_stages)
+        sK = staged(storage.sK, cfg.tile_n, self.smem_h, 1)
+        sV = staged(storage.sV, cfg.tile_n, self.smem_hv, 1)
+        sdS = staged(storage.sdS, cfg.tile_m, cfg.tile_n, cfg.ds_stages)
+        sLSE = storage.sLSE.get_tensor(cute.make_layout((cfg.tile_m, cfg.q_stages)))
+        sdPsum = storage.sdPsum.get_tensor(cute.make_layout((cfg.tile_m, cfg.do_stages)))
+        part_values = cfg.tile_m * self.smem_h // cfg.dq_parts
+        sdQ = storage.sdQ.get_tensor(
+            cute.make_layout(
+                (4, 128, part_values // 512, cfg.dq_parts), stride=(1, 4, 512, part_values)
+            )
+        )
+
+        # Longest first: with a causal mask the first keys are seen by most queries.
+        per_section = section * n_blocks
+        tile = cute.arch.block_idx()[0]
+        first_entry = tile // per_section * section
+        within = tile - tile // per_section * per_section
+        width = cutlass.min(section, kv_heads * batch_size - first_entry)
+        n_block = within // width
+        entry = first_entry + within - n_block * width
+        batch = entry // kv_heads
+        kv_head = entry - batch * kv_heads
+
+        offset, queries, keys = entry_lengths(
+            mQOffset, mQLengths, mKVLengths, q_length, kv_length, batch
+        )
+        first_key = n_block * cfg.tile_n
+        last_key = cutlass.min(first_key + cfg.tile_n, keys) - 1
+        m_min, m_max, full_min, full_max = self.mask.query_range(
+            first_key, last_key, offset, queries, cfg.tile_m
+        )
+        m_max = m_max if first_key < keys else Int32(0)
+        # Where keys beyond the length share the block they are hidden in every tile.
+        full_min = full_min if first_key + cfg.tile_n <= keys else m_max
+
+        if warp_index < 4:
+            cute.arch.setmaxregister_decrease(cfg.producer_registers)
+            if warp_index == 0 and m_min < m_max:
+                self.produce(
+                    (tma_q, gQ, sQ, sLSE),
+                    (tma_do, gdO, sdO, sdPsum),
+                    (tma_k, gK, sK),
+                    (tma_v, gV, sV),
+                    (mLSE2, mdPsum),
+                    (pipeline_q, pipeline_do, kv_full),
+                    (n_block, kv_head, batch),
+                    (m_min, m_max, m_blocks),
+                    (heads, queries, keys),
+                    (mQLengths is not None, mKVLengths is not None),
+                )
+            if warp_index == 1:
+                self.reduce_dq(
+                    sdQ, mdQAccum, (kv_head, batch, heads), (m_min, m_max, m_blocks), part_values
+                )
+        else:
+            cute.arch.setmaxregister_increase(cfg.consumer_registers)
+            self.consume(
+                (sQ, sdO, sK, sV, sdS, sdQ, sLSE, sdPsum),
+                (tma_dk, gdK),
+                (tma_dv, gdV),
+                (pipeline_q, pipeline_do, kv_full),
+                (n_block, kv_head, batch),
+                (m_min, m_max, full_min, full_max),
+                (offset, queries, keys),
+            )
+        pipeline_q.check_arrivals()
+        pipeline_do.check_arrivals()
+
+    @cute.jit
+    def produce(
+        self,
+        q_copy,
+        do_copy,
+        k_copy,
+        v_copy,
+        statistics,
+        barriers,
+        block,
+        tiles,
+        lengths,
+        has_lengths: cutlass.Constexpr,
+    ):
+        """The producer warp: K and V once, then Q and dO of every tile with their statistics."""
+        cfg = self.config
+        tma_q, gQ, sQ, sLSE = q_copy
+        tma_do, gdO, sdO, sdPsum = do_copy
+        mLSE2, mdPsum = statistics
+        pipeline_q, pipeline_do, kv_full = barriers
+        n_block, kv_head, batch = block
+        m_min, m_max, m_blocks = tiles
+        heads, queries, keys = lengths
+        has_q_lengths, has_kv_lengths = has_lengths
+        padded = Int64(m_blocks) * cfg.tile_m
+        gLSE, gdPsum = (
+            cute.make_tensor(
+                x.iterator.align(16),
+                cute.make_layout(
+                    (cfg.tile_m, m_blocks, self.group),
+                    stride=(1, cfg.tile_m, cute.assume(padded, 16)),
+                ),
+            )
+            for x in (
+                cute.domain_offset((batch, kv_head * self.group, 0), mLSE2),
+                cute.domain_offset((batch, kv_head * self.group, 0), mdPsum),
+            )
+        )
+        copy_row = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32)
+
+        tail_phase = Int32(0)
+        keys_here = keys - n_block * cfg.tile_n
+        has_key_tail = Boolean(False)
+        if const_expr(has_kv_lengths):
+            has_key_tail = keys_here < cfg.tile_n
+        for operand, (copy, width) in enumerate(((k_copy, self.smem_h), (v_copy, self.smem_hv))):
+            tail_phase = self.load_keys(
+                copy, width, kv_full, operand, block, (has_key_tail, tail_phase, keys_here)
+            )
+
+        # The statistics come from the kernel before this one.
+        cute.arch.griddepcontrol_wait()
+        q_stage, q_phase, do_stage, do_phase = (Int32(0) for _ in range(4))
+        for g in cutlass.range(self.group, unroll=1):
+            head = kv_head * self.group + g
+            gQ_tile = cute.local_tile(
+                gQ[None, None, head, batch], (cfg.tile_m, self.smem_h), (None, 0)
+            )
+            gdO_tile = cute.local_tile(
+                gdO[None, None, head, batch], (cfg.tile_m, self.smem_hv), (None, 0)
+            )
+            tQsQ, tQgQ = tma_partition(tma_q, sQ, gQ_tile)
+            tOsO, tOgO = tma_partition(tma_do, sdO, gdO_tile)
+            for m in cutlass.range(m_min, m_max, unroll=1):
+                rows_here = queries - m * cfg.tile_m
+                has_tail = Boolean(False)
+                if const_expr(has_q_lengths):
+                    has_tail = rows_here < cfg.tile_m
+                pipeline_q.acquire(q_stage, q_phase)
+                tail_phase = self.load_rows(
+                    (tma_q, tQgQ[None, m], tQsQ, sQ, self.smem_h),
+                    (copy_row, gLSE[None, m, g], sLSE[None, q_stage]),
+                    (pipeline_q, kv_full, FIRST_PIPELINE),
+                    q_stage,
+                    (has_tail, tail_phase, rows_here),
+                )
+                pipeline_do.acquire(do_stage, do_phase)
+                tail_phase = self.load_rows(
+                    (tma_do, tOgO[None, m], tOsO, sdO, self.smem_hv),
+                    (copy_row, gdPsum[None, m, g], sdPsum[None, do_stage]),
+                    (pipeline_do, kv_full, FIRST_PIPELINE + 2 * cfg.q_stages),
+                    do_stage,
+                    (has_tail, tail_phase, rows_here),
+                )
+                q_stage, q_phase = pipeline_q.advance(q_stage, q_phase)
+                do_stage, do_phase = pipeline_do.advance(do_stage, do_phase)
+
+    @cute.jit
+    def load_keys(self, operand_copy, width: cutlass.Constexpr[int], kv_full, operand, block, tail):
+        """Loads the block's K or V and clears what lies beyond the length."""
+        cfg = self.config
+        tma_x, gX, sX = operand_copy
+        n_block, kv_head, batch = block
+        has_tail, tail_phase, keys_here = tail
+        gX_tile = cute.local_tile(gX[None, None, kv_head, batch], (cfg.tile_n, width), (None, 0))
+        tXsX, tXgX = tma_partition(tma_x, sX, gX_tile)
+        index = Int32(TAIL) if has_tail else Int32(operand)
+        bar = kv_full + index
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(bar, cfg.tile_n * width * 2)
+        cute.copy(tma_x, tXgX[None, n_block], tXsX[None, 0], tma_bar_ptr=bar)
+        if has_tail:
+            cute.arch.mbarrier_wait(bar, tail_phase)
+            clear_rows(sX, width, Int32(0), keys_here)
+            cute.arch.fence_view_async_shared()
+            cute.arch.sync_warp()
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(kv_full + operand)
+            tail_phase ^= 1
+        return tail_phase
+
+    @cute.jit
+    def load_rows(self, tile_copy, row_copy, barriers, stage: Int32, tail):
+        """Loads a tile and its row statistics into a stage, and clears the tile's tail."""
+        tma_x, source, target, smem, width = tile_copy
+        copy_row, row_source, row_target = row_copy
+        pipeline, first_of_all, first_of_pipeline = barriers
+        has_tail, tail_phase, rows_here = tail
+        index = Int32(TAIL) if has_tail else stage + first_of_pipeline
+        bar = first_of_all + index
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(bar, pipeline.tx_bytes)
+        cute.copy(tma_x, source, target[None, stage], tma_bar_ptr=bar)
+        with cute.arch.elect_one():
+            cute.copy(copy_row, row_source, row_target, mbar_ptr=bar)
+        if has_tail:
+            # What lies beyond the length may be NaN, and 0 * NaN is NaN: clear it.
+            cute.arch.mbarrier_wait(bar, tail_phase)
+            clear_rows(smem, width, stage, rows_here)
+            cute.arch.fence_view_async_shared()
+            cute.arch.sync_warp()
+            pipeline.commit(stage)
+            tail_phase ^= 1
+        return tail_phase
+
+    @cute.jit
+    def reduce_dq(
+        self,
+        sdQ: cute.Tensor,
+        mdQAccum: cute.Tensor,
+        block,
+        tiles,
+        part_values: cutlass.Constexpr[int],
+    ):
+        """The dQ warp: adds every tile's dQ to the float32 sum in global memory."""
+        cfg = self.config
+        kv_head, batch, heads = block
+        m_min, m_max, m_blocks = tiles
+        threads = 128 + 32
+        values = cfg.tile_m * self.smem_h
+        # Nothing may be added before the kernel before this one has cleared the sums.
+        cute.arch.griddepcontrol_wait()
+        for g in cutlass.range(self.group, unroll=1):
+            entry = Int64(batch) * heads + kv_head * self.group + g
+            for m in cutlass.range(m_min, m_max, unroll=1):
+                first = (entry * m_blocks + m) * values
+                for part in cutlass.range_constexpr(cfg.dq_parts):
+                    # The reduction that read this part last is the oldest in flight.
+                    cute.arch.cp_async_bulk_wait_group(cfg.dq_parts - 1, read=True)
+                    cute.arch.barrier_arrive(
+                        barrier_id=DQ_EMPTY_BARRIER + part, number_of_threads=threads
+                    )
+                    cute.arch.barrier(barrier_id=DQ_FULL_BARRIER + part, number_of_threads=threads)
+                    if cute.arch.lane_idx() == 0:
+                        bulk_add(
+                            mdQAccum.iterator + (first + part * part_values),
+                            sdQ[None, None, None, part].iterator,
+                            part_values * 4,
+                        )
+                        cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0)
+
+    @cute.jit
+    def consume(self, smem, dk_copy, dv_copy, barriers, block, tiles, lengths):
+        """A consumer warpgroup: the products of its 64 keys, and its part of dQ."""
+        cfg = self.config
+        sQ, sdO, sK, sV, sdS, sdQ, sLSE, sdPsum = smem
+        tma_dk, gdK = dk_copy
+        tma_dv, gdV = dv_copy
+        pipeline_q, pipeline_do, kv_full = barriers
+        n_block, kv_head, batch = block
+        m_min, m_max, full_min, full_max = tiles
+        warps = self.consumer_warps
+        thread = cute.arch.thread_idx()[0] % 128
+        slab = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128) - 1
+        smem_source, register_source = (
+            warpgroup.OperandSource.SMEM,
+            warpgroup.OperandSource.RMEM,
+        )
+        k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
+
+        # S^T and dP^T: (64 keys, tile_m).
+        mma_s = tiled_mma(self.dtype, cfg.tile_m, k_major, smem_source)
+        wg_s = mma_s.get_slice(0)
+        sK_slab = cute.local_tile(sK[None, None, 0], (64, self.smem_h), (slab, 0))
+        sV_slab = cute.local_tile(sV[None, None, 0], (64, self.smem_hv), (slab, 0))
+        tSrK = mma_s.make_fragment_A(wg_s.partition_A(sK_slab))
+        tSrQ = mma_s.make_fragment_B(wg_s.partition_B(sQ))
+        tPrV = mma_s.make_fragment_A(wg_s.partition_A(sV_slab))
+        tPrO = mma_s.make_fragment_B(wg_s.partition_B(sdO))
+        # dV: (64 keys, Hv) and dK: (64 keys, H), over the rows of the tile.
+        mma_dv = tiled_mma(self.dtype, self.smem_hv, mn_major, register_source)
+        mma_dk = tiled_mma(self.dtype, self.smem_h, mn_major, register_source)
+
+        def transposed(x):
+            return cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 0, 2]))
+
+        tVrO = mma_dv.make_fragment_B(mma_dv.get_slice(0).partition_B(transposed(sdO)))
+        tKrQ = mma_dk.make_fragment_B(mma_dk.get_slice(0).partition_B(transposed(sQ)))
+        # dQ: (64 rows, columns), over the keys of the block.
+        rows, columns = cfg.dq_part_shape(self.head_dim)
+        by_rows = const_expr(cfg.dq_split == "rows")
+        mma_dq = tiled_mma(self.dtype, columns, mn_major, smem_source)
+        wg_dq = mma_dq.get_slice(0)
+        sdS_part = cute.local_tile(sdS, (rows, cfg.tile_n), (slab if by_rows else 0, 0, None))
+        sKt_part = cute.local_tile(
+            transposed(sK)[None, None, 0],
+            (columns, cfg.tile_n),
+            (slab if const_expr(cfg.dq_split == "columns") else 0, 0),
+        )
+        tQrS = mma_dq.make_fragment_A(wg_dq.partition_A(sdS_part))
+        tQrK = mma_dq.make_fragment_B(wg_dq.partition_B(sKt_part))
+
+        acc_S = cute.make_rmem_tensor(mma_s.partition_shape_C((64, cfg.tile_m)), Float32)
+        acc_P = cute.make_rmem_tensor(mma_s.partition_shape_C((64, cfg.tile_m)), Float32)
+        acc_dV = cute.make_rmem_tensor(mma_dv.partition_shape_C((64, self.smem_hv)), Float32)
+        acc_dK = cute.make_rmem_tensor(mma_dk.partition_shape_C((64, self.smem_h)), Float32)
+        scores, dscores = rows_and_columns(acc_S), rows_and_columns(acc_P)
+        rP = cute.make_rmem_tensor(acc_S.layout, self.dtype)
+        rdS = cute.make_rmem_tensor(acc_S.layout, self.dtype)
+        acc_dV.fill(0.0)
+        acc_dK.fill(0.0)
+
+        copy_ds = cute.make_tiled_copy_C(
+            cute.make_copy_atom(warp.StMatrix8x8x16bOp(True, 4), self.dtype), mma_s
+        ).get_slice(thread)
+        tSsS = copy_ds.partition_D(
+            cute.local_tile(transposed(sdS), (64, cfg.tile_m), (slab, 0, None))
+        )
+        tLSE, tdPsum = (self.column_pairs(x, thread) for x in (sLSE, sdPsum))
+        mask_tile = partial(
+            self.apply_mask, scores, thread, n_block * cfg.tile_n + slab * 64, lengths
+        )
+
+        q_stage, q_phase, do_stage, do_phase, ds_stage = (Int32(0) for _ in range(5))
+        if m_min < m_max:
+            cute.arch.mbarrier_wait(kv_full, 0)
+            cute.arch.mbarrier_wait(kv_full + 1, 0)
+        full_begin = cutlass.min(cutlass.max(full_min, m_min), m_max)
+        full_end = cutlass.max(cutlass.min(full_max, m_max), full_begin)
+        for g in cutlass.range(self.group, unroll=1):
+            # Three stretches: boundary tiles, full tiles, boundary tiles.
+            for stretch in cutlass.range_constexpr(3 if self.mask.left is not None else 2):
+                begin, end = (
+                    (m_min, full_begin),
+                    (full_begin, full_end),
+                    (full_end, m_max),
+                )[stretch]
+                for m in cutlass.range(begin, end, unroll=1):
+                    pipeline_q.wait(q_stage, q_phase)
+                    gemm(mma_s, acc_S, tSrK, tSrQ[None, None, None, q_stage], False)
+                    pipeline_do.wait(do_stage, do_phase)
+                    gemm(mma_s, acc_P, tPrV, tPrO[None, None, None, do_stage], False)
+                    warpgroup.wait_group(1)
+                    if const_expr(stretch != 1):
+                        mask_tile(m)
+                    self.probabilities(scores, tLSE, q_stage)
+                    convert_pairs(acc_S, rP)
+                    warpgroup.wait_group(0)
+                    self.score_gradients(scores, dscores, tdPsum, do_stage)
+                    convert_pairs(acc_P, rdS)
+                    if const_expr(cfg.ds_stages == 1):
+                        # Every warpgroup has read the dS of the tile before.
+                        self.meet()
+                    cute.copy(copy_ds, copy_ds.retile(rdS), tSsS[None, None, None, ds_stage])
+                    gemm(mma_dv, acc_dV, as_operand_a(rP), tVrO[None, None, None, do_stage], True)
+                    cute.arch.fence_view_async_shared()
+                    self.meet()
+                    if const_expr(cfg.dq_split == "none"):
+                        if slab == 0:
+                            self.query_gradient(
+                                mma_dq,
+                                tQrS,
+                                tQrK,
+                                ds_stage,
+                                sdQ,
+                                thread,
+                                slab,
+                                (rows, columns),
+                                None,
+                            )
+                        gemm(
+                            mma_dk, acc_dK, as_operand_a(rdS), tKrQ[None, None, None, q_stage], True
+                        )
+                        warpgroup.wait_group(1)
+                        pipeline_do.release(do_stage, warps)
+                    else:
+                        acc_dQ = cute.make_rmem_tensor(
+                            mma_dq.partition_shape_C((rows, columns)), Float32
+                        )
+                        gemm(mma_dq, acc_dQ, tQrS[None, None, None, ds_stage], tQrK, False)
+                        warpgroup.wait_group(1)
+                        pipeline_do.release(do_stage, warps)
+                        gemm(
+                            mma_dk, acc_dK, as_operand_a(rdS), tKrQ[None, None, None, q_stage], True
+                        )
+                        warpgroup.wait_group(1)
+                        self.hand_over_dq(acc_dQ, sdQ, thread, slab)
+                    warpgroup.wait_group(0)
+                    pipeline_q.release(q_stage, warps)
+                    q_stage, q_phase = pipeline_q.advance(q_stage, q_phase)
+                    do_stage, do_phase = pipeline_do.advance(do_stage, do_phase)
+                    if const_expr(cfg.ds_stages > 1):
+                        ds_stage = ds_stage + 1
+                        ds_stage = Int32(0) if ds_stage == cfg.ds_stages else ds_stage
+
+        # Nobody reads K and V any more: they give their place to dK and dV.
+        self.meet()
+        for i in cutlass.range_constexpr(cute.size(acc_dK)):
+            acc_dK[i] = acc_dK[i] * self.scale
+        for acc, mma, target in ((acc_dV, mma_dv, sV_slab), (acc_dK, mma_dk, sK_slab)):
+            rounded = cute.make_rmem_tensor(acc.layout, self.dtype)
+            convert_pairs(acc, rounded)
+            copy = cute.make_tiled_copy_C(
+                cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), mma
+            ).get_slice(thread)
+            cute.copy(copy, copy.retile(rounded), copy.partition_D(target))
+        cute.arch.fence_view_async_shared()
+        self.meet()
+        if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 4:
+            for tma_x, gX, sX, width in (
+                (tma_dv, gdV, sV, self.smem_hv),
+                (tma_dk, gdK, sK, self.smem_h),
+            ):
+                gX_tile = cute.local_tile(
+                    gX[None, None, kv_head, batch], (cfg.tile_n, width), (None, 0)
+                )
+                tXsX, tXgX = tma_partition(tma_x, sX, gX_tile)
+                cute.copy(tma_x, tXsX[None, 0], tXgX[None, n_block])
+            cute.arch.cp_async_bulk_commit_group()
+            # Shared memory must outlive the stores that read it.
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def meet(self) -> None:
+        """All consumers wait for each other."""
+        cute.arch.barrier(barrier_id=CONSUMER_BARRIER, number_of_threads=self.consumer_threads)
+
+    def column_pairs(self, row: cute.Tensor, thread: Int32) -> cute.Tensor:
+        """This thread's columns of (tile_m, stages) as (2, tile_m / 8, stages)."""
+        tile_m, stages = self.config.tile_m, cute.size(row, mode=[1])
+        view = cute.make_tensor(
+            row.iterator,
+            cute.make_layout((2, 4, tile_m // 8, stages), stride=(1, 2, 8, tile_m)),
+        )
+        return view[None, thread % 4, None, None]
+
+    @cute.jit
+    def probabilities(self, scores: cute.Tensor, tLSE: cute.Tensor, stage: Int32):
+        """exp2(scale log2(e) S - LSE2), in place."""
+        pair = cute.make_rmem_tensor(2, Float32)
+        for j in cutlass.range_constexpr(cute.size(scores, mode=[1]) // 2):
+            cute.autovec_copy(tLSE[None, j, stage], pair)
+            for b in cutlass.range_constexpr(2):
+                for r in cutlass.range_constexpr(ROWS_PER_THREAD):
+                    scores[r, 2 * j + b] = exp2(
+                        scores[r, 2 * j + b] * (self.scale * LOG2_E) - pair[b]
+                    )
+
+    @cute.jit
+    def score_gradients(
+        self, scores: cute.Tensor, dscores: cute.Tensor, tdPsum: cute.Tensor, stage: Int32
+    ):
+        """P (dP - dPsum), in place of dP."""
+        pair = cute.make_rmem_tensor(2, Float32)
+        for j in cutlass.range_constexpr(cute.size(scores, mode=[1]) // 2):
+            cute.autovec_copy(tdPsum[None, j, stage], pair)
+            for b in cutlass.range_constexpr(2):
+                for r in cutlass.range_constexpr(ROWS_PER_THREAD):
+                    c = 2 * j + b
+                    dscores[r, c] = scores[r, c] * (dscores[r, c] - pair[b])
+
+    @cute.jit
+    def apply_mask(self, scores: cute.Tensor, thread: Int32, first_key: Int32, lengths, m: Int32):
+        """Hides the query columns of tile m that do not see a thread's keys."""
+        offset, queries, keys = lengths
+        tile_m = self.config.tile_m
+        start = m * tile_m
+        for r in cutlass.range_constexpr(ROWS_PER_THREAD):
+            key = first_key + row_in_slab(thread, r)
+            end = self.mask.end_query(key, offset, queries)
+            end = end if key < keys else Int32(0)
+            words = column_words(end - start, thread, tile_m)
+            if const_expr(self.mask.right is not None):
+                hidden = column_words(self.mask.first_query(key, offset) - start, thread, tile_m)
+                words = [w & ~h for w, h in zip(words, hidden, strict=True)]
+            hide_outside(scores, r, words)
+
+    @cute.jit
+    def query_gradient(
+        self,
+        mma_dq,
+        tQrS,
+        tQrK,
+        ds_stage: Int32,
+        sdQ,
+        thread: Int32,
+        slab: Int32,
+        shape: cutlass.Constexpr,
+        unused,
+    ):
+        """dQ = dS K of one warpgroup, start to end."""
+        acc_dQ = cute.make_rmem_tensor(mma_dq.partition_shape_C(shape), Float32)
+        gemm(mma_dq, acc_dQ, tQrS[None, None, None, ds_stage], tQrK, False)
+        warpgroup.wait_group(0)
+        self.hand_over_dq(acc_dQ, sdQ, thread, slab)
+
+    @cute.jit
+    def hand_over_dq(self, acc_dQ: cute.Tensor, sdQ: cute.Tensor, thread: Int32, part: Int32):
+        """Puts this warpgroup's dQ where the dQ warp takes it."""
+        threads = 128 + 32
+        values = cute.size(acc_dQ)
+        flat = cute.make_tensor(acc_dQ.iterator, cute.make_layout((4, values // 4), stride=(1, 4)))
+        cute.arch.barrier(barrier_id=DQ_EMPTY_BARRIER + part, number_of_threads=threads)
+        cute.autovec_copy(flat, sdQ[None, thread, None, part])
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier_arrive(barrier_id=DQ_FULL_BARRIER + part, number_of_threads=threads)
+
+
+def bulk_add(target, source, size: int) -> None:
+    """Adds ``size`` bytes of float32 in shared memory to global memory; one thread."""
+    cute.arch.inline_ptx(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{$r0}], [{$r1}], {$r2};",
+        read_only_args=[target.toint(), source.toint(), Int32(size)],
+    )
