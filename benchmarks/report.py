@@ -2,18 +2,14 @@
 
     python -m benchmarks.report            # benchmarks/results/<gpu>/ -> docs/measured/<gpu>.md
 
-For every case and pass, the latest run that measured it is shown: figures stand side by side only
-where they were measured side by side.
+For every cell the latest run that measured it is shown: figures stand on one line only where they
+were measured side by side.
 """
 
 import argparse
 import json
-import math
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -21,24 +17,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.cases import Case
+from benchmarks.tables import UNITS, Row, by_cell, implementations, latest_runs, rate, table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-OURS = "jax_flashcute"
-UNITS = {"tflops": "TFLOP/s", "gbs": "GB/s"}
 PASS_NAMES = {"fwd": "forward", "bwd": "backward"}
-CASE_FIELDS = (
-    "batch",
-    "seqlen_q",
-    "seqlen_k",
-    "q_heads",
-    "kv_heads",
-    "head_dim",
-    "head_dim_v",
-    "causal",
-)
-
-Row = dict[str, Any]
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -49,83 +31,6 @@ def read_rows(folder: Path) -> list[Row]:
         if isinstance(content, list):
             rows += content
     return rows
-
-
-def latest_runs(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by (case, pass), of the run with the latest date alone."""
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row["case"], row["pass"]].append(row)
-    for key, group in groups.items():
-        latest = max(group, key=lambda row: (row["date"], row["run"]))["run"]
-        groups[key] = [row for row in group if row["run"] == latest]
-    return dict(sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] != "fwd")))
-
-
-def by_cell(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
-    """Rows by the case's label, then by implementation, in the order of measurement."""
-    cells: dict[str, dict[str, Row]] = defaultdict(dict)
-    for row in rows:
-        case = Case(row["case"], **{field: row[field] for field in CASE_FIELDS})
-        cells[case.label][row["implementation"]] = row
-    return dict(cells)
-
-
-def implementations(rows: Iterable[Row]) -> list[str]:
-    """Names in the order of measurement, ours first."""
-    return sorted(dict.fromkeys(row["implementation"] for row in rows), key=lambda n: n != OURS)
-
-
-def rate(row: Row) -> tuple[float, str]:
-    """The rate of a row and its unit's key."""
-    return next((row[unit], unit) for unit in UNITS if unit in row)
-
-
-def geometric_mean(ratios: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, ratios)) / len(ratios))
-
-
-def table(rows: list[Row]) -> str:
-    """A Markdown table: a line a cell, a column an implementation, the worst ratio last."""
-    names = implementations(rows)
-    cells = by_cell(rows)
-    others = [name for name in names if name != OURS]
-    unit = UNITS[rate(rows[0])[1]]
-    header = [f"case, {unit}", *names]
-    compare = OURS in names and bool(others)
-    if compare:
-        header.append(f"{OURS} / best other")
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
-    ratios: dict[str, list[float]] = defaultdict(list)
-    for label, measured in cells.items():
-        rates = {name: rate(row)[0] for name, row in measured.items()}
-        best = max(rates.values())
-        line = [label]
-        for name in names:
-            if name not in rates:
-                line.append("–")
-                continue
-            text = f"{rates[name]:.0f}"
-            line.append(f"**{text}**" if rates[name] == best else text)
-        if compare:
-            times = {name: row["ms"] for name, row in measured.items()}
-            against = {
-                name: times[name] / times[OURS]
-                for name in others
-                if name in times and OURS in times
-            }
-            for name, ratio in against.items():
-                ratios[name].append(ratio)
-            line.append(f"{min(against.values()):.2f}" if against else "–")
-        lines.append(line)
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    if ratios:
-        means = ", ".join(
-            f"{geometric_mean(each):.3f} of {name} ({len(each)} cells)"
-            for name, each in ratios.items()
-        )
-        text += f"\n\nSpeed of {OURS}, geometric mean: {means}."
-    return text
 
 
 def plot(rows: list[Row], title: str, path: Path) -> None:
@@ -158,6 +63,25 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def footnotes(rows: list[Row]) -> list[str]:
+    """Which runs a table shows, how they were timed and started, and what ran in another dtype."""
+    clocks = {"device": "busy time of the GPU", "host": "the host's clock over asynchronous calls"}
+    lines = []
+    for run in {row["run"]: row for row in rows}.values():
+        lines += [
+            f"Run `{run['run']}`, commit `{run['commit']}`, {run['date'][:10]}; "
+            f"{clocks[run['clock']]}:",
+            "",
+            "```sh",
+            run["command"],
+            "```",
+            "",
+        ]
+    dtypes = {row["implementation"]: row["dtype"] for row in rows}
+    lines += [f"`{name}` ran in {dtype}." for name, dtype in dtypes.items() if dtype != "bfloat16"]
+    return lines
+
+
 def report(results: Path, out: Path) -> list[Path]:
     """Write ``<gpu>.md`` and its plots for one GPU's results; the paths written."""
     groups = latest_runs(read_rows(results))
@@ -168,42 +92,19 @@ def report(results: Path, out: Path) -> list[Path]:
     lines = [
         f"# Measured on {gpu}",
         "",
-        "Made by `python -m benchmarks.report` from the results in the repository. Each table is",
-        "one run: all implementations in one process, in turns, on random normal inputs. A bar's",
-        "whisker is the distance between the medians of the fastest and the slowest round.",
+        "Made by `python -m benchmarks.report` from the results in the repository. What stands on",
+        "one line was measured in one run: all implementations in one process, in turns, on random",
+        "normal inputs. A bar's whisker is the distance between the medians of the fastest and the",
+        "slowest round.",
     ]
     written = []
     for (case, pass_), rows in groups.items():
-        first = rows[0]
         picture = out / f"{results.name}_{case}_{pass_}.png"
         title = f"{case}, {PASS_NAMES[pass_]}, {gpu}"
         plot(rows, title, picture)
         written.append(picture)
-        clock = {
-            "device": "busy time of the GPU",
-            "host": "the host's clock over many asynchronous calls",
-        }[first.get("clock", "host")]
-        others = sorted({row["dtype"] for row in rows} - {"bfloat16"})
-        exceptions = [
-            f"{row['implementation']} ran in {row['dtype']}."
-            for row in {row["implementation"]: row for row in rows}.values()
-            if row["dtype"] in others
-        ]
-        lines += [
-            "",
-            f"## {case}, {PASS_NAMES[pass_]}",
-            "",
-            f"![{title}]({picture.name})",
-            "",
-            table(rows),
-            "",
-            f"Run `{first['run']}`, commit `{first['commit']}`, {first['date'][:10]}; {clock}. "
-            + " ".join(exceptions),
-            "",
-            "```sh",
-            first.get("command", ""),
-            "```",
-        ]
+        lines += ["", f"## {case}, {PASS_NAMES[pass_]}", "", f"![{title}]({picture.name})", ""]
+        lines += [table(rows), "", *footnotes(rows)]
     page = out / f"{results.name}.md"
     page.write_text("\n".join(line.rstrip() for line in lines) + "\n")
     return [page, *written]

@@ -34,6 +34,7 @@ from benchmarks import peers
 from benchmarks.cases import PASSES, SUITES, Case, Pass
 from benchmarks.cupti import CuptiError, DeviceTimeline
 from benchmarks.measure import Clock, DeviceClock, HostClock, Step, Timing, measure
+from benchmarks.tables import latest_runs, table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -249,6 +250,8 @@ def main(argv: list[str] | None = None) -> int:
                 del steps
                 release_memory()
 
+    for group in latest_runs(rows[before:]).values():
+        print(f"\n{table(group)}")
     if skip.entries:
         print("Not measured:", *skip.entries, sep="\n  ", file=sys.stderr)
     return 0 if len(rows) > before else 1

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import peers, report, run
+from benchmarks import peers, report, run, tables
 from benchmarks.cases import DECODE, DENSE, SUITES, Case
 
 FIELDS = {
@@ -97,29 +97,33 @@ def test_no_gpu_needs_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.main(["--cases", "tiny"]) == 2
 
 
-def row(implementation: str, date: str, ms: float, **other) -> report.Row:
-    case = DENSE[0]
+def row(implementation: str, run: str, ms: float, case: Case = DENSE[0]) -> tables.Row:
     return {
-        "run": date, "commit": "c", "date": date, "gpu": "NVIDIA H200", "case": "dense",
-        "pass": "fwd", "implementation": implementation, "batch": case.batch,
-        "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k, "q_heads": case.q_heads,
-        "kv_heads": case.kv_heads, "head_dim": case.head_dim, "head_dim_v": case.head_dim_v,
-        "causal": case.causal, "dtype": "bfloat16", "ms": ms, "ms_spread": 0.0,
-        "tflops": case.flops("fwd") / ms / 1e9,
-    } | other  # fmt: skip
+        "run": run, "commit": "c", "date": run, "gpu": "NVIDIA H200", "clock": "device",
+        "command": "python", "case": "dense", "pass": "fwd", "implementation": implementation,
+        "batch": case.batch, "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k,
+        "q_heads": case.q_heads, "kv_heads": case.kv_heads, "head_dim": case.head_dim,
+        "head_dim_v": case.head_dim_v, "causal": case.causal, "dtype": "bfloat16", "ms": ms,
+        "ms_spread": 0.0, "tflops": case.flops("fwd") / ms / 1e9,
+    }  # fmt: skip
 
 
-def test_report_never_mixes_runs() -> None:
+def test_a_line_shows_the_latest_run_alone() -> None:
     rows = [
         row("jax_flashcute", "2026-01-01", 4.0),
         row("other", "2026-01-01", 1.0),
+        row("jax_flashcute", "2026-01-01", 1.0, DENSE[1]),
+        row("jax_nn_cudnn", "2026-01-01", 4.0, DENSE[1]),
         row("jax_flashcute", "2026-02-01", 1.0),
         row("jax_nn_cudnn", "2026-02-01", 2.0),
     ]
-    ((key, latest),) = report.latest_runs(rows).items()
+    ((key, latest),) = tables.latest_runs(rows).items()
     assert key == ("dense", "fwd")
-    assert latest == rows[2:]
-    text = report.table(latest)
+    assert latest == rows[4:] + rows[2:4]
+    text = tables.table(latest)
     assert "other |" not in text.replace("best other |", "")
+    assert text.count("\n| hd64 4x4096") == 2
     assert "| 2.00 |" in text
-    assert "2.000 of jax_nn_cudnn (1 cells)" in text
+    assert "2.828 of jax_nn_cudnn (2 cells)" in text
+    runs = [line for line in report.footnotes(latest) if line.startswith("Run")]
+    assert len(runs) == 2

@@ -1,0 +1,105 @@
+"""Results rows, grouped by run and laid out as Markdown tables."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.cases import Case
+
+OURS = "jax_flashcute"
+UNITS = {"tflops": "TFLOP/s", "gbs": "GB/s"}
+CASE_FIELDS = (
+    "batch",
+    "seqlen_q",
+    "seqlen_k",
+    "q_heads",
+    "kv_heads",
+    "head_dim",
+    "head_dim_v",
+    "causal",
+)
+
+Row = dict[str, Any]
+
+
+def label(row: Row) -> str:
+    """The label of a row's case."""
+    return Case(row["case"], **{field: row[field] for field in CASE_FIELDS}).label
+
+
+def latest_runs(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows by (case, pass), those of each cell from the latest run that measured it alone."""
+    cells: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        cells[row["case"], row["pass"], label(row)].append(row)
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for (case, pass_, _), cell in cells.items():
+        latest = max(cell, key=lambda row: (row["date"], row["run"]))["run"]
+        groups[case, pass_] += [row for row in cell if row["run"] == latest]
+    return dict(sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] != "fwd")))
+
+
+def by_cell(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
+    """Rows by the case's label, then by implementation, in the order of measurement."""
+    cells: dict[str, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        cells[label(row)][row["implementation"]] = row
+    return dict(cells)
+
+
+def implementations(rows: Iterable[Row]) -> list[str]:
+    """Names in the order of measurement, ours first."""
+    return sorted(dict.fromkeys(row["implementation"] for row in rows), key=lambda n: n != OURS)
+
+
+def rate(row: Row) -> tuple[float, str]:
+    """The rate of a row and its unit's key."""
+    return next((row[unit], unit) for unit in UNITS if unit in row)
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def table(rows: list[Row]) -> str:
+    """A Markdown table: a line a cell, a column an implementation, the worst ratio last."""
+    names = implementations(rows)
+    cells = by_cell(rows)
+    others = [name for name in names if name != OURS]
+    unit = UNITS[rate(rows[0])[1]]
+    header = [f"case, {unit}", *names]
+    compare = OURS in names and bool(others)
+    if compare:
+        header.append(f"{OURS} / best other")
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    ratios: dict[str, list[float]] = defaultdict(list)
+    for name_of_cell, measured in cells.items():
+        rates = {name: rate(row)[0] for name, row in measured.items()}
+        best = max(rates.values())
+        line = [name_of_cell]
+        for name in names:
+            if name not in rates:
+                line.append("–")
+                continue
+            text = f"{rates[name]:.0f}"
+            line.append(f"**{text}**" if rates[name] == best else text)
+        if compare:
+            times = {name: row["ms"] for name, row in measured.items()}
+            against = {
+                name: times[name] / times[OURS]
+                for name in others
+                if name in times and OURS in times
+            }
+            for name, ratio in against.items():
+                ratios[name].append(ratio)
+            line.append(f"{min(against.values()):.2f}" if against else "–")
+        lines.append(line)
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    if ratios:
+        means = ", ".join(
+            f"{geometric_mean(each):.3f} of {name} ({len(each)} cells)"
+            for name, each in ratios.items()
+        )
+        text += f"\n\nSpeed of {OURS}, geometric mean: {means}."
+    return text
