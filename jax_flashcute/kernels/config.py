@@ -68,17 +68,21 @@ class FwdConfig:
 
 
 def forward_config(head_dim: int, head_dim_v: int) -> FwdConfig:
-    """The forward configuration for a pair of head_dims on Hopper."""
+    """The forward configuration for a pair of head_dims on Hopper.
+
+    Chosen among tile_n 64 to 192, two to four stages, turns or none, on an NVIDIA H200 over
+    lengths 1,024 to 16,384; docs/lab-notebook.md has the figures.
+    """
     widest = max(head_dim, head_dim_v)
     if widest <= 64:
         return FwdConfig(3, 128, 2, consumer_registers=160, producer_registers=32)
     if widest <= 128:
-        return FwdConfig(2, 128, 2)
+        return FwdConfig(2, 128, 2, takes_turns=False)
     if head_dim_v <= 128:
         return FwdConfig(2, 112, 2)
     if widest <= 192:
         return FwdConfig(2, 96, 2)
-    return FwdConfig(2, 80, 2)
+    return FwdConfig(2, 64, 2)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ issuing products, so one's softmax runs beside the other's products.
     v        TMA, producer warp   every warpgroup            kv_stages  1 + tx    4 W
     tile     producer warp        every warpgroup            2          1         4 W
     turn[w]  warpgroup w - 1      warpgroup w                named barrier 1 + w, 256 threads
-    o[w]     warpgroup w          its warp 0 (TMA store)     named barrier 4 + w, 128 threads
 
 Counts are arrivals; "+ tx" means that the barrier also waits for the copies' bytes; W is the
 number of consumer warpgroups, of four warps each.
@@ -28,8 +27,8 @@ from functools import partial
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from jax_flashcute.kernels.common.intervals import IntervalMask
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
@@ -43,8 +42,11 @@ from jax_flashcute.kernels.sm90.fragments import (
     convert_pairs,
     gemm,
     hide_outside,
+    lines_of_quads,
+    rounded_row,
     row_in_slab,
     rows_and_columns,
+    select,
     smem_layout,
     swizzle_width,
     tiled_mma,
@@ -52,7 +54,6 @@ from jax_flashcute.kernels.sm90.fragments import (
 )
 
 TURN_BARRIER = 1
-OUTPUT_BARRIER = 4
 TILE_STAGES = 2
 
 
@@ -87,7 +88,7 @@ class ForwardSm90:
         self.tile_tokens = self.slab_tokens * config.warpgroups
         self.consumer_threads = 128 * config.warpgroups
         self.consumer_warps = 4 * config.warpgroups
-        self.takes_turns = config.warpgroups > 1
+        self.takes_turns = config.takes_turns and config.warpgroups > 1
 
     # ---- host side -------------------------------------------------------------------------
 
@@ -140,15 +141,10 @@ class ForwardSm90:
         q_tensor = self.by_head(mQ, self.head_dim, self.heads_packed)
         k_tensor = self.by_head(mK, self.head_dim, 1)
         v_tensor = self.by_head(mV, self.head_dim_v, 1)
-        o_tensor = self.by_head(mO, self.head_dim_v, self.heads_packed)
-        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        load = cpasync.CopyBulkTensorTileG2SOp()
         q_box = (self.heads_packed, self.slab_tokens, self.smem_h)
-        o_box = (self.heads_packed, self.slab_tokens, self.smem_hv)
         tma_q = cpasync.make_tiled_tma_atom(
             load, q_tensor, self.slab_tma_layout(self.smem_h), q_box
-        )
-        tma_o = cpasync.make_tiled_tma_atom(
-            store, o_tensor, self.slab_tma_layout(self.smem_hv), o_box
         )
         k_layout = smem_layout(self.dtype, cfg.tile_n, self.smem_h, cfg.kv_stages)
         v_layout = smem_layout(self.dtype, cfg.tile_n, self.smem_hv, cfg.kv_stages)
@@ -173,10 +169,10 @@ class ForwardSm90:
             *tma_q,
             *tma_k,
             *tma_v,
-            *tma_o,
             mQOffset,
             mQLengths,
             mKVLengths,
+            mO,
             mLSE,
             mCounter,
             m_blocks,
@@ -196,10 +192,6 @@ class ForwardSm90:
     def shared_storage(self):
         cfg = self.config
         kv_words = 2 * cfg.kv_stages
-        q_elements = cfg.tile_m * self.smem_h
-        o_elements = cfg.tile_m * self.smem_hv
-        if not cfg.overlap_epilogue:
-            q_elements, o_elements = max(q_elements, o_elements), 0
 
         def aligned(elements):
             return cute.struct.Align[cute.struct.MemRange[self.dtype, elements], 1024]
@@ -212,10 +204,9 @@ class ForwardSm90:
             tile_barriers: cute.struct.MemRange[Int64, 2 * TILE_STAGES]
             tail_barrier: cute.struct.MemRange[Int64, 1]
             tile_index: cute.struct.MemRange[Int32, TILE_STAGES]
-            sQ: aligned(q_elements)
+            sQ: aligned(cfg.tile_m * self.smem_h)
             sK: aligned(cfg.kv_stages * cfg.tile_n * self.smem_h)
             sV: aligned(cfg.kv_stages * cfg.tile_n * self.smem_hv)
-            sO: aligned(o_elements)
 
         return SharedStorage
 
@@ -230,11 +221,10 @@ class ForwardSm90:
         gK: cute.Tensor,
         tma_v: cute.CopyAtom,
         gV: cute.Tensor,
-        tma_o: cute.CopyAtom,
-        gO: cute.Tensor,
         mQOffset: cute.Tensor | None,
         mQLengths: cute.Tensor | None,
         mKVLengths: cute.Tensor | None,
+        mO: cute.Tensor,
         mLSE: cute.Tensor,
         mCounter: cute.Tensor,
         m_blocks: Int32,
@@ -275,7 +265,7 @@ class ForwardSm90:
         )
         pipelines = (pipeline_q, pipeline_k, pipeline_v, pipeline_tile)
         if warp_index == 0:
-            for atom in (tma_q, tma_k, tma_v, tma_o):
+            for atom in (tma_q, tma_k, tma_v):
                 cpasync.prefetch_descriptor(atom)
             with cute.arch.elect_one():
                 for pipeline in pipelines:
@@ -284,16 +274,13 @@ class ForwardSm90:
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
-        # One slab of Q and of O per warpgroup; the slab is the last mode.
+        # One slab of Q per warpgroup; the slab is the last mode.
         q_layout = smem_layout(self.dtype, 64, self.smem_h, cfg.warpgroups)
-        o_layout = smem_layout(self.dtype, 64, self.smem_hv, cfg.warpgroups)
         k_layout = smem_layout(self.dtype, cfg.tile_n, self.smem_h, cfg.kv_stages)
         v_layout = smem_layout(self.dtype, cfg.tile_n, self.smem_hv, cfg.kv_stages)
-        o_storage = storage.sO if const_expr(cfg.overlap_epilogue) else storage.sQ
         sQ = storage.sQ.get_tensor(q_layout.outer, swizzle=q_layout.inner)
         sK = storage.sK.get_tensor(k_layout.outer, swizzle=k_layout.inner)
         sV = storage.sV.get_tensor(v_layout.outer, swizzle=v_layout.inner)
-        sO = o_storage.get_tensor(o_layout.outer, swizzle=o_layout.inner)
 
         order = TileOrder(m_blocks, kv_heads, batch, self.heads_per_kv, section)
         tile_index = storage.tile_index.get_tensor(cute.make_layout(TILE_STAGES))
@@ -320,8 +307,7 @@ class ForwardSm90:
                 sQ,
                 sK,
                 sV,
-                sO,
-                (tma_o, gO),
+                mO,
                 mLSE,
                 pipelines,
                 tile_index,
@@ -505,8 +491,7 @@ class ForwardSm90:
         sQ: cute.Tensor,
         sK: cute.Tensor,
         sV: cute.Tensor,
-        sO: cute.Tensor,
-        o_copy,
+        mO: cute.Tensor,
         mLSE: cute.Tensor,
         pipelines,
         tile_index: cute.Tensor,
@@ -603,8 +588,7 @@ class ForwardSm90:
                         self.rescale(out, row_scale, needs_rescale)
                         accumulate = Boolean(True)
 
-                if const_expr(cfg.overlap_epilogue):
-                    pipeline_q.release(Int32(0), warps)
+                pipeline_q.release(Int32(0), warps)
                 pipeline_v.wait(v_stage, v_phase)
                 gemm(mma_pv, acc_O, tOrP, tOrV[None, None, None, v_stage], accumulate)
                 warpgroup.wait_group(0)
@@ -612,8 +596,7 @@ class ForwardSm90:
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
             else:
                 acc_O.fill(0.0)
-                if const_expr(cfg.overlap_epilogue):
-                    pipeline_q.release(Int32(0), warps)
+                pipeline_q.release(Int32(0), warps)
 
             # Rows at or beyond the query length are as good as empty.
             softmax.finish(row_scale, lse)
@@ -621,22 +604,15 @@ class ForwardSm90:
                 row = row_in_slab(thread, r)
                 token = first_token + row // self.heads_packed
                 is_valid = token < queries
-                lse[r] = lse[r] if is_valid else -Float32.inf
-                for c in cutlass.range_constexpr(cute.size(out, mode=[1])):
-                    scaled = out[r, c] * row_scale[r]
-                    out[r, c] = scaled if is_valid else Float32(0.0)
+                words = rounded_row(out, r, row_scale[r], self.dtype)
+                words = [select(is_valid, word, Uint32(0)) for word in words]
+                lines = lines_of_quads(words, thread)
                 in_slab = row < self.slab_tokens * self.heads_packed
-                if thread % 4 == 0 and in_slab and token < q_length:
+                if in_slab and token < q_length:
                     q_head = head * self.heads_packed + row % self.heads_packed
-                    mLSE[batch, token, q_head] = lse[r]
-            self.store_output(
-                acc_O, sO[None, None, slab], o_copy, mma_pv, thread, slab, m_block, head, batch
-            )
-            if const_expr(not cfg.overlap_epilogue):
-                # O lies where Q was: Q's place is free once the store has read it.
-                if cute.arch.make_warp_uniform(thread // 32) == 0:
-                    cute.arch.cp_async_bulk_wait_group(0, read=True)
-                pipeline_q.release(Int32(0), warps)
+                    if thread % 4 == 0:
+                        mLSE[batch, token, q_head] = lse[r] if is_valid else -Float32.inf
+                    self.store_row(lines, mO, (batch, token, q_head, 0), thread)
 
             pipeline_tile.wait(t_stage, t_phase)
             tile = tile_index[t_stage]
@@ -647,8 +623,6 @@ class ForwardSm90:
             # The turn that was passed last has to be taken, or the barrier stays half full.
             if slab == 0:
                 self.take_turn(slab)
-        # Shared memory must outlive the stores that read it.
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
     def apply_mask(
@@ -693,37 +667,22 @@ class ForwardSm90:
             cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + following, number_of_threads=256)
 
     @cute.jit
-    def store_output(
-        self,
-        acc_O: cute.Tensor,
-        sO: cute.Tensor,
-        o_copy,
-        mma_pv: cute.TiledMma,
-        thread: Int32,
-        slab: Int32,
-        m_block: Int32,
-        head: Int32,
-        batch: Int32,
-    ):
-        """Rounds O, lays it out in shared memory and stores it by TMA."""
-        tma_o, gO = o_copy
-        warp_in_group = cute.arch.make_warp_uniform(thread // 32)
-        rO = cute.make_rmem_tensor(acc_O.layout, self.dtype)
-        convert_pairs(acc_O, rO)
-        # The store before this one must have read the slab.
-        if warp_in_group == 0:
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
-        cute.arch.barrier(barrier_id=OUTPUT_BARRIER + slab, number_of_threads=128)
-        copy = cute.make_tiled_copy_C(
-            cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), mma_pv
-        ).get_slice(thread)
-        cute.copy(copy, copy.retile(rO), copy.partition_D(sO))
-        cute.arch.fence_view_async_shared()
-        cute.arch.barrier(barrier_id=OUTPUT_BARRIER + slab, number_of_threads=128)
-        if warp_in_group == 0:
-            box = (self.heads_packed, self.slab_tokens, self.smem_hv)
-            gO_tile = cute.local_tile(gO[None, None, None, head, batch], box, (0, None, 0))
-            written = self.slab_tma_layout(self.smem_hv)
-            tOsO, tOgO = tma_partition(tma_o, cute.make_tensor(sO.iterator, written.outer), gO_tile)
-            cute.copy(tma_o, tOsO, tOgO[None, m_block * self.config.warpgroups + slab])
-            cute.arch.cp_async_bulk_commit_group()
+    def store_row(self, lines: list, mO: cute.Tensor, start, thread: Int32):
+        """Stores this lane's share of a row of O, 16 bytes at a time; ``start``: its coordinate."""
+        row = mO.iterator + cute.crd2idx(start, mO.layout)
+        for k in cutlass.range_constexpr(len(lines)):
+            column = 32 * k + 8 * (thread % 4)
+            line = cute.make_rmem_tensor(4, Uint32)
+            for i in cutlass.range_constexpr(4):
+                line[i] = lines[k][i]
+            target = cute.make_tensor(
+                cute.make_ptr(
+                    Uint32, (row + column).toint(), cute.AddressSpace.gmem, assumed_align=16
+                ),
+                cute.make_layout(4),
+            )
+            if const_expr(32 * (k + 1) <= self.head_dim_v):
+                cute.autovec_copy(line, target)
+            else:
+                if column < self.head_dim_v:
+                    cute.autovec_copy(line, target)

@@ -7,7 +7,8 @@ columns 8 j + 2 (l % 4) + {0, 1}; flat register 4 j + 2 r + b is row r of the tw
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
-from cutlass import Float32, Int32, Int64, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, Uint32
+from cutlass._mlir.dialects import arith
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.utils import LayoutEnum
 
@@ -89,6 +90,36 @@ def as_operand_a(fragment: cute.Tensor) -> cute.Tensor:
     )
 
 
+def lines_of_quads(words: list[Uint32], thread: Int32) -> list[list[Uint32]]:
+    """Regroups a row's 16-bit pairs so that each lane holds 16 contiguous bytes.
+
+    Args:
+      words: this thread's column pairs of one row; pair i is columns 8 i + 2 (lane % 4) + {0, 1}.
+
+    Returns:
+      For each four pairs from i = 4 k on, the four words of the eight columns from
+      8 (4 k + lane % 4) on.  Where the pairs run out, lanes hold zeros.
+    """
+    is_odd = (thread & 1) != 0
+    is_high = (thread & 2) != 0
+    lines = []
+    for first in range(0, len(words), 4):
+        a = words[first : first + 4]
+        a = a + [Uint32(0)] * (4 - len(a))
+        # A 4 x 4 transpose in two exchanges: with the neighbour, then with the neighbours' pair.
+        for offset, swap, step in ((1, is_odd, 1), (2, is_high, 2)):
+            for i in (0, 1) if step == 2 else (0, 2):
+                low, high = a[i], a[i + step]
+                given = cute.arch.shuffle_sync_bfly(select(swap, low, high), offset=offset)
+                a[i], a[i + step] = select(swap, given, low), select(swap, high, given)
+        lines.append(a)
+    return lines
+
+
+def select(condition: Boolean, yes: Uint32, no: Uint32) -> Uint32:
+    return Uint32(arith.select(condition.ir_value(), yes.ir_value(), no.ir_value()))
+
+
 def row_in_slab(thread: Int32, r: int) -> Int32:
     """Row 0..63 that register row ``r`` of thread 0..127 of the warpgroup stands for."""
     return thread // 32 * 16 + thread % 32 // 4 + 8 * r
@@ -116,20 +147,33 @@ def hide_outside(scores: cute.Tensor, r: cutlass.Constexpr[int], visible: list):
         scores[r, c] = scores[r, c] if (word & Uint32(1 << (c % 32))) != Uint32(0) else -Float32.inf
 
 
-@cute.jit
-def convert_pairs(source: cute.Tensor, target: cute.Tensor):
-    """Rounds float32 registers to the target's 16-bit type, two an instruction."""
-    pairs = cute.make_tensor(
-        cute.recast_ptr(target.iterator, dtype=Uint32), cute.make_layout(cute.size(target) // 2)
+def round_pair(dtype, low: Float32, high: Float32) -> Uint32:
+    """Two numbers rounded to a 16-bit type and packed in a word."""
+    kind = {cutlass.BFloat16: "bf16x2", cutlass.Float16: "f16x2"}[dtype]
+    return cute.arch.inline_ptx(
+        "cvt.rn." + kind + ".f32 {$w0}, {$r0}, {$r1};",
+        write_only_types=[Uint32],
+        read_only_args=[high, low],
     )
-    flat = cute.make_tensor(source.iterator, cute.make_layout(cute.size(source)))
-    kind = "bf16x2" if const_expr(target.element_type is cutlass.BFloat16) else "f16x2"
-    for i in cutlass.range_constexpr(cute.size(target) // 2):
-        pairs[i] = cute.arch.inline_ptx(
-            "cvt.rn." + kind + ".f32 {$w0}, {$r0}, {$r1};",
-            write_only_types=[Uint32],
-            read_only_args=[flat[2 * i + 1], flat[2 * i]],
-        )
+
+
+def rounded_row(rows: cute.Tensor, r: int, factor: Float32, dtype) -> list[Uint32]:
+    """This thread's column pairs of row ``r`` of (rows, columns), multiplied and rounded."""
+    return [
+        round_pair(dtype, rows[r, c] * factor, rows[r, c + 1] * factor)
+        for c in range(0, cute.size(rows, mode=[1]), 2)
+    ]
+
+
+def convert_pairs(source: cute.Tensor, target: cute.Tensor) -> None:
+    """Rounds float32 registers to the target's 16-bit type, two an instruction."""
+    size = cute.size(target)
+    pairs = cute.make_tensor(
+        cute.recast_ptr(target.iterator, dtype=Uint32), cute.make_layout(size // 2)
+    )
+    flat = cute.make_tensor(source.iterator, cute.make_layout(size))
+    for i in range(size // 2):
+        pairs[i] = round_pair(target.element_type, flat[2 * i], flat[2 * i + 1])
 
 
 @cute.jit
