@@ -42,7 +42,7 @@ def elementwise(asm, statement, function, out_type, source_types, *, ufunc=False
 
         def run(v, m):
             if m is None:
-                function(v[va][a], v[vb][b], v[vd][d])
+                function(v[va][a], v[vb][b], out=v[vd][d])
             else:
                 np.copyto(v[vd][d], function(v[va][a], v[vb][b]), where=m, casting="unsafe")
     elif len(sources) == 1:

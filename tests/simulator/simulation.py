@@ -13,6 +13,7 @@ from . import (  # noqa: F401  (each registers its instructions)
     warp_operations,
     warpgroup_mma,
 )
+from .blas import one_thread
 from .findings import FindingLog, SimulationError
 from .machine import Machine
 from .memory import GlobalMemory
@@ -119,7 +120,7 @@ def run_launch(
     )  # fmt: skip
     gx, gy, gz = launch.grid
     cx, cy, cz = launch.cluster
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), one_thread():
         for z in range(0, gz, cz):
             for y in range(0, gy, cy):
                 for x in range(0, gx, cx):

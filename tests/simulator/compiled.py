@@ -1,0 +1,42 @@
+"""Kernels compiled for the simulator's own tests, each once in a process."""
+
+import functools
+
+from jax_flashcute.ffi.compile import ArrayType, CompiledKernel, compile_kernel
+from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.config import FwdConfig, forward_config
+
+NUM_SMS = 2
+"""Persistent blocks of the forward kernel: fewer than the tiles of most tests."""
+
+
+@functools.cache
+def forward(
+    head_dim: int = 128,
+    group: int = 1,
+    *,
+    pack_gqa: bool = False,
+    window: tuple[int | None, int | None] = (None, None),
+    optional: tuple[str, ...] = (),
+    dtype: str = "bfloat16",
+    config: FwdConfig | None = None,
+) -> CompiledKernel:
+    """The Hopper forward kernel, PTX and line info kept; ``scale`` is ``head_dim ** -0.5``."""
+    key = registry.KernelKey(
+        kernel="sm90_forward",
+        arch="sm_90a",
+        dtype=dtype,
+        head_dim=head_dim,
+        head_dim_v=head_dim,
+        group=group,
+        pack_gqa=pack_gqa,
+        scale=head_dim**-0.5,
+        window=window,
+        optional=optional,
+        config=config or forward_config(head_dim, head_dim),
+        num_sms=NUM_SMS,
+    )
+    arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
+    return compile_kernel(
+        registry.builder(key), arrays, key.arch, keep_intermediates=True, line_info=True
+    )

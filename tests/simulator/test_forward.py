@@ -1,0 +1,82 @@
+"""The Hopper forward kernel, whole, against a dense reference."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests.simulator import simulate
+from tests.simulator.compiled import forward
+
+BF16 = ml_dtypes.bfloat16
+
+
+def dense(q, k, v, scale, window=(None, None)):
+    """(out, lse) in float64; rows that see nothing give 0 and -inf."""
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    group = q.shape[2] // k.shape[2]
+    k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    position, key = np.arange(q.shape[1])[:, None], np.arange(k.shape[1])[None]
+    visible = np.ones((q.shape[1], k.shape[1]), bool)
+    if window[0] is not None:
+        visible &= key >= position - window[0]
+    if window[1] is not None:
+        visible &= key <= position + window[1]
+    scores = np.where(visible, scores, -np.inf)
+    largest = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isfinite(largest), largest, 0))
+    total = weights.sum(-1, keepdims=True)
+    out = np.einsum("bhqk,bkhd->bqhd", weights / np.where(total == 0, 1, total), v)
+    with np.errstate(divide="ignore"):
+        lse = (largest + np.log(total))[..., 0].transpose(0, 2, 1)
+    return out, lse
+
+
+def run(kernel, shape, *, seed=0, dtype=BF16, **how):
+    """Simulate (B, T, N, S, K, H) with normal inputs: (inputs, out, lse)."""
+    b, t, n, s, heads, h = shape
+    random = np.random.default_rng(seed)
+    q = random.standard_normal((b, t, n, h)).astype(dtype)
+    k = random.standard_normal((b, s, heads, h)).astype(dtype)
+    v = random.standard_normal((b, s, heads, h)).astype(dtype)
+    outputs = [(q.shape, dtype), ((b, t, n), np.float32), ((1,), np.int32)]
+    out, lse, _ = simulate(kernel, q, k, v, outputs=outputs, seed=seed, **how)
+    return (q, k, v), out, lse
+
+
+def check(kernel, shape, *, window=(None, None), dtype=BF16, **how):
+    inputs, out, lse = run(kernel, shape, dtype=dtype, **how)
+    expected, expected_lse = dense(*inputs, shape[-1] ** -0.5, window)
+    np.testing.assert_allclose(out.astype(np.float64), expected, atol=0.02, rtol=0.01)
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"timing": "early"},
+        {"timing": "shuffled", "warps": "adversarial"},
+        {"timing": "shuffled", "warps": "seeded"},
+        {"timing": "late", "warps": "adversarial"},
+    ],
+    ids=lambda how: "-".join(how.values()) or "default",
+)
+def test_schedules(how):
+    check(forward(), (1, 128, 1, 256, 1, 128), **how)
+
+
+def test_tails_and_groups_on_few_blocks():
+    window = (None, 0)
+    check(forward(group=2, window=window), (2, 200, 4, 300, 2, 128), window=window)
+
+
+def test_rows_that_see_nothing():
+    """T > S under a window: the last rows lie beyond every key."""
+    window = (16, 0)
+    check(forward(64, window=window), (1, 300, 1, 100, 1, 64), window=window)
+
+
+def test_packed_heads_in_half_precision():
+    kernel = forward(64, 8, pack_gqa=True, dtype="float16")
+    check(kernel, (1, 17, 8, 200, 1, 64), dtype=np.float16)
