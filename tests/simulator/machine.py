@@ -35,6 +35,7 @@ class Group:
       accumulators, fragments: registers of wgmmas in flight, as bit masks.
       expired: the next try_wait may report a time-out.
       solo: the instruction that its warps must execute one by one.
+      touched, written: registers accessed since its last wgmma.fence, as bit masks.
     """
 
     __slots__ = (
@@ -51,8 +52,10 @@ class Group:
         "n",
         "pc",
         "solo",
+        "touched",
         "v",
         "warps",
+        "written",
     )  # fmt: skip
 
     def __init__(self, block, lo, hi, mask, pc):
@@ -65,6 +68,7 @@ class Group:
         self.expired = False
         self.last_run = 0
         self.solo = -1
+        self.touched = self.written = -1  # before the first fence: all of them
         self.refresh()
 
     def refresh(self):
@@ -273,11 +277,13 @@ class Machine:
                 hi = min(lo + 128, block.num_threads)
                 mask = block.live[lo:hi]
                 if mask.all():
-                    self._add(Group(block, lo, hi, None, 0))
+                    self.groups.append(Group(block, lo, hi, None, 0))
                 else:
                     for w in range(lo, hi, 32):
                         m = block.live[w : w + 32]
-                        self._add(Group(block, w, w + 32, None if m.all() else m.copy(), 0))
+                        self.groups.append(
+                            Group(block, w, w + 32, None if m.all() else m.copy(), 0)
+                        )
         self.schedule.start(self)
         while self.groups:
             self.schedule.complete_some(self)
@@ -292,9 +298,6 @@ class Machine:
             self._run(group, budget)
         for block in self.blocks:
             self._check_exit(block)
-
-    def _add(self, group):
-        self.groups.append(group)
 
     def _unblock(self):
         """Nobody can run: complete asynchronous work, let waits time out, or report deadlock."""
@@ -353,6 +356,8 @@ class Machine:
             if last.lo == group.lo and last.hi == group.hi:  # parts of one warp
                 mask = last.mask | group.mask
                 last.mask = None if mask.all() else mask
+                last.touched |= group.touched
+                last.written |= group.written
                 self.groups.remove(group)
             elif (
                 self.schedule.convoys
@@ -364,6 +369,8 @@ class Machine:
                 both = Group(last.block, last.lo, group.hi, None, last.pc)
                 both.last_run = min(last.last_run, group.last_run)
                 both.expired = last.expired
+                both.touched = last.touched | group.touched
+                both.written = last.written | group.written
                 self.groups.remove(group)
                 self.groups[self.groups.index(last)] = both
                 merged[-1] = both
@@ -383,6 +390,8 @@ class Machine:
                 v, m = g.v, g.mask
                 for function in run.functions:
                     function(v, m)
+                g.touched |= run.touches
+                g.written |= run.writes
                 self.executed += len(run.functions)
                 g.pc = run.next
             else:
@@ -428,10 +437,13 @@ class Machine:
                 return True
             m = None if p.all() else p.copy()
         if (op.reads | op.writes) & g.accumulators or op.writes & g.fragments:
-            if op.statement.parts[0] != "wgmma":
+            if not op.is_wgmma:
                 self.report_in_flight(g, op)
         if self.trace:
             self.trace.effect(self, g, op)
+        if not op.is_wgmma:
+            g.touched |= op.reads | op.writes
+            g.written |= op.writes
         action = op.run(g.block, g, m)
         if action is None:
             g.pc += 1
@@ -455,7 +467,8 @@ class Machine:
             part = Group(g.block, lo, lo + 32, mask, g.pc)
             part.expired = g.expired
             part.solo = g.pc
-            self._add(part)
+            part.touched, part.written = g.touched, g.written
+            self.groups.append(part)
 
     def _converged(self, g, op) -> bool:
         if g.n > 32:
@@ -469,6 +482,8 @@ class Machine:
         for other in [o for o in self.groups if o is not g and o.pc == g.pc]:
             if (other.block, other.lo, other.hi) == (g.block, g.lo, g.hi):
                 g.mask = g.mask | other.mask
+                g.touched |= other.touched
+                g.written |= other.written
                 self.groups.remove(other)
         if (g.mask == live).all():
             if live.all():
@@ -531,11 +546,16 @@ class Machine:
                 if whole and start is None:
                     start = w
                 if not whole and start is not None:
-                    self._add(Group(g.block, g.lo + start, g.lo + w, None, pc))
+                    self._add_part(g, start, w, None, pc)
                     start = None
                 if w < g.n and not whole and some[i]:
                     m = None if full[i] else mask[w : w + 32].copy()
-                    self._add(Group(g.block, g.lo + w, g.lo + w + 32, m, pc))
+                    self._add_part(g, w, w + 32, m, pc)
+
+    def _add_part(self, g, start, end, mask, pc):
+        part = Group(g.block, g.lo + start, g.lo + end, mask, pc)
+        part.touched, part.written = g.touched, g.written
+        self.groups.append(part)
 
     def _return(self, g, op) -> bool:
         mask = g.active() if op.guard is None else self._guard(g, op)
@@ -551,8 +571,7 @@ class Machine:
             for w in range(0, g.n, 32):
                 m = rest[w : w + 32]
                 if m.any():
-                    part = None if m.all() else m.copy()
-                    self._add(Group(block, g.lo + w, g.lo + w + 32, part, g.pc + 1))
+                    self._add_part(g, w, w + 32, None if m.all() else m.copy(), g.pc + 1)
         for other in self.groups:
             if other.block is block and isinstance(other.blocked, ConvergeWait):
                 other.blocked = None

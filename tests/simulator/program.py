@@ -49,6 +49,7 @@ class Operation:
     reads: int  # bit masks over the 32-bit registers
     writes: int
     converge: bool = False  # needs every live thread of the warp
+    is_wgmma: bool = False
     targets: tuple[int, ...] = ()
     index: Callable | None = None
 
@@ -324,10 +325,10 @@ class Program:
         kind = EFFECT if getattr(function, "effect", False) else SIMPLE
         if kind == SIMPLE and guard is not None:
             function = _guarded(function, *guard)
-        converge = getattr(function, "converge", False)
-        return Operation(
-            kind, function, statement, guard, self._reads, self._writes, converge=converge
-        )
+        operation = Operation(kind, function, statement, guard, self._reads, self._writes)
+        operation.converge = getattr(function, "converge", False)
+        operation.is_wgmma = name == "wgmma"
+        return operation
 
     def _make_runs(self):
         self.runs: list[Run | None] = [None] * (len(self.operations) + 1)

@@ -140,6 +140,9 @@ _VARIABLE = re.compile(
     r"(?:\.align\s+(\d+)\s+)?\.([bfsu]\d+)\s+([\w$]+)\s*(?:\[(\d*)\])?\s*(?:=\s*(.*))?$",
     re.S,
 )
+_MODULE_VARIABLE = re.compile(
+    r"^\s*((?:\.(?:extern|visible|weak)\s+)*\.(?:shared|global|const)\s[^;]*);", re.M
+)
 _TOKEN = re.compile(r"\s*(?:\.loc\s+([^\n]*)|([{}])|([$\w]+)\s*:(?!:)|([^;{}\s][^;]*);)", re.S)
 _GUARD = re.compile(r"@(!?)(%?[$\w]+)\s+(.*)", re.S)
 _INSTRUCTION = re.compile(r"([\w.:]+)\s*(.*)", re.S)
@@ -165,8 +168,7 @@ def parse(text: str) -> dict[str, Kernel]:
     newlines = [i for i, char in enumerate(text) if char == "\n"]
     files = {int(n): name for n, name in re.findall(r"\.file\s+(\d+)\s+\"([^\"]*)\"", text)}
     module_variables = {}
-    for match in re.finditer(r"^\s*((?:\.(?:extern|visible|weak)\s+)*\.(?:shared|global|const)\s[^;]*);",
-                             text, re.M):  # fmt: skip
+    for match in _MODULE_VARIABLE.finditer(text):
         variable = _variable(match[1].strip())
         if variable:
             module_variables[variable.name] = variable

@@ -188,7 +188,7 @@ def _wgmma(asm, st):
 
 
 def _fence(block, g, m):
-    return None
+    g.touched = g.written = 0
 
 
 def _mma(asm, st):
@@ -267,6 +267,12 @@ def _mma(asm, st):
                 if not from_registers:
                     rows_of_warp = a.by_warp[(warp - block.first_warp) % 4] + block.cell_base
                     ordering.async_read(token, rows_of_warp, st, "the wgmma")
+        if g.touched & accumulator_mask or g.written & fragment_mask:
+            block.machine.log.add(
+                "missing wgmma.fence",
+                st,
+                "uses registers that other instructions accessed after the last wgmma.fence",
+            )
         adds = bool(uniform(g, m, R.P, scale_row))
         accumulation = _find(block, g, key, accumulator_mask, adds, registers, n, st)
         if not block.machine.schedule.late_reads:

@@ -1,0 +1,169 @@
+"""Remove or weaken each synchronisation of a kernel in turn, in its PTX, and see who notices.
+
+A mutant is killed when the simulator reports a finding, or the result differs, under one of the
+schedules tried.  One that survives them all is either equivalent, and belongs on a list that says
+why, or shows what the simulator cannot see.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .findings import SimulationError
+from .ptx import PtxError
+from .simulation import simulate
+
+SCHEDULES = (
+    {"timing": "late", "warps": "fair", "seed": 0},
+    {"timing": "shuffled", "warps": "adversarial", "seed": 1},
+    {"timing": "early", "warps": "seeded", "seed": 2},
+    {"timing": "shuffled", "warps": "seeded", "seed": 3},
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A changed line.
+
+    Attributes:
+      line: in the PTX, from 1.
+      what: the change in words.
+      before, after: the line's text.
+    """
+
+    line: int
+    what: str
+    before: str
+    after: str
+
+    def apply(self, ptx: str) -> str:
+        lines = ptx.split("\n")
+        lines[self.line - 1] = self.after
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutant: ``reason`` is None where it survived."""
+
+    mutant: Mutant
+    reason: str | None
+
+    def __str__(self):
+        verdict = f"killed by {self.reason}" if self.reason else "SURVIVED"
+        return f"{self.mutant.line:5d} {self.mutant.what:34s} {verdict}: {self.mutant.before.strip()[:70]}"
+
+
+_REMOVED = (
+    ("mbarrier.arrive", "remove mbarrier.arrive"),
+    ("fence.", "remove fence"),
+    ("membar", "remove fence"),
+    ("wgmma.fence", "remove wgmma.fence"),
+    ("wgmma.commit_group", "remove wgmma.commit_group"),
+    ("wgmma.wait_group", "remove wgmma.wait_group"),
+    ("bar.sync", "remove bar.sync"),
+    ("bar.arrive", "remove bar.arrive"),
+    ("barrier.sync", "remove barrier.sync"),
+    ("barrier.arrive", "remove barrier.arrive"),
+    ("barrier.cluster", "remove barrier.cluster"),
+    ("bar.warp.sync", "remove bar.warp.sync"),
+    ("cp.async.bulk.commit_group", "remove bulk commit_group"),
+    ("cp.async.bulk.wait_group", "remove bulk wait_group"),
+    ("cp.async.commit_group", "remove cp.async commit_group"),
+    ("cp.async.wait_group", "remove cp.async wait_group"),
+    ("cp.async.mbarrier.arrive", "remove cp.async.mbarrier.arrive"),
+    ("mbarrier.init", "remove mbarrier.init"),
+    ("tcgen05.commit", "remove tcgen05.commit"),
+    ("tcgen05.wait", "remove tcgen05.wait"),
+    ("tcgen05.fence", "remove tcgen05.fence"),
+    ("setmaxnreg.dec", "remove setmaxnreg.dec"),
+)
+
+_GUARDED = re.compile(r"^(\s*)(@!?%\S+\s+)?(.*)$")
+
+
+def mutants(ptx: str) -> list[Mutant]:
+    """Every synchronisation removed, and waits and counts also weakened."""
+    out = []
+    for number, text in enumerate(ptx.split("\n"), 1):
+        indent, guard, body = _GUARDED.match(text).groups()
+        guard = guard or ""
+
+        def add(what, after, number=number, text=text, indent=indent):
+            out.append(Mutant(number, what, text, indent + after))
+
+        wait = re.match(r"mbarrier\.(?:try|test)_wait\S*\s+(%?\w+),", body)
+        if wait:
+            add("ignore mbarrier wait", f"{guard}setp.eq.b32 {wait[1]}, 0, 0;")
+            parity = re.match(r"(mbarrier\.\S*parity\S*\s+%?\w+, \[[^\]]*\], )(%\w+)(.*)", body)
+            if parity:
+                add(
+                    "wait for the other parity",
+                    f"{{ .reg .b32 flipped; xor.b32 flipped, {parity[2]}, 1; "
+                    f"{guard}{parity[1]}flipped{parity[3]} }}",
+                )
+            continue
+        for opcode, what in _REMOVED:
+            if body.startswith(opcode):
+                add(what, "")
+                break
+        group = re.match(r"((?:wgmma|cp\.async\.bulk|cp\.async)\.wait_group\S*\s+)(\d+);", body)
+        if group:
+            add("weaken wait_group by one", f"{guard}{group[1]}{int(group[2]) + 1};")
+        count = re.match(r"(mbarrier\.init\S*\s+\[[^\]]*\], )(%\w+|\d+);", body)
+        if count:
+            for step in (1, -1):
+                add(
+                    f"mbarrier count {step:+d}",
+                    f"{{ .reg .b32 changed; add.s32 changed, {count[2]}, {step}; "
+                    f"{guard}{count[1]}changed; }}",
+                )
+        expect = re.match(r"(mbarrier\.arrive\.expect_tx\S*\s+[^,]+, \[[^\]]*\], )(%\w+|\d+);", body)
+        expect = expect or re.match(
+            r"(mbarrier\.arrive\.expect_tx\S*\s+\[[^\]]*\], )(%\w+|\d+);", body
+        )
+        if expect:
+            add(
+                "expect 16 bytes less",
+                f"{{ .reg .b32 changed; add.s32 changed, {expect[2]}, -16; "
+                f"{guard}{expect[1]}changed; }}",
+            )
+    return out
+
+
+def judge(
+    kernel,
+    mutant: Mutant,
+    inputs: Sequence[np.ndarray],
+    outputs,
+    same: Callable[[list[np.ndarray]], bool],
+    schedules=SCHEDULES,
+    **options,
+) -> Outcome:
+    """Run a mutant under each schedule until something notices."""
+    changed = dataclasses.replace(kernel, ptx=mutant.apply(kernel.ptx))
+    for schedule in schedules:
+        try:
+            results = simulate(changed, *inputs, outputs=outputs, **schedule, **options)
+        except SimulationError as error:
+            return Outcome(mutant, error.findings[0].kind)
+        except PtxError as error:
+            return Outcome(mutant, f"the parser: {error}")
+        if not same(results):
+            return Outcome(mutant, "a different result")
+    return Outcome(mutant, None)
+
+
+def judge_all(kernel, inputs, outputs, same, *, select=None, report=None, **options):
+    """The outcome of every mutant (that ``select`` accepts)."""
+    outcomes = []
+    for mutant in mutants(kernel.ptx):
+        if select is None or select(mutant):
+            outcome = judge(kernel, mutant, inputs, outputs, same, **options)
+            outcomes.append(outcome)
+            if report:
+                report(outcome)
+    return outcomes
