@@ -11,7 +11,7 @@ from cutlass import Int32
 
 from jax_flashcute.kernels.common.traced import Traced
 
-L2_BYTES = 32 * 1024 * 1024
+L2_BYTES = 40 * 1024 * 1024
 """Keys and values in flight together: L2 (50 MB on H100 and H200) less what Q, O and slack take."""
 
 

@@ -38,6 +38,7 @@ from jax_flashcute.kernels.config import FwdConfig, round_up
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,
+    clear_rows,
     column_words,
     convert_pairs,
     gemm,
@@ -55,6 +56,8 @@ from jax_flashcute.kernels.sm90.fragments import (
 
 TURN_BARRIER = 1
 TILE_STAGES = 2
+WORK_FIELDS = 10
+"""Numbers that describe a tile: its coordinates, its lengths and its range of key tiles."""
 
 
 class ForwardSm90:
@@ -203,7 +206,7 @@ class ForwardSm90:
             v_barriers: cute.struct.MemRange[Int64, kv_words]
             tile_barriers: cute.struct.MemRange[Int64, 2 * TILE_STAGES]
             tail_barrier: cute.struct.MemRange[Int64, 1]
-            tile_index: cute.struct.MemRange[Int32, TILE_STAGES]
+            work: cute.struct.MemRange[Int32, WORK_FIELDS * TILE_STAGES]
             sQ: aligned(cfg.tile_m * self.smem_h)
             sK: aligned(cfg.kv_stages * cfg.tile_n * self.smem_h)
             sV: aligned(cfg.kv_stages * cfg.tile_n * self.smem_hv)
@@ -283,7 +286,7 @@ class ForwardSm90:
         sV = storage.sV.get_tensor(v_layout.outer, swizzle=v_layout.inner)
 
         order = TileOrder(m_blocks, kv_heads, batch, self.heads_per_kv, section)
-        tile_index = storage.tile_index.get_tensor(cute.make_layout(TILE_STAGES))
+        work = storage.work.get_tensor(cute.make_layout((WORK_FIELDS, TILE_STAGES)))
         lengths = partial(self.lengths_of, mQOffset, mQLengths, mKVLengths, q_length, kv_length)
 
         if warp_index < 4:
@@ -295,7 +298,7 @@ class ForwardSm90:
                     (tma_v, gV, sV),
                     pipelines,
                     storage.tail_barrier.data_ptr(),
-                    tile_index,
+                    work,
                     mCounter,
                     order,
                     lengths,
@@ -310,9 +313,7 @@ class ForwardSm90:
                 mO,
                 mLSE,
                 pipelines,
-                tile_index,
-                order,
-                lengths,
+                work,
                 q_length,
             )
         for pipeline in pipelines:
@@ -349,7 +350,7 @@ class ForwardSm90:
         v_copy,
         pipelines,
         tail_barrier,
-        tile_index: cute.Tensor,
+        work: cute.Tensor,
         mCounter: cute.Tensor,
         order: cutlass.Constexpr,
         lengths: cutlass.Constexpr,
@@ -368,23 +369,28 @@ class ForwardSm90:
             sQ.iterator,
             cute.append(slab.outer, cute.make_layout(cfg.warpgroups, stride=64 * self.smem_h)),
         )
+        if const_expr(self.slab_tokens * self.heads_packed < 64):
+            # Rows of a slab that no token fills: TMA leaves them alone, and products read them.
+            for w in cutlass.range_constexpr(cfg.warpgroups):
+                clear_rows(sQ, self.smem_h, Int32(w), Int32(self.slab_tokens * self.heads_packed))
+            cute.arch.fence_view_async_shared()
+            cute.arch.sync_warp()
         grid = cute.arch.grid_dim()[0]
         tile = cute.arch.block_idx()[0]
         q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase, tail_phase = (
             Int32(0) for _ in range(8)
         )
-        # The counter is reset by the kernel before this one.
-        cute.arch.griddepcontrol_wait()
         while tile < order.num_tiles:
-            # Draw the next tile now; its latency hides behind this tile's loads.
-            following = Int32(0)
-            if cute.arch.lane_idx() == 0:
-                following = cute.arch.atomic_add(mCounter.iterator, Int32(1)) + grid
-            following = cute.arch.shuffle_sync(following, 0)
-
             m_block, head, kv_head, batch = order.coordinates(tile)
             offset, queries, keys = lengths(batch)
-            n_min, n_max, _, _ = self.key_tiles(m_block, offset, queries, keys)
+            n_min, n_max, full_min, full_max = self.key_tiles(m_block, offset, queries, keys)
+            pipeline_tile.acquire(t_stage, t_phase)
+            self.write_work(
+                work[None, t_stage],
+                (m_block, head, batch, offset, queries, keys, n_min, n_max, full_min, full_max),
+            )
+            pipeline_tile.commit(t_stage)
+            t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
             gQ_tile = cute.local_tile(
                 gQ[None, None, None, head, batch], q_box, (0, None, 0)
             )  # (heads, tokens, columns, slabs)
@@ -419,6 +425,11 @@ class ForwardSm90:
                     tma_bar_ptr=pipeline_q.full,
                 )
             q_phase ^= 1
+            # Draw the next tile now, so that its latency hides behind the loads.  The counter is
+            # reset by the kernel before this one.
+            cute.arch.griddepcontrol_wait()
+            if cute.arch.lane_idx() == 0:
+                tile = cute.arch.atomic_add(mCounter.iterator, Int32(1)) + grid
             for i in cutlass.range(n_max - n_min, unroll=1):
                 n = n_max - 1 - i
                 if n > n_min:
@@ -441,7 +452,7 @@ class ForwardSm90:
                         cute.arch.mbarrier_arrive_and_expect_tx(tail_barrier, pipeline_v.tx_bytes)
                     cute.copy(tma_v, tVgV[None, n], tVsV[None, v_stage], tma_bar_ptr=tail_barrier)
                     cute.arch.mbarrier_wait(tail_barrier, tail_phase)
-                    self.clear_rows(sV, v_stage, keys - n * cfg.tile_n)
+                    clear_rows(sV, self.smem_hv, v_stage, keys - n * cfg.tile_n)
                     cute.arch.fence_view_async_shared()
                     cute.arch.sync_warp()
                     pipeline_v.commit(v_stage)
@@ -456,34 +467,28 @@ class ForwardSm90:
                     )
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
 
-            pipeline_tile.acquire(t_stage, t_phase)
-            if cute.arch.lane_idx() == 0:
-                tile_index[t_stage] = following
-            cute.arch.sync_warp()
-            pipeline_tile.commit(t_stage)
-            t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
-            tile = following
+            tile = cute.arch.shuffle_sync(tile, 0)
+
+        pipeline_tile.acquire(t_stage, t_phase)
+        self.write_work(work[None, t_stage], (Int32(-1),) * WORK_FIELDS)
+        pipeline_tile.commit(t_stage)
 
     @cute.jit
-    def clear_rows(self, sV: cute.Tensor, stage: Int32, first: Int32):
-        """Zeroes rows first.. of a stage of V; one warp.  A row's swizzle stays in its atom row."""
-        atom = swizzle_width(self.dtype, self.smem_hv)
-        words = atom // 4
-        tile_n = self.config.tile_n
-        atoms = self.smem_hv // atom
-        linear = cute.make_tensor(
-            cute.recast_ptr(sV.iterator, swizzle_=cute.make_swizzle(0, 4, 3), dtype=Int64),
-            cute.make_layout(
-                (words, tile_n, atoms, self.config.kv_stages),
-                stride=(1, words, words * tile_n, words * tile_n * atoms),
-            ),
-        )
-        lane = cute.arch.lane_idx()
-        for a in cutlass.range_constexpr(atoms):
-            for i in cutlass.range(
-                first * words + lane, Int32(tile_n * words), Int32(32), unroll=1
-            ):
-                linear[i % words, i // words, a, stage] = Int64(0)
+    def write_work(self, slot: cute.Tensor, fields: tuple):
+        """Leaves a tile's coordinates and ranges for the consumers; one warp."""
+        if cute.arch.lane_idx() == 0:
+            for i in cutlass.range_constexpr(len(fields)):
+                slot[i] = fields[i]
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def take_work(self, work: cute.Tensor, pipeline: TmaPipeline, stage: Int32, phase: Int32):
+        """What the producer left: m_block (negative at the end), head, batch, ..."""
+        pipeline.wait(stage, phase)
+        fields = [work[i, stage] for i in range(WORK_FIELDS)]
+        cute.arch.sync_warp()
+        pipeline.release(stage, self.consumer_warps)
+        return tuple(fields)
 
     @cute.jit
     def consume(
@@ -494,9 +499,7 @@ class ForwardSm90:
         mO: cute.Tensor,
         mLSE: cute.Tensor,
         pipelines,
-        tile_index: cute.Tensor,
-        order: cutlass.Constexpr,
-        lengths: cutlass.Constexpr,
+        work: cute.Tensor,
         q_length: Int32,
     ):
         """A consumer warpgroup: products, softmax and output of its slab of every tile."""
@@ -532,11 +535,10 @@ class ForwardSm90:
                 self.pass_turn(slab)
 
         q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase = (Int32(0) for _ in range(7))
-        tile = cute.arch.block_idx()[0]
-        while tile < order.num_tiles:
-            m_block, head, _, batch = order.coordinates(tile)
-            offset, queries, keys = lengths(batch)
-            n_min, n_max, full_min, full_max = self.key_tiles(m_block, offset, queries, keys)
+        fields = self.take_work(work, pipeline_tile, t_stage, t_phase)
+        while fields[0] >= 0:
+            t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
+            m_block, head, batch, offset, queries, keys, n_min, n_max, full_min, full_max = fields
             first_token = (m_block * cfg.warpgroups + slab) * self.slab_tokens
             mask_tile = partial(self.apply_mask, scores, thread, first_token + offset, keys)
             softmax.reset()
@@ -614,11 +616,7 @@ class ForwardSm90:
                         mLSE[batch, token, q_head] = lse[r] if is_valid else -Float32.inf
                     self.store_row(lines, mO, (batch, token, q_head, 0), thread)
 
-            pipeline_tile.wait(t_stage, t_phase)
-            tile = tile_index[t_stage]
-            cute.arch.sync_warp()
-            pipeline_tile.release(t_stage, warps)
-            t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
+            fields = self.take_work(work, pipeline_tile, t_stage, t_phase)
         if const_expr(self.takes_turns):
             # The turn that was passed last has to be taken, or the barrier stays half full.
             if slab == 0:
