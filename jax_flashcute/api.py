@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jax_flashcute import autodiff, dispatch
@@ -262,10 +263,9 @@ def explain(
     }
     static = {name: x for name, x in arrays.items() if x is None or isinstance(x, int)}
     shaped = {name: x for name, x in arrays.items() if name not in static}
-    spec = None
+    specs = []
 
     def operands_of(shaped):
-        nonlocal spec
         spec, operands = _checked(
             **static,
             **shaped,
@@ -275,9 +275,11 @@ def explain(
             logits_soft_cap=logits_soft_cap,
             deterministic=deterministic,
         )
+        specs.append(spec)
         return operands
 
     operands = jax.eval_shape(operands_of, shaped)
+    (spec,) = specs
     implementation = _known(implementation)
     reasons = {
         direction: tuple(dispatch.reasons_against_kernel(spec, operands, direction))
@@ -335,7 +337,7 @@ def _checked(
     element_shape = (B, N, T, S)
     if scale is None:
         scale = 1.0 / math.sqrt(H)
-    elif isinstance(scale, jax.core.Tracer):
+    elif isinstance(scale, Tracer):
         query = (query * _scalar("scale", scale)).astype(query.dtype)
         scale = 1.0
     spec = AttentionSpec(

@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 from jax import lax
 
-from jax_flashcute import reference, xla
+from jax_flashcute import plan, reference, xla
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 
 Direction = Literal["fwd", "bwd"]
@@ -31,11 +31,10 @@ def reasons_against_kernel(
       spec: the static part of the call.
       operands: its arrays, or ``jax.ShapeDtypeStruct`` in their places.
       direction: the forward or the backward pass.
+
+    The architecture is that of this machine's GPU, or the one that ``JAX_FLASHCUTE_ARCH`` names;
+    without either, any that kernels exist for.
     """
-    try:
-        from jax_flashcute import plan
-    except ImportError as error:
-        return [f"the kernels cannot be imported: {error}"]
     return plan.reasons_against(spec, operands, direction)
 
 
@@ -52,18 +51,7 @@ def refuse_unless_served(spec: AttentionSpec, operands: Operands, direction: Dir
 
 def forward(spec: AttentionSpec, implementation: Implementation, operands: Operands) -> Residuals:
     """The forward pass by ``"cute"``, ``"xla"`` or, for None, by what the platform has."""
-    if implementation == "xla":
-        return xla.forward(spec, operands)
-    if implementation == "cute":
-        refuse_unless_served(spec, operands, "fwd")
-        return _kernel_forward(spec, operands)
-    if reasons_against_kernel(spec, operands, "fwd"):
-        return xla.forward(spec, operands)
-    return lax.platform_dependent(
-        operands,
-        cuda=functools.partial(_kernel_forward, spec),
-        default=functools.partial(xla.forward, spec),
-    )
+    return _forward(spec, _served_by(spec, implementation, operands, "fwd"), operands)
 
 
 def backward(
@@ -75,19 +63,62 @@ def backward(
     dlse: jax.Array,
 ) -> Operands:
     """The backward pass, likewise; the residuals may come from any implementation."""
-    arguments = (operands, residuals, dout, dlse)
-    if implementation == "xla":
-        return xla.backward(spec, *arguments)
+    served_by = _served_by(spec, implementation, operands, "bwd")
+    return _backward(spec, served_by, operands, residuals, dout, dlse)
+
+
+def _served_by(
+    spec: AttentionSpec, implementation: Implementation, operands: Operands, direction: Direction
+) -> Literal["cute", "xla", "platform"]:
     if implementation == "cute":
-        refuse_unless_served(spec, operands, "bwd")
-        return _kernel_backward(spec, *arguments)
-    if reasons_against_kernel(spec, operands, "bwd"):
-        return xla.backward(spec, *arguments)
-    return lax.platform_dependent(
-        *arguments,
-        cuda=functools.partial(_kernel_backward, spec),
-        default=functools.partial(xla.backward, spec),
+        refuse_unless_served(spec, operands, direction)
+        return "cute"
+    if implementation == "xla" or reasons_against_kernel(spec, operands, direction):
+        return "xla"
+    return "platform"
+
+
+# Under jit, so that a call outside of any compiles once and not at every call.
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "served_by"))
+def _forward(spec: AttentionSpec, served_by: str, operands: Operands) -> Residuals:
+    return _choose(
+        served_by,
+        functools.partial(_kernel_forward, spec),
+        functools.partial(xla.forward, spec),
+        operands,
     )
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "served_by"))
+def _backward(
+    spec: AttentionSpec,
+    served_by: str,
+    operands: Operands,
+    residuals: Residuals,
+    dout: jax.Array,
+    dlse: jax.Array,
+) -> Operands:
+    return _choose(
+        served_by,
+        functools.partial(_kernel_backward, spec),
+        functools.partial(xla.backward, spec),
+        operands,
+        residuals,
+        dout,
+        dlse,
+    )
+
+
+def _choose(served_by: str, kernel, blockwise, *arguments):
+    match served_by:
+        case "cute":
+            return kernel(*arguments)
+        case "xla":
+            return blockwise(*arguments)
+        case _:
+            return lax.platform_dependent(*arguments, cuda=kernel, default=blockwise)
 
 
 def _kernel_forward(spec: AttentionSpec, operands: Operands) -> Residuals:
@@ -105,4 +136,6 @@ def _kernel_backward(
 ) -> Operands:
     from jax_flashcute.ffi import call
 
-    return call.backward(spec, operands, residuals, dout, dlse)
+    return call.backward(  # pyright: ignore[reportAttributeAccessIssue]
+        spec, operands, residuals, dout, dlse
+    )

@@ -203,7 +203,7 @@ def _backward(
         axes = (1,) if operands.sinks.shape[0] == lse.shape[0] else (0, 1)
         dsinks = jnp.sum(dsink, axis=axes).reshape(operands.sinks.shape)
         dsinks = dsinks.astype(operands.sinks.dtype)
-    if dbias is not None:
+    if dbias is not None and operands.bias is not None:
         T, S = operands.bias.shape[2:]
         dbias = dbias[:, :, :T, :S].astype(operands.bias.dtype)
     return Operands(
@@ -262,7 +262,8 @@ def _varying_zero(tree, dtype) -> jax.Array:
     Loop carries built from it have the type that the loop body gives them.  Sums over nothing
     carry that type and read no data.
     """
-    return sum(jnp.sum(x[:0].astype(dtype)) for x in jax.tree.leaves(tree))
+    zero = jnp.zeros((), dtype)
+    return sum((jnp.sum(x[:0].astype(dtype)) for x in jax.tree.leaves(tree)), zero)
 
 
 @dataclass(frozen=True)

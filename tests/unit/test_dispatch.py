@@ -1,6 +1,7 @@
 """Which implementation serves a call, with a kernel stood in for by one that leaves a mark."""
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ FORWARD_MARK, BACKWARD_MARK = 1234.5, 6789.5
 
 
 @pytest.fixture
-def reasons(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+def reasons(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[str]]]:
     """Stand-in kernels; a test puts reasons against them into the lists."""
     reasons = {"fwd": [], "bwd": []}
 
@@ -35,7 +36,10 @@ def reasons(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         "reasons_against_kernel",
         lambda spec, operands, direction: reasons[direction],
     )
-    return reasons
+    # No trace of a real kernel's call may serve these tests, nor one of a stand-in any other.
+    jax.clear_caches()
+    yield reasons
+    jax.clear_caches()
 
 
 def loss(implementation, query, key, value):
