@@ -34,6 +34,7 @@ the rest to the XLA path; ``error`` makes a compile an error."""
 MODES = ("jit", "aot", "error")
 MAGIC = b"flashcute kernel 1\n"
 SUFFIX = ".kernel"
+PART_SUFFIX = ".part"
 
 _memory: dict[KernelKey, CompiledKernel] = {}
 _memory_lock = threading.Lock()
@@ -106,7 +107,20 @@ def get(key: KernelKey) -> CompiledKernel:
 
 def contains(key: KernelKey) -> bool:
     """Whether a plan's kernel is in memory or on disk."""
-    return key in _memory or _read(key) is not None
+    with _memory_lock:
+        if key not in _memory:
+            kernel = _read(key)
+            if kernel is None:
+                return False
+            _memory[key] = kernel
+        return True
+
+
+def reasons_against(key: KernelKey) -> list[str]:
+    """Why a plan's kernel is not to be had: in ``aot`` mode, that it was not compiled before."""
+    if compile_mode() != "aot" or contains(key):
+        return []
+    return [f"{COMPILE_VARIABLE}=aot and {directory()} has no compiled kernel for {key}"]
 
 
 def forget() -> None:
@@ -152,11 +166,11 @@ def _read(key: KernelKey) -> CompiledKernel | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        _warn_once(f"{path} cannot be read ({error}); the kernel will be compiled")
+        _warn_once(f"{directory()} cannot be read", f"({error}); kernels are compiled anew")
         return None
     checksum, payload = content[len(MAGIC) :][:32], content[len(MAGIC) + 32 :]
     if not content.startswith(MAGIC) or hashlib.sha256(payload).digest() != checksum:
-        _warn_once(f"{path} is damaged; the kernel will be compiled again")
+        _warn_once(f"{path} is damaged", "and taken for absent")
         return None
     return CompiledKernel(zlib.decompress(payload), key.arch)
 
@@ -167,12 +181,14 @@ def _write(key: KernelKey, kernel: CompiledKernel) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f"{path.stem}.", suffix=PART_SUFFIX, delete=False
+        ) as file:
             temporary = file.name
             file.write(MAGIC + hashlib.sha256(payload).digest() + payload)
         os.replace(temporary, path)
     except OSError as error:
-        _warn_once(f"{path.parent} cannot be written ({error}); kernels are not kept")
+        _warn_not_kept(error)
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
@@ -181,22 +197,28 @@ def _write(key: KernelKey, kernel: CompiledKernel) -> None:
 @contextlib.contextmanager
 def _locked(key: KernelKey) -> Iterator[None]:
     """Holds the entry's lock among processes, or none where the directory cannot be written."""
-    try:
-        directory().mkdir(parents=True, exist_ok=True)
-        file = open(directory() / (entry_name(key) + ".lock"), "w")  # noqa: SIM115
-    except OSError as error:
-        _warn_once(f"{directory()} cannot be written ({error}); kernels are not kept")
+    with contextlib.ExitStack() as stack:
+        try:
+            directory().mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(directory() / (entry_name(key) + ".lock"), "w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever wrote these was killed: it held the lock while it wrote.
+            for part in directory().glob(f"{entry_name(key)}.*{PART_SUFFIX}"):
+                part.unlink(missing_ok=True)
+        except OSError as error:
+            _warn_not_kept(error)
         yield
-        return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+
+
+def _warn_not_kept(error: OSError) -> None:
+    _warn_once(f"{directory()} cannot be written", f"({error}); kernels are not kept")
 
 
 _warned: set[str] = set()
 
 
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(f"jax_flashcute: {message}", stacklevel=4)
+def _warn_once(problem: str, details: str) -> None:
+    """Warns of a problem the first time it is met."""
+    if problem not in _warned:
+        _warned.add(problem)
+        warnings.warn(f"jax_flashcute: {problem} {details}", stacklevel=4)
