@@ -98,6 +98,7 @@ class BwdConfig:
       ds_stages: buffers of dS in shared memory; with one, the warpgroups meet once more a tile.
       dq_split: how the warpgroups share dQ = dS K of a tile: "rows", 64 each; "columns" of K, equal
         parts of 64 rows; or "none", the first one alone.
+      prefetch_scores: S of the next tile is issued before dK of this one is waited for.
       consumer_registers, producer_registers: registers a thread, after reallocation.
     """
 
@@ -107,6 +108,7 @@ class BwdConfig:
     do_stages: int = 2
     ds_stages: int = 2
     dq_split: str = "rows"
+    prefetch_scores: bool = True
     consumer_registers: int = 240
     producer_registers: int = 24
 

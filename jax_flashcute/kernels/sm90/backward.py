@@ -25,6 +25,7 @@ number of consumer warpgroups, of four warps each.
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -62,6 +63,10 @@ DQ_EMPTY_BARRIER = 5
 # Barriers in shared memory: K, V, one for loads whose tail is cleared, the two pipelines.
 TAIL = 2
 FIRST_PIPELINE = 3
+
+
+class Products(SimpleNamespace):
+    """What a consumer warpgroup holds: products, their operands and accumulators, its place."""
 
 
 class BackwardSm90:
@@ -523,7 +528,6 @@ class BackwardSm90:
         pipeline_q, pipeline_do, kv_full = barriers
         n_block, kv_head, batch = block
         m_min, m_max, full_min, full_max = tiles
-        warps = self.consumer_warps
         thread = cute.arch.thread_idx()[0] % 128
         slab = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128) - 1
         smem_source, register_source = (
@@ -568,9 +572,6 @@ class BackwardSm90:
         acc_P = cute.make_rmem_tensor(mma_s.partition_shape_C((64, cfg.tile_m)), Float32)
         acc_dV = cute.make_rmem_tensor(mma_dv.partition_shape_C((64, self.smem_hv)), Float32)
         acc_dK = cute.make_rmem_tensor(mma_dk.partition_shape_C((64, self.smem_h)), Float32)
-        scores, dscores = rows_and_columns(acc_S), rows_and_columns(acc_P)
-        rP = cute.make_rmem_tensor(acc_S.layout, self.dtype)
-        rdS = cute.make_rmem_tensor(acc_S.layout, self.dtype)
         acc_dV.fill(0.0)
         acc_dK.fill(0.0)
 
@@ -582,80 +583,63 @@ class BackwardSm90:
         )
         tLSE, tdPsum = (self.column_pairs(x, thread) for x in (sLSE, sdPsum))
         mask_tile = partial(
-            self.apply_mask, scores, thread, n_block * cfg.tile_n + slab * 64, lengths
+            self.apply_mask, rows_and_columns(acc_S), thread, n_block * cfg.tile_n + slab * 64, lengths
         )
 
-        q_stage, q_phase, do_stage, do_phase, ds_stage = (Int32(0) for _ in range(5))
+        products = Products(
+            mma_s=mma_s,
+            mma_dv=mma_dv,
+            mma_dk=mma_dk,
+            mma_dq=mma_dq,
+            tSrK=tSrK,
+            tSrQ=tSrQ,
+            tPrV=tPrV,
+            tPrO=tPrO,
+            tVrO=tVrO,
+            tKrQ=tKrQ,
+            tQrS=tQrS,
+            tQrK=tQrK,
+            acc_S=acc_S,
+            acc_P=acc_P,
+            acc_dV=acc_dV,
+            acc_dK=acc_dK,
+            tLSE=tLSE,
+            tdPsum=tdPsum,
+            copy_ds=copy_ds,
+            tSsS=tSsS,
+            sdQ=sdQ,
+            thread=thread,
+            slab=slab,
+            mask_tile=mask_tile,
+        )
+        step = partial(self.step, products, pipeline_q, pipeline_do)
+
+        # Stages and phases of Q and of dO, and the buffer of dS.
+        state = tuple(Int32(0) for _ in range(5))
+        full_begin = cutlass.min(cutlass.max(full_min, m_min), m_max)
+        full_end = cutlass.max(cutlass.min(full_max, m_max), full_begin)
         if m_min < m_max:
             cute.arch.mbarrier_wait(kv_full, 0)
             cute.arch.mbarrier_wait(kv_full + 1, 0)
-        full_begin = cutlass.min(cutlass.max(full_min, m_min), m_max)
-        full_end = cutlass.max(cutlass.min(full_max, m_max), full_begin)
-        for g in cutlass.range(self.group, unroll=1):
-            # Three stretches: boundary tiles, full tiles, boundary tiles.
-            for stretch in cutlass.range_constexpr(3 if self.mask.left is not None else 2):
-                begin, end = (
-                    (m_min, full_begin),
-                    (full_begin, full_end),
-                    (full_end, m_max),
-                )[stretch]
-                for m in cutlass.range(begin, end, unroll=1):
-                    pipeline_q.wait(q_stage, q_phase)
-                    gemm(mma_s, acc_S, tSrK, tSrQ[None, None, None, q_stage], False)
-                    pipeline_do.wait(do_stage, do_phase)
-                    gemm(mma_s, acc_P, tPrV, tPrO[None, None, None, do_stage], False)
-                    warpgroup.wait_group(1)
-                    if const_expr(stretch != 1):
-                        mask_tile(m)
-                    self.probabilities(scores, tLSE, q_stage)
-                    convert_pairs(acc_S, rP)
-                    warpgroup.wait_group(0)
-                    self.score_gradients(scores, dscores, tdPsum, do_stage)
-                    convert_pairs(acc_P, rdS)
-                    if const_expr(cfg.ds_stages == 1):
-                        # Every warpgroup has read the dS of the tile before.
-                        self.meet()
-                    cute.copy(copy_ds, copy_ds.retile(rdS), tSsS[None, None, None, ds_stage])
-                    gemm(mma_dv, acc_dV, as_operand_a(rP), tVrO[None, None, None, do_stage], True)
-                    cute.arch.fence_view_async_shared()
-                    self.meet()
-                    if const_expr(cfg.dq_split == "none"):
-                        if slab == 0:
-                            self.query_gradient(
-                                mma_dq,
-                                tQrS,
-                                tQrK,
-                                ds_stage,
-                                sdQ,
-                                thread,
-                                slab,
-                                (rows, columns),
-                                None,
-                            )
-                        gemm(
-                            mma_dk, acc_dK, as_operand_a(rdS), tKrQ[None, None, None, q_stage], True
-                        )
-                        warpgroup.wait_group(1)
-                        pipeline_do.release(do_stage, warps)
-                    else:
-                        acc_dQ = cute.make_rmem_tensor(
-                            mma_dq.partition_shape_C((rows, columns)), Float32
-                        )
-                        gemm(mma_dq, acc_dQ, tQrS[None, None, None, ds_stage], tQrK, False)
-                        warpgroup.wait_group(1)
-                        pipeline_do.release(do_stage, warps)
-                        gemm(
-                            mma_dk, acc_dK, as_operand_a(rdS), tKrQ[None, None, None, q_stage], True
-                        )
-                        warpgroup.wait_group(1)
-                        self.hand_over_dq(acc_dQ, sdQ, thread, slab)
-                    warpgroup.wait_group(0)
-                    pipeline_q.release(q_stage, warps)
-                    q_stage, q_phase = pipeline_q.advance(q_stage, q_phase)
-                    do_stage, do_phase = pipeline_do.advance(do_stage, do_phase)
-                    if const_expr(cfg.ds_stages > 1):
-                        ds_stage = ds_stage + 1
-                        ds_stage = Int32(0) if ds_stage == cfg.ds_stages else ds_stage
+            if const_expr(cfg.prefetch_scores):
+                pipeline_q.wait(state[0], state[1])
+                gemm(mma_s, acc_S, tSrK, tSrQ[None, None, None, state[0]], False)
+            for g in cutlass.range(self.group, unroll=1):
+                # Three stretches: boundary tiles, full tiles, boundary tiles.  Where scores are
+                # computed a tile ahead, the very last tile stands alone.
+                last = m_max
+                if const_expr(cfg.prefetch_scores):
+                    last = m_max - 1 if g == self.group - 1 else m_max
+                for stretch in cutlass.range_constexpr(3 if self.mask.left is not None else 2):
+                    begin, end = (
+                        (m_min, cutlass.min(full_begin, last)),
+                        (full_begin, cutlass.min(full_end, last)),
+                        (full_end, last),
+                    )[stretch]
+                    for m in cutlass.range(begin, end, unroll=1):
+                        state = step(m, state, stretch != 1, True)
+            if const_expr(cfg.prefetch_scores):
+                step(m_max - 1, state, True, False)
 
         # Nobody reads K and V any more: they give their place to dK and dV.
         self.meet()
@@ -683,6 +667,69 @@ class BackwardSm90:
             cute.arch.cp_async_bulk_commit_group()
             # Shared memory must outlive the stores that read it.
             cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def step(self, products, pipeline_q, pipeline_do, m: Int32, state, is_masked: bool, has_next: bool):
+        """One query tile; returns the next state.
+
+        Args:
+          state: stage and phase of Q, stage and phase of dO, buffer of dS.
+          is_masked: some query of the tile does not see some key of the block.
+          has_next: a tile follows; only asked where scores are computed a tile ahead.
+        """
+        cfg, c, warps = self.config, products, self.consumer_warps
+        q_stage, q_phase, do_stage, do_phase, ds_stage = state
+        if not cfg.prefetch_scores:
+            pipeline_q.wait(q_stage, q_phase)
+            gemm(c.mma_s, c.acc_S, c.tSrK, c.tSrQ[None, None, None, q_stage], False)
+        next_q_stage, next_q_phase = pipeline_q.advance(q_stage, q_phase)
+        pipeline_do.wait(do_stage, do_phase)
+        gemm(c.mma_s, c.acc_P, c.tPrV, c.tPrO[None, None, None, do_stage], False)
+        warpgroup.wait_group(1)
+        scores, dscores = rows_and_columns(c.acc_S), rows_and_columns(c.acc_P)
+        if is_masked:
+            c.mask_tile(m)
+        self.probabilities(scores, c.tLSE, q_stage)
+        rP = cute.make_rmem_tensor(c.acc_S.layout, self.dtype)
+        rdS = cute.make_rmem_tensor(c.acc_S.layout, self.dtype)
+        convert_pairs(c.acc_S, rP)
+        warpgroup.wait_group(0)
+        self.score_gradients(scores, dscores, c.tdPsum, do_stage)
+        convert_pairs(c.acc_P, rdS)
+        if cfg.ds_stages == 1:
+            # Every warpgroup has read the dS of the tile before.
+            self.meet()
+        cute.copy(c.copy_ds, c.copy_ds.retile(rdS), c.tSsS[None, None, None, ds_stage])
+        gemm(c.mma_dv, c.acc_dV, as_operand_a(rP), c.tVrO[None, None, None, do_stage], True)
+        cute.arch.fence_view_async_shared()
+        self.meet()
+        shape = cfg.dq_part_shape(self.head_dim)
+        acc_dQ = None
+        if cfg.dq_split == "none":
+            self.query_gradient(
+                c.mma_dq, c.tQrS, c.tQrK, ds_stage, c.sdQ, c.thread, c.slab, shape
+            )
+            warpgroup.wait_group(0)
+        else:
+            acc_dQ = cute.make_rmem_tensor(c.mma_dq.partition_shape_C(shape), Float32)
+            gemm(c.mma_dq, acc_dQ, c.tQrS[None, None, None, ds_stage], c.tQrK, False)
+            warpgroup.wait_group(1)
+        pipeline_do.release(do_stage, warps)
+        gemm(c.mma_dk, c.acc_dK, as_operand_a(rdS), c.tKrQ[None, None, None, q_stage], True)
+        ahead = 0
+        if cfg.prefetch_scores and has_next:
+            pipeline_q.wait(next_q_stage, next_q_phase)
+            gemm(c.mma_s, c.acc_S, c.tSrK, c.tSrQ[None, None, None, next_q_stage], False)
+            ahead = 1
+        if acc_dQ is not None:
+            warpgroup.wait_group(1 + ahead)
+            self.hand_over_dq(acc_dQ, c.sdQ, c.thread, c.slab)
+        # With the next S still in flight here, ptxas would serialise every product (C7514).
+        warpgroup.wait_group(0)
+        pipeline_q.release(q_stage, warps)
+        if cfg.ds_stages > 1:
+            following = ds_stage + 1
+            ds_stage = following - cfg.ds_stages * Int32(following == cfg.ds_stages)
+        return next_q_stage, next_q_phase, *pipeline_do.advance(do_stage, do_phase), ds_stage
 
     def meet(self) -> None:
         """All consumers wait for each other."""
@@ -741,21 +788,21 @@ class BackwardSm90:
     @cute.jit
     def query_gradient(
         self,
-        mma_dq,
-        tQrS,
-        tQrK,
+        mma_dq: cute.TiledMma,
+        tQrS: cute.Tensor,
+        tQrK: cute.Tensor,
         ds_stage: Int32,
-        sdQ,
+        sdQ: cute.Tensor,
         thread: Int32,
         slab: Int32,
         shape: cutlass.Constexpr,
-        unused,
     ):
-        """dQ = dS K of one warpgroup, start to end."""
-        acc_dQ = cute.make_rmem_tensor(mma_dq.partition_shape_C(shape), Float32)
-        gemm(mma_dq, acc_dQ, tQrS[None, None, None, ds_stage], tQrK, False)
-        warpgroup.wait_group(0)
-        self.hand_over_dq(acc_dQ, sdQ, thread, slab)
+        """All of a tile's dQ = dS K, by the first warpgroup."""
+        if slab == 0:
+            acc_dQ = cute.make_rmem_tensor(mma_dq.partition_shape_C(shape), Float32)
+            gemm(mma_dq, acc_dQ, tQrS[None, None, None, ds_stage], tQrK, False)
+            warpgroup.wait_group(0)
+            self.hand_over_dq(acc_dQ, sdQ, thread, slab)
 
     @cute.jit
     def hand_over_dq(self, acc_dQ: cute.Tensor, sdQ: cute.Tensor, thread: Int32, part: Int32):
