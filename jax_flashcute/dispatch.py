@@ -35,7 +35,12 @@ def reasons_against_kernel(
     The architecture is that of this machine's GPU, or the one that ``JAX_FLASHCUTE_ARCH`` names;
     without either, any that kernels exist for.
     """
-    return plan.reasons_against(spec, operands, direction)
+    reasons = plan.reasons_against(spec, operands, direction)
+    if not reasons and direction == "fwd" and plan.target() is not None:
+        from jax_flashcute.ffi import store
+
+        reasons = store.reasons_against(plan.make_plan(spec, operands))
+    return reasons
 
 
 def refuse_unless_served(spec: AttentionSpec, operands: Operands, direction: Direction) -> None:

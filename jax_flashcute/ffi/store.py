@@ -95,7 +95,7 @@ def get(key: KernelKey) -> CompiledKernel:
     """The kernel of a plan, from memory, from disk, or compiled and stored.
 
     Raises:
-      KernelNotCompiledError: it would have to be compiled, and ``JAX_FLASHCUTE_COMPILE`` forbids it.
+      KernelNotCompiledError: it is missing, and ``JAX_FLASHCUTE_COMPILE`` forbids to compile it.
       ImportError: it has to be compiled, and the compiler is not installed.
     """
     with _memory_lock:
@@ -163,7 +163,7 @@ def _read(key: KernelKey) -> CompiledKernel | None:
     path = _path(key)
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         _warn_once(f"{directory()} cannot be read", f"({error}); kernels are compiled anew")
