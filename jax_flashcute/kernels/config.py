@@ -97,7 +97,8 @@ class BwdConfig:
       q_stages, do_stages: depth of the pipelines of Q and of dO.
       ds_stages: buffers of dS in shared memory; with one, the warpgroups meet once more a tile.
       dq_split: how the warpgroups share dQ = dS K of a tile: "rows", 64 each; "columns" of K, equal
-        parts of 64 rows; or "none", the first one alone.
+        parts of 64 rows; "transposed", 64 columns each of any number of rows, computed as
+        dQ^T = K^T dS^T; or "none", the first one alone.
       prefetch_scores: S of the next tile is issued before dK of this one is waited for.
       consumer_registers, producer_registers: registers a thread, after reallocation.
     """
@@ -122,8 +123,10 @@ class BwdConfig:
         return 1 if self.dq_split == "none" else self.warpgroups
 
     def dq_part_shape(self, head_dim: int) -> tuple[int, int]:
-        """Rows and columns of dQ that one warpgroup computes."""
+        """Rows and columns of dQ (or of dQ^T) that one warpgroup computes."""
         h = round_up(head_dim, 16)
+        if self.dq_split == "transposed":
+            return 64, self.tile_m
         return 64, h // self.warpgroups if self.dq_split == "columns" else h
 
     def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
@@ -142,14 +145,19 @@ class BwdConfig:
             reasons.append(f"warpgroups must be 1, 2 or 3, got {self.warpgroups}")
         if self.tile_m % 16 or not 16 <= self.tile_m <= 256:
             reasons.append(f"tile_m must be a multiple of 16 from 16 to 256, got {self.tile_m}")
-        if self.dq_split not in ("rows", "columns", "none"):
-            reasons.append(f"dq_split must be rows, columns or none, got {self.dq_split!r}")
+        splits = ("rows", "columns", "transposed", "none")
+        if self.dq_split not in splits:
+            reasons.append(f"dq_split must be one of {splits}, got {self.dq_split!r}")
         rows = 64 * self.warpgroups if self.dq_split == "rows" else 64
-        if self.tile_m != rows:
+        if self.tile_m != rows and self.dq_split != "transposed":
             reasons.append(f"dq_split={self.dq_split} needs tile_m={rows}, got {self.tile_m}")
         if self.dq_split == "columns" and h % (64 * self.warpgroups):
             reasons.append(f"dq_split=columns needs head_dim to divide into 64s, got {head_dim}")
-        smem = self.smem_bytes(head_dim, head_dim_v) + 4096
+        if self.dq_split == "transposed" and h != 64 * self.warpgroups:
+            reasons.append(
+                f"dq_split=transposed needs head_dim={64 * self.warpgroups}, got {head_dim}"
+            )
+        smem = self.smem_bytes(head_dim, head_dim_v) + 1024
         if smem > SMEM_BYTES:
             reasons.append(f"shared memory: {smem} bytes needed, {SMEM_BYTES} available")
         registers = 128 * (self.warpgroups * self.consumer_registers + self.producer_registers)

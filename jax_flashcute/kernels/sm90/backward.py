@@ -554,19 +554,29 @@ class BackwardSm90:
 
         tVrO = mma_dv.make_fragment_B(mma_dv.get_slice(0).partition_B(transposed(sdO)))
         tKrQ = mma_dk.make_fragment_B(mma_dk.get_slice(0).partition_B(transposed(sQ)))
-        # dQ: (64 rows, columns), over the keys of the block.
+        # dQ: (64 rows, columns), or dQ^T: (64 columns, rows), over the keys of the block.
         rows, columns = cfg.dq_part_shape(self.head_dim)
-        by_rows = const_expr(cfg.dq_split == "rows")
-        mma_dq = tiled_mma(self.dtype, columns, mn_major, smem_source)
-        wg_dq = mma_dq.get_slice(0)
-        sdS_part = cute.local_tile(sdS, (rows, cfg.tile_n), (slab if by_rows else 0, 0, None))
-        sKt_part = cute.local_tile(
-            transposed(sK)[None, None, 0],
-            (columns, cfg.tile_n),
-            (slab if const_expr(cfg.dq_split == "columns") else 0, 0),
+        is_transposed = const_expr(cfg.dq_split == "transposed")
+        mma_dq = tiled_mma(
+            self.dtype,
+            columns,
+            k_major if is_transposed else mn_major,
+            smem_source,
+            mn_major if is_transposed else k_major,
         )
-        tQrS = mma_dq.make_fragment_A(wg_dq.partition_A(sdS_part))
-        tQrK = mma_dq.make_fragment_B(wg_dq.partition_B(sKt_part))
+        wg_dq = mma_dq.get_slice(0)
+        sKt = transposed(sK)[None, None, 0]
+        if const_expr(is_transposed):
+            sKt_part = cute.local_tile(sKt, (rows, cfg.tile_n), (slab, 0))
+            tQrA = mma_dq.make_fragment_A(wg_dq.partition_A(sKt_part))
+            tQrB = mma_dq.make_fragment_B(wg_dq.partition_B(sdS))
+        else:
+            row_part = slab if const_expr(cfg.dq_split == "rows") else 0
+            column_part = slab if const_expr(cfg.dq_split == "columns") else 0
+            sdS_part = cute.local_tile(sdS, (rows, cfg.tile_n), (row_part, 0, None))
+            sKt_part = cute.local_tile(sKt, (columns, cfg.tile_n), (column_part, 0))
+            tQrA = mma_dq.make_fragment_A(wg_dq.partition_A(sdS_part))
+            tQrB = mma_dq.make_fragment_B(wg_dq.partition_B(sKt_part))
 
         acc_S = cute.make_rmem_tensor(mma_s.partition_shape_C((64, cfg.tile_m)), Float32)
         acc_P = cute.make_rmem_tensor(mma_s.partition_shape_C((64, cfg.tile_m)), Float32)
@@ -583,7 +593,11 @@ class BackwardSm90:
         )
         tLSE, tdPsum = (self.column_pairs(x, thread) for x in (sLSE, sdPsum))
         mask_tile = partial(
-            self.apply_mask, rows_and_columns(acc_S), thread, n_block * cfg.tile_n + slab * 64, lengths
+            self.apply_mask,
+            rows_and_columns(acc_S),
+            thread,
+            n_block * cfg.tile_n + slab * 64,
+            lengths,
         )
 
         products = Products(
@@ -597,8 +611,8 @@ class BackwardSm90:
             tPrO=tPrO,
             tVrO=tVrO,
             tKrQ=tKrQ,
-            tQrS=tQrS,
-            tQrK=tQrK,
+            tQrA=tQrA,
+            tQrB=tQrB,
             acc_S=acc_S,
             acc_P=acc_P,
             acc_dV=acc_dV,
@@ -668,7 +682,9 @@ class BackwardSm90:
             # Shared memory must outlive the stores that read it.
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    def step(self, products, pipeline_q, pipeline_do, m: Int32, state, is_masked: bool, has_next: bool):
+    def step(
+        self, products, pipeline_q, pipeline_do, m: Int32, state, is_masked: bool, has_next: bool
+    ):
         """One query tile; returns the next state.
 
         Args:
@@ -705,13 +721,16 @@ class BackwardSm90:
         shape = cfg.dq_part_shape(self.head_dim)
         acc_dQ = None
         if cfg.dq_split == "none":
-            self.query_gradient(
-                c.mma_dq, c.tQrS, c.tQrK, ds_stage, c.sdQ, c.thread, c.slab, shape
-            )
+            self.query_gradient(c.mma_dq, c.tQrA, c.tQrB, ds_stage, c.sdQ, c.thread, c.slab, shape)
             warpgroup.wait_group(0)
         else:
             acc_dQ = cute.make_rmem_tensor(c.mma_dq.partition_shape_C(shape), Float32)
-            gemm(c.mma_dq, acc_dQ, c.tQrS[None, None, None, ds_stage], c.tQrK, False)
+            a, b = c.tQrA, c.tQrB
+            if cfg.dq_split == "transposed":
+                b = b[None, None, None, ds_stage]
+            else:
+                a = a[None, None, None, ds_stage]
+            gemm(c.mma_dq, acc_dQ, a, b, False)
             warpgroup.wait_group(1)
         pipeline_do.release(do_stage, warps)
         gemm(c.mma_dk, c.acc_dK, as_operand_a(rdS), c.tKrQ[None, None, None, q_stage], True)
@@ -789,8 +808,8 @@ class BackwardSm90:
     def query_gradient(
         self,
         mma_dq: cute.TiledMma,
-        tQrS: cute.Tensor,
-        tQrK: cute.Tensor,
+        tQrA: cute.Tensor,
+        tQrB: cute.Tensor,
         ds_stage: Int32,
         sdQ: cute.Tensor,
         thread: Int32,
@@ -800,7 +819,7 @@ class BackwardSm90:
         """All of a tile's dQ = dS K, by the first warpgroup."""
         if slab == 0:
             acc_dQ = cute.make_rmem_tensor(mma_dq.partition_shape_C(shape), Float32)
-            gemm(mma_dq, acc_dQ, tQrS[None, None, None, ds_stage], tQrK, False)
+            gemm(mma_dq, acc_dQ, tQrA[None, None, None, ds_stage], tQrB, False)
             warpgroup.wait_group(0)
             self.hand_over_dq(acc_dQ, sdQ, thread, slab)
 
