@@ -66,22 +66,23 @@ def test_agrees_with_jax_nn(name: str, implementation: str) -> None:
     dout = random(B, T, N, H)
     rows = visible_rows(arguments)
 
-    def ours(*inputs):
-        return dot_product_attention(*inputs, **arguments, implementation=implementation)
+    def results(attend, **own):
+        @jax.jit
+        def run(*inputs):
+            def both(*inputs):
+                return attend(*inputs, **arguments, **own, return_residual=True)
 
-    def theirs(*inputs):
-        return jax.nn.dot_product_attention(*inputs, **arguments)
+            (out, lse), vjp = jax.vjp(both, *inputs)
+            return out, lse, vjp((dout, jnp.zeros_like(lse)))
 
-    actual, vjp = jax.vjp(ours, *inputs)
-    expected, peer_vjp = jax.vjp(theirs, *inputs)
+        return run(*inputs)
+
+    out, lse, gradients = results(dot_product_attention, implementation=implementation)
+    peer_out, peer_lse, peer_gradients = results(jax.nn.dot_product_attention)
     # Padded rows included: both give 0.
-    np.testing.assert_allclose(actual, expected, atol=1e-5)
-    for got, want in zip(vjp(dout), peer_vjp(dout), strict=True):
+    np.testing.assert_allclose(out, peer_out, atol=1e-5)
+    for got, want in zip(gradients, peer_gradients, strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
-    _, lse = dot_product_attention(
-        *inputs, **arguments, implementation=implementation, return_residual=True
-    )
-    _, peer_lse = jax.nn.dot_product_attention(*inputs, **arguments, return_residual=True)
     assert lse.dtype == peer_lse.dtype
     np.testing.assert_allclose(lse[rows], peer_lse[rows], atol=1e-5)
 

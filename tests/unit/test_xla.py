@@ -66,7 +66,7 @@ cases = st.builds(
 
 @pytest.mark.usefixtures("small_tiles")
 @settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -239,7 +239,7 @@ def test_export_with_symbolic_dimensions() -> None:
         for name, array in case.arrays().items()
     }
     exported = jax.export.export(jax.jit(run))(signature)
-    for batch, seqlen_q, seqlen_k in [(3, 40, 50), (5, 1, 3), (3, 257, 300), (1, 512, 256)]:
+    for batch, seqlen_q, seqlen_k in [(5, 1, 3), (3, 257, 300)]:
         sized = Case(
             batch=batch,
             seqlen_q=seqlen_q,
