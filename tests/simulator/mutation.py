@@ -54,7 +54,8 @@ class Outcome:
 
     def __str__(self):
         verdict = f"killed by {self.reason}" if self.reason else "SURVIVED"
-        return f"{self.mutant.line:5d} {self.mutant.what:34s} {verdict}: {self.mutant.before.strip()[:70]}"
+        line = self.mutant.before.strip()[:70]
+        return f"{self.mutant.line:5d} {self.mutant.what:34s} {verdict}: {line}"
 
 
 _REMOVED = (
@@ -121,7 +122,9 @@ def mutants(ptx: str) -> list[Mutant]:
                     f"{{ .reg .b32 changed; add.s32 changed, {count[2]}, {step}; "
                     f"{guard}{count[1]}changed; }}",
                 )
-        expect = re.match(r"(mbarrier\.arrive\.expect_tx\S*\s+[^,]+, \[[^\]]*\], )(%\w+|\d+);", body)
+        expect = re.match(
+            r"(mbarrier\.arrive\.expect_tx\S*\s+[^,]+, \[[^\]]*\], )(%\w+|\d+);", body
+        )
         expect = expect or re.match(
             r"(mbarrier\.arrive\.expect_tx\S*\s+\[[^\]]*\], )(%\w+|\d+);", body
         )

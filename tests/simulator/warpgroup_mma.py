@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from . import registers as R
+from .machine import SPLIT
 from .memory_access import uniform
 from .program import SHARED_BASE, FormError, effect, instruction, integer
 
@@ -108,14 +109,12 @@ class Accumulation:
     def __init__(self, block, g, registers, columns, initial, previous):
         self.block, self.lo, self.hi = block, g.lo, g.hi
         self.registers, self.columns = registers, columns
-        self.initial, self.previous, self.next = initial, previous, None
-        if previous is not None:
-            previous.next = self
+        self.initial, self.previous = initial, previous
+        self.superseded: set[int] = set()  # warps in which a later accumulation goes on
         self.terms: list = []
         self.fragments = 0
         self.result = None
         self.mask = 0
-        self.left = g.n // 32
 
     def fetch(self):
         """Read the operands that have not been read yet."""
@@ -131,7 +130,8 @@ class Accumulation:
             b = np.concatenate([y for _, y, _ in self.terms], axis=1)
             total = a @ b.T
             if self.previous is not None:
-                total += self.previous.compute()
+                first = (self.lo - self.previous.lo) // 2
+                total += self.previous.compute()[first : first + len(total)]
             elif self.initial is not None:
                 total += self.initial
             self.result = total
@@ -140,8 +140,7 @@ class Accumulation:
 
     def deliver(self, warp):
         """Write one warp's rows of the result to its registers, unless a later one goes on."""
-        self.left -= 1
-        if self.next is not None:
+        if warp in self.superseded:
             return
         lo = 32 * warp
         rows = self.compute()[(lo - self.lo) // 2 : (lo - self.lo) // 2 + 16]
@@ -230,10 +229,12 @@ def _mma(asm, st):
         a_transposed = bool(transposes and transposes[0])
         b_transposed = bool(len(transposes) > 1 and transposes[1])
 
+    scalars = [b_descriptor, (R.P, scale_row)]
+    if not from_registers:
+        scalars.append(a_descriptor)
+
     def operand(block, g, m, descriptor, rows, dtype, transposed):
         value = int(uniform(g, m, *descriptor))
-        if block.machine.check_ordering and (g.v[descriptor[0]][descriptor[1]] != value).any():
-            block.machine.log.add("descriptor not uniform", st, "its threads pass different values")
         start, leading, stride, swizzle = hopper_descriptor(value)
         fields = (start, leading, stride, swizzle, rows, k, dtype.itemsize, transposed)
         matrix = SharedOperand(block, fields, dtype)
@@ -248,6 +249,13 @@ def _mma(asm, st):
     def run(block, g, m):
         if m is not None:
             block.machine.log.fatal("wgmma by a part of a warp", st, "all threads must execute it")
+        if not _uniform(g, scalars):
+            # Warps of different iterations may have met here; the threads of one may not differ.
+            if g.n > 32:
+                return SPLIT
+            block.machine.log.add("descriptor not uniform", st, "its threads pass different values")
+        if g.n > 32 and not _in_step(block, g):
+            return SPLIT
         ordering = block.ordering
         first_row = (g.lo % 128) // 2
         rows = g.n // 2
@@ -292,6 +300,23 @@ def _mma(asm, st):
     return effect(run, converge=True)
 
 
+def _uniform(g, scalars) -> bool:
+    for view, row in scalars:
+        x = g.v[view][row]
+        if not (x == x[0]).all():
+            return False
+    return True
+
+
+def _in_step(block, g) -> bool:
+    """Whether the warps of a group have the same wgmmas in flight."""
+    first = block.wgmma[g.lo >> 5]
+    return all(
+        block.wgmma[w].open == first.open and block.wgmma[w].committed == first.committed
+        for w in range((g.lo >> 5) + 1, g.hi >> 5)
+    )
+
+
 class _RowsOf:
     """Some rows of a shared operand."""
 
@@ -308,12 +333,12 @@ def _find(block, g, key, mask, adds, registers, n, st):
     states = [block.wgmma[w] for w in range(g.lo >> 5, g.hi >> 5)]
     state = states[0]
     previous = None
+    warps = range(g.lo >> 5, g.hi >> 5)
     for candidate in [a for group in state.committed for a in group] + state.open:
-        if candidate.mask == mask and candidate.next is None:
-            if (candidate.lo, candidate.hi) != (g.lo, g.hi):
-                raise FormError("warps that split between two wgmmas on the same registers")
+        current = warps[0] not in candidate.superseded
+        if candidate.mask == mask and current:
             previous = candidate
-        elif candidate.mask & mask and candidate.next is None:
+        elif candidate.mask & mask and current:
             block.machine.log.add(
                 "register of a wgmma in flight", st,
                 "accumulates in registers that another wgmma of another shape still uses",
@@ -323,15 +348,17 @@ def _find(block, g, key, mask, adds, registers, n, st):
                 "register of a wgmma in flight", st,
                 "writes registers that another wgmma still reads as its A operand",
             )  # fmt: skip
-    if previous is not None and adds and any(previous is a for a in state.open):
+    same_warps = previous is not None and (previous.lo, previous.hi) == (g.lo, g.hi)
+    if same_warps and adds and any(previous is a for a in state.open):
         return previous
     rows = block.registers.rows["r"].view(np.float32)
     initial = None
     if adds and previous is None:
         initial = from_fragment(rows[registers, g.lo : g.hi])
     new = Accumulation(block, g, registers, n, initial, previous if adds else None)
-    if previous is not None and not adds:
-        previous.next = new  # its result is overwritten before anyone can see it
+    if previous is not None:
+        # Its result goes on in the new one, or is overwritten before anyone can see it.
+        previous.superseded.update(warps)
     new.mask = mask
     for s in states:
         s.open.append(new)
