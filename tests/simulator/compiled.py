@@ -4,7 +4,7 @@ import functools
 
 from jax_flashcute.ffi.compile import ArrayType, CompiledKernel, compile_kernel
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.config import FwdConfig, forward_config
+from jax_flashcute.kernels.config import FwdConfig, backward_config, forward_config
 
 NUM_SMS = 2
 """Persistent blocks of the forward kernel: fewer than the tiles of most tests."""
@@ -40,3 +40,28 @@ def forward(
     return compile_kernel(
         registry.builder(key), arrays, key.arch, keep_intermediates=True, line_info=True
     )
+
+
+@functools.cache
+def backward(
+    head_dim: int = 128, group: int = 1, *, window: tuple[int | None, int | None] = (None, None)
+) -> CompiledKernel:
+    """The Hopper backward launcher (three kernels) in bfloat16, without optional operands."""
+    import cutlass
+
+    from jax_flashcute.kernels.common.intervals import IntervalMask
+    from jax_flashcute.kernels.sm90.backward import BackwardSm90
+
+    config = backward_config(head_dim, head_dim)
+    rows = ArrayType(cutlass.BFloat16, (1, 1, 1, head_dim))
+    floats = ArrayType(cutlass.Float32, (1, 1, 1))
+    arrays = [rows, rows, rows, rows, floats, rows, None, None, None, None, rows, rows, rows]
+    arrays += [floats] * 3
+
+    def build():
+        return BackwardSm90(
+            config, cutlass.BFloat16, head_dim, head_dim, group, head_dim**-0.5,
+            IntervalMask(*window),
+        )  # fmt: skip
+
+    return compile_kernel(build, arrays, "sm_90a", keep_intermediates=True, line_info=True)

@@ -4,32 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.simulator import simulate
+from tests.simulator import reference, simulate
 from tests.simulator.compiled import forward
 
 BF16 = ml_dtypes.bfloat16
-
-
-def dense(q, k, v, scale, window=(None, None)):
-    """(out, lse) in float64; rows that see nothing give 0 and -inf."""
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    group = q.shape[2] // k.shape[2]
-    k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
-    scores = np.einsum("bqhd,bkhd->bhqk", q, k) * scale
-    position, key = np.arange(q.shape[1])[:, None], np.arange(k.shape[1])[None]
-    visible = np.ones((q.shape[1], k.shape[1]), bool)
-    if window[0] is not None:
-        visible &= key >= position - window[0]
-    if window[1] is not None:
-        visible &= key <= position + window[1]
-    scores = np.where(visible, scores, -np.inf)
-    largest = scores.max(-1, keepdims=True)
-    weights = np.exp(scores - np.where(np.isfinite(largest), largest, 0))
-    total = weights.sum(-1, keepdims=True)
-    out = np.einsum("bhqk,bkhd->bqhd", weights / np.where(total == 0, 1, total), v)
-    with np.errstate(divide="ignore"):
-        lse = (largest + np.log(total))[..., 0].transpose(0, 2, 1)
-    return out, lse
 
 
 def run(kernel, shape, *, seed=0, dtype=BF16, **how):
@@ -46,7 +24,7 @@ def run(kernel, shape, *, seed=0, dtype=BF16, **how):
 
 def check(kernel, shape, *, window=(None, None), dtype=BF16, **how):
     inputs, out, lse = run(kernel, shape, dtype=dtype, **how)
-    expected, expected_lse = dense(*inputs, shape[-1] ** -0.5, window)
+    expected, expected_lse = reference.attention(*inputs, shape[-1] ** -0.5, window)
     np.testing.assert_allclose(out.astype(np.float64), expected, atol=0.02, rtol=0.01)
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4, rtol=1e-5)
 

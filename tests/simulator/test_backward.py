@@ -1,0 +1,47 @@
+"""The Hopper backward launcher, whole: three kernels, bulk reductions into global memory."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jax_flashcute.kernels.config import backward_config, workspace_shapes
+from tests.simulator import reference, simulate
+from tests.simulator.compiled import backward
+
+BF16 = ml_dtypes.bfloat16
+
+
+def check(kernel, shape, *, window=(None, None), seed=0, **how):
+    """Simulate (B, T, N, S, K, H) and compare the gradients with the reference."""
+    b, t, n, s, heads, h = shape
+    random = np.random.default_rng(seed)
+    q, do = (random.standard_normal((b, t, n, h)).astype(BF16) for _ in range(2))
+    k, v = (random.standard_normal((b, s, heads, h)).astype(BF16) for _ in range(2))
+    scale = h**-0.5
+    out, lse = reference.attention(q, k, v, scale, window)
+    scratch = workspace_shapes(backward_config(h, h), b, t, s, n, heads, h, h)
+    outputs = [(x.shape, BF16) for x in (q, k, v)]
+    outputs += [(dims, np.dtype(name)) for dims, name in scratch]
+    dq, dk, dv, *_ = simulate(
+        kernel, q, k, v, out.astype(BF16), lse.astype(np.float32), do,
+        outputs=outputs, seed=seed, **how,
+    )  # fmt: skip
+    expected = reference.gradients(q, k, v, do, scale, window)
+    for got, want in zip((dq, dk, dv), expected, strict=True):
+        np.testing.assert_allclose(
+            got.astype(np.float64), want, atol=0.01 * np.abs(want).max(), rtol=0.02
+        )
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"timing": "early", "warps": "seeded"}, {"timing": "shuffled", "warps": "adversarial"}],
+    ids=lambda how: "-".join(how.values()) or "default",
+)
+def test_schedules(how):
+    check(backward(), (1, 128, 1, 128, 1, 128), **how)
+
+
+def test_causal_tails_and_groups():
+    window = (None, 0)
+    check(backward(64, 2, window=window), (2, 200, 2, 300, 1, 64), window=window)
