@@ -99,7 +99,6 @@ class BwdConfig:
       dq_split: how the warpgroups share dQ = dS K of a tile: "rows", 64 each; "columns" of K, equal
         parts of 64 rows; "transposed", 64 columns each of any number of rows, computed as
         dQ^T = K^T dS^T; or "none", the first one alone.
-      prefetch_scores: S of the next tile is issued before dK of this one is waited for.
       consumer_registers, producer_registers: registers a thread, after reallocation.
     """
 
@@ -109,7 +108,6 @@ class BwdConfig:
     do_stages: int = 2
     ds_stages: int = 2
     dq_split: str = "rows"
-    prefetch_scores: bool = True
     consumer_registers: int = 240
     producer_registers: int = 24
 

@@ -12,16 +12,16 @@ which needs all keys of the block.  dQ is summed in float32 in global memory by 
 tile by tile in the order of the registers (extra/postprocess.py turns it into 16 bits), and dK is
 multiplied by the scale at the end.
 
-    edge       producer             consumer                stages     full      empty
-    k, v       TMA, producer warp   every warpgroup         1 each     1 + tx    used once
-    q, LSE2    TMA, producer warp   every warpgroup         q_stages   1 + tx    4 W
-    dO, dPsum  TMA, producer warp   every warpgroup         do_stages  1 + tx    4 W
-    dS         every warpgroup      every warpgroup         ds_stages  named barrier 1, 128 W threads
-    dQ full    warpgroup w          dQ warp (bulk reduce)   1          named barrier 2 + w, 160 threads
-    dQ empty   dQ warp              warpgroup w             1          named barrier 5 + w, 160 threads
+    edge       producer             consumer               stages     full       empty
+    k, v       TMA, producer warp   every warpgroup        1 each     1 + tx     used once
+    q, LSE2    TMA, producer warp   every warpgroup        q_stages   1 + tx     4 W
+    dO, dPsum  TMA, producer warp   every warpgroup        do_stages  1 + tx     4 W
+    dS         every warpgroup      every warpgroup        ds_stages  named barrier 1, 128 W
+    dQ full    warpgroup w          dQ warp (bulk reduce)  1          named barrier 2 + w, 160
+    dQ empty   dQ warp              warpgroup w            1          named barrier 5 + w, 160
 
-Counts are arrivals; "+ tx" means that the barrier also waits for the copies' bytes; W is the
-number of consumer warpgroups, of four warps each.
+Counts are arrivals, threads for named barriers; "+ tx" means that the barrier also waits for the
+copies' bytes; W is the number of consumer warpgroups, of four warps each.
 """
 
 from functools import partial
@@ -325,7 +325,7 @@ class BackwardSm90:
                     (pipeline_q, pipeline_do, kv_full),
                     (n_block, kv_head, batch),
                     (m_min, m_max, m_blocks),
-                    (heads, queries, keys),
+                    (queries, keys),
                     (mQLengths is not None, mKVLengths is not None),
                 )
             if warp_index == 1:
@@ -368,7 +368,7 @@ class BackwardSm90:
         pipeline_q, pipeline_do, kv_full = barriers
         n_block, kv_head, batch = block
         m_min, m_max, m_blocks = tiles
-        heads, queries, keys = lengths
+        queries, keys = lengths
         has_q_lengths, has_kv_lengths = has_lengths
         padded = Int64(m_blocks) * cfg.tile_m
         gLSE, gdPsum = (
@@ -635,25 +635,16 @@ class BackwardSm90:
         if m_min < m_max:
             cute.arch.mbarrier_wait(kv_full, 0)
             cute.arch.mbarrier_wait(kv_full + 1, 0)
-            if const_expr(cfg.prefetch_scores):
-                pipeline_q.wait(state[0], state[1])
-                gemm(mma_s, acc_S, tSrK, tSrQ[None, None, None, state[0]], False)
-            for g in cutlass.range(self.group, unroll=1):
-                # Three stretches: boundary tiles, full tiles, boundary tiles.  Where scores are
-                # computed a tile ahead, the very last tile stands alone.
-                last = m_max
-                if const_expr(cfg.prefetch_scores):
-                    last = m_max - 1 if g == self.group - 1 else m_max
+            for _ in cutlass.range(self.group, unroll=1):
+                # Three stretches: boundary tiles, full tiles, boundary tiles.
                 for stretch in cutlass.range_constexpr(3 if self.mask.left is not None else 2):
                     begin, end = (
-                        (m_min, cutlass.min(full_begin, last)),
-                        (full_begin, cutlass.min(full_end, last)),
-                        (full_end, last),
+                        (m_min, full_begin),
+                        (full_begin, full_end),
+                        (full_end, m_max),
                     )[stretch]
                     for m in cutlass.range(begin, end, unroll=1):
-                        state = step(m, state, stretch != 1, True)
-            if const_expr(cfg.prefetch_scores):
-                step(m_max - 1, state, True, False)
+                        state = step(m, state, stretch != 1)
 
         # Nobody reads K and V any more: they give their place to dK and dV.
         self.meet()
@@ -682,22 +673,17 @@ class BackwardSm90:
             # Shared memory must outlive the stores that read it.
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    def step(
-        self, products, pipeline_q, pipeline_do, m: Int32, state, is_masked: bool, has_next: bool
-    ):
+    def step(self, products, pipeline_q, pipeline_do, m: Int32, state, is_masked: bool):
         """One query tile; returns the next state.
 
         Args:
           state: stage and phase of Q, stage and phase of dO, buffer of dS.
           is_masked: some query of the tile does not see some key of the block.
-          has_next: a tile follows; only asked where scores are computed a tile ahead.
         """
         cfg, c, warps = self.config, products, self.consumer_warps
         q_stage, q_phase, do_stage, do_phase, ds_stage = state
-        if not cfg.prefetch_scores:
-            pipeline_q.wait(q_stage, q_phase)
-            gemm(c.mma_s, c.acc_S, c.tSrK, c.tSrQ[None, None, None, q_stage], False)
-        next_q_stage, next_q_phase = pipeline_q.advance(q_stage, q_phase)
+        pipeline_q.wait(q_stage, q_phase)
+        gemm(c.mma_s, c.acc_S, c.tSrK, c.tSrQ[None, None, None, q_stage], False)
         pipeline_do.wait(do_stage, do_phase)
         gemm(c.mma_s, c.acc_P, c.tPrV, c.tPrO[None, None, None, do_stage], False)
         warpgroup.wait_group(1)
@@ -734,21 +720,16 @@ class BackwardSm90:
             warpgroup.wait_group(1)
         pipeline_do.release(do_stage, warps)
         gemm(c.mma_dk, c.acc_dK, as_operand_a(rdS), c.tKrQ[None, None, None, q_stage], True)
-        ahead = 0
-        if cfg.prefetch_scores and has_next:
-            pipeline_q.wait(next_q_stage, next_q_phase)
-            gemm(c.mma_s, c.acc_S, c.tSrK, c.tSrQ[None, None, None, next_q_stage], False)
-            ahead = 1
         if acc_dQ is not None:
-            warpgroup.wait_group(1 + ahead)
+            warpgroup.wait_group(1)
             self.hand_over_dq(acc_dQ, c.sdQ, c.thread, c.slab)
-        # With the next S still in flight here, ptxas would serialise every product (C7514).
         warpgroup.wait_group(0)
         pipeline_q.release(q_stage, warps)
         if cfg.ds_stages > 1:
             following = ds_stage + 1
             ds_stage = following - cfg.ds_stages * Int32(following == cfg.ds_stages)
-        return next_q_stage, next_q_phase, *pipeline_do.advance(do_stage, do_phase), ds_stage
+        following_q = pipeline_q.advance(q_stage, q_phase)
+        return *following_q, *pipeline_do.advance(do_stage, do_phase), ds_stage
 
     def meet(self) -> None:
         """All consumers wait for each other."""
