@@ -36,10 +36,10 @@ def reasons_against_kernel(
     without either, any that kernels exist for.
     """
     reasons = plan.reasons_against(spec, operands, direction)
-    if not reasons and direction == "fwd" and plan.target() is not None:
+    if not reasons and plan.target() is not None:
         from jax_flashcute.ffi import store
 
-        reasons = store.reasons_against(plan.make_plan(spec, operands))
+        reasons = store.reasons_against(plan.make_plan(spec, operands, direction))
     return reasons
 
 

@@ -45,8 +45,10 @@ def reasons_against(
     return registry.reasons_against(spec, operands, direction, known.arch if known else None)
 
 
-def make_plan(spec: AttentionSpec, operands: Operands) -> registry.KernelKey:
-    """The compile key of the forward kernel of a call.
+def make_plan(
+    spec: AttentionSpec, operands: Operands, direction: registry.Direction = "fwd"
+) -> registry.KernelKey:
+    """The compile key of the kernel of a call.
 
     Raises:
       NotImplementedError: no kernel serves the call, with every reason; or there is neither a
@@ -59,7 +61,7 @@ def make_plan(spec: AttentionSpec, operands: Operands) -> registry.KernelKey:
             f"{ARCH_VARIABLE} to the architecture to compile for, one of "
             f"{', '.join(registry.ARCHITECTURES)}"
         )
-    reasons = registry.reasons_against(spec, operands, "fwd", known.arch)
+    reasons = registry.reasons_against(spec, operands, direction, known.arch)
     if reasons:
         raise NotImplementedError("no kernel serves this call:\n  - " + "\n  - ".join(reasons))
-    return registry.forward_key(spec, operands, known.arch, known.num_sms)
+    return registry.kernel_key(spec, operands, direction, known.arch, known.num_sms)

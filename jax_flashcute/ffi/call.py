@@ -4,6 +4,8 @@ A call is a primitive of its own, so that its kernel is compiled when a program 
 CUDA and not when it is traced.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
@@ -12,7 +14,7 @@ from jax.interpreters import mlir
 from jax_flashcute import plan
 from jax_flashcute.ffi import store
 from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
-from jax_flashcute.kernels.registry import OPTIONAL_OPERANDS
+from jax_flashcute.kernels.registry import OPTIONAL_OPERANDS, KernelKey, scratch_shapes
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 
 EXPORT_CHECKS = (jax.export.DisabledSafetyCheck.custom_call(CALL_TARGET),)
@@ -26,34 +28,71 @@ def forward(spec: AttentionSpec, operands: Operands) -> Residuals:
     return Residuals(out=out, lse=lse)
 
 
+def backward(
+    spec: AttentionSpec,
+    operands: Operands,
+    residuals: Residuals,
+    dout: jax.Array,
+    dlse: jax.Array,
+) -> Operands:
+    """The backward kernel: gradients of query, key and value; lowers for CUDA only."""
+    leaves, tree = jax.tree.flatten((operands, residuals, dout, dlse))
+    query, key, value = _backward_p.bind(*leaves, spec=spec, tree=tree)
+    return Operands(query=query, key=key, value=value)
+
+
 def _forward_abstract(*avals, spec: AttentionSpec, tree):
-    operands = jax.tree.unflatten(tree, avals)
+    operands: Operands = jax.tree.unflatten(tree, avals)
     query, value = operands.query, operands.value
     B, T, N, _ = query.shape
     out = query.update(shape=(B, T, N, value.shape[3]), weak_type=False)
     return [out, query.update(shape=(B, T, N), dtype=jnp.dtype(jnp.float32), weak_type=False)]
 
 
+def _backward_abstract(*avals, spec: AttentionSpec, tree):
+    operands: Operands = jax.tree.unflatten(tree, avals)[0]
+    return [x.update(weak_type=False) for x in (operands.query, operands.key, operands.value)]
+
+
 def _forward_lowering(ctx: mlir.LoweringRuleContext, *args, spec: AttentionSpec, tree):
+    def inputs(operands: Operands):
+        return [operands.query, operands.key, operands.value, *_optional(operands)]
+
     operands: Operands = jax.tree.unflatten(tree, ctx.avals_in)
-    kernel = store.get(plan.make_plan(spec, operands))
+    return _kernel_lowering(ctx, args, tree, inputs, plan.make_plan(spec, operands), operands)
+
+
+def _backward_lowering(ctx: mlir.LoweringRuleContext, *args, spec: AttentionSpec, tree):
+    def inputs(saved):
+        operands, residuals, dout, dlse = saved
+        main = [operands.query, operands.key, operands.value]
+        return [*main, residuals.out, residuals.lse, dout, dlse, *_optional(operands)]
+
+    operands: Operands = jax.tree.unflatten(tree, ctx.avals_in)[0]
+    key = plan.make_plan(spec, operands, "bwd")
+    return _kernel_lowering(ctx, args, tree, inputs, key, operands)
+
+
+def _optional(operands: Operands) -> list[jax.Array]:
+    given = (getattr(operands, name) for name in OPTIONAL_OPERANDS)
+    return [x for x in given if x is not None]
+
+
+def _kernel_lowering(ctx, args, tree, inputs: Callable, key: KernelKey, operands: Operands):
+    """Lowers to one call of the plan's object; ``inputs`` orders the tree as the kernel does."""
+    kernel = store.get(key)
     register_call_target()
+    outputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ctx.avals_out]
+    scratch = [
+        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        for shape, dtype in scratch_shapes(key, operands)
+    ]
 
     def call(*leaves):
-        given: Operands = jax.tree.unflatten(tree, leaves)
-        optional = [getattr(given, name) for name in OPTIONAL_OPERANDS]
-        counter = jax.ShapeDtypeStruct((1,), jnp.int32)
-        out, lse, _ = jax.ffi.ffi_call(
-            CALL_TARGET, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ctx.avals_out] + [counter]
-        )(
-            given.query,
-            given.key,
-            given.value,
-            *(x for x in optional if x is not None),
-            module=kernel.object,
-            key=kernel.digest,
+        results = jax.ffi.ffi_call(CALL_TARGET, outputs + scratch)(
+            *inputs(jax.tree.unflatten(tree, leaves)), module=kernel.object, key=kernel.digest
         )
-        return out, lse
+        return results[: len(outputs)]
 
     return mlir.lower_fun(call, multiple_results=True)(ctx, *args)
 
@@ -65,9 +104,15 @@ def _refuse(ctx, *_, **__):
     )
 
 
-_forward_p = Primitive("flash_attention_forward")
-_forward_p.multiple_results = True
-_forward_p.def_abstract_eval(_forward_abstract)
-_forward_p.def_impl(jax.jit(_forward_p.bind, static_argnames=("spec", "tree")))
-mlir.register_lowering(_forward_p, _forward_lowering, platform="cuda")
-mlir.register_lowering(_forward_p, _refuse)
+def _primitive(name: str, abstract_eval: Callable, lowering: Callable) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(abstract_eval)
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("spec", "tree")))
+    mlir.register_lowering(primitive, lowering, platform="cuda")
+    mlir.register_lowering(primitive, _refuse)
+    return primitive
+
+
+_forward_p = _primitive("flash_attention_forward", _forward_abstract, _forward_lowering)
+_backward_p = _primitive("flash_attention_backward", _backward_abstract, _backward_lowering)

@@ -8,7 +8,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-from jax_flashcute.kernels.config import FwdConfig, forward_config
+from jax_flashcute.kernels.config import (
+    BwdConfig,
+    FwdConfig,
+    backward_config,
+    forward_config,
+    workspace_shapes,
+)
 from jax_flashcute.spec import AttentionSpec, Operands
 
 Direction = Literal["fwd", "bwd"]
@@ -37,17 +43,17 @@ class KernelKey:
     """What makes one compiled kernel differ from another.
 
     Attributes:
-      kernel: its name, such as ``sm90_forward``.
+      kernel: its name, a key of ``KERNELS``.
       arch: the architecture it is compiled for.
       dtype: name of the dtype of query, key and value.
       head_dim, head_dim_v: of query and key, of value.
       group: query heads that share a key/value head.
-      pack_gqa: those heads share a tile of query rows.
+      pack_gqa: those heads share a tile of query rows; forward only.
       scale: factor on the scores.
       window: visible keys left and right of a query; None where unbounded.
       optional: the optional operands that are present.
       config: tile sizes and the like.
-      num_sms: multiprocessors that persistent blocks are spread over.
+      num_sms: multiprocessors that persistent blocks are spread over; 0 where it does not matter.
     """
 
     kernel: str
@@ -60,7 +66,7 @@ class KernelKey:
     scale: float
     window: tuple[int | None, int | None]
     optional: tuple[str, ...]
-    config: FwdConfig
+    config: FwdConfig | BwdConfig
     num_sms: int
 
 
@@ -84,8 +90,6 @@ def reasons_against(
       arch: the architecture it would run on; None for any that kernels exist for.
     """
     reasons = []
-    if direction == "bwd":
-        reasons.append("there is no backward kernel yet")
     if arch is not None and arch not in ARCHITECTURES:
         reasons.append(f"kernels exist for {', '.join(ARCHITECTURES)}, not for {arch}")
     dtype = str(operands.query.dtype)
@@ -108,6 +112,11 @@ def reasons_against(
         reasons.append(f"scale must be finite and not negative, got {spec.scale}")
     if any(dim == 0 for array in _main(operands) for dim in array.shape):
         reasons.append("an operand is empty")
+    if direction == "bwd" and not reasons:
+        if spec.deterministic:
+            reasons.append("no backward kernel is deterministic yet")
+        dims = operands.query.shape[-1], operands.value.shape[-1]
+        reasons += backward_config(*dims).reasons_invalid(*dims)
     return reasons
 
 
@@ -115,21 +124,28 @@ def _main(operands: Operands) -> tuple[Shaped, Shaped, Shaped]:
     return operands.query, operands.key, operands.value
 
 
-def forward_key(spec: AttentionSpec, operands: Operands, arch: str, num_sms: int) -> KernelKey:
-    """The forward kernel that serves a call that nothing speaks against."""
+def kernel_key(
+    spec: AttentionSpec, operands: Operands, direction: Direction, arch: str, num_sms: int
+) -> KernelKey:
+    """The kernel that serves a call that nothing speaks against."""
     query, key, value = _main(operands)
-    heads, kv_heads = query.shape[2], key.shape[2]
-    group = heads // kv_heads
-    config = forward_config(query.shape[3], value.shape[3])
+    group = query.shape[2] // key.shape[2]
+    dims = query.shape[3], value.shape[3]
     present = operands.present()
+    config: FwdConfig | BwdConfig
+    if direction == "fwd":
+        config = forward_config(*dims)
+        pack_gqa = packing_pays(query.shape[1], group, config)
+    else:
+        config, pack_gqa, num_sms = backward_config(*dims), False, 0
     return KernelKey(
-        kernel="sm90_forward",
+        kernel={"fwd": "sm90_forward", "bwd": "sm90_backward"}[direction],
         arch=arch,
         dtype=str(query.dtype),
-        head_dim=query.shape[3],
-        head_dim_v=value.shape[3],
+        head_dim=dims[0],
+        head_dim_v=dims[1],
         group=group,
-        pack_gqa=packing_pays(query.shape[1], group, config),
+        pack_gqa=pack_gqa,
         scale=spec.scale,
         window=window_of(spec),
         optional=tuple(name for name in OPTIONAL_OPERANDS if name in present),
@@ -152,33 +168,65 @@ def packing_pays(q_length: Any, group: int, config: FwdConfig) -> bool:
 
 def arrays_of(key: KernelKey) -> Sequence[tuple[Any, tuple[int, ...]] | None]:
     """Element type and divisibility of each array a kernel takes, None for an absent one."""
-    import cutlass
-
-    dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[key.dtype]
-    qk, v = (dtype, (1, 1, 1, key.head_dim)), (dtype, (1, 1, 1, key.head_dim_v))
-    integers = (cutlass.Int32, (1,))
-    return [
-        qk,
-        qk,
-        v,
-        *(integers if name in key.optional else None for name in OPTIONAL_OPERANDS),
-        v,
-        (cutlass.Float32, (1, 1, 1)),
-        integers,
-    ]
+    return KERNELS[key.kernel].arrays(key)
 
 
 def builder(key: KernelKey) -> Callable[[], Callable[..., None]]:
     """What makes the launcher; to be called while tracing."""
+    return KERNELS[key.kernel].builder(key)
+
+
+def scratch_shapes(key: KernelKey, operands: Operands) -> list[tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes of a kernel's scratch outputs, which follow its results."""
+    return KERNELS[key.kernel].scratch(key, operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """How a kernel is built and called; each field is a function of its key."""
+
+    arrays: Callable[[KernelKey], Sequence[tuple[Any, tuple[int, ...]] | None]]
+    builder: Callable[[KernelKey], Callable[[], Callable[..., None]]]
+    scratch: Callable[[KernelKey, Operands], list[tuple[tuple[int, ...], str]]]
+
+
+def _element_type(key: KernelKey):
     import cutlass
 
+    return {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[key.dtype]
+
+
+def _forward_arrays(key: KernelKey):
+    import cutlass
+
+    qk = (_element_type(key), (1, 1, 1, key.head_dim))
+    v = (_element_type(key), (1, 1, 1, key.head_dim_v))
+    lse, counter = (cutlass.Float32, (1, 1, 1)), (cutlass.Int32, (1,))
+    return [qk, qk, v, *_optional_arrays(key), v, lse, counter]
+
+
+def _backward_arrays(key: KernelKey):
+    import cutlass
+
+    qk = (_element_type(key), (1, 1, 1, key.head_dim))
+    v = (_element_type(key), (1, 1, 1, key.head_dim_v))
+    rows = (cutlass.Float32, (1, 1, 1))
+    return [qk, qk, v, v, rows, v, rows, *_optional_arrays(key), qk, qk, v, rows, rows, rows]
+
+
+def _optional_arrays(key: KernelKey):
+    import cutlass
+
+    return [(cutlass.Int32, (1,)) if n in key.optional else None for n in OPTIONAL_OPERANDS]
+
+
+def _forward_builder(key: KernelKey):
     from jax_flashcute.kernels.common.intervals import IntervalMask
     from jax_flashcute.kernels.sm90.forward import ForwardSm90
 
-    dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[key.dtype]
     return lambda: ForwardSm90(
         key.config,
-        dtype,
+        _element_type(key),
         key.head_dim,
         key.head_dim_v,
         key.group,
@@ -187,3 +235,33 @@ def builder(key: KernelKey) -> Callable[[], Callable[..., None]]:
         IntervalMask(*key.window),
         key.num_sms,
     )
+
+
+def _backward_builder(key: KernelKey):
+    from jax_flashcute.kernels.common.intervals import IntervalMask
+    from jax_flashcute.kernels.sm90.backward import BackwardSm90
+
+    return lambda: BackwardSm90(
+        key.config,
+        _element_type(key),
+        key.head_dim,
+        key.head_dim_v,
+        key.group,
+        key.scale,
+        IntervalMask(*key.window),
+    )
+
+
+def _backward_scratch(key: KernelKey, operands: Operands):
+    B, T, N, H = operands.query.shape
+    _, S, K, Hv = operands.value.shape
+    return workspace_shapes(key.config, B, T, S, N, K, H, Hv)
+
+
+KERNELS = {
+    "sm90_forward": Kernel(
+        _forward_arrays, _forward_builder, lambda key, operands: [((1,), "int32")]
+    ),
+    "sm90_backward": Kernel(_backward_arrays, _backward_builder, _backward_scratch),
+}
+"""Every kernel by name."""

@@ -30,7 +30,7 @@ def make_key(**changes) -> KernelKey:
     query = jax.ShapeDtypeStruct((2, 300, 4, 64), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((2, 300, 2, 64), jnp.bfloat16)
     operands = Operands(query=query, key=key, value=key)
-    return replace(registry.forward_key(AttentionSpec(0.125), operands, ARCH, 132), **changes)
+    return replace(registry.kernel_key(AttentionSpec(0.125), operands, "fwd", ARCH, 132), **changes)
 
 
 KEY = make_key()

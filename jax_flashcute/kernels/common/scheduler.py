@@ -11,8 +11,9 @@ from cutlass import Int32
 
 from jax_flashcute.kernels.common.traced import Traced
 
-L2_BYTES = 40 * 1024 * 1024
-"""Keys and values in flight together: L2 (50 MB on H100 and H200) less what Q, O and slack take."""
+L2_BYTES = 16 * 1024 * 1024
+"""Keys and values in flight together.  Far less than the L2 (50 MB): it is two partitions, each of
+which may hold a copy, and Q and O pass through it too.  Measured; see docs/lab-notebook.md."""
 
 
 class TileOrder(Traced):
