@@ -1,0 +1,163 @@
+"""Every forward configuration, cross-compiled for sm_90a: what ptxas made of it.
+
+No GPU is needed.  The launch is the launcher's own, recorded on the CPU.
+"""
+
+import dataclasses
+import functools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_flashcute.ffi.compile import ArrayType, CompiledKernel, compile_kernel
+from jax_flashcute.ffi.resources import ResourceReport, find_tools, report
+from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.config import SMEM_BYTES
+from jax_flashcute.kernels.registry import KernelKey
+from jax_flashcute.kernels.sm90.fragments import ROWS_PER_THREAD
+from jax_flashcute.spec import AttentionSpec, Operands
+from tests.simulator.simulation import record_launches
+
+ARCH = "sm_90a"
+BATCH, LENGTH, KV_HEADS, NUM_SMS = 2, 3000, 2, 132
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of the kernel, by what its plan depends on."""
+
+    head_dim: int
+    head_dim_v: int
+    mask: str
+    group: int = 1
+    q_length: int = LENGTH
+    dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        packed = "" if self.q_length == LENGTH else "-packed"
+        return f"{self.head_dim}-{self.head_dim_v}-{self.mask}-{self.group}{packed}-{self.dtype}"
+
+
+SPECS = {
+    "full": AttentionSpec(0.125),
+    "causal": AttentionSpec(0.125, is_causal=True),
+    "window": AttentionSpec(0.125, local_window_size=(300, 20)),
+}
+HEAD_DIMS = [
+    *((8, 8), (64, 64), (72, 40), (96, 96), (128, 128), (192, 128), (192, 192)),
+    *((256, 256), (64, 256)),
+]
+# Every pair of head_dims with a causal mask, lengths and offset; the rest where it differs most.
+ALWAYS = [
+    *(Call(h, hv, "causal") for h, hv in HEAD_DIMS),
+    Call(64, 64, "full"),
+    Call(128, 128, "full"),
+    Call(128, 128, "window"),
+    Call(128, 128, "causal", group=8, q_length=1, dtype="float16"),
+    Call(256, 256, "window"),
+    Call(256, 256, "full"),
+]
+ALL = [
+    *(Call(h, hv, mask) for h, hv in HEAD_DIMS for mask in SPECS),
+    *(Call(h, hv, "causal", 7, length) for h, hv in HEAD_DIMS for length in (1, LENGTH)),
+    *(Call(h, hv, mask, dtype="float16") for h, hv in HEAD_DIMS for mask in ("full", "window")),
+]
+CALLS = [
+    *(pytest.param(call, id=str(call)) for call in ALWAYS),
+    *(
+        pytest.param(call, id=str(call), marks=pytest.mark.slow)
+        for call in dict.fromkeys(ALL)
+        if call not in ALWAYS
+    ),
+]
+
+
+def shapes(call: Call) -> Operands:
+    dtype = jnp.dtype(call.dtype)
+    kv = (BATCH, LENGTH, KV_HEADS)
+    query = (BATCH, call.q_length, KV_HEADS * call.group, call.head_dim)
+    integers = None if call.mask == "full" else jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    return Operands(
+        query=jax.ShapeDtypeStruct(query, dtype),
+        key=jax.ShapeDtypeStruct((*kv, call.head_dim), dtype),
+        value=jax.ShapeDtypeStruct((*kv, call.head_dim_v), dtype),
+        q_offset=integers,
+        query_seq_lengths=integers,
+        key_value_seq_lengths=integers,
+    )
+
+
+@functools.cache
+def compiled(call: Call) -> tuple[KernelKey, CompiledKernel]:
+    key = registry.kernel_key(SPECS[call.mask], shapes(call), "fwd", ARCH, NUM_SMS)
+    arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
+    return key, compile_kernel(registry.builder(key), arrays, ARCH, keep_intermediates=True)
+
+
+def main_report(kernel: CompiledKernel) -> ResourceReport:
+    """Of the kernel that does the products."""
+    assert kernel.cubin is not None
+    (found,) = (r for r in report(kernel.cubin) if r.count("HGMMA"))
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tools() -> None:
+    try:
+        find_tools()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_code(call: Call) -> None:
+    key, kernel = compiled(call)
+    assert key.pack_gqa == (call.q_length == 1 and call.group > 1)
+    found = main_report(kernel)
+    config = key.config
+    assert found.reallocated_registers == (config.producer_registers, config.consumer_registers)
+    assert found.highest_register < config.consumer_registers
+    # At launch every warpgroup has the same number.
+    assert 128 * (config.warpgroups + 1) * found.registers <= 65536
+    assert (found.spill_loads, found.spill_stores) == (0, 0)
+    assert (found.stack_bytes, found.local_bytes) == (0, 0)
+    # One instruction for each product that was written and one wait for each wait: where ptxas
+    # cannot follow the accumulators, it serialises products by waiting for each.
+    assert kernel.ptx is not None
+    assert found.count("HGMMA") == kernel.ptx.count("wgmma.mma_async")
+    assert found.count("WARPGROUP.DEPBAR") == kernel.ptx.count("wgmma.wait_group")
+    assert found.count(f"HGMMA.64x{config.tile_n}x16") > 0
+    # Q, K and V come by TMA.
+    assert found.count("UTMALDG") >= 3
+    # Eight bits of a mask word become predicates at once; without bounds that differ between the
+    # lanes of a warp, ptxas may have uniform predicates instead.
+    if call.mask != "full":
+        assert found.count("R2P") >= ROWS_PER_THREAD * (config.tile_n // 4 // 8)
+    # Rows of O leave 16 bytes at a time.
+    assert found.count("STG.E.128") > 0
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="recording a launch needs a C compiler")
+@pytest.mark.parametrize("call", CALLS)
+def test_launch(call: Call) -> None:
+    key, kernel = compiled(call)
+    config = key.config
+    T, N = call.q_length, KV_HEADS * call.group
+    kv = (BATCH, LENGTH, KV_HEADS)
+    dims = [(BATCH, T, N, call.head_dim), (*kv, call.head_dim), (*kv, call.head_dim_v)]
+    dims += [(BATCH,)] * len(key.optional)
+    dims += [(BATCH, T, N, call.head_dim_v), (BATCH, T, N), (1,)]
+    buffers = [(256 * (i + 1) << 32, dim) for i, dim in enumerate(dims)]
+    launches = record_launches(kernel, buffers, num_sms=NUM_SMS)
+    reset, main = launches
+    assert reset.grid == (1, 1, 1)
+    smem = config.smem_bytes(call.head_dim, call.head_dim_v)
+    # Barriers and alignment come on top.
+    assert smem < main.shared_bytes <= smem + 1024
+    assert main.shared_bytes <= SMEM_BYTES
+    assert main.block == (128 * (config.warpgroups + 1), 1, 1)
+    heads = call.group if key.pack_gqa else 1
+    m_blocks = -(-T // (64 // heads * config.warpgroups))
+    assert main.grid == (min(m_blocks * BATCH * N // heads, NUM_SMS), 1, 1)
