@@ -14,6 +14,7 @@ from .machine import (
 )
 from .memory_access import addresses, check_shared, shared_target, space_of, uniform
 from .program import FormError, effect, instruction, put
+from .trace import source as trace_source
 
 # ---- named barriers
 
@@ -75,6 +76,8 @@ def _bar(asm, st):
         if action != "arrive":
             bar.waiting.append(g)
             g.blocked = bar
+        if block.machine.trace:
+            block.machine.trace.arrived(bar)
         if action == "red":
             p = g.v[R.P][vote[1]]
             p = ~p if negate else p
@@ -96,6 +99,13 @@ def _open(block, bar, out, operation):
     votes = np.concatenate(bar.votes) if bar.votes else None
     for group in bar.waiting:
         group.blocked = None
+        if block.machine.trace:
+            block.machine.trace.waited(
+                group,
+                bar.time,
+                "wait barrier",
+                f"barrier {bar.index} at {trace_source(bar.statement)}",
+            )
         if block.ordering:
             for warp in group.warps:
                 block.ordering.acquire(warp, bar.clocks)
@@ -238,7 +248,10 @@ def settle(block, barrier):
     """Complete the phase if nothing is outstanding."""
     machine = block.machine
     machine.progress += 1
-    if barrier.pending or barrier.transactions:
+    flips = not (barrier.pending or barrier.transactions)
+    if machine.trace:
+        machine.trace.settle(barrier, flips)
+    if not flips:
         return
     barrier.phase ^= 1
     barrier.pending = barrier.count
@@ -422,11 +435,18 @@ def _wait(asm, st):
             result[g.active() if m is None else m] = complete
         if done:
             put(g.v[done[0]][done[1]], result, m)
-        if block.ordering and not relaxed:
-            for (_, parity), barrier in pairs.items():
-                if barrier.phase != parity:
+        for (_, parity), barrier in pairs.items():
+            if barrier.phase != parity:
+                if block.ordering and not relaxed:
                     for warp in g.warps:
                         block.ordering.acquire(warp, barrier.done)
+                if block.machine.trace:
+                    block.machine.trace.waited(
+                        g,
+                        getattr(barrier, "done_time", 0),
+                        "wait mbarrier",
+                        f"mbarrier {barrier.address:#x} at {trace_source(st)}",
+                    )
         return None if all_done else YIELD
 
     return effect(run)

@@ -15,6 +15,7 @@ from . import barriers
 from .memory_access import addresses, check_shared, shared_target
 from .program import PARAMETER_WINDOW, FormError, effect, instruction, integer
 from .tensor_map import TensorMap, decode
+from .trace import source as trace_source
 
 _REDUCTIONS = {
     "f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32),
@@ -463,6 +464,13 @@ def _bulk_wait(asm, st):
                         _finish(block.machine, copy)
                     if copy.token:
                         block.ordering.observe(int(g.lanes[t]), copy.token)
+                    if block.machine.trace:
+                        block.machine.trace.waited(
+                            g,
+                            getattr(copy, "time", 0),
+                            "wait copy",
+                            f"copy at {trace_source(copy.statement)}",
+                        )
             if not reading:
                 del groups.committed[:count]
 

@@ -239,7 +239,7 @@ class Machine:
         check_ordering=True, poison=0, num_sms=132, trace=None,
     ):  # fmt: skip
         self.launch, self.program, self.memory = launch, program, memory
-        self.schedule, self.log, self.num_sms, self.trace = schedule, log, num_sms, trace
+        self.schedule, self.log, self.num_sms, self.tracer = schedule, log, num_sms, trace
         self.poison = poison
         self.check_ordering = check_ordering
         self.parameters = pack_parameters(launch, program)
@@ -285,6 +285,9 @@ class Machine:
                             Group(block, w, w + 32, None if m.all() else m.copy(), 0)
                         )
         self.schedule.start(self)
+        self.trace = self.tracer
+        if self.tracer and not self.tracer.begin(self.blocks[0]):
+            self.trace = None
         while self.groups:
             self.schedule.complete_some(self)
             ready = [g for g in self.groups if g.blocked is None]
@@ -298,6 +301,8 @@ class Machine:
             self._run(group, budget)
         for block in self.blocks:
             self._check_exit(block)
+        if self.trace:
+            self.trace.end(self.blocks[0])
 
     def _unblock(self):
         """Nobody can run: complete asynchronous work, let waits time out, or report deadlock."""
@@ -319,6 +324,8 @@ class Machine:
     def submit(self, operation) -> None:
         """Start an asynchronous operation: an object with ``complete()``."""
         if self.schedule.immediate:
+            if self.trace:
+                self.trace.completing(operation)
             operation.complete()
             self.progress += 1
         else:
@@ -326,6 +333,8 @@ class Machine:
 
     def complete(self, operation) -> None:
         self.pending.remove(operation)
+        if self.trace:
+            self.trace.completing(operation)
         operation.complete()
         self.progress += 1
 
@@ -392,6 +401,8 @@ class Machine:
                     function(v, m)
                 g.touched |= run.touches
                 g.written |= run.writes
+                if self.trace:
+                    self.trace.advance(g, len(run.functions))
                 self.executed += len(run.functions)
                 g.pc = run.next
             else:

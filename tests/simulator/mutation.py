@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -135,6 +136,39 @@ def mutants(ptx: str) -> list[Mutant]:
                 f"{guard}{expect[1]}changed; }}",
             )
     return out
+
+
+def sources(ptx: str, line: int, reach: int = 3) -> list[str]:
+    """The Python lines that line information names around a PTX line, as text."""
+    files = dict(re.findall(r"^\s*\.file\s+(\d+)\s+\"([^\"]*)\"", ptx, re.M))
+    lines = ptx.split("\n")
+    found = []
+    for numbers in (range(line - 1, 0, -1), range(line, len(lines) + 1)):
+        nearest = []
+        for number in numbers:
+            loc = re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", lines[number - 1])
+            if loc and loc[2] != "0":
+                nearest.append((files.get(loc[1], ""), int(loc[2])))
+                if len(nearest) == reach:
+                    break
+        found += nearest
+    texts = []
+    for name, number in found:
+        source = Path(name)
+        if source.is_file():
+            content = source.read_text().split("\n")
+            if number <= len(content):
+                texts.append(content[number - 1].strip())
+    return texts
+
+
+def unused_barriers(outcomes: Sequence[Outcome]) -> set[int]:
+    """PTX lines that initialise an mbarrier which nothing uses: removing them changes nothing."""
+    return {
+        o.mutant.line
+        for o in outcomes
+        if o.reason is None and o.mutant.what == "remove mbarrier.init"
+    }
 
 
 def judge(

@@ -373,12 +373,16 @@ def _commit(block, g, m):
         state.open = []
         if block.ordering:
             block.ordering.wgmma_commit(warp + block.first_warp)
+        if block.machine.trace:
+            block.machine.trace.wgmma_commit(warp)
 
 
 def _wait(asm, st):
     pending = integer(st.operands[0])
 
     def run(block, g, m):
+        if block.machine.trace:
+            block.machine.trace.wgmma_wait(g, pending, st)
         for warp in range(g.lo >> 5, g.hi >> 5):
             state = block.wgmma[warp]
             count = max(0, len(state.committed) - pending)

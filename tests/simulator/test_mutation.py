@@ -1,0 +1,88 @@
+"""Every synchronisation of the forward kernel matters, and the simulator notices each.
+
+Slow: run with ``--run-slow``.
+"""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests.simulator import mutation, simulate
+from tests.simulator.compiled import forward
+
+BF16 = ml_dtypes.bfloat16
+WINDOW = (None, 0)
+
+EQUIVALENT = {
+    # The consumers release Q of a tile only after they have read the index of that tile, and the
+    # producer waits for Q of the tile before it writes the index two tiles on, into the same place.
+    "ignore mbarrier wait": ("pipeline_tile.acquire",),
+}
+UNUSED_BARRIERS = 1
+"""Barriers that this variant of the kernel initialises and never uses (for lengths of keys)."""
+"""For each kind of change, text of the source lines where it changes nothing."""
+
+
+@pytest.fixture(scope="module")
+def case():
+    """(kernel, inputs, outputs, the unmutated results): five tiles and more for each block."""
+    kernel = forward(group=2, window=WINDOW)
+    b, t, n, s, heads, h = 1, 300, 4, 500, 2, 128
+    random = np.random.default_rng(0)
+    q = random.standard_normal((b, t, n, h)).astype(BF16)
+    k, v = (random.standard_normal((b, s, heads, h)).astype(BF16) for _ in range(2))
+    outputs = [(q.shape, BF16), ((b, t, n), np.float32), ((1,), np.int32)]
+    return kernel, (q, k, v), outputs, simulate(kernel, q, k, v, outputs=outputs)
+
+
+def same_results(expected):
+    def same(results):
+        return all(
+            np.array_equal(a.view(np.uint8), b.view(np.uint8))
+            for a, b in zip(results[:2], expected[:2], strict=True)
+        )
+
+    return same
+
+
+def test_the_list_of_mutants_is_not_empty(case):
+    kinds = {m.what for m in mutation.mutants(case[0].ptx)}
+    assert {
+        "ignore mbarrier wait", "remove mbarrier.arrive", "remove fence", "remove wgmma.fence",
+        "remove wgmma.commit_group", "remove wgmma.wait_group", "weaken wait_group by one",
+        "remove bar.sync", "expect 16 bytes less", "mbarrier count -1",
+    } <= kinds  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_mutant_is_killed(case):
+    kernel, inputs, outputs, expected = case
+    outcomes = mutation.judge_all(kernel, inputs, outputs, same_results(expected))
+    print("\n".join(str(o) for o in outcomes))
+    assert len(outcomes) > 80
+    unused = mutation.unused_barriers(outcomes)
+    assert len(unused) <= UNUSED_BARRIERS
+    survivors = [
+        o
+        for o in outcomes
+        if o.reason is None and o.mutant.line not in unused and not _equivalent(kernel, o.mutant)
+    ]
+    assert not survivors, "\n".join(str(o) for o in survivors)
+
+
+def _equivalent(kernel, mutant) -> bool:
+    texts = EQUIVALENT.get(mutant.what, ())
+    return any(t in line for line in mutation.sources(kernel.ptx, mutant.line) for t in texts)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("warps", ["adversarial", "seeded"])
+def test_a_hundred_seeds(case, warps):
+    kernel, inputs, outputs, expected = case
+    same = same_results(expected)
+    for seed in range(1, 101):
+        results = simulate(
+            kernel, *inputs, outputs=outputs, timing="shuffled", warps=warps, seed=seed
+        )
+        assert same(results), f"seed {seed}"
