@@ -11,6 +11,7 @@ from .ptx import parse
 from .recorder import Launch
 from .schedule import Schedule
 from .simulation import run_launch
+from .tensor_map import encode
 
 _HEAD = """
 .version 9.0
@@ -26,6 +27,7 @@ _HEAD = """
   .reg .b64 %rd<64>;
   .reg .b32 %tid;
   .reg .b64 %a<8>;
+  .reg .b64 %t<4>;
 {loads}
   mov.u32 %tid, %tid.x;
 """
@@ -39,6 +41,7 @@ def execute(
     cluster: int = 1,
     grid: int = 1,
     arch: str = "sm_90a",
+    tensor_maps: Sequence[dict] = (),
     log: FindingLog | None = None,
     **how,
 ) -> list[np.ndarray]:
@@ -46,6 +49,8 @@ def execute(
 
     ``%a0``, ``%a1``, ... hold the arrays' addresses, ``%tid`` the thread's index, ``smem`` names
     the dynamic shared memory; ``%p``, ``%h``, ``%r`` and ``%rd`` registers are declared.
+    ``tensor_maps`` are arguments of ``tensor_map.encode``, with ``array`` (an index) in place of
+    the address; ``%t0``, ``%t1``, ... hold their addresses.
     """
     memory = GlobalMemory()
     held = []
@@ -56,9 +61,19 @@ def execute(
     ptx = _HEAD.format(
         arch=arch,
         threads=threads,
-        parameters=", ".join(f".param .u64 p{i}" for i in range(len(arrays))),
-        loads="\n".join(f"  ld.param.u64 %a{i}, [p{i}];" for i in range(len(arrays))),
+        parameters=", ".join(
+            [f".param .u64 p{i}" for i in range(len(arrays))]
+            + [f".param .align 64 .b8 map{i}[128]" for i in range(len(tensor_maps))]
+        ),
+        loads="\n".join(
+            [f"  ld.param.u64 %a{i}, [p{i}];" for i in range(len(arrays))]
+            + [f"  mov.b64 %t{i}, map{i};" for i in range(len(tensor_maps))]
+        ),
     )
+    maps = []
+    for fields in tensor_maps:
+        fields = dict(fields)
+        maps.append(encode(held[fields.pop("array")].base, **fields))
     program = Program(parse(ptx + body + "\n  ret;\n}\n")["kernel"])
     launch = Launch(
         "kernel",
@@ -66,7 +81,7 @@ def execute(
         (threads, 1, 1),
         (cluster, 1, 1),
         shared,
-        tuple(int(b.base).to_bytes(8, "little") for b in held),
+        (*(int(b.base).to_bytes(8, "little") for b in held), *maps),
         False,
     )
     own = log is None

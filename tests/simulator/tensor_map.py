@@ -59,6 +59,32 @@ class TensorMap:
         return size
 
 
+def encode(
+    address: int,
+    dtype,
+    extents: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    swizzle: int = 0,
+) -> bytes:
+    """The inverse of :func:`decode`, for tests; ``strides`` leaves out the innermost."""
+    kind = next(k for k, v in _DTYPES.items() if np.dtype(v) == np.dtype(dtype))
+    words = [0] * 32
+    words[0], words[1] = address & 0xFFFFFFFF, address >> 32
+    words[2] = (
+        2 | (len(extents) - 1) << 4 | kind << 7 | SWIZZLE_BYTES.index(swizzle) << 13
+    )  # fmt: skip
+    for i, stride in enumerate(strides):
+        words[3 + i] = stride // 16 & 0xFFFFFFFF
+        words[7] |= (stride // 16 >> 32) << (4 * i)
+    for i, extent in enumerate(extents):
+        words[8 + i] = extent - 1
+    raw = bytearray(struct.pack("<32I", *words))
+    for i, extent in enumerate(box):
+        raw[55 + i] = extent - 1
+    return bytes(raw)
+
+
 def decode(raw: bytes) -> TensorMap:
     """Decode 128 bytes; raises NotImplementedError for what is not understood."""
     if len(raw) != 128:

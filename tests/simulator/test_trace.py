@@ -1,5 +1,7 @@
 """The timeline: rows, waits, and a picture."""
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 
@@ -20,7 +22,7 @@ def test_timeline_of_the_forward(tmp_path):
     # A warp is in one state at a time.
     for row in {s.row for s in trace.segments if s.row.startswith("warp")}:
         spans = sorted((s.start, s.end) for s in trace.segments if s.row == row)
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
     # Consumer warps of a warpgroup do the same thing, so they share a row.
     assert any(label.count(",") == 3 for label in trace.roles().values())
     assert "forward.py" in trace.report()
