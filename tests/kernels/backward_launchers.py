@@ -1,0 +1,99 @@
+"""Backward launchers compiled for a ``Case``, each once in a process, and their arrays."""
+
+import dataclasses
+import functools
+
+from jax_flashcute.ffi.compile import ArrayType, CompiledKernel, compile_kernel
+from jax_flashcute.kernels.config import BwdConfig, backward_config, workspace_shapes
+from tests.cases import Case
+
+ARCH = "sm_90a"
+
+
+@dataclasses.dataclass(frozen=True)
+class Launcher:
+    """What a backward launcher is compiled for.
+
+    Attributes:
+      window: visible keys left and right of a query.
+      optional: the optional arrays that it takes, of dlse, q_offset, query_seq_lengths and
+        key_value_seq_lengths.
+    """
+
+    head_dim: int
+    head_dim_v: int
+    group: int
+    window: tuple[int | None, int | None]
+    optional: tuple[str, ...]
+    dtype: str
+    config: BwdConfig
+
+    @functools.cache  # noqa: B019 - as many as there are cases
+    def compiled(self) -> CompiledKernel:
+        import cutlass
+
+        from jax_flashcute.kernels.common.intervals import IntervalMask
+        from jax_flashcute.kernels.sm90.backward import BackwardSm90
+
+        dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[self.dtype]
+        qk, v = (ArrayType(dtype, (1, 1, 1, h)) for h in (self.head_dim, self.head_dim_v))
+        rows, integers = ArrayType(cutlass.Float32, (1, 1, 1)), ArrayType(cutlass.Int32, (1,))
+        optional = [
+            element if name in self.optional else None
+            for name, element in (
+                ("dlse", rows),
+                ("q_offset", integers),
+                ("query_seq_lengths", integers),
+                ("key_value_seq_lengths", integers),
+            )
+        ]
+
+        def build():
+            return BackwardSm90(
+                self.config,
+                dtype,
+                self.head_dim,
+                self.head_dim_v,
+                self.group,
+                self.head_dim**-0.5,
+                IntervalMask(*self.window),
+            )
+
+        return compile_kernel(
+            build,
+            [qk, qk, v, v, rows, v, *optional, qk, qk, v, rows, rows, rows],
+            ARCH,
+            keep_intermediates=True,
+            line_info=True,
+        )
+
+
+def launcher(case: Case, dtype: str, *, config: BwdConfig | None = None) -> Launcher:
+    left, right = case.window or (None, None)
+    if case.causal:
+        right = 0 if right is None else min(right, 0)
+    optional = (("dlse",) if case.lengths else ()) + (("q_offset",) if case.offset else ())
+    if case.lengths:
+        optional += ("query_seq_lengths", "key_value_seq_lengths")
+    return Launcher(
+        case.head_dim,
+        case.head_dim_v,
+        case.group,
+        (left, right),
+        optional,
+        dtype,
+        config or backward_config(case.head_dim, case.head_dim_v),
+    )
+
+
+def scratch_of(case: Case, config: BwdConfig) -> list[tuple[tuple[int, ...], str]]:
+    return workspace_shapes(
+        config,
+        case.batch,
+        case.seqlen_q,
+        case.seqlen_k,
+        case.q_heads,
+        case.kv_heads,
+        case.head_dim,
+        case.head_dim_v,
+    )

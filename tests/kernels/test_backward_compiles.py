@@ -1,0 +1,116 @@
+"""Every backward configuration, cross-compiled for sm_90a: what ptxas made of it.
+
+No GPU is needed.  The launches are the launcher's own, recorded on the CPU.
+"""
+
+import shutil
+
+import pytest
+
+from jax_flashcute.ffi.resources import ResourceReport, find_tools, report
+from jax_flashcute.kernels.config import SMEM_BYTES, workspace_shapes
+from tests.cases import Case
+from tests.kernels.backward_launchers import Launcher, launcher
+from tests.simulator.simulation import record_launches
+
+BATCH, LENGTH, KV_HEADS = 2, 3000, 2
+
+
+def call(head_dim: int, head_dim_v: int, group: int = 1, **features) -> Case:
+    return Case(BATCH, LENGTH, LENGTH, KV_HEADS, group, head_dim, head_dim_v, **features)
+
+
+HEAD_DIMS = [(8, 8), (64, 64), (72, 40), (96, 96), (64, 128), (128, 128)]
+EVERYTHING = {"causal": True, "offset": True, "lengths": True}
+ALWAYS = {
+    "64": call(64, 64),
+    "72_40_everything": call(72, 40, 7, **EVERYTHING),
+    "128_everything": call(128, 128, **EVERYTHING),
+    "128_window": call(128, 128, window=(300, 20)),
+}
+ALL = {
+    f"{h}_{hv}_{name}": call(h, hv, group, **features)
+    for h, hv in HEAD_DIMS
+    for name, group, features in (
+        ("full", 1, {}),
+        ("causal", 1, {"causal": True}),
+        ("everything", 7, EVERYTHING),
+        ("window", 1, {"window": (300, 20)}),
+    )
+}
+PARAMETERS = [
+    *(pytest.param(case, "bfloat16", id=name) for name, case in ALWAYS.items()),
+    *(
+        pytest.param(case, dtype, id=f"{name}_{dtype}", marks=pytest.mark.slow)
+        for name, case in ALL.items()
+        for dtype in ("bfloat16", "float16")
+    ),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tools() -> None:
+    try:
+        find_tools()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+def main_report(kernel: Launcher) -> ResourceReport:
+    """Of the kernel that does the products."""
+    cubin = kernel.compiled().cubin
+    assert cubin is not None
+    (found,) = (r for r in report(cubin) if r.count("HGMMA"))
+    return found
+
+
+@pytest.mark.parametrize(("case", "dtype"), PARAMETERS)
+def test_code(case: Case, dtype: str) -> None:
+    kernel = launcher(case, dtype)
+    config, compiled = kernel.config, kernel.compiled()
+    found = main_report(kernel)
+    assert found.reallocated_registers == (config.producer_registers, config.consumer_registers)
+    assert found.highest_register < config.consumer_registers
+    # At launch every warpgroup has the same number.
+    assert 128 * (config.warpgroups + 1) * found.registers <= 65536
+    assert compiled.cubin is not None
+    for each in report(compiled.cubin):
+        assert (each.spill_loads, each.spill_stores) == (0, 0), each.kernel
+        assert (each.stack_bytes, each.local_bytes) == (0, 0), each.kernel
+    # One instruction for each product that was written and one wait for each wait: where ptxas
+    # cannot follow the accumulators, it serialises products by waiting for each.
+    assert compiled.ptx is not None
+    assert found.count("HGMMA") == compiled.ptx.count("wgmma.mma_async")
+    assert found.count("WARPGROUP.DEPBAR") == compiled.ptx.count("wgmma.wait_group")
+    # Q, dO, K and V come by TMA, dK and dV leave by it; dQ leaves by bulk reductions.
+    assert found.count("UTMALDG") >= 4
+    assert found.count("UTMASTG") >= 2
+    assert found.count("UBLKRED") >= 1
+    # No gradient is added element by element.
+    assert found.count("RED") + found.count("ATOMG") == 0
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="recording a launch needs a C compiler")
+@pytest.mark.parametrize(("case", "dtype"), PARAMETERS)
+def test_launches(case: Case, dtype: str) -> None:
+    kernel = launcher(case, dtype)
+    config = kernel.config
+    heads = KV_HEADS * case.group
+    q, o = ((BATCH, LENGTH, heads, h) for h in (case.head_dim, case.head_dim_v))
+    k, v = ((BATCH, LENGTH, KV_HEADS, h) for h in (case.head_dim, case.head_dim_v))
+    rows = (BATCH, LENGTH, heads)
+    optional = [rows if name == "dlse" else (BATCH,) for name in kernel.optional]
+    scratch = workspace_shapes(
+        config, BATCH, LENGTH, LENGTH, heads, KV_HEADS, case.head_dim, case.head_dim_v
+    )
+    dims = [q, k, v, o, rows, o, *optional, q, k, v, *(shape for shape, _ in scratch)]
+    buffers = [(256 * (i + 1) << 32, dim) for i, dim in enumerate(dims)]
+    before, main, after = record_launches(kernel.compiled(), buffers, num_sms=132)
+    m_blocks, n_blocks = -(-LENGTH // config.tile_m), -(-LENGTH // config.tile_n)
+    assert before.grid == after.grid == (m_blocks * heads * BATCH, 1, 1)
+    assert main.grid == (n_blocks * KV_HEADS * BATCH, 1, 1)
+    assert main.block == (128 * (config.warpgroups + 1), 1, 1)
+    smem = config.smem_bytes(case.head_dim, case.head_dim_v)
+    # Barriers and alignment come on top.
+    assert smem < main.shared_bytes <= smem + 1024
+    assert main.shared_bytes <= SMEM_BYTES

@@ -1,0 +1,147 @@
+"""The Hopper backward in simulation: small cases of every feature, with poison and race checks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jax_flashcute import reference
+from jax_flashcute.kernels.config import BwdConfig, backward_config
+from jax_flashcute.spec import AttentionSpec, Operands
+from tests.cases import Case
+from tests.kernels.backward_launchers import launcher, scratch_of
+from tests.simulator import simulate
+
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+# Relative error of a gradient in the Frobenius norm: products of 16-bit probabilities.
+TOLERANCE = {"bfloat16": 6e-3, "float16": 1e-3}
+
+
+@functools.cache
+def expected(case: Case, dtype: str):
+    """Inputs of the launcher, and the gradients in float32 from the same inputs."""
+    arrays = case.arrays(jnp.float32, poison=True)
+    for name in ("query", "key", "value"):
+        arrays[name] = arrays[name].astype(dtype)
+    rng = np.random.default_rng(1)
+    rows = (case.batch, case.seqlen_q, case.q_heads)
+    d_out = jnp.asarray(rng.standard_normal((*rows, case.head_dim_v)), dtype)
+    d_lse = rng.standard_normal(rows) if case.lengths else np.zeros(rows)
+    d_lse = jnp.asarray(d_lse, jnp.float32)
+    spec = AttentionSpec(case.head_dim**-0.5, case.causal, case.window)
+    # Beyond the length dO and dLSE may be anything; the reference multiplies them by 0.
+    if case.lengths:
+        beyond = jnp.arange(case.seqlen_q)[None] >= arrays["query_seq_lengths"][:, None]
+        clean = jnp.where(beyond[..., None, None], 0, d_out), jnp.where(beyond[..., None], 0, d_lse)
+        d_out = jnp.where(beyond[..., None, None], jnp.nan, d_out)
+        d_lse = jnp.where(beyond[..., None], jnp.nan, d_lse)
+    else:
+        clean = d_out, d_lse
+    main = {k: arrays[k].astype(jnp.float32) for k in ("query", "key", "value")}
+    others = {k: v for k, v in arrays.items() if k not in main}
+
+    @jax.jit
+    def run(main, others, cotangents):
+        def attend(main):
+            found = reference.attention(spec, Operands(**main, **others))
+            return found.out, found.lse
+
+        primals, vjp = jax.vjp(attend, main)
+        return primals, vjp(cotangents)[0]
+
+    (out, lse), gradients = run(
+        main, others, (clean[0].astype(jnp.float32), jnp.where(jnp.isinf(clean[1]), 0, clean[1]))
+    )
+    inputs = [arrays["query"], arrays["key"], arrays["value"], out.astype(dtype), lse, d_out]
+    inputs += [d_lse] if case.lengths else []
+    inputs += [
+        arrays[name]
+        for name in ("q_offset", "query_seq_lengths", "key_value_seq_lengths")
+        if name in arrays
+    ]
+    return [np.asarray(x) for x in inputs], {k: np.asarray(v) for k, v in gradients.items()}
+
+
+def check(case: Case, dtype: str = "bfloat16", *, config: BwdConfig | None = None, **how):
+    kernel = launcher(case, dtype, config=config)
+    inputs, gradients = expected(case, dtype)
+    lse = inputs[4]
+    scratch = [(shape, np.dtype(name)) for shape, name in scratch_of(case, kernel.config)]
+    outputs = [(gradients[name].shape, DTYPES[dtype]) for name in ("query", "key", "value")]
+    found = simulate(kernel.compiled(), *inputs, outputs=outputs + scratch, **how)
+    for name, got in zip(("query", "key", "value"), found, strict=False):
+        got, want = got.astype(np.float64), gradients[name].astype(np.float64)
+        assert np.isfinite(got).all(), name
+        error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6)
+        assert error < TOLERANCE[dtype], (name, error)
+        # Exactly 0: queries that see no key, keys that no query sees, what lies beyond a length.
+        idle = np.isneginf(lse) if name == "query" else (gradients["value"] == 0).all(-1)
+        assert (got[idle] == 0).all(), name
+
+
+def sized(head_dim: int, head_dim_v: int | None = None, **kw) -> Case:
+    shape = {"batch": 1, "kv_heads": 1, "seqlen_q": 150, "seqlen_k": 200} | kw
+    return Case(head_dim=head_dim, head_dim_v=head_dim_v or head_dim, **shape)
+
+
+EVERYTHING = {"batch": 3, "causal": True, "offset": True, "lengths": True}
+
+CASES = {
+    "64": sized(64),
+    "128": sized(128, seqlen_q=130, seqlen_k=129),
+    "128_everything": sized(128, **EVERYTHING),
+    "64_groups": sized(64, group=3, causal=True, seqlen_q=129),
+    "72_40_lengths": sized(72, 40, group=2, lengths=True, batch=2),
+    "128_window": sized(128, window=(40, 10), offset=True, batch=2),
+}
+SLOW_CASES = {
+    "8": sized(8, kv_heads=2, causal=True),
+    "16_one_row": sized(16, seqlen_q=1, group=7),
+    "64_one_key": sized(64, seqlen_k=1, group=2),
+    "64_everything": sized(64, group=2, **EVERYTHING),
+    "64_128": sized(64, 128, window=(None, 5)),
+    "96_causal": sized(96, causal=True, group=8, kv_heads=2),
+    "112_128_window": sized(112, 128, **EVERYTHING | {"window": (70, None)}),
+    "128_long": sized(128, seqlen_q=400, seqlen_k=500, kv_heads=2, causal=True),
+    "128_more_queries": sized(128, seqlen_q=300, seqlen_k=70, causal=True, offset=True),
+}
+
+
+def slowly(cases: dict[str, Case]) -> list:
+    return [pytest.param(case, id=name, marks=pytest.mark.slow) for name, case in cases.items()]
+
+
+@pytest.mark.parametrize(
+    "case", [*(pytest.param(c, id=n) for n, c in CASES.items()), *slowly(SLOW_CASES)]
+)
+def test_gradients(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", slowly(CASES | SLOW_CASES))
+@pytest.mark.parametrize(("timing", "warps"), [("early", "adversarial"), ("shuffled", "seeded")])
+def test_gradients_under_any_timing(case: Case, timing: str, warps: str) -> None:
+    check(case, timing=timing, warps=warps, seed=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["64", "128_everything", "72_40_lengths"])
+def test_half_precision(name: str) -> None:
+    check(CASES[name], "float16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tile_m", [64, 80])
+def test_transposed_query_gradient(tile_m: int) -> None:
+    """dQ^T = K^T dS^T, which lets tile_m be any multiple of 16."""
+    check(sized(128, causal=True), config=BwdConfig(2, tile_m, dq_split="transposed"))
+
+
+def test_configurations_are_valid() -> None:
+    for head_dim in range(8, 129, 8):
+        for head_dim_v in range(8, 129, 8):
+            config = backward_config(head_dim, head_dim_v)
+            assert config.reasons_invalid(head_dim, head_dim_v) == []
