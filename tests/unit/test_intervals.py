@@ -1,0 +1,313 @@
+"""Integer arithmetic of the kernels, run on the host and compared with brute force.
+
+``@cute.jit`` functions run without a GPU.  What they may not do aborts the process, so the tables
+are filled in a child: ``python -m tests.unit.test_intervals FILE``.
+"""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import cutlass
+import cutlass.cute as cute
+import numpy as np
+import pytest
+from cutlass import Int32
+from cutlass.cute.runtime import make_ptr
+
+from jax_flashcute.kernels.common.intervals import IntervalMask, low_bits
+from jax_flashcute.kernels.common.scheduler import L2_BYTES, TileOrder, section_size
+from jax_flashcute.kernels.sm90.fragments import column_words
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# left, right; None is open.  The two last are the empty-most and the widest of windows.
+MASKS = [
+    *((None, None), (None, 0), (None, 7), (0, None), (40, None)),
+    *((5, 3), (33, 0), (0, 40), (0, 0), (70, 90)),
+]
+TILES = (32, 48)
+FIRSTS = np.arange(-120, 121, 7)
+SPANS = (1, 2, 31, 64)
+LENGTHS = (0, 1, 31, 32, 33, 97)
+OFFSETS = (-50, 0, 33)
+COUNTS = np.arange(-70, 100)
+COLUMNS = (16, 64, 80, 96, 112, 128, 192, 256)
+LIMITS = np.arange(-40, 300)
+# m_blocks, kv_heads, batch, heads_per_kv, section
+ORDERS = [
+    *((1, 1, 1, 1, 1), (7, 1, 1, 1, 1), (3, 4, 2, 1, 3), (5, 2, 3, 4, 2), (2, 3, 5, 7, 15)),
+    *((4, 5, 2, 3, 10), (9, 8, 1, 8, 3)),
+]
+# kv_length, bytes per key, kv_heads, batch
+SECTIONS = [
+    *((1, 512, 8, 2), (1024, 512, 8, 4), (4096, 512, 8, 4), (16384, 512, 8, 1)),
+    *((2**20, 1024, 64, 64), (2**24, 1024, 3, 5), (2**30, 1024, 1, 1), (0, 512, 3, 2)),
+]
+
+
+# ---- on the host, in a child -----------------------------------------------------------------
+
+
+@cute.jit
+def fill_low_bits(out: cute.Pointer, first: Int32, count: Int32):
+    table = cute.make_tensor(out, cute.make_layout(count))
+    for i in range(count):
+        table[i] = Int32(low_bits(first + i))
+
+
+@cute.jit
+def fill_column_words(
+    out: cute.Pointer, first: Int32, count: Int32, columns: cutlass.Constexpr[int]
+):
+    words = (columns // 4 + 31) // 32
+    table = cute.make_tensor(out, cute.make_layout((count, 8, words), stride=(8 * words, words, 1)))
+    for i in range(count):
+        for thread in range(8):
+            found = column_words(first + i, thread, columns)
+            for w in cutlass.range_constexpr(words):
+                table[i, thread, w] = Int32(found[w])
+
+
+@cute.jit
+def fill_block_ranges(
+    out: cute.Pointer,
+    rows: cute.Pointer,
+    count: Int32,
+    left: cutlass.Constexpr,
+    right: cutlass.Constexpr,
+    tile: cutlass.Constexpr[int],
+):
+    """``rows``: (first, last, length) of each; ``out``: its four results."""
+    given = cute.make_tensor(rows, cute.make_layout((count, 3), stride=(3, 1)))
+    table = cute.make_tensor(out, cute.make_layout((count, 4), stride=(4, 1)))
+    for i in range(count):
+        a, b, c, d = IntervalMask(left, right).block_range(
+            given[i, 0], given[i, 1], given[i, 2], tile
+        )
+        table[i, 0] = a
+        table[i, 1] = b
+        table[i, 2] = c
+        table[i, 3] = d
+
+
+@cute.jit
+def fill_query_ranges(
+    out: cute.Pointer,
+    rows: cute.Pointer,
+    count: Int32,
+    left: cutlass.Constexpr,
+    right: cutlass.Constexpr,
+    tile: cutlass.Constexpr[int],
+):
+    """``rows``: (first, last, offset, length) of each; ``out``: its four results."""
+    given = cute.make_tensor(rows, cute.make_layout((count, 4), stride=(4, 1)))
+    table = cute.make_tensor(out, cute.make_layout((count, 4), stride=(4, 1)))
+    for i in range(count):
+        a, b, c, d = IntervalMask(left, right).query_range(
+            given[i, 0], given[i, 1], given[i, 2], given[i, 3], tile
+        )
+        table[i, 0] = a
+        table[i, 1] = b
+        table[i, 2] = c
+        table[i, 3] = d
+
+
+@cute.jit
+def fill_order(
+    out: cute.Pointer,
+    m_blocks: Int32,
+    kv_heads: Int32,
+    batch: Int32,
+    heads_per_kv: cutlass.Constexpr[int],
+    section: Int32,
+):
+    order = TileOrder(m_blocks, kv_heads, batch, heads_per_kv, section)
+    table = cute.make_tensor(out, cute.make_layout((order.num_tiles, 4), stride=(4, 1)))
+    for i in range(order.num_tiles):
+        m_block, head, kv_head, entry = order.coordinates(i)
+        table[i, 0] = m_block
+        table[i, 1] = head
+        table[i, 2] = kv_head
+        table[i, 3] = entry
+
+
+@cute.jit
+def fill_section(
+    out: cute.Pointer,
+    kv_length: Int32,
+    kv_bytes: cutlass.Constexpr[int],
+    kv_heads: Int32,
+    batch: Int32,
+):
+    table = cute.make_tensor(out, cute.make_layout(1))
+    table[0] = section_size(kv_length, kv_bytes, kv_heads, batch)
+
+
+def block_rows() -> np.ndarray:
+    """(first, last, length) of the cases of ``block_range``."""
+    cases = itertools.product(FIRSTS, SPANS, LENGTHS)
+    return np.array([(f, f + span - 1, length) for f, span, length in cases], np.int32)
+
+
+def query_rows() -> np.ndarray:
+    """(first, last, offset, length) of the cases of ``query_range``; there is no key below 0."""
+    firsts = range(0, 200, 9)
+    cases = itertools.product(firsts, SPANS, OFFSETS, LENGTHS)
+    return np.array([(f, f + span - 1, o, length) for f, span, o, length in cases], np.int32)
+
+
+def fill_tables(path: str) -> None:
+    tables: dict[str, np.ndarray] = {}
+
+    def table(name: str, *shape: int):
+        tables[name] = np.full(shape, -(2**31), np.int32)
+        return pointer(tables[name])
+
+    def pointer(array: np.ndarray):
+        return make_ptr(Int32, array.ctypes.data, cute.AddressSpace.generic, assumed_align=4)
+
+    fill_low_bits(table("low_bits", len(COUNTS)), int(COUNTS[0]), len(COUNTS))
+    for columns in COLUMNS:
+        words = (columns // 4 + 31) // 32
+        out = table(f"column_words {columns}", len(LIMITS), 8, words)
+        fill_column_words(out, int(LIMITS[0]), len(LIMITS), columns)
+    for name, fill, rows in (
+        ("block_range", fill_block_ranges, block_rows()),
+        ("query_range", fill_query_ranges, query_rows()),
+    ):
+        for (left, right), tile in itertools.product(MASKS, TILES):
+            out = table(f"{name} {left} {right} {tile}", len(rows), 4)
+            fill(out, pointer(rows), len(rows), left, right, tile)
+    for i, (m_blocks, kv_heads, batch, heads_per_kv, section) in enumerate(ORDERS):
+        out = table(f"order {i}", m_blocks * kv_heads * batch * heads_per_kv, 4)
+        fill_order(out, m_blocks, kv_heads, batch, heads_per_kv, section)
+    for i, (kv_length, kv_bytes, kv_heads, batch) in enumerate(SECTIONS):
+        fill_section(table(f"section {i}", 1), kv_length, kv_bytes, kv_heads, batch)
+    np.savez(path, **tables)
+
+
+# ---- the comparison --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    path = tmp_path_factory.mktemp("tables") / "tables.npz"
+    command = [sys.executable, "-m", "tests.unit.test_intervals", str(path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with np.load(path) as file:
+        return dict(file)
+
+
+def test_low_bits(tables) -> None:
+    expected = [(1 << min(max(int(count), 0), 32)) - 1 for count in COUNTS]
+    np.testing.assert_array_equal(tables["low_bits"].view(np.uint32), expected)
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_column_words(tables, columns: int) -> None:
+    words = tables[f"column_words {columns}"].view(np.uint32)
+    i = np.arange(columns // 4)
+    for thread in range(8):
+        column = 8 * (i // 2) + 2 * (thread % 4) + i % 2
+        bits = (words[:, thread, i // 32] >> (i % 32)) & 1
+        np.testing.assert_array_equal(bits, column[None, :] < LIMITS[:, None])
+
+
+def sees(left: int | None, right: int | None, position, key):
+    """Whether a query position sees a key."""
+    seen = np.ones(np.broadcast(position, key).shape, bool)
+    if left is not None:
+        seen &= key >= position - left
+    if right is not None:
+        seen &= key <= position + right
+    return seen
+
+
+def by_tile(seen: np.ndarray, tile: int) -> np.ndarray:
+    """(rows, columns) as (rows, tiles, columns in a tile)."""
+    return seen.reshape(seen.shape[0], -1, tile)
+
+
+def as_set(begin: int, end: int, tiles: int) -> set[int]:
+    assert end <= tiles, "a tile beyond the array"
+    assert begin >= 0
+    return set(range(begin, end))
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("tile", TILES)
+def test_block_range(tables, mask: tuple[int | None, int | None], tile: int) -> None:
+    left, right = mask
+    ranges = tables[f"block_range {left} {right} {tile}"]
+    for (first, last, length), (n_min, n_max, full_min, full_max) in zip(
+        block_rows(), ranges, strict=True
+    ):
+        tiles = -(-length // tile)
+        position = np.arange(first, last + 1)[:, None]
+        key = np.arange(tiles * tile)[None, :]
+        seen = by_tile(sees(left, right, position, key) & (key < length), tile)
+        case = f"positions {first}..{last} of {length} keys"
+        visited = as_set(n_min, n_max, tiles)
+        assert visited >= set(np.flatnonzero(seen.any((0, 2)))), case
+        full = as_set(max(full_min, n_min), min(full_max, n_max), tiles)
+        assert full == set(np.flatnonzero(seen.all((0, 2)))), case
+        # A range has no gaps; where each row sees a key, no tile in it is visited in vain.
+        if seen.any((1, 2)).all():
+            assert visited == set(np.flatnonzero(seen.any((0, 2)))), case
+        elif not seen.any():
+            assert len(visited) <= 1, case
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("tile", TILES)
+def test_query_range(tables, mask: tuple[int | None, int | None], tile: int) -> None:
+    left, right = mask
+    ranges = tables[f"query_range {left} {right} {tile}"]
+    for (first, last, offset, length), (m_min, m_max, full_min, full_max) in zip(
+        query_rows(), ranges, strict=True
+    ):
+        tiles = -(-length // tile)
+        row = np.arange(tiles * tile)
+        key = np.arange(first, last + 1)[:, None]
+        seen = sees(left, right, row[None, :] + offset, key)
+        some = by_tile(seen & (row < length), tile)
+        every = by_tile(seen | (row >= length), tile)
+        case = f"keys {first}..{last}, offset {offset}, {length} rows"
+        visited = as_set(m_min, m_max, tiles)
+        assert visited >= set(np.flatnonzero(some.any((0, 2)))), case
+        full = as_set(max(full_min, m_min), min(full_max, m_max), tiles)
+        assert full <= set(np.flatnonzero(every.all((0, 2)))), case
+        if some.any((1, 2)).all():
+            assert visited == set(np.flatnonzero(some.any((0, 2)))), case
+            inner = {m for m in np.flatnonzero(every.all((0, 2))) if (m + 1) * tile <= length}
+            assert full >= inner, case
+
+
+@pytest.mark.parametrize("i", range(len(ORDERS)), ids=lambda i: str(ORDERS[i]))
+def test_tile_order(tables, i: int) -> None:
+    m_blocks, kv_heads, batch, heads_per_kv, section = ORDERS[i]
+    order = [tuple(map(int, row)) for row in tables[f"order {i}"]]
+    expected = itertools.product(range(m_blocks), range(kv_heads * heads_per_kv), range(batch))
+    assert sorted((m, head, b) for m, head, _, b in order) == sorted(expected)
+    assert all(head // heads_per_kv == kv_head for _, head, kv_head, _ in order)
+    # The key/value heads of a section, over all batch entries, are done before the next begins,
+    # and inside of it the longest tiles come first.
+    sections = [(b * kv_heads + kv_head) // section for _, _, kv_head, b in order]
+    assert sections == sorted(sections)
+    for _, group in itertools.groupby(zip(sections, order, strict=True), key=lambda x: x[0]):
+        blocks = [m for _, (m, *_) in group]
+        assert blocks == sorted(blocks, reverse=True)
+
+
+@pytest.mark.parametrize("i", range(len(SECTIONS)), ids=lambda i: str(SECTIONS[i]))
+def test_section_size(tables, i: int) -> None:
+    kv_length, kv_bytes, kv_heads, batch = SECTIONS[i]
+    fitting = L2_BYTES // max(kv_length * kv_bytes, 1)
+    assert tables[f"section {i}"][0] == min(max(fitting, 1), kv_heads * batch)
+
+
+if __name__ == "__main__":
+    fill_tables(sys.argv[1])
