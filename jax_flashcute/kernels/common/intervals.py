@@ -23,6 +23,11 @@ class IntervalMask:
         """Whether every query sees every key."""
         return self.left is None and self.right is None
 
+    @property
+    def is_staircase(self) -> bool:
+        """Whether later queries see more keys."""
+        return self.right is not None and self.left is None
+
     def lower(self, position: Int32) -> Int32:
         """First visible key; only where ``left`` is set."""
         return position - self.left

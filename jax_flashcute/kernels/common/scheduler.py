@@ -1,8 +1,8 @@
 """Which tile a persistent block works on next: longest first, drawn from one counter.
 
-Tiles are ordered so that the key/value heads in flight fit in the L2 cache together; inside such
-a section the rows of queries with the most keys come first, so the last tiles to be drawn are
-short and blocks finish together.
+Tiles are ordered by sections of key/value heads, small enough for the L2 cache; inside a section
+the rows of queries with the most keys come first, so the last tiles to be drawn are short and
+blocks finish together.
 """
 
 import cutlass

@@ -164,7 +164,11 @@ class ForwardSm90:
 
         m_blocks = cute.ceil_div(q_length, self.tile_tokens)
         kv_bytes_per_key = (self.head_dim + self.head_dim_v) * 2
-        section = section_size(kv_length, kv_bytes_per_key, kv_heads, batch)
+        # Tiles of equal length go head by head: neighbours read the same keys at the same time,
+        # and L2 serves them together.  Tiles of unequal length go longest first over many heads.
+        section = Int32(1)
+        if const_expr(self.mask.is_staircase):
+            section = section_size(kv_length, kv_bytes_per_key, kv_heads, batch)
         num_tiles = m_blocks * kv_heads * batch * self.heads_per_kv
         blocks = cutlass.min(num_tiles, Int32(self.num_sms))
         reset_counter(mCounter).launch(grid=[1, 1, 1], block=[32, 1, 1], stream=stream)
@@ -375,7 +379,6 @@ class ForwardSm90:
                 clear_rows(sQ, self.smem_h, Int32(w), Int32(self.slab_tokens * self.heads_packed))
             cute.arch.fence_view_async_shared()
             cute.arch.sync_warp()
-        grid = cute.arch.grid_dim()[0]
         tile = cute.arch.block_idx()[0]
         q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase, tail_phase = (
             Int32(0) for _ in range(8)
@@ -425,11 +428,6 @@ class ForwardSm90:
                     tma_bar_ptr=pipeline_q.full,
                 )
             q_phase ^= 1
-            # Draw the next tile now, so that its latency hides behind the loads.  The counter is
-            # reset by the kernel before this one.
-            cute.arch.griddepcontrol_wait()
-            if cute.arch.lane_idx() == 0:
-                tile = cute.arch.atomic_add(mCounter.iterator, Int32(1)) + grid
             for i in cutlass.range(n_max - n_min, unroll=1):
                 n = n_max - 1 - i
                 if n > n_min:
@@ -442,6 +440,8 @@ class ForwardSm90:
                         tma_bar_ptr=pipeline_k.full + k_stage,
                     )
                     k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+                else:
+                    tile = self.draw_tile(mCounter)
                 pipeline_v.acquire(v_stage, v_phase)
                 is_tail = Boolean(False)
                 if const_expr(has_kv_lengths):
@@ -467,11 +467,27 @@ class ForwardSm90:
                     )
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
 
+            if n_min >= n_max:
+                tile = self.draw_tile(mCounter)
             tile = cute.arch.shuffle_sync(tile, 0)
 
         pipeline_tile.acquire(t_stage, t_phase)
         self.write_work(work[None, t_stage], (Int32(-1),) * WORK_FIELDS)
         pipeline_tile.commit(t_stage)
+
+    @cute.jit
+    def draw_tile(self, mCounter: cute.Tensor) -> Int32:
+        """The next tile's index, in lane 0 alone.
+
+        Drawn while the last key tile of the one before is on its way: sooner, blocks in the midst
+        of long tiles would take tiles that others come to first; later, the latency would show.
+        """
+        # The counter is reset by the kernel before this one.
+        cute.arch.griddepcontrol_wait()
+        tile = Int32(0)
+        if cute.arch.lane_idx() == 0:
+            tile = cute.arch.atomic_add(mCounter.iterator, Int32(1)) + cute.arch.grid_dim()[0]
+        return tile
 
     @cute.jit
     def write_work(self, slot: cute.Tensor, fields: tuple):
