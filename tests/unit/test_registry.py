@@ -1,0 +1,294 @@
+"""Which kernel serves a call, every reason why none does, and the configurations."""
+
+import dataclasses
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.config import (
+    SMEM_BYTES,
+    BwdConfig,
+    FwdConfig,
+    backward_config,
+    forward_config,
+    round_up,
+)
+from jax_flashcute.spec import AttentionSpec, Operands
+
+HEAD_DIMS = range(8, 257, 8)
+SPEC = AttentionSpec(0.125)
+
+
+def shapes(
+    B=2, T=300, S=400, N=4, K=2, H=64, Hv=None, dtype=jnp.bfloat16, present: tuple[str, ...] = ()
+) -> Operands:
+    Hv = H if Hv is None else Hv
+    optional = {
+        "q_offset": ((B,), jnp.int32),
+        "query_seq_lengths": ((B,), jnp.int32),
+        "key_value_seq_lengths": ((B,), jnp.int32),
+        "bias": ((1, 1, T, S), jnp.float32),
+        "mask": ((1, 1, T, S), jnp.bool_),
+        "sinks": ((1, N), jnp.float32),
+    }
+    return Operands(
+        query=jax.ShapeDtypeStruct((B, T, N, H), dtype),
+        key=jax.ShapeDtypeStruct((B, S, K, H), dtype),
+        value=jax.ShapeDtypeStruct((B, S, K, Hv), dtype),
+        **{name: jax.ShapeDtypeStruct(*optional[name]) for name in present},
+    )
+
+
+# ---- reasons -------------------------------------------------------------------------------
+
+
+def test_what_the_forward_serves() -> None:
+    for dtype, arch in itertools.product((jnp.bfloat16, jnp.float16), ("sm_90a", None)):
+        for present in itertools.chain.from_iterable(
+            itertools.combinations(registry.OPTIONAL_OPERANDS, n) for n in range(4)
+        ):
+            operands = shapes(dtype=dtype, present=present)
+            for spec in (SPEC, dataclasses.replace(SPEC, is_causal=True, local_window_size=(3, 4))):
+                assert registry.reasons_against(spec, operands, "fwd", arch) == []
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_pair_of_head_dims_has_a_valid_forward(head_dim: int) -> None:
+    for head_dim_v in HEAD_DIMS:
+        operands = shapes(H=head_dim, Hv=head_dim_v)
+        assert registry.reasons_against(SPEC, operands, "fwd") == []
+        config = forward_config(head_dim, head_dim_v)
+        assert config.reasons_invalid(head_dim, head_dim_v) == []
+
+
+REASONS = {
+    "kernels exist for sm_90a, not for sm_80": {"arch": "sm_80"},
+    "dtype must be one of bfloat16, float16, got float32": {"dtype": jnp.float32},
+    "head_dim must be a multiple of 8 from 8 to 256, got 20": {"H": 20, "Hv": 64},
+    "value head_dim must be a multiple of 8 from 8 to 256, got 264": {"Hv": 264},
+    "no kernel takes bias yet": {"present": ("bias",)},
+    "no kernel takes mask yet": {"present": ("mask",)},
+    "no kernel takes sinks yet": {"present": ("sinks",)},
+    "no kernel takes logits_soft_cap yet": {"logits_soft_cap": 20.0},
+    "scale must be finite and not negative, got -0.5": {"scale": -0.5},
+    "scale must be finite and not negative, got inf": {"scale": math.inf},
+    "scale must be finite and not negative, got nan": {"scale": math.nan},
+    "an operand is empty": {"T": 0},
+}
+
+
+def reasons_against(direction: registry.Direction = "fwd", arch=None, **changes) -> list[str]:
+    fields = {f.name for f in dataclasses.fields(AttentionSpec)}
+    spec = dataclasses.replace(SPEC, **{n: x for n, x in changes.items() if n in fields})
+    operands = shapes(**{n: x for n, x in changes.items() if n not in fields})
+    return registry.reasons_against(spec, operands, direction, arch)
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("reason", REASONS)
+def test_each_reason_alone(reason: str, direction: registry.Direction) -> None:
+    assert reasons_against(direction, **REASONS[reason]) == [reason]
+
+
+def test_all_reasons_together() -> None:
+    changes = {"H": 20, "Hv": 264, "present": ("bias", "mask", "sinks"), "T": 0}
+    changes |= {"arch": "sm_80", "dtype": jnp.float32, "logits_soft_cap": 20.0, "scale": math.nan}
+    expected = [r for r in REASONS if not r.endswith(("-0.5", "inf"))]
+    assert sorted(reasons_against(**changes)) == sorted(expected)
+
+
+def test_empty_operands_of_every_kind() -> None:
+    for dimension in ("B", "T", "S"):
+        assert reasons_against(**{dimension: 0}) == ["an operand is empty"]
+
+
+def test_a_symbolic_head_dim() -> None:
+    (h,) = jax.export.symbolic_shape("h")
+    assert reasons_against(H=h, Hv=64) == ["head_dim must be a number, got the symbol h"]
+    assert reasons_against(Hv=h) == ["value head_dim must be a number, got the symbol h"]
+
+
+def test_symbolic_batch_lengths_and_heads_are_served() -> None:
+    B, T, S, K = jax.export.symbolic_shape("b, t, s, k")
+    for direction in ("fwd", "bwd"):
+        assert reasons_against(direction, B=B, T=T, S=S) == []
+    fixed = registry.kernel_key(SPEC, shapes(T=10**6, N=6, K=2), "fwd", "sm_90a", 132)
+    symbolic = registry.kernel_key(SPEC, shapes(B, T, S, N=3 * K, K=K), "fwd", "sm_90a", 132)
+    assert symbolic == fixed
+    assert type(symbolic.group) is int
+
+
+def test_what_the_backward_does_not_serve() -> None:
+    """Beyond what no kernel serves; each head_dim is either served or refused with its reason."""
+    reasons = reasons_against("bwd", deterministic=True)
+    assert reasons == ["no backward kernel is deterministic yet"]
+    assert reasons_against("fwd", deterministic=True) == []
+    for head_dim, head_dim_v in itertools.product(HEAD_DIMS, HEAD_DIMS):
+        config = backward_config(head_dim, head_dim_v)
+        expected = config.reasons_invalid(head_dim, head_dim_v)
+        assert reasons_against("bwd", H=head_dim, Hv=head_dim_v) == expected
+    for head_dim in (64, 128):
+        assert reasons_against("bwd", H=head_dim) == []
+
+
+# ---- keys ----------------------------------------------------------------------------------
+
+
+def forward_key(spec: AttentionSpec = SPEC, **changes) -> registry.KernelKey:
+    return registry.kernel_key(spec, shapes(**changes), "fwd", "sm_90a", 132)
+
+
+def test_a_key_forgets_batch_lengths_and_heads() -> None:
+    for changes in ({"B": 7}, {"T": 5000}, {"S": 1}, {"N": 8, "K": 4}):
+        assert forward_key(**({"T": 4000} | changes)) == forward_key(T=4000)
+
+
+def test_a_key_tells_calls_apart() -> None:
+    spec = dataclasses.replace
+    keys = [
+        forward_key(),
+        forward_key(H=72),
+        forward_key(Hv=72),
+        forward_key(N=6),
+        forward_key(T=1),
+        forward_key(dtype=jnp.float16),
+        forward_key(spec(SPEC, scale=0.1)),
+        forward_key(spec(SPEC, is_causal=True)),
+        forward_key(spec(SPEC, local_window_size=(5, None))),
+        *(forward_key(present=(name,)) for name in registry.OPTIONAL_OPERANDS),
+        forward_key(present=registry.OPTIONAL_OPERANDS),
+        registry.kernel_key(SPEC, shapes(), "bwd", "sm_90a", 132),
+        registry.kernel_key(SPEC, shapes(), "fwd", "sm_90a", 114),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert len({repr(key) for key in keys}) == len(keys)
+
+
+def test_the_array_list_has_a_place_for_every_operand() -> None:
+    for present in ((), ("query_seq_lengths",), registry.OPTIONAL_OPERANDS):
+        arrays = registry.arrays_of(forward_key(present=present, Hv=40))
+        assert len(arrays) == 9
+        given = [array is not None for array in arrays[3:6]]
+        assert given == [name in present for name in registry.OPTIONAL_OPERANDS]
+        q, k, v, *_, out, lse, counter = arrays
+        assert q == k
+        assert q[1] == (1, 1, 1, 64)
+        assert v == out
+        assert v[1] == (1, 1, 1, 40)
+        assert (lse[1], counter[1]) == ((1, 1, 1), (1,))
+
+
+sides = st.none() | st.integers(0, 50)
+
+
+@given(st.booleans(), sides, sides)
+def test_a_window_and_causality_are_one_interval(
+    is_causal: bool, left: int | None, right: int | None
+) -> None:
+    spec = AttentionSpec(1.0, is_causal, (left, right))
+    a, b = registry.window_of(spec)
+    for position in (0, 20, 60):
+        for key in range(130):
+            expected = (
+                (not is_causal or key <= position)
+                and (left is None or key >= position - left)
+                and (right is None or key <= position + right)
+            )
+            interval = (a is None or key >= position - a) and (b is None or key <= position + b)
+            assert interval == expected
+
+
+def test_no_window_is_open() -> None:
+    assert registry.window_of(SPEC) == (None, None)
+
+
+@given(st.integers(1, 9000), st.integers(1, 80), st.integers(1, 3))
+def test_packing_pays_where_it_saves_a_tenth_of_the_rows(
+    q_length: int, group: int, warpgroups: int
+) -> None:
+    config = FwdConfig(warpgroups, 128, 2)
+    pays = registry.packing_pays(q_length, group, config)
+    if group == 1 or group > 64:
+        assert not pays
+        return
+    unpacked = group * -(-q_length // (64 * warpgroups))
+    # A slab of 64 rows holds whole tokens of all heads.
+    packed = -(-q_length // (warpgroups * (64 // group)))
+    assert pays == (10 * packed <= 9 * unpacked)
+
+
+def test_packing_in_use() -> None:
+    config = forward_config(128, 128)
+    assert registry.packing_pays(1, 8, config)
+    assert not registry.packing_pays(10**6, 8, config)
+    (t,) = jax.export.symbolic_shape("t")
+    assert not registry.packing_pays(t, 8, config)
+
+
+# ---- configurations ------------------------------------------------------------------------
+
+forward_configs = st.builds(
+    FwdConfig,
+    warpgroups=st.integers(0, 5),
+    tile_n=st.integers(0, 40).map(lambda x: 8 * x),
+    kv_stages=st.integers(0, 5),
+    consumer_registers=st.integers(1, 32).map(lambda x: 8 * x),
+    producer_registers=st.sampled_from([24, 32, 40]),
+)
+head_dims = st.sampled_from(HEAD_DIMS)
+
+
+@given(forward_configs, head_dims, head_dims)
+def test_what_makes_a_forward_configuration_invalid(
+    config: FwdConfig, head_dim: int, head_dim_v: int
+) -> None:
+    reasons = config.reasons_invalid(head_dim, head_dim_v)
+    named = {
+        "warpgroups": config.warpgroups not in (1, 2, 3),
+        "tile_n": config.tile_n % 16 != 0 or not 16 <= config.tile_n <= 256,
+        "kv_stages": config.kv_stages < 1,
+        "shared memory": shared_bytes(config, head_dim, head_dim_v) + 1024 > SMEM_BYTES,
+        "registers:": 128 * config.producer_registers
+        + 128 * config.warpgroups * config.consumer_registers
+        > 65536,
+        # S in 32 bits, P in 16 and O in 32, 64 rows by 128 threads.
+        "registers a thread": config.tile_n * 64 // 128
+        + config.tile_n * 64 // 256
+        + round_up(head_dim_v, 16) * 64 // 128
+        + 24
+        > config.consumer_registers,
+    }
+    for name, expected in named.items():
+        # Half a register is rounded one way or the other.
+        if name == "registers a thread" and config.tile_n % 16:
+            continue
+        assert any(reason.startswith(name) for reason in reasons) == expected, (name, reasons)
+    assert len(reasons) == len({reason.split(":")[0].split(" must")[0] for reason in reasons})
+
+
+def shared_bytes(config: FwdConfig, head_dim: int, head_dim_v: int) -> int:
+    """Q, and the stages of K and V, in 16 bits; rows padded to a multiple of 16."""
+    h, hv = round_up(head_dim, 16), round_up(head_dim_v, 16)
+    q = 64 * config.warpgroups * h
+    return 2 * (q + config.kv_stages * config.tile_n * (h + hv))
+
+
+@given(st.sampled_from([(64, 64), (128, 128), (72, 40)]))
+def test_configurations_in_use_keep_their_promise(dims: tuple[int, int]) -> None:
+    forward, backward = forward_config(*dims), backward_config(*dims)
+    for config in (forward, backward):
+        assert config.reasons_invalid(*dims) == []
+        assert config.smem_bytes(*dims) <= SMEM_BYTES
+        registers = config.warpgroups * config.consumer_registers + config.producer_registers
+        assert 128 * registers <= 65536
+        # setmaxnreg takes multiples of 8.
+        assert config.consumer_registers % 8 == config.producer_registers % 8 == 0
+    assert forward.tile_m == 64 * forward.warpgroups
+    assert isinstance(backward, BwdConfig)
+    assert backward.tile_n == 64 * backward.warpgroups
