@@ -232,6 +232,7 @@ class Machine:
       schedule: decides who runs next and when asynchronous work completes.
       ordering: the happens-before checker, or None.
       log: the findings.
+      coverage: where set, collects the PTX lines of memory and synchronisation that ran.
     """
 
     def __init__(
@@ -253,6 +254,7 @@ class Machine:
         self.cells_per_block = (program.shared_static + launch.shared_bytes) // CELL + 64
         self.steps = 0
         self.executed = 0
+        self.coverage: set[int] | None = None
 
     # ---- one cluster
 
@@ -450,6 +452,8 @@ class Machine:
         if (op.reads | op.writes) & g.accumulators or op.writes & g.fragments:
             if not op.is_wgmma:
                 self.report_in_flight(g, op)
+        if self.coverage is not None:
+            self.coverage.add(op.statement.line)
         if self.trace:
             self.trace.effect(self, g, op)
         if not op.is_wgmma:

@@ -195,10 +195,12 @@ def judge(
 
 
 def judge_all(kernel, inputs, outputs, same, *, select=None, report=None, **options):
-    """The outcome of every mutant (that ``select`` accepts)."""
+    """The outcome of every mutant (that ``select`` accepts) on a line that runs."""
     outcomes = []
+    reached: set[int] = set()
+    simulate(kernel, *inputs, outputs=outputs, coverage=reached)
     for mutant in mutants(kernel.ptx):
-        if select is None or select(mutant):
+        if mutant.line in reached and (select is None or select(mutant)):
             outcome = judge(kernel, mutant, inputs, outputs, same, **options)
             outcomes.append(outcome)
             if report:

@@ -52,6 +52,7 @@ def simulate(
     check: bool = True,
     log: FindingLog | None = None,
     trace=None,
+    coverage: set[int] | None = None,
 ) -> list[np.ndarray]:
     """Run a compiled kernel on the CPU.
 
@@ -67,6 +68,7 @@ def simulate(
       check: whether to check the ordering of accesses to shared memory.
       log: collects findings instead of raising them at the end; those that end a run still raise.
       trace: a :class:`trace.Trace` to fill.
+      coverage: filled with the PTX lines of the memory and synchronisation instructions that ran.
 
     Returns:
       The output arrays.
@@ -96,7 +98,7 @@ def simulate(
     for launch in record_launches(kernel, buffers, num_sms=num_sms):
         run_launch(
             launch, _program(kernel.ptx, launch.kernel), memory, schedule, log,
-            check=check, poison=poison, num_sms=num_sms, trace=trace,
+            check=check, poison=poison, num_sms=num_sms, trace=trace, coverage=coverage,
         )  # fmt: skip
     if own_log and log.findings:
         raise SimulationError(log.findings)
@@ -106,7 +108,17 @@ def simulate(
 
 
 def run_launch(
-    launch, program, memory, schedule, log, *, check=True, poison=0, num_sms=132, trace=None
+    launch,
+    program,
+    memory,
+    schedule,
+    log,
+    *,
+    check=True,
+    poison=0,
+    num_sms=132,
+    trace=None,
+    coverage=None,
 ):
     """Run every block of one launch, cluster after cluster."""
     if 0 in launch.grid:
@@ -118,6 +130,7 @@ def run_launch(
         launch, program, memory, schedule, log,
         check_ordering=check, poison=poison, num_sms=num_sms, trace=trace,
     )  # fmt: skip
+    machine.coverage = coverage
     gx, gy, gz = launch.grid
     cx, cy, cz = launch.cluster
     with np.errstate(all="ignore"), one_thread():
