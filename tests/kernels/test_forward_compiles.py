@@ -47,7 +47,7 @@ SPECS = {
 }
 HEAD_DIMS = [
     *((8, 8), (64, 64), (72, 40), (96, 96), (128, 128), (192, 128), (192, 192)),
-    *((256, 256), (64, 256)),
+    *((256, 256), (64, 256), (256, 128)),
 ]
 # Every pair of head_dims with a causal mask, lengths and offset; the rest where it differs most.
 ALWAYS = [

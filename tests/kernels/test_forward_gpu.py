@@ -60,6 +60,7 @@ VARIANTS = [
     (256, 256, BF16, 7, {"lengths": True}),
     (256, 256, FP16, 3, {"window": (500, 100)}),
     (64, 256, BF16, 1, {"window": (None, 0), "lengths": True}),
+    (256, 128, BF16, 3, {"causal": True}),
 ]
 
 
@@ -195,12 +196,20 @@ def run(case: Case, arrays: dict, implementation: str | None = "cute"):
 
 
 def key_of(case: Case, dtype: str) -> registry.KernelKey:
-    arrays = {
-        name: jax.ShapeDtypeStruct(array.shape, array.dtype)
-        for name, array in host_arrays(dataclasses.replace(case, batch=1), dtype).items()
-    }
-    spec = AttentionSpec(1 / math.sqrt(case.head_dim), case.causal, case.window)
-    return plan.make_plan(spec, Operands(**arrays))
+    kv = (case.batch, case.seqlen_k, case.kv_heads)
+    query = (case.batch, case.seqlen_q, case.q_heads, case.head_dim)
+    integers = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
+    operands = Operands(
+        query=jax.ShapeDtypeStruct(query, dtype),
+        key=jax.ShapeDtypeStruct((*kv, case.head_dim), dtype),
+        value=jax.ShapeDtypeStruct((*kv, case.head_dim_v), dtype),
+        q_offset=integers if case.offset else None,
+        query_seq_lengths=integers if case.lengths else None,
+        key_value_seq_lengths=integers if case.lengths else None,
+    )
+    return plan.make_plan(
+        AttentionSpec(1 / math.sqrt(case.head_dim), case.causal, case.window), operands
+    )
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +408,7 @@ def test_vmap() -> None:
 
 
 def test_grad() -> None:
-    """Gradients by whatever serves the backward pass, from the kernel's residuals."""
+    """Gradients by the kernels, and by the XLA path throughout."""
     arrays = host_arrays(TRANSFORMED, BF16)
 
     def gradients(dtype, implementation):
@@ -413,15 +422,33 @@ def test_grad() -> None:
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*operands)
 
     expected = gradients(jnp.float32, "reference")
-    for implementation in (None, "xla"):
+    for implementation in (None, "cute", "xla"):
         for name, got, want in zip("qkv", gradients(BF16, implementation), expected, strict=True):
             got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
             error = np.linalg.norm(got - want) / np.linalg.norm(want)
             assert error < 0.01, f"d{name} by {implementation}: {error}"
 
 
-def test_an_exported_program_runs() -> None:
-    """With symbolic batch and lengths, serialised, read back, at lengths it has not seen."""
+CALL_EXPORTED = """
+import sys
+import jax, numpy as np
+from jax_flashcute.ffi.runtime import register_call_target
+register_call_target()
+folder = sys.argv[1]
+program = jax.export.deserialize(bytearray(open(folder + "/program", "rb").read()))
+for name in "012":
+    arrays = {
+        n: x.astype("bfloat16") if x.ndim == 4 else x
+        for n, x in np.load(f"{folder}/in{name}.npz").items()
+    }
+    out, lse = program.call(**arrays)
+    np.savez(f"{folder}/out{name}.npz", out=np.asarray(out, np.float32), lse=lse)
+assert "cutlass" not in sys.modules
+"""
+
+
+def test_an_exported_program_runs(tmp_path: Path) -> None:
+    """With symbolic batch and lengths, in a process without the compiler."""
     case = Case(causal=True, lengths=True, group=2, head_dim=64, head_dim_v=64)
     attend = functools.partial(
         flash_attention, **case.static, implementation="cute", return_residual=True
@@ -436,12 +463,26 @@ def test_an_exported_program_runs() -> None:
         "key_value_seq_lengths": jax.ShapeDtypeStruct((B,), jnp.int32),
     }
     export = jax.export.export(jax.jit(attend), platforms=["cuda"], disabled_checks=EXPORT_CHECKS)
-    program = jax.export.deserialize(export(**shapes).serialize())
-    for batch, seqlen_q, seqlen_k in ((2, 129, 150), (1, 1000, 65), (3, 1, 2)):
+    (tmp_path / "program").write_bytes(export(**shapes).serialize())
+    calls = []
+    for i, (batch, seqlen_q, seqlen_k) in enumerate(((2, 129, 150), (1, 1000, 65), (3, 1, 2))):
         case = dataclasses.replace(case, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
         arrays = host_arrays(case, BF16)
-        out, lse = program.call(**arrays)
-        wrong = what_is_wrong(case, BF16, exact_attention(case, arrays), out, lse)
+        calls.append((case, arrays))
+        wide = {n: x.astype(np.float32) if x.ndim == 4 else x for n, x in arrays.items()}
+        np.savez(tmp_path / f"in{i}.npz", **wide)
+    done = subprocess.run(
+        [sys.executable, "-c", CALL_EXPORTED, str(tmp_path)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for i, (case, arrays) in enumerate(calls):
+        results = np.load(tmp_path / f"out{i}.npz")
+        exact = exact_attention(case, arrays)
+        wrong = what_is_wrong(case, BF16, exact, results["out"], results["lse"])
         assert not wrong, f"{case}: {wrong}"
 
 
