@@ -61,10 +61,13 @@ class TileOrder(Traced):
 
 
 def section_size(kv_length: Int32, kv_bytes_per_key: int, kv_heads: Int32, batch: Int32) -> Int32:
-    """Key/value heads whose keys and values fit in L2 together, at least one."""
+    """Key/value heads whose keys and values fit in L2 together, at least two.
+
+    With one, the last head's long rows would be drawn when the others are nearly done.
+    """
     per_head = cutlass.Int64(kv_length) * kv_bytes_per_key
     fitting = cutlass.Int64(L2_BYTES) // cutlass.max(per_head, cutlass.Int64(1))
-    fitting = cutlass.max(fitting, cutlass.Int64(1))
+    fitting = cutlass.max(fitting, cutlass.Int64(2))
     return cutlass.Int32(cutlass.min(fitting, cutlass.Int64(kv_heads * batch)))
 
 
