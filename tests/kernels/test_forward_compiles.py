@@ -5,7 +5,9 @@ No GPU is needed.  The launch is the launcher's own, recorded on the CPU.
 
 import dataclasses
 import functools
+import importlib.util
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import pytest
 from jax_flashcute.ffi.compile import ArrayType, CompiledKernel, compile_kernel
 from jax_flashcute.ffi.resources import ResourceReport, find_tools, report
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.config import SMEM_BYTES
+from jax_flashcute.kernels.config import SMEM_BYTES, FwdConfig
 from jax_flashcute.kernels.registry import KernelKey
 from jax_flashcute.kernels.sm90.fragments import ROWS_PER_THREAD
 from jax_flashcute.spec import AttentionSpec, Operands
@@ -92,8 +94,12 @@ def shapes(call: Call) -> Operands:
 @functools.cache
 def compiled(call: Call) -> tuple[KernelKey, CompiledKernel]:
     key = registry.kernel_key(SPECS[call.mask], shapes(call), "fwd", ARCH, NUM_SMS)
+    return key, compile_key(key)
+
+
+def compile_key(key: KernelKey) -> CompiledKernel:
     arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
-    return key, compile_kernel(registry.builder(key), arrays, ARCH, keep_intermediates=True)
+    return compile_kernel(registry.builder(key), arrays, ARCH, keep_intermediates=True)
 
 
 def main_report(kernel: CompiledKernel) -> ResourceReport:
@@ -161,3 +167,38 @@ def test_launch(call: Call) -> None:
     heads = call.group if key.pack_gqa else 1
     m_blocks = -(-T // (64 // heads * config.warpgroups))
     assert main.grid == (min(m_blocks * BATCH * N // heads, NUM_SMS), 1, 1)
+
+
+def test_what_is_no_cubin() -> None:
+    with pytest.raises(ValueError, match="cubin: "):
+        report(b"not a cubin")
+
+
+def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    find_tools.cache_clear()
+    try:
+        with pytest.raises(ImportError, match="nvidia-cuda-cuobjdump"):
+            report(b"")
+    finally:
+        find_tools.cache_clear()
+
+
+def test_an_opcode_is_counted_with_its_modifiers() -> None:
+    opcodes = {"STG.E": 2, "STG.E.128": 3, "STGX": 5}
+    found = ResourceReport("kernel", 0, 0, 0, 0, 0, 0, 0, (), opcodes)
+    counts = [found.count(opcode) for opcode in ("STG", "STG.E", "STG.E.128", "ST", "LDG")]
+    assert counts == [5, 5, 3, 0, 0]
+
+
+def test_a_configuration_that_spills_is_seen() -> None:
+    """More registers for accumulators than a thread has: refused, and rightly."""
+    key, _ = compiled(Call(64, 64, "full"))
+    config = FwdConfig(3, 176, 1, consumer_registers=160, producer_registers=32)
+    assert any("accumulators alone" in r for r in config.reasons_invalid(64, 128))
+    key = dataclasses.replace(key, head_dim_v=128, config=config)
+    found = main_report(compile_key(key))
+    assert found.spill_stores > 0
+    assert found.spill_loads > 0
+    assert found.stack_bytes + found.local_bytes > 0

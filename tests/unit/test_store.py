@@ -492,6 +492,27 @@ def test_aot_leaves_what_it_lacks_to_xla(compiler, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("ahead_of_time")
+def test_aot_serves_each_direction_with_what_there_is(
+    compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, shapes = call_of(KEY)
+
+    def calls_in_a_gradient() -> int:
+        gradient = jax.jit(jax.grad(lambda *arrays: jnp.sum(call(*arrays)), argnums=(0, 1, 2)))
+        lowered = gradient.trace(*shapes).lower(lowering_platforms=("cuda",))
+        return lowered.as_text().count(f"@{TARGET}")
+
+    assert calls_in_a_gradient() == 0
+    operands = Operands(*shapes)
+    for have, direction in enumerate(("bwd", "fwd")):
+        monkeypatch.setenv(store.COMPILE_VARIABLE, "jit")
+        store.get(registry.kernel_key(AttentionSpec(KEY.scale), operands, direction, ARCH, 132))
+        monkeypatch.setenv(store.COMPILE_VARIABLE, "aot")
+        assert calls_in_a_gradient() == have + 1
+    assert len(compiler.keys) == 2
+
+
+@pytest.mark.usefixtures("ahead_of_time")
 def test_error_mode_refuses_to_lower_what_it_lacks(
     compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
