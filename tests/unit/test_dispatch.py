@@ -37,9 +37,11 @@ def reasons(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[str]]]:
         lambda spec, operands, direction: reasons[direction],
     )
     # No trace of a real kernel's call may serve these tests, nor one of a stand-in any other.
-    jax.clear_caches()
+    for function in (dispatch._forward, dispatch._backward):
+        function.clear_cache()
     yield reasons
-    jax.clear_caches()
+    for function in (dispatch._forward, dispatch._backward):
+        function.clear_cache()
 
 
 def loss(implementation, query, key, value):

@@ -63,6 +63,7 @@ def test_is_differentiable_any_number_of_times() -> None:
         case = Case(batch=1, seqlen_q=5, seqlen_k=6, head_dim=3, head_dim_v=2, causal=True)
         arrays = case.arrays(jnp.float64)
 
+        @jax.jit
         def loss(arrays):
             return jnp.sum(jnp.sin(reference(**arrays, is_causal=True, logits_soft_cap=2.0)))
 
