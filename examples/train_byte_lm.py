@@ -85,12 +85,15 @@ class Attention(nnx.Module):
         def heads(projected):
             return projected.reshape(*x.shape[:2], -1, self.head_dim)
 
-        attended = flash_attention(
+        attention, implementation = flash_attention, self.implementation
+        if implementation == "jax_nn_cudnn":
+            attention, implementation = jax.nn.dot_product_attention, "cudnn"
+        attended = attention(
             rotate(heads(self.query(x))),
             rotate(heads(self.key(x))),
             heads(self.value(x)),
             is_causal=True,
-            implementation=self.implementation,
+            implementation=implementation,
         )
         return self.out(attended.reshape(*x.shape[:2], -1))
 
@@ -205,7 +208,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=256, help="bytes a window")
     parser.add_argument("--batch", type=int, default=4, help="windows a step")
     parser.add_argument("--learning-rate", type=float, help="peak; default by size")
-    parser.add_argument("--implementation", choices=["cute", "xla", "reference"])
+    parser.add_argument(
+        "--implementation",
+        choices=["cute", "xla", "reference", "jax_nn_cudnn"],
+        help="of flash_attention, or jax.nn's with cuDNN beside it; default: what the device has",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo_output"))

@@ -75,8 +75,7 @@ def toolchain() -> str:
     for folder in (package / "kernels", package / "ffi"):
         for path in sorted(folder.rglob("*.py")):
             sources.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
-    versions = [f"{name} {_version(name)}" for name in ("nvidia-cutlass-dsl", "cuda-bindings")]
-    return "; ".join([*versions, f"sources {sources.hexdigest()}"])
+    return f"nvidia-cutlass-dsl {_version('nvidia-cutlass-dsl')}; sources {sources.hexdigest()}"
 
 
 def _version(distribution: str) -> str:
