@@ -97,20 +97,24 @@ def _kernel_lowering(ctx, args, tree, inputs: Callable, key: KernelKey, operands
     return mlir.lower_fun(call, multiple_results=True)(ctx, *args)
 
 
-def _refuse(ctx, *_, **__):
-    platforms = ", ".join(ctx.module_context.platforms)
-    raise NotImplementedError(
-        f'implementation="cute" runs on CUDA only; this program is being lowered for {platforms}'
-    )
-
-
 def _primitive(name: str, abstract_eval: Callable, lowering: Callable) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_abstract_eval(abstract_eval)
     primitive.def_impl(jax.jit(primitive.bind, static_argnames=("spec", "tree")))
-    mlir.register_lowering(primitive, lowering, platform="cuda")
-    mlir.register_lowering(primitive, _refuse)
+
+    def for_cuda(ctx: mlir.LoweringRuleContext, *args, **params):
+        # A program for several platforms lowers each branch for all of them.  XLA drops the one
+        # for CUDA elsewhere; where it is reached, the call target does not exist.
+        platforms = ctx.module_context.platforms
+        if "cuda" not in platforms:
+            raise NotImplementedError(
+                'implementation="cute" runs on CUDA only; this program is being lowered for '
+                f"{', '.join(platforms)}"
+            )
+        return lowering(ctx, *args, **params)
+
+    mlir.register_lowering(primitive, for_cuda)
     return primitive
 
 

@@ -90,6 +90,25 @@ def test_symbolic_batch_and_lengths(implementation: str | None, with_lengths: bo
     assert str(lse.shape) == f"(b, t, {N})"
 
 
+@pytest.mark.parametrize("dimensions", ["2, 300, 500", "b, t, s"])
+def test_gradients(dimensions: str) -> None:
+    """One call forward and one backward; the backward's scratch follows the lengths too."""
+
+    def loss(query, key, value):
+        out, lse = attend(query, key, value, is_causal=True)
+        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse)
+
+    given = shapes(*jax.export.symbolic_shape(dimensions))
+    exported = jax.export.export(
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2))),
+        platforms=["cuda"],
+        disabled_checks=EXPORT_CHECKS,
+    )(*given)
+    program = jax.export.deserialize(exported.serialize())
+    assert calls(program) == [CALL_TARGET] * 2
+    assert [str(x.shape) for x in program.out_avals] == [str(x.shape) for x in given]
+
+
 def test_a_symbolic_offset() -> None:
     """The last query row stands at the last key: the offset is known when the program runs."""
     B, T, S = jax.export.symbolic_shape("b, t, s", constraints=["s >= t"])
@@ -112,22 +131,34 @@ def test_symbolic_and_fixed_dimensions_share_a_kernel() -> None:
     assert store.compiles() == before
 
 
-@pytest.mark.xfail(
-    raises=NotImplementedError,
-    reason="JAX lowers the branch for CUDA for every platform of a program, and it is refused",
-)
-def test_other_platforms_take_the_xla_path() -> None:
-    function = jax.jit(functools.partial(attend, is_causal=True))
+def export_for_both(implementation: str | None) -> jax.export.Exported:
+    function = jax.jit(functools.partial(attend, is_causal=True, implementation=implementation))
     exported = jax.export.export(
         function, platforms=["cpu", "cuda"], disabled_checks=EXPORT_CHECKS
     )(*shapes(2, 30, 50))
     assert CALL_TARGET in exported.mlir_module()
-    program = jax.export.deserialize(exported.serialize())
+    return jax.export.deserialize(exported.serialize())
+
+
+def arrays(B, T, S) -> list[jax.Array]:
     rng = np.random.default_rng(0)
-    arrays = [jnp.asarray(rng.standard_normal(s.shape), s.dtype) for s in shapes(2, 30, 50)]
-    out, _ = program.call(*arrays)
-    expected, _ = attend(*arrays, is_causal=True, implementation="xla")
-    np.testing.assert_array_equal(out, expected)
+    return [jnp.asarray(rng.standard_normal(s.shape), s.dtype) for s in shapes(B, T, S)]
+
+
+def test_a_program_for_both_takes_the_xla_path_on_a_cpu() -> None:
+    given = arrays(2, 30, 50)
+    out, lse = export_for_both(None).call(*given)
+    expected = attend(*given, is_causal=True, implementation="xla")
+    np.testing.assert_array_equal(out, expected[0])
+    np.testing.assert_array_equal(lse, expected[1])
+
+
+def test_a_kernel_asked_for_by_name_does_not_run_on_a_cpu() -> None:
+    given = arrays(2, 30, 50)
+    with pytest.raises(NotImplementedError, match=r"on CUDA only; .* lowered for cpu"):
+        jax.jit(functools.partial(attend, implementation="cute"))(*given)
+    with pytest.raises(RuntimeError, match=CALL_TARGET):
+        jax.block_until_ready(export_for_both("cute").call(*given))
 
 
 def test_an_unexportable_call_target_is_named() -> None:
