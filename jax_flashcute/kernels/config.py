@@ -1,5 +1,6 @@
 """Tile configurations of the kernels, what makes one valid, and how one is chosen."""
 
+import dataclasses
 from dataclasses import dataclass
 
 SMEM_BYTES = 227 * 1024
@@ -88,9 +89,9 @@ def forward_config(head_dim: int, head_dim_v: int) -> FwdConfig:
 
 @dataclass(frozen=True)
 class BwdConfig:
-    """How the backward kernel for head_dims up to 128 is tiled.
+    """How the backward kernel is tiled.
 
-    A block owns ``tile_n`` = 64 * warpgroups keys and goes over the query tiles that see them.
+    A block owns ``tile_n`` keys and goes over the query tiles that see them.
 
     Attributes:
       warpgroups: consumer warpgroups; each owns 64 keys.
@@ -99,7 +100,9 @@ class BwdConfig:
       ds_stages: buffers of dS in shared memory; with one, the warpgroups meet once more a tile.
       dq_split: how the warpgroups share dQ = dS K of a tile: "rows", 64 each; "columns" of K, equal
         parts of 64 rows; "transposed", 64 columns each of any number of rows, computed as
-        dQ^T = K^T dS^T; or "none", the first one alone.
+        dQ^T = K^T dS^T; "none", the first one alone; or "chunks" of 64 columns, in turns.
+      by_role: two warpgroups share 64 keys, for head_dims whose dK and dV do not fit in the
+        registers of one: the first holds P and dV, the second dP, dS and dK.
       consumer_registers, producer_registers: registers a thread, after reallocation.
     """
 
@@ -109,44 +112,67 @@ class BwdConfig:
     do_stages: int = 2
     ds_stages: int = 2
     dq_split: str = "rows"
+    by_role: bool = False
     consumer_registers: int = 240
     producer_registers: int = 24
 
     @property
     def tile_n(self) -> int:
-        return 64 * self.warpgroups
+        return 64 if self.by_role else 64 * self.warpgroups
 
-    @property
-    def dq_parts(self) -> int:
-        """Warpgroups that take part in dQ."""
+    def padded_head_dim(self, head_dim: int) -> int:
+        """Columns of Q, K and dQ in shared memory and registers."""
+        return round_up(head_dim, 64 if self.dq_split == "chunks" and head_dim > 64 else 16)
+
+    def dq_parts(self, head_dim: int) -> int:
+        """Parts of a tile's dQ, each computed by one warpgroup."""
+        if self.dq_split == "chunks":
+            return -(-head_dim // 64)
         return 1 if self.dq_split == "none" else self.warpgroups
 
     def dq_part_shape(self, head_dim: int) -> tuple[int, int]:
-        """Rows and columns of dQ (or of dQ^T) that one warpgroup computes."""
-        h = round_up(head_dim, 16)
+        """Rows and columns of a part of dQ (or of dQ^T)."""
+        h = self.padded_head_dim(head_dim)
         if self.dq_split == "transposed":
             return 64, self.tile_m
-        return 64, h // self.warpgroups if self.dq_split == "columns" else h
+        return 64, {"columns": h // self.warpgroups, "chunks": min(h, 64)}.get(self.dq_split, h)
 
     def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Shared memory in bytes, without barriers, for 16-bit operands."""
-        h, hv = round_up(head_dim, 16), round_up(head_dim_v, 16)
+        h, hv = self.padded_head_dim(head_dim), round_up(head_dim_v, 16)
         keys = 2 * self.tile_n * (h + hv)
         queries = self.tile_m * (self.q_stages * (2 * h + 4) + self.do_stages * (2 * hv + 4))
         ds = 2 * self.ds_stages * self.tile_m * self.tile_n
-        return keys + queries + ds + 4 * self.tile_m * h
+        return keys + queries + ds + 4 * (self.p_values + self.dq_values(head_dim))
+
+    @property
+    def p_values(self) -> int:
+        """Float32 probabilities in shared memory, on their way between warpgroups."""
+        return self.tile_m * self.tile_n if self.by_role else 0
+
+    def dq_values(self, head_dim: int) -> int:
+        """Float32 values of dQ in shared memory, on their way to global memory."""
+        rows, columns = self.dq_part_shape(head_dim)
+        return rows * columns * min(self.dq_parts(head_dim), self.warpgroups)
 
     def reasons_invalid(self, head_dim: int, head_dim_v: int) -> list[str]:
         """Every reason why this configuration cannot be compiled for these head_dims."""
         reasons = []
-        h, hv = round_up(head_dim, 16), round_up(head_dim_v, 16)
+        h, hv = self.padded_head_dim(head_dim), round_up(head_dim_v, 16)
         if self.warpgroups not in (1, 2, 3):
             reasons.append(f"warpgroups must be 1, 2 or 3, got {self.warpgroups}")
         if self.tile_m % 16 or not 16 <= self.tile_m <= 256:
             reasons.append(f"tile_m must be a multiple of 16 from 16 to 256, got {self.tile_m}")
-        splits = ("rows", "columns", "transposed", "none")
+        splits = ("rows", "columns", "transposed", "none", "chunks")
         if self.dq_split not in splits:
             reasons.append(f"dq_split must be one of {splits}, got {self.dq_split!r}")
+        if self.by_role != (self.dq_split == "chunks"):
+            reasons.append(f"by_role={self.by_role} does not go with dq_split={self.dq_split!r}")
+        if self.by_role and (self.warpgroups, self.ds_stages) != (2, 1):
+            reasons.append(
+                f"by_role needs warpgroups=2 and ds_stages=1, "
+                f"got {self.warpgroups} and {self.ds_stages}"
+            )
         rows = 64 * self.warpgroups if self.dq_split == "rows" else 64
         if self.tile_m != rows and self.dq_split != "transposed":
             reasons.append(f"dq_split={self.dq_split} needs tile_m={rows}, got {self.tile_m}")
@@ -156,15 +182,21 @@ class BwdConfig:
             reasons.append(
                 f"dq_split=transposed needs head_dim={64 * self.warpgroups}, got {head_dim}"
             )
+        if max(h, hv) > 256:
+            reasons.append(f"head_dims must be at most 256, got {head_dim} and {head_dim_v}")
         smem = self.smem_bytes(head_dim, head_dim_v) + 1024
         if smem > SMEM_BYTES:
             reasons.append(f"shared memory: {smem} bytes needed, {SMEM_BYTES} available")
         registers = 128 * (self.warpgroups * self.consumer_registers + self.producer_registers)
         if registers > 65536:
             reasons.append(f"registers: {registers} needed, 65536 available")
-        # dK and dV, then S and dP, or dQ and the 16-bit P and dS, live in registers together.
         dq = self.dq_part_shape(head_dim)[1] // 2
-        accumulators = (h + hv) // 2 + max(self.tile_m, self.tile_m // 2 + dq)
+        if self.by_role:
+            # dK or dV, the next S, dQ and the 16-bit P or dS live in registers together.
+            accumulators = max(h, hv) // 2 + self.tile_m // 2 + self.tile_m // 4 + dq
+        else:
+            # dK and dV, then S and dP, or dQ and the 16-bit P and dS.
+            accumulators = (h + hv) // 2 + max(self.tile_m, self.tile_m // 2 + dq)
         if accumulators + 24 > self.consumer_registers:
             reasons.append(
                 f"registers a thread: {accumulators} for accumulators alone, "
@@ -175,6 +207,10 @@ class BwdConfig:
 
 def backward_config(head_dim: int, head_dim_v: int) -> BwdConfig:
     """The backward configuration for a pair of head_dims on Hopper."""
+    if max(head_dim, head_dim_v) > 128:
+        wide = BwdConfig(2, 64, ds_stages=1, dq_split="chunks", by_role=True)
+        single = dataclasses.replace(wide, do_stages=1)
+        return single if wide.reasons_invalid(head_dim, head_dim_v) else wide
     if max(head_dim, head_dim_v) <= 64:
         return BwdConfig(2, 128, dq_split="rows")
     if round_up(head_dim, 16) == 128:
@@ -198,7 +234,7 @@ def workspace_shapes(
     base 2 and the row sums of dO * O, both padded to whole query tiles.  None needs initialising.
     """
     m_blocks = -(-q_length // config.tile_m)
-    h = round_up(head_dim, 16)
+    h = config.padded_head_dim(head_dim)
     rows = (batch, heads, m_blocks * config.tile_m)
     return [
         ((batch, heads, m_blocks * config.tile_m * h), "float32"),

@@ -95,6 +95,8 @@ CASES = {
     "128_everything": sized(128, **EVERYTHING),
     "64_groups": sized(64, group=3, causal=True, seqlen_q=129),
     "72_40_lengths": sized(72, 40, group=2, lengths=True, batch=2),
+    "256": sized(256, seqlen_q=130, seqlen_k=129),
+    "192_128_everything": sized(192, 128, group=2, **EVERYTHING),
     "128_window": sized(128, window=(40, 10), offset=True, batch=2),
 }
 SLOW_CASES = {
@@ -105,6 +107,11 @@ SLOW_CASES = {
     "64_128": sized(64, 128, window=(None, 5)),
     "96_causal": sized(96, causal=True, group=8, kv_heads=2),
     "112_128_window": sized(112, 128, **EVERYTHING | {"window": (70, None)}),
+    "136_40_causal": sized(136, 40, causal=True, kv_heads=2),
+    "64_256_groups": sized(64, 256, causal=True, group=3),
+    "256_64_window": sized(256, 64, window=(40, 10), offset=True, batch=2),
+    "192": sized(192, seqlen_k=1),
+    "256_everything": sized(256, **EVERYTHING),
     "128_long": sized(128, seqlen_q=400, seqlen_k=500, kv_heads=2, causal=True),
     "128_more_queries": sized(128, seqlen_q=300, seqlen_k=70, causal=True, offset=True),
 }
@@ -128,7 +135,7 @@ def test_gradients_under_any_timing(case: Case, timing: str, warps: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["64", "128_everything", "72_40_lengths"])
+@pytest.mark.parametrize("name", ["64", "128_everything", "72_40_lengths", "192_128_everything"])
 def test_half_precision(name: str) -> None:
     check(CASES[name], "float16")
 
@@ -141,7 +148,7 @@ def test_transposed_query_gradient(tile_m: int) -> None:
 
 
 def test_configurations_are_valid() -> None:
-    for head_dim in range(8, 129, 8):
-        for head_dim_v in range(8, 129, 8):
+    for head_dim in range(8, 257, 8):
+        for head_dim_v in range(8, 257, 8):
             config = backward_config(head_dim, head_dim_v)
             assert config.reasons_invalid(head_dim, head_dim_v) == []

@@ -5,7 +5,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 
-from jax_flashcute.kernels.config import BwdConfig, round_up
+from jax_flashcute.kernels.config import BwdConfig
 from jax_flashcute.kernels.sm90.fragments import (
     convert_pairs,
     smem_layout,
@@ -22,7 +22,8 @@ class Postprocess:
         self.dtype = dtype
         self.head_dim = head_dim
         self.scale = scale
-        self.smem_h = round_up(head_dim, 16)
+        self.smem_h = config.padded_head_dim(head_dim)
+        self.parts = config.dq_parts(head_dim)
 
     def launch(self, stream, m_blocks: Int32, mdQAccum: cute.Tensor, mdQ: cute.Tensor) -> None:
         cfg = self.config
@@ -40,7 +41,7 @@ class Postprocess:
         )
         self.kernel(*tma_dq, mdQAccum, m_blocks, n).launch(
             grid=[m_blocks * n * b, 1, 1],
-            block=[128 * cfg.dq_parts, 1, 1],
+            block=[128 * self.parts, 1, 1],
             stream=stream,
             use_pdl=True,
         )
@@ -79,9 +80,7 @@ class Postprocess:
         first = (Int64(entry) * m_blocks + m_block) * (cfg.tile_m * self.smem_h)
         source = cute.make_tensor(
             (mdQAccum.iterator + first).align(16),
-            cute.make_layout(
-                (4, 128, values // 4, cfg.dq_parts), stride=(1, 4, 512, rows * columns)
-            ),
+            cute.make_layout((4, 128, values // 4, self.parts), stride=(1, 4, 512, rows * columns)),
         )
         target = cute.make_tensor(acc.iterator, cute.make_layout((4, values // 4), stride=(1, 4)))
         # The accumulation is finished by the kernel before this one.
@@ -97,7 +96,7 @@ class Postprocess:
             sdQ_part = cute.local_tile(sdQt, (rows, columns), (part, 0))
         else:
             row_part = part if const_expr(cfg.dq_split == "rows") else 0
-            column_part = part if const_expr(cfg.dq_split == "columns") else 0
+            column_part = part if const_expr(cfg.dq_split in ("columns", "chunks")) else 0
             sdQ_part = cute.local_tile(sdQ, (rows, columns), (row_part, column_part))
         copy = cute.make_tiled_copy_C(
             cute.make_copy_atom(warp.StMatrix8x8x16bOp(is_transposed, 4), self.dtype), mma

@@ -41,6 +41,7 @@ from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
 from jax_flashcute.kernels.config import BwdConfig, round_up
 from jax_flashcute.kernels.extra.postprocess import Postprocess
 from jax_flashcute.kernels.extra.preprocess import Preprocess
+from jax_flashcute.kernels.sm90.backward_roles import RoleConsumers
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,
@@ -90,7 +91,7 @@ class BackwardSm90:
         self.group = group
         self.scale = scale
         self.mask = mask
-        self.smem_h = round_up(head_dim, 16)
+        self.smem_h = config.padded_head_dim(head_dim)
         self.smem_hv = round_up(head_dim_v, 16)
         self.consumer_threads = 128 * config.warpgroups
         self.consumer_warps = 4 * config.warpgroups
@@ -206,7 +207,8 @@ class BackwardSm90:
             sQ: aligned(self.dtype, cfg.q_stages * cfg.tile_m * self.smem_h)
             sdO: aligned(self.dtype, cfg.do_stages * cfg.tile_m * self.smem_hv)
             sdS: aligned(self.dtype, cfg.ds_stages * cfg.tile_m * cfg.tile_n)
-            sdQ: aligned(Float32, cfg.tile_m * self.smem_h)
+            sP: aligned(Float32, cfg.p_values)
+            sdQ: aligned(Float32, cfg.dq_values(self.head_dim))
 
         return SharedStorage
 
@@ -283,10 +285,12 @@ class BackwardSm90:
         sdS = staged(storage.sdS, cfg.tile_m, cfg.tile_n, cfg.ds_stages)
         sLSE = storage.sLSE.get_tensor(cute.make_layout((cfg.tile_m, cfg.q_stages)))
         sdPsum = storage.sdPsum.get_tensor(cute.make_layout((cfg.tile_m, cfg.do_stages)))
-        part_values = cfg.tile_m * self.smem_h // cfg.dq_parts
+        parts = cfg.dq_parts(self.head_dim)
+        part_values = cfg.tile_m * self.smem_h // parts
         sdQ = storage.sdQ.get_tensor(
             cute.make_layout(
-                (4, 128, part_values // 512, cfg.dq_parts), stride=(1, 4, 512, part_values)
+                (4, 128, part_values // 512, min(parts, cfg.warpgroups)),
+                stride=(1, 4, 512, part_values),
             )
         )
 
@@ -328,21 +332,32 @@ class BackwardSm90:
                     (queries, keys),
                     (mQLengths is not None, mKVLengths is not None),
                 )
-            if warp_index == 1:
-                self.reduce_dq(
-                    sdQ, mdQAccum, (kv_head, batch, heads), (m_min, m_max, m_blocks), part_values
-                )
+            # Where the parts of dQ come independently of each other, each has a warp of its own.
+            for w in cutlass.range_constexpr(min(parts, 2) if cfg.by_role else 1):
+                if warp_index == 1 + w:
+                    self.reduce_dq(
+                        sdQ,
+                        mdQAccum,
+                        (kv_head, batch, heads),
+                        (m_min, m_max, m_blocks),
+                        (part_values, tuple(range(w, parts, 2 if cfg.by_role else 1))),
+                    )
         else:
             cute.arch.setmaxregister_increase(cfg.consumer_registers)
-            self.consume(
-                (sQ, sdO, sK, sV, sdS, sdQ, sLSE, sdPsum),
-                (tma_dk, gdK),
-                (tma_dv, gdV),
-                (pipeline_q, pipeline_do, kv_full),
-                (n_block, kv_head, batch),
-                (m_min, m_max, full_min, full_max),
-                (offset, queries, keys),
-            )
+            smem = (sQ, sdO, sK, sV, sdS, sdQ, sLSE, sdPsum)
+            block = (n_block, kv_head, batch)
+            tiles = (m_min, m_max, full_min, full_max)
+            lengths = (offset, queries, keys)
+            barriers = (pipeline_q, pipeline_do, kv_full)
+            if const_expr(cfg.by_role):
+                sP = storage.sP.get_tensor(
+                    cute.make_layout((4, 128, cfg.p_values // 512), stride=(1, 4, 512))
+                )
+                RoleConsumers(self).consume(
+                    (*smem, sP), (tma_dk, gdK), (tma_dv, gdV), barriers, block, tiles, lengths
+                )
+            else:
+                self.consume(smem, (tma_dk, gdK), (tma_dv, gdV), barriers, block, tiles, lengths)
         pipeline_q.check_arrivals()
         pipeline_do.check_arrivals()
 
@@ -488,10 +503,12 @@ class BackwardSm90:
         mdQAccum: cute.Tensor,
         block,
         tiles,
-        part_values: cutlass.Constexpr[int],
+        parts: cutlass.Constexpr,
     ):
-        """The dQ warp: adds every tile's dQ to the float32 sum in global memory."""
+        """A dQ warp: adds every tile's dQ, or its parts of it, to the sum in global memory."""
         cfg = self.config
+        part_values, mine = parts
+        buffers = 1 if cfg.by_role else len(mine)
         kv_head, batch, heads = block
         m_min, m_max, m_blocks = tiles
         threads = 128 + 32
@@ -502,17 +519,21 @@ class BackwardSm90:
             entry = Int64(batch) * heads + kv_head * self.group + g
             for m in cutlass.range(m_min, m_max, unroll=1):
                 first = (entry * m_blocks + m) * values
-                for part in cutlass.range_constexpr(cfg.dq_parts):
-                    # The reduction that read this part last is the oldest in flight.
-                    cute.arch.cp_async_bulk_wait_group(cfg.dq_parts - 1, read=True)
+                for i in cutlass.range_constexpr(len(mine)):
+                    part = mine[i]
+                    buffer = part % 2 if cfg.by_role else part
+                    # The reduction that read this buffer last is the oldest in flight.
+                    cute.arch.cp_async_bulk_wait_group(buffers - 1, read=True)
                     cute.arch.barrier_arrive(
-                        barrier_id=DQ_EMPTY_BARRIER + part, number_of_threads=threads
+                        barrier_id=DQ_EMPTY_BARRIER + buffer, number_of_threads=threads
                     )
-                    cute.arch.barrier(barrier_id=DQ_FULL_BARRIER + part, number_of_threads=threads)
+                    cute.arch.barrier(
+                        barrier_id=DQ_FULL_BARRIER + buffer, number_of_threads=threads
+                    )
                     if cute.arch.lane_idx() == 0:
                         bulk_add(
                             mdQAccum.iterator + (first + part * part_values),
-                            sdQ[None, None, None, part].iterator,
+                            sdQ[None, None, None, buffer].iterator,
                             part_values * 4,
                         )
                         cute.arch.cp_async_bulk_commit_group()
@@ -526,7 +547,7 @@ class BackwardSm90:
         tma_dk, gdK = dk_copy
         tma_dv, gdV = dv_copy
         pipeline_q, pipeline_do, kv_full = barriers
-        n_block, kv_head, batch = block
+        n_block, _, _ = block
         m_min, m_max, full_min, full_max = tiles
         thread = cute.arch.thread_idx()[0] % 128
         slab = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128) - 1
@@ -648,24 +669,37 @@ class BackwardSm90:
 
         # Nobody reads K and V any more: they give their place to dK and dV.
         self.meet()
-        for i in cutlass.range_constexpr(cute.size(acc_dK)):
-            acc_dK[i] = acc_dK[i] * self.scale
-        for acc, mma, target in ((acc_dV, mma_dv, sV_slab), (acc_dK, mma_dk, sK_slab)):
-            rounded = cute.make_rmem_tensor(acc.layout, self.dtype)
-            convert_pairs(acc, rounded)
-            copy = cute.make_tiled_copy_C(
-                cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), mma
-            ).get_slice(thread)
-            cute.copy(copy, copy.retile(rounded), copy.partition_D(target))
+        self.stage_gradient(acc_dV, mma_dv, sV_slab, thread, 1.0)
+        self.stage_gradient(acc_dK, mma_dk, sK_slab, thread, self.scale)
         cute.arch.fence_view_async_shared()
         self.meet()
+        self.store_gradients(
+            ((tma_dv, gdV, sV, self.smem_hv), (tma_dk, gdK, sK, self.smem_h)), block
+        )
+
+    def stage_gradient(
+        self, acc: cute.Tensor, mma: cute.TiledMma, target: cute.Tensor, thread: Int32, scale: float
+    ) -> None:
+        """Scales and rounds dK or dV and puts it in shared memory; one warpgroup."""
+        if scale != 1.0:
+            for i in range(cute.size(acc)):
+                acc[i] = acc[i] * scale
+        rounded = cute.make_rmem_tensor(acc.layout, self.dtype)
+        convert_pairs(acc, rounded)
+        copy = cute.make_tiled_copy_C(
+            cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), mma
+        ).get_slice(thread)
+        cute.copy(copy, copy.retile(rounded), copy.partition_D(target))
+
+    @cute.jit
+    def store_gradients(self, stores, block):
+        """Copies dK and dV from shared to global memory; called by every consumer."""
+        n_block, kv_head, batch = block
         if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 4:
-            for tma_x, gX, sX, width in (
-                (tma_dv, gdV, sV, self.smem_hv),
-                (tma_dk, gdK, sK, self.smem_h),
-            ):
+            for i in cutlass.range_constexpr(len(stores)):
+                tma_x, gX, sX, width = stores[i]
                 gX_tile = cute.local_tile(
-                    gX[None, None, kv_head, batch], (cfg.tile_n, width), (None, 0)
+                    gX[None, None, kv_head, batch], (self.config.tile_n, width), (None, 0)
                 )
                 tXsX, tXgX = tma_partition(tma_x, sX, gX_tile)
                 cute.copy(tma_x, tXsX[None, 0], tXgX[None, n_block])

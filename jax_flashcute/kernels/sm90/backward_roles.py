@@ -1,0 +1,248 @@
+"""Consumers of the Hopper backward for head_dims above 128: two warpgroups share 64 keys by role.
+
+dK and dV of 64 keys and 256 columns would fill the registers of one warpgroup, so each holds one:
+
+    first:   S^T = K Q^T,   P^T = exp2(scale log2(e) S^T - LSE2),   dV += P^T dO
+    second:  dP^T = V dO^T,   dS^T = P^T (dP^T - dPsum),            dK += dS^T Q
+
+and both compute dQ = dS K in chunks of 64 columns, the first the even ones.  The first issues S of
+the next tile before it waits for dS of this one.  The producer and the dQ warps are those of
+backward.py; there is a dQ warp for each warpgroup.
+
+    edge    producer   consumer   stages   full                                       empty
+    P       first      second     1        named barrier 8, 256 threads, first arrives  by dS
+    dS      second     both       1        named barrier 9, 256 threads                 by P
+
+Both hold one tile: the first writes the next P after the second wrote dS, and so had read P; the
+second writes the next dS after it got the next P, which the first makes once its dQ is done.
+"""
+
+from functools import partial
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
+
+from jax_flashcute.kernels.sm90.fragments import (
+    ROWS_PER_THREAD,
+    as_operand_a,
+    convert_pairs,
+    gemm,
+    rows_and_columns,
+    tiled_mma,
+)
+
+P_BARRIER = 8
+DS_BARRIER = 9
+
+SMEM, RMEM = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
+K_MAJOR, MN_MAJOR = OperandMajorMode.K, OperandMajorMode.MN
+
+
+class RoleConsumers:
+    """The two consumer warpgroups of a ``BackwardSm90`` whose configuration is ``by_role``."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.config = kernel.config
+
+    @cute.jit
+    def consume(self, smem, dk_copy, dv_copy, barriers, block, tiles, lengths):
+        """Either warpgroup: the products of its role over all tiles, then its gradient."""
+        first = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128) == 1
+        if first:
+            self.hold_values(smem, barriers, block, tiles, lengths)
+        else:
+            self.hold_keys(smem, barriers, tiles)
+        sK, sV = smem[2], smem[3]
+        cute.arch.fence_view_async_shared()
+        self.kernel.meet()
+        self.kernel.store_gradients(
+            ((*dv_copy, sV, self.kernel.smem_hv), (*dk_copy, sK, self.kernel.smem_h)), block
+        )
+
+    # ---- the two roles -----------------------------------------------------------------------
+
+    @cute.jit
+    def hold_values(self, smem, barriers, block, tiles, lengths):
+        """The first warpgroup: S, P and dV."""
+        cfg = self.config
+        sQ, sdO, sK, sV, sdS, sdQ, sLSE, _, sP = smem
+        pipeline_q, pipeline_do, kv_full = barriers
+        n_block, _, _ = block
+        m_min, m_max, full_min, full_max = tiles
+        thread = cute.arch.thread_idx()[0] % 128
+        mma_s, tSrK, tSrQ, acc_S = self.scores(sK, sQ)
+        mma_dv, tVrO, acc_dV = self.gradient(sdO, self.kernel.smem_hv)
+        query_gradient = partial(self.query_gradient, self.dq_operands(sdS, sK, 0), sdQ, thread, 0)
+        scores = rows_and_columns(acc_S)
+        tLSE = self.kernel.column_pairs(sLSE, thread)
+        tP = sP[None, thread, None]
+        flat = cute.make_tensor(acc_S.iterator, cute.make_layout((4, cute.size(acc_S) // 4)))
+        mask_tile = partial(self.kernel.apply_mask, scores, thread, n_block * cfg.tile_n, lengths)
+
+        q_stage, q_phase, do_stage, do_phase = (Int32(0) for _ in range(4))
+        full_begin = cutlass.min(cutlass.max(full_min, m_min), m_max)
+        full_end = cutlass.max(cutlass.min(full_max, m_max), full_begin)
+        if m_min < m_max:
+            cute.arch.mbarrier_wait(kv_full, 0)
+            pipeline_q.wait(q_stage, q_phase)
+            gemm(mma_s, acc_S, tSrK, tSrQ[None, None, None, q_stage], False)
+            warpgroup.wait_group(0)
+            for g in cutlass.range(self.kernel.group, unroll=1):
+                # Three stretches: boundary tiles, full tiles, boundary tiles.
+                for stretch in cutlass.range_constexpr(
+                    3 if self.kernel.mask.left is not None else 2
+                ):
+                    begin, end = (
+                        (m_min, full_begin),
+                        (full_begin, full_end),
+                        (full_end, m_max),
+                    )[stretch]
+                    for m in cutlass.range(begin, end, unroll=1):
+                        if const_expr(stretch != 1):
+                            mask_tile(m)
+                        self.kernel.probabilities(scores, tLSE, q_stage)
+                        pipeline_q.release(q_stage, self.kernel.consumer_warps)
+                        rP = cute.make_rmem_tensor(acc_S.layout, self.kernel.dtype)
+                        convert_pairs(acc_S, rP)
+                        cute.autovec_copy(flat, tP)
+                        cute.arch.barrier_arrive(barrier_id=P_BARRIER, number_of_threads=256)
+                        pipeline_do.wait(do_stage, do_phase)
+                        gemm(
+                            mma_dv,
+                            acc_dV,
+                            as_operand_a(rP),
+                            tVrO[None, None, None, do_stage],
+                            True,
+                        )
+                        # After the last tile its own S is computed once more, for nothing: a
+                        # branch around a product would make ptxas wait for every one.
+                        is_last = Boolean(g == self.kernel.group - 1) & Boolean(m == m_max - 1)
+                        next_stage, next_phase = pipeline_q.advance(q_stage, q_phase)
+                        q_stage = q_stage if is_last else next_stage
+                        q_phase = q_phase if is_last else next_phase
+                        pipeline_q.wait(q_stage, q_phase)
+                        gemm(mma_s, acc_S, tSrK, tSrQ[None, None, None, q_stage], False)
+                        cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=256)
+                        query_gradient()
+                        warpgroup.wait_group(0)
+                        pipeline_do.release(do_stage, self.kernel.consumer_warps)
+                        do_stage, do_phase = pipeline_do.advance(do_stage, do_phase)
+        # The second warpgroup reads V until it has written the last dS.
+        self.kernel.meet()
+        self.kernel.stage_gradient(acc_dV, mma_dv, sV[None, None, 0], thread, 1.0)
+
+    @cute.jit
+    def hold_keys(self, smem, barriers, tiles):
+        """The second warpgroup: dP, dS and dK."""
+        cfg = self.config
+        sQ, sdO, sK, sV, sdS, sdQ, _, sdPsum, sP = smem
+        pipeline_q, pipeline_do, kv_full = barriers
+        m_min, m_max, _, _ = tiles
+        thread = cute.arch.thread_idx()[0] % 128
+        mma_s, tPrV, tPrO, acc_P = self.scores(sV, sdO)
+        mma_dk, tKrQ, acc_dK = self.gradient(sQ, self.kernel.smem_h)
+        query_gradient = partial(self.query_gradient, self.dq_operands(sdS, sK, 1), sdQ, thread, 1)
+        tdPsum = self.kernel.column_pairs(sdPsum, thread)
+        copy_ds = cute.make_tiled_copy_C(
+            cute.make_copy_atom(warp.StMatrix8x8x16bOp(True, 4), self.kernel.dtype), mma_s
+        ).get_slice(thread)
+        tSsS = copy_ds.partition_D(
+            cute.local_tile(transposed(sdS)[None, None, 0], (64, cfg.tile_m), (0, 0))
+        )
+
+        q_stage, q_phase, do_stage, do_phase = (Int32(0) for _ in range(4))
+        if m_min < m_max:
+            cute.arch.mbarrier_wait(kv_full, 0)
+            cute.arch.mbarrier_wait(kv_full + 1, 0)
+            for _ in cutlass.range((m_max - m_min) * self.kernel.group, unroll=1):
+                pipeline_do.wait(do_stage, do_phase)
+                gemm(mma_s, acc_P, tPrV, tPrO[None, None, None, do_stage], False)
+                pipeline_q.wait(q_stage, q_phase)
+                cute.arch.barrier(barrier_id=P_BARRIER, number_of_threads=256)
+                warpgroup.wait_group(0)
+                self.score_gradients(acc_P, sP[None, thread, None], tdPsum, do_stage)
+                pipeline_do.release(do_stage, self.kernel.consumer_warps)
+                do_stage, do_phase = pipeline_do.advance(do_stage, do_phase)
+                rdS = cute.make_rmem_tensor(acc_P.layout, self.kernel.dtype)
+                convert_pairs(acc_P, rdS)
+                cute.copy(copy_ds, copy_ds.retile(rdS), tSsS)
+                gemm(mma_dk, acc_dK, as_operand_a(rdS), tKrQ[None, None, None, q_stage], True)
+                cute.arch.fence_view_async_shared()
+                cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=256)
+                query_gradient()
+                warpgroup.wait_group(0)
+                pipeline_q.release(q_stage, self.kernel.consumer_warps)
+                q_stage, q_phase = pipeline_q.advance(q_stage, q_phase)
+        # The first warpgroup reads K until its last dQ is done.
+        self.kernel.meet()
+        self.kernel.stage_gradient(acc_dK, mma_dk, sK[None, None, 0], thread, self.kernel.scale)
+
+    # ---- operands and steps --------------------------------------------------------------------
+
+    def scores(self, keys: cute.Tensor, rows: cute.Tensor):
+        """A product of the block's 64 keys with a tile of rows: (mma, A, B, accumulator)."""
+        mma = tiled_mma(self.kernel.dtype, self.config.tile_m, K_MAJOR, SMEM)
+        part = mma.get_slice(0)
+        a = mma.make_fragment_A(part.partition_A(keys[None, None, 0]))
+        b = mma.make_fragment_B(part.partition_B(rows))
+        shape = mma.partition_shape_C((64, self.config.tile_m))
+        return mma, a, b, cute.make_rmem_tensor(shape, Float32)
+
+    def gradient(self, rows: cute.Tensor, width: int):
+        """A sum over the rows of every tile, A from registers: (mma, B, accumulator of zeros)."""
+        mma = tiled_mma(self.kernel.dtype, width, MN_MAJOR, RMEM)
+        b = mma.make_fragment_B(mma.get_slice(0).partition_B(transposed(rows)))
+        acc = cute.make_rmem_tensor(mma.partition_shape_C((64, width)), Float32)
+        acc.fill(0.0)
+        return mma, b, acc
+
+    def dq_operands(self, sdS: cute.Tensor, sK: cute.Tensor, role: int):
+        """(mma, A, list of B): dS and a role's chunks of K."""
+        rows, columns = self.config.dq_part_shape(self.kernel.head_dim)
+        mma = tiled_mma(self.kernel.dtype, columns, MN_MAJOR, SMEM)
+        part = mma.get_slice(0)
+        a = mma.make_fragment_A(part.partition_A(sdS[None, None, 0]))
+        chunks = [
+            mma.make_fragment_B(
+                part.partition_B(
+                    cute.local_tile(
+                        transposed(sK)[None, None, 0], (columns, self.config.tile_n), (c, 0)
+                    )
+                )
+            )
+            for c in range(role, self.config.dq_parts(self.kernel.head_dim), 2)
+        ]
+        return mma, a, chunks, (rows, columns)
+
+    def query_gradient(self, operands, sdQ: cute.Tensor, thread: Int32, role: int) -> None:
+        """A role's chunks of dQ of a tile, handed to its dQ warp."""
+        mma, a, chunks, shape = operands
+        for b in chunks:
+            acc_dQ = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
+            gemm(mma, acc_dQ, a, b, False)
+            warpgroup.wait_group(0)
+            self.kernel.hand_over_dq(acc_dQ, sdQ, thread, role)
+
+    @cute.jit
+    def score_gradients(
+        self, acc_P: cute.Tensor, tP: cute.Tensor, tdPsum: cute.Tensor, stage: Int32
+    ):
+        """P (dP - dPsum), in place of dP; P comes from the first warpgroup's same thread."""
+        dscores = rows_and_columns(acc_P)
+        pair = cute.make_rmem_tensor(2, Float32)
+        probabilities = cute.make_rmem_tensor(4, Float32)
+        for j in cutlass.range_constexpr(cute.size(dscores, mode=[1]) // 2):
+            cute.autovec_copy(tdPsum[None, j, stage], pair)
+            cute.autovec_copy(tP[None, j], probabilities)
+            for b in cutlass.range_constexpr(2):
+                for r in cutlass.range_constexpr(ROWS_PER_THREAD):
+                    c = 2 * j + b
+                    dscores[r, c] = probabilities[2 * r + b] * (dscores[r, c] - pair[b])
+
+
+def transposed(x: cute.Tensor) -> cute.Tensor:
+    """(rows, columns, stages) as (columns, rows, stages)."""
+    return cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 0, 2]))
