@@ -42,7 +42,7 @@ def backward(
 
 
 def _forward_abstract(*avals, spec: AttentionSpec, tree):
-    operands: Operands = jax.tree.unflatten(tree, avals)
+    operands = jax.tree.unflatten(tree, avals)
     query, value = operands.query, operands.value
     B, T, N, _ = query.shape
     out = query.update(shape=(B, T, N, value.shape[3]), weak_type=False)
@@ -50,7 +50,7 @@ def _forward_abstract(*avals, spec: AttentionSpec, tree):
 
 
 def _backward_abstract(*avals, spec: AttentionSpec, tree):
-    operands: Operands = jax.tree.unflatten(tree, avals)[0]
+    operands = jax.tree.unflatten(tree, avals)[0]
     return [x.update(weak_type=False) for x in (operands.query, operands.key, operands.value)]
 
 
