@@ -188,11 +188,19 @@ def find_mbarrier(block, address, statement) -> Mbarrier:
     return barrier
 
 
+def _cluster_phase(block) -> int:
+    """Completed phases of the cluster barrier."""
+    state = block.machine.blocks[0].extensions.get("cluster barrier")
+    return state["phase"] if state else 0
+
+
 def _use(block, g, barrier, statement):
     """A thread uses an mbarrier: its initialisation must have happened before."""
     ordering = block.ordering
     if not ordering or barrier.initialiser is None:
         return
+    if barrier.fenced and _cluster_phase(block) > barrier.fenced_phase:
+        return  # a cluster barrier, even a relaxed one, lies between
     warp, clock = barrier.initialised_by
     for user in g.warps:
         if ordering.clock[user, warp] < clock:
@@ -465,6 +473,7 @@ def _fence(asm, st):
                 for barrier in block.mbarriers.values():
                     if barrier.initialised_by[0] in g.warps:
                         barrier.fenced = True
+                        barrier.fenced_phase = _cluster_phase(block)
 
         return effect(fence_init)
     if opcode.startswith("fence.proxy.async"):

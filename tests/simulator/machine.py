@@ -122,6 +122,7 @@ class Mbarrier:
         self.transactions = 0
         self.waiters: list[Group] = []
         self.fenced = False
+        self.fenced_phase = 0
         self.initialiser = None
         if ordering:
             self.clocks, self.done = ordering.nothing(), ordering.nothing()
@@ -152,9 +153,10 @@ class RegisterWait:
 class WgmmaState:
     """Wgmmas of one warp: the open group and the committed ones, oldest first."""
 
-    __slots__ = ("accumulators", "committed", "fragments", "open")
+    __slots__ = ("accumulators", "committed", "fragments", "loads", "open", "stores")
 
     def __init__(self):
+        self.loads, self.stores = [], []  # of tensor memory
         self.open, self.committed = [], []
         self.accumulators = self.fragments = 0
 
@@ -251,7 +253,9 @@ class Machine:
             RegisterFile(program.counts, program.constants, threads)
             for _ in range(self.cluster_size)
         ]
-        self.cells_per_block = (program.shared_static + launch.shared_bytes) // CELL + 64
+        self.shared_cells = (program.shared_static + launch.shared_bytes) // CELL + 64
+        # Tensor memory has a cell for each 32 lanes of a column.
+        self.cells_per_block = self.shared_cells + (4 * 512 if program.uses_tensor_memory else 0)
         self.steps = 0
         self.executed = 0
         self.coverage: set[int] | None = None
@@ -450,7 +454,9 @@ class Machine:
                 return True
             m = None if p.all() else p.copy()
         if (op.reads | op.writes) & g.accumulators or op.writes & g.fragments:
-            if not op.is_wgmma:
+            if self.program.uses_tensor_memory:
+                self.deliver_loads(g)
+            elif not op.is_wgmma:
                 self.report_in_flight(g, op)
         if self.coverage is not None:
             self.coverage.add(op.statement.line)
@@ -601,7 +607,25 @@ class Machine:
 
     # ---- checks
 
+    def deliver_loads(self, g):
+        """Tensor-memory loads of a group's warps end: their registers hold the data."""
+        rows = g.block.registers.rows["r"]
+        for warp in range(g.lo >> 5, g.hi >> 5):
+            state = g.block.wgmma[warp]
+            for registers, values, _ in state.loads:
+                rows[registers, 32 * warp : 32 * warp + 32] = values
+            if state.loads and self.ordering and not state.stores:
+                self.ordering.wgmma_commit(warp + g.block.first_warp)
+                self.ordering.wgmma_wait(warp + g.block.first_warp, 0)
+            if state.loads:
+                state.loads.clear()
+                state.accumulators = 0
+        g.refresh()
+
     def _check_in_flight(self, g, run):
+        if self.program.uses_tensor_memory:
+            self.deliver_loads(g)
+            return
         for i in range(len(run.functions)):
             op = g.block.program.operations[run.first + i]
             if (op.reads | op.writes) & g.accumulators or op.writes & g.fragments:
@@ -635,8 +659,19 @@ class Machine:
                     "shared memory released in use", groups.statement,
                     f"thread {thread} exits while its bulk copies may still read shared memory",
                 )  # fmt: skip
+        if self.program.uses_tensor_memory:
+            tensor_memory_check(block)
         while self.pending:
             self.complete(self.pending[0])
+
+
+def tensor_memory_check(block):
+    """At exit every column must have been deallocated."""
+    memory = block.extensions.get("tensor memory")
+    if memory and memory.allocated:
+        block.machine.log.add(
+            "tensor memory not deallocated", None, f"columns {memory.allocated} at exit"
+        )
 
 
 def pack_parameters(launch, program) -> np.ndarray:

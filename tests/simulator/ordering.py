@@ -14,6 +14,8 @@ import numpy as np
 
 CELL = 4
 NUM_SLOTS = 24
+ALWAYS = np.iinfo(np.int32).max
+"""A clock that every operation of an actor lies before."""
 
 
 class Ordering:
@@ -132,6 +134,14 @@ class Ordering:
         actor, clock = token[:2]
         pair[0][actor] = max(pair[0][actor], clock)
         pair[1][actor] = max(pair[1][actor], clock)
+
+    def finish_with_history(self, pair, token) -> None:
+        """Like ``finish``, and with the asynchronous work that was done when it was issued."""
+        self.finish(pair, token)
+        known = token[3].copy()
+        known[: self.num_warps] = 0
+        known[token[0]] = token[1]
+        self.join(pair, (known, known))
 
     def observe(self, warp: int, token) -> None:
         """A warp waited for an operation of its own (bulk groups)."""

@@ -127,6 +127,7 @@ class Program:
         self.statement: Statement | None = None
         self._reads = self._writes = 0
         self.operations = [self._compile(s) for s in kernel.statements]
+        self.uses_tensor_memory = any(s.parts[0] == "tcgen05" for s in kernel.statements)
         self.joins = {t for op in self.operations for t in op.targets}
         self._make_runs()
 

@@ -10,6 +10,7 @@ from . import (  # noqa: F401  (each registers its instructions)
     barriers,
     bulk_copies,
     memory_access,
+    tensor_memory,
     warp_operations,
     warpgroup_mma,
 )

@@ -116,7 +116,8 @@ class Trace:
 
     def wgmma(self, machine, g, statement) -> None:
         shape = re.search(r"n(\d+)k(\d+)", statement.opcode)
-        cost = max(1, int(shape[1]) * int(shape[2]) // MACS * len(g.warps) // 4)
+        columns, depth = (int(shape[1]), int(shape[2])) if shape else (128, 16)
+        cost = max(1, columns * depth // MACS * len(g.warps) // 4)
         start = max(self._tensor_free, self.clock[int(g.warps[0])])
         self._tensor_free = start + cost
         self._add("tensor cores", start, self._tensor_free, "wgmma", source(statement))
