@@ -138,8 +138,8 @@ def mutants(ptx: str) -> list[Mutant]:
     return out
 
 
-def sources(ptx: str, line: int, reach: int = 3) -> list[str]:
-    """The Python lines that line information names around a PTX line, as text."""
+def sources(ptx: str, line: int, file: str, reach: int = 2) -> list[str]:
+    """Text of the Python lines of ``file`` that line information names nearest to a PTX line."""
     files = dict(re.findall(r"^\s*\.file\s+(\d+)\s+\"([^\"]*)\"", ptx, re.M))
     lines = ptx.split("\n")
     found = []
@@ -147,7 +147,7 @@ def sources(ptx: str, line: int, reach: int = 3) -> list[str]:
         nearest = []
         for number in numbers:
             loc = re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", lines[number - 1])
-            if loc and loc[2] != "0":
+            if loc and loc[2] != "0" and files.get(loc[1], "").endswith(file):
                 nearest.append((files.get(loc[1], ""), int(loc[2])))
                 if len(nearest) == reach:
                     break

@@ -15,16 +15,19 @@ WINDOW = (None, 30)
 """Two boundary tiles at the right end of each row of tiles, so every loop runs."""
 
 EQUIVALENT = {
-    # The consumers release Q of a tile only after they have read the index of that tile, and the
-    # producer waits for Q of the tile before it writes the index two tiles on, into the same place.
-    "ignore mbarrier wait": ("pipeline_tile.acquire",),
-    "mbarrier count -1": ("pipeline_tile = ",),
+    # The producer writes the work of tile i + 2 over that of tile i.  It has then waited for Q of
+    # tile i to be released, and the consumers release Q of a tile after they have read its work.
+    "ignore mbarrier wait": ("work[None, t_stage]",),
+    # S = Q K^T is issued just before O += P V: nothing touches a register between the two fences.
+    "remove wgmma.fence": ("gemm(mma_pv, acc_O",),
     # Threads of one warp are taken as ordered by the program (README.md, "Assumptions").
-    "remove bar.warp.sync": ("",),
+    "remove bar.warp.sync": ("cute.arch.sync_warp()",),
 }
+"""For each kind of change, text of nearby source lines where it changes nothing, and why."""
+EQUIVALENT_COUNTS = 2
+"""Empty barriers of the work pipeline: that edge is covered by the one of Q, as above."""
 UNUSED_BARRIERS = 1
 """Barriers that this variant of the kernel initialises and never uses (for lengths of keys)."""
-"""For each kind of change, text of the source lines where it changes nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +74,16 @@ def test_every_mutant_is_killed(case):
         for o in outcomes
         if o.reason is None and o.mutant.line not in unused and not _equivalent(kernel, o.mutant)
     ]
+    counts = [o for o in survivors if o.mutant.what == "mbarrier count -1"]
+    assert len(counts) <= EQUIVALENT_COUNTS, "\n".join(str(o) for o in counts)
+    survivors = [o for o in survivors if o not in counts]
     assert not survivors, "\n".join(str(o) for o in survivors)
 
 
 def _equivalent(kernel, mutant) -> bool:
     texts = EQUIVALENT.get(mutant.what, ())
-    return any(t in line for line in mutation.sources(kernel.ptx, mutant.line) for t in texts)
+    lines = mutation.sources(kernel.ptx, mutant.line, "sm90/forward.py")
+    return any(text in line for line in lines for text in texts)
 
 
 @pytest.mark.slow
