@@ -103,6 +103,7 @@ class BwdConfig:
         dQ^T = K^T dS^T; "none", the first one alone; or "chunks" of 64 columns, in turns.
       by_role: two warpgroups share 64 keys, for head_dims whose dK and dV do not fit in the
         registers of one: the first holds P and dV, the second dP, dS and dK.
+      deterministic: blocks add to dQ in a fixed order, each waiting for those before it.
       consumer_registers, producer_registers: registers a thread, after reallocation.
     """
 
@@ -113,6 +114,7 @@ class BwdConfig:
     ds_stages: int = 2
     dq_split: str = "rows"
     by_role: bool = False
+    deterministic: bool = False
     consumer_registers: int = 240
     producer_registers: int = 24
 
@@ -129,6 +131,10 @@ class BwdConfig:
         if self.dq_split == "chunks":
             return -(-head_dim // 64)
         return 1 if self.dq_split == "none" else self.warpgroups
+
+    def dq_warps(self, head_dim: int) -> int:
+        """Warps that add parts of dQ to the sum in global memory, each at its own pace."""
+        return min(self.dq_parts(head_dim), 2) if self.by_role else 1
 
     def dq_part_shape(self, head_dim: int) -> tuple[int, int]:
         """Rows and columns of a part of dQ (or of dQ^T)."""
@@ -205,17 +211,19 @@ class BwdConfig:
         return reasons
 
 
-def backward_config(head_dim: int, head_dim_v: int) -> BwdConfig:
+def backward_config(head_dim: int, head_dim_v: int, deterministic: bool = False) -> BwdConfig:
     """The backward configuration for a pair of head_dims on Hopper."""
     if max(head_dim, head_dim_v) > 128:
-        wide = BwdConfig(2, 64, ds_stages=1, dq_split="chunks", by_role=True)
-        single = dataclasses.replace(wide, do_stages=1)
-        return single if wide.reasons_invalid(head_dim, head_dim_v) else wide
-    if max(head_dim, head_dim_v) <= 64:
-        return BwdConfig(2, 128, dq_split="rows")
-    if round_up(head_dim, 16) == 128:
-        return BwdConfig(2, 64, dq_split="columns")
-    return BwdConfig(2, 64, dq_split="none")
+        config = BwdConfig(2, 64, ds_stages=1, dq_split="chunks", by_role=True)
+        if config.reasons_invalid(head_dim, head_dim_v):
+            config = dataclasses.replace(config, do_stages=1)
+    elif max(head_dim, head_dim_v) <= 64:
+        config = BwdConfig(2, 128, dq_split="rows")
+    elif round_up(head_dim, 16) == 128:
+        config = BwdConfig(2, 64, dq_split="columns")
+    else:
+        config = BwdConfig(2, 64, dq_split="none")
+    return dataclasses.replace(config, deterministic=deterministic)
 
 
 def workspace_shapes(
@@ -231,13 +239,17 @@ def workspace_shapes(
     """Shapes and dtypes of the backward launcher's scratch outputs, in its argument order.
 
     dQ in float32, tile by tile in the order of the registers that computed it; the log-sum-exp in
-    base 2 and the row sums of dO * O, both padded to whole query tiles.  None needs initialising.
+    base 2 and the row sums of dO * O, both padded to whole query tiles; where the configuration is
+    deterministic, how many blocks have added to each tile's dQ.  None needs initialising.
     """
     m_blocks = -(-q_length // config.tile_m)
     h = config.padded_head_dim(head_dim)
     rows = (batch, heads, m_blocks * config.tile_m)
-    return [
+    shapes: list[tuple[tuple[int, ...], str]] = [
         ((batch, heads, m_blocks * config.tile_m * h), "float32"),
         (rows, "float32"),
         (rows, "float32"),
     ]
+    if config.deterministic:
+        shapes.append(((batch, heads, m_blocks * config.dq_warps(head_dim)), "int32"))
+    return shapes

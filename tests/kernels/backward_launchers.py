@@ -48,6 +48,8 @@ class Launcher:
             )
         ]
 
+        turns = [ArrayType(cutlass.Int32, (1, 1, 1))] if self.config.deterministic else []
+
         def build():
             return BackwardSm90(
                 self.config,
@@ -61,7 +63,7 @@ class Launcher:
 
         return compile_kernel(
             build,
-            [qk, qk, v, v, rows, v, *optional, qk, qk, v, rows, rows, rows],
+            [qk, qk, v, v, rows, v, *optional, qk, qk, v, rows, rows, rows, *turns],
             ARCH,
             keep_intermediates=True,
             line_info=True,

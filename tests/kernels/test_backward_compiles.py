@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from jax_flashcute.ffi.resources import ResourceReport, find_tools, report
-from jax_flashcute.kernels.config import SMEM_BYTES, workspace_shapes
+from jax_flashcute.kernels.config import SMEM_BYTES, backward_config, workspace_shapes
 from tests.cases import Case
 from tests.kernels.backward_launchers import Launcher, launcher
 from tests.simulator.simulation import record_launches
@@ -41,11 +41,16 @@ ALL = {
     )
 }
 PARAMETERS = [
-    *(pytest.param(case, "bfloat16", id=name) for name, case in ALWAYS.items()),
+    *(pytest.param(case, "bfloat16", False, id=name) for name, case in ALWAYS.items()),
+    pytest.param(ALWAYS["128_everything"], "bfloat16", True, id="128_deterministic"),
     *(
-        pytest.param(case, dtype, id=f"{name}_{dtype}", marks=pytest.mark.slow)
+        pytest.param(case, dtype, deterministic, id=f"{name}_{label}", marks=pytest.mark.slow)
         for name, case in ALL.items()
-        for dtype in ("bfloat16", "float16")
+        for dtype, deterministic, label in (
+            ("bfloat16", False, "bfloat16"),
+            ("float16", False, "float16"),
+            ("bfloat16", True, "deterministic"),
+        )
     ),
 ]
 
@@ -66,10 +71,11 @@ def main_report(kernel: Launcher) -> ResourceReport:
     return found
 
 
-@pytest.mark.parametrize(("case", "dtype"), PARAMETERS)
-def test_code(case: Case, dtype: str) -> None:
-    kernel = launcher(case, dtype)
-    config, compiled = kernel.config, kernel.compiled()
+@pytest.mark.parametrize(("case", "dtype", "deterministic"), PARAMETERS)
+def test_code(case: Case, dtype: str, deterministic: bool) -> None:
+    config = backward_config(case.head_dim, case.head_dim_v, deterministic)
+    kernel = launcher(case, dtype, config=config)
+    compiled = kernel.compiled()
     found = main_report(kernel)
     assert found.reallocated_registers == (config.producer_registers, config.consumer_registers)
     assert found.highest_register < config.consumer_registers
@@ -88,15 +94,16 @@ def test_code(case: Case, dtype: str) -> None:
     assert found.count("UTMALDG") >= 4
     assert found.count("UTMASTG") >= 2
     assert found.count("UBLKRED") >= 1
-    # No gradient is added element by element.
-    assert found.count("RED") + found.count("REDG") + found.count("ATOMG") == 0
+    # No gradient is added element by element; turns are counted by the dQ warps.
+    turns = config.dq_warps(case.head_dim) if deterministic else 0
+    assert found.count("RED") + found.count("REDG") + found.count("ATOMG") == turns
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="recording a launch needs a C compiler")
-@pytest.mark.parametrize(("case", "dtype"), PARAMETERS)
-def test_launches(case: Case, dtype: str) -> None:
-    kernel = launcher(case, dtype)
-    config = kernel.config
+@pytest.mark.parametrize(("case", "dtype", "deterministic"), PARAMETERS)
+def test_launches(case: Case, dtype: str, deterministic: bool) -> None:
+    config = backward_config(case.head_dim, case.head_dim_v, deterministic)
+    kernel = launcher(case, dtype, config=config)
     heads = KV_HEADS * case.group
     q, o = ((BATCH, LENGTH, heads, h) for h in (case.head_dim, case.head_dim_v))
     k, v = ((BATCH, LENGTH, KV_HEADS, h) for h in (case.head_dim, case.head_dim_v))

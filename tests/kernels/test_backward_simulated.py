@@ -140,6 +140,19 @@ def test_half_precision(name: str) -> None:
     check(CASES[name], "float16")
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(sized(64, window=(100, 20), seqlen_k=500, offset=True, group=2), id="64"),
+        *slowly({name: CASES[name] for name in ("128_everything", "192_128_everything", "256")}),
+        *slowly({"long": sized(128, seqlen_q=300, seqlen_k=600, causal=True, offset=True)}),
+    ],
+)
+def test_deterministic(case: Case) -> None:
+    """A block that waits for a turn that never comes, or has passed, is a deadlock."""
+    check(case, config=backward_config(case.head_dim, case.head_dim_v, deterministic=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tile_m", [64, 80])
 def test_transposed_query_gradient(tile_m: int) -> None:

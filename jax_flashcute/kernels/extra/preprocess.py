@@ -1,4 +1,4 @@
-"""Before the backward: row sums of dO * O less dLSE, LSE in base 2, and dQ set to zero.
+"""Before the backward: row sums of dO * O less dLSE, LSE in base 2, dQ and its turns set to zero.
 
     dPsum[i] = sum_j dO[i, j] O[i, j] - dLSE[i]        LSE2[i] = LSE[i] log2(e)
 
@@ -22,15 +22,16 @@ VECTOR = 8
 class Preprocess:
     """Compiles to one kernel; a block serves one query tile of one head."""
 
-    def __init__(self, dtype, head_dim_v: int, tile_m: int, accumulator_width: int | None):
-        """``accumulator_width``: columns of the float32 dQ to clear, None where there is none."""
+    def __init__(self, dtype, head_dim_v: int, tile_m: int, accumulator_width: int, turns: int):
+        """``accumulator_width``: columns of the float32 dQ; ``turns``: counters a tile has."""
         self.dtype = dtype
         self.head_dim_v = head_dim_v
         self.tile_m = tile_m
         self.accumulator_width = accumulator_width
+        self.turns = turns
 
     def launch(self, stream, m_blocks: Int32, mO, mdO, mLSE, mdLSE, mQLengths, out) -> None:
-        """``out``: (LSE2, dPsum, dQ accumulator or None)."""
+        """``out``: (LSE2, dPsum, dQ accumulator, turns or None)."""
         heads, batch = mO.shape[2], mO.shape[0]
         self.kernel(mO, mdO, mLSE, mdLSE, mQLengths, *out, m_blocks).launch(
             grid=[m_blocks * heads * batch, 1, 1], block=[THREADS, 1, 1], stream=stream
@@ -63,7 +64,8 @@ class Preprocess:
         mQLengths: cute.Tensor | None,  # (B,) int32
         mLSE2: cute.Tensor,  # (B, N, m_blocks * tile_m) float32
         mdPsum: cute.Tensor,  # (B, N, m_blocks * tile_m) float32
-        mdQAccum: cute.Tensor | None,  # (B, N, m_blocks * tile_m * width) float32
+        mdQAccum: cute.Tensor,  # (B, N, m_blocks * tile_m * width) float32
+        mTurns: cute.Tensor | None,  # (B, N, m_blocks * turns) int32
         m_blocks: Int32,
     ):
         thread = cute.arch.thread_idx()[0]
@@ -77,17 +79,19 @@ class Preprocess:
         if const_expr(mQLengths is not None):
             queries = cutlass.max(cutlass.min(mQLengths[batch], queries), Int32(0))
 
-        if const_expr(mdQAccum is not None):
-            tile = self.tile_m * self.accumulator_width
-            first = (Int64(entry) * m_blocks + m_block) * tile
-            cleared = cute.make_tensor(
-                (mdQAccum.iterator + first).align(16),
-                cute.make_layout((4, THREADS, tile // (4 * THREADS)), stride=(1, 4, 4 * THREADS)),
-            )
-            zeros = cute.make_rmem_tensor(4, Float32)
-            zeros.fill(0.0)
-            for i in cutlass.range_constexpr(tile // (4 * THREADS)):
-                cute.autovec_copy(zeros, cleared[None, thread, i])
+        tile = self.tile_m * self.accumulator_width
+        first = (Int64(entry) * m_blocks + m_block) * tile
+        cleared = cute.make_tensor(
+            (mdQAccum.iterator + first).align(16),
+            cute.make_layout((4, THREADS, tile // (4 * THREADS)), stride=(1, 4, 4 * THREADS)),
+        )
+        zeros = cute.make_rmem_tensor(4, Float32)
+        zeros.fill(0.0)
+        for i in cutlass.range_constexpr(tile // (4 * THREADS)):
+            cute.autovec_copy(zeros, cleared[None, thread, i])
+        if const_expr(mTurns is not None):
+            if thread < self.turns:
+                mTurns[batch, head, m_block * self.turns + thread] = Int32(0)
 
         gO, gdO = self.row_vectors(mO), self.row_vectors(mdO)
         lane = thread % LANES_PER_ROW

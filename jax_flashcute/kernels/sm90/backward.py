@@ -10,7 +10,9 @@ The scores are computed transposed, a warpgroup owning 64 keys, so that P^T and 
 registers just as the products dV and dK take them; only dS goes through shared memory, for dQ,
 which needs all keys of the block.  dQ is summed in float32 in global memory by bulk reductions,
 tile by tile in the order of the registers (extra/postprocess.py turns it into 16 bits), and dK is
-multiplied by the scale at the end.
+multiplied by the scale at the end.  Sums of floats depend on their order: a deterministic kernel
+counts the blocks that have added to a tile, and a block waits for those of the keys before its own,
+which were launched before it.
 
     edge       producer             consumer               stages     full       empty
     k, v       TMA, producer warp   every warpgroup        1 each     1 + tx     used once
@@ -60,6 +62,9 @@ from jax_flashcute.kernels.sm90.fragments import (
 CONSUMER_BARRIER = 1
 DQ_FULL_BARRIER = 2
 DQ_EMPTY_BARRIER = 5
+
+DETERMINISTIC_SECTION = 16
+"""Key/value heads that are worked on together at least, where blocks take turns in adding dQ."""
 
 # Barriers in shared memory: K, V, one for loads whose tail is cleared, the two pipelines.
 TAIL = 2
@@ -126,6 +131,7 @@ class BackwardSm90:
         mdQAccum: cute.Tensor,  # (B, N, m_blocks * tile_m * smem_h) float32, scratch
         mLSE2: cute.Tensor,  # (B, N, m_blocks * tile_m) float32, scratch
         mdPsum: cute.Tensor,  # (B, N, m_blocks * tile_m) float32, scratch
+        mTurns: cute.Tensor | None = None,  # (B, N, m_blocks * dq_warps) int32, scratch
     ):
         cfg = self.config
         batch, q_length, heads = mQ.shape[0], mQ.shape[1], mQ.shape[2]
@@ -133,8 +139,9 @@ class BackwardSm90:
         m_blocks = cute.ceil_div(q_length, cfg.tile_m)
         n_blocks = cute.ceil_div(kv_length, cfg.tile_n)
 
-        Preprocess(self.dtype, self.head_dim_v, cfg.tile_m, self.smem_h).launch(
-            stream, m_blocks, mO, mdO, mLSE, mdLSE, mQLengths, (mLSE2, mdPsum, mdQAccum)
+        dq_warps = cfg.dq_warps(self.head_dim)
+        Preprocess(self.dtype, self.head_dim_v, cfg.tile_m, self.smem_h, dq_warps).launch(
+            stream, m_blocks, mO, mdO, mLSE, mdLSE, mQLengths, (mLSE2, mdPsum, mdQAccum, mTurns)
         )
 
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
@@ -157,6 +164,12 @@ class BackwardSm90:
         # Queries, dO and the float32 dQ of the heads in flight should stay in L2.
         bytes_per_query = self.group * (6 * self.head_dim + 2 * self.head_dim_v)
         section = section_size(q_length, bytes_per_query, kv_heads, batch)
+        if const_expr(cfg.deterministic):
+            # Blocks of one head follow each other tile by tile; with more heads at work there are
+            # fewer in the queue, which costs less than what L2 then misses.
+            section = cutlass.min(
+                cutlass.max(section, Int32(DETERMINISTIC_SECTION)), kv_heads * batch
+            )
         self.kernel(
             *tma_q,
             *tma_do,
@@ -170,6 +183,7 @@ class BackwardSm90:
             mLSE2,
             mdPsum,
             mdQAccum,
+            mTurns,
             m_blocks,
             n_blocks,
             section,
@@ -235,6 +249,7 @@ class BackwardSm90:
         mLSE2: cute.Tensor,
         mdPsum: cute.Tensor,
         mdQAccum: cute.Tensor,
+        mTurns: cute.Tensor | None,
         m_blocks: Int32,
         n_blocks: Int32,
         section: Int32,
@@ -333,14 +348,15 @@ class BackwardSm90:
                     (mQLengths is not None, mKVLengths is not None),
                 )
             # Where the parts of dQ come independently of each other, each has a warp of its own.
-            for w in cutlass.range_constexpr(min(parts, 2) if cfg.by_role else 1):
+            dq_warps = cfg.dq_warps(self.head_dim)
+            for w in cutlass.range_constexpr(dq_warps):
                 if warp_index == 1 + w:
                     self.reduce_dq(
                         sdQ,
-                        mdQAccum,
-                        (kv_head, batch, heads),
-                        (m_min, m_max, m_blocks),
-                        (part_values, tuple(range(w, parts, 2 if cfg.by_role else 1))),
+                        (mdQAccum, mTurns),
+                        (n_block, kv_head, batch, heads),
+                        (m_min, m_max, m_blocks, offset),
+                        (part_values, tuple(range(w, parts, dq_warps))),
                     )
         else:
             cute.arch.setmaxregister_increase(cfg.consumer_registers)
@@ -500,7 +516,7 @@ class BackwardSm90:
     def reduce_dq(
         self,
         sdQ: cute.Tensor,
-        mdQAccum: cute.Tensor,
+        sums,
         block,
         tiles,
         parts: cutlass.Constexpr,
@@ -509,8 +525,10 @@ class BackwardSm90:
         cfg = self.config
         part_values, mine = parts
         buffers = 1 if cfg.by_role else len(mine)
-        kv_head, batch, heads = block
-        m_min, m_max, m_blocks = tiles
+        mdQAccum, mTurns = sums
+        n_block, kv_head, batch, heads = block
+        m_min, m_max, m_blocks, offset = tiles
+        dq_warps = cfg.dq_warps(self.head_dim)
         threads = 128 + 32
         values = cfg.tile_m * self.smem_h
         # Nothing may be added before the kernel before this one has cleared the sums.
@@ -530,6 +548,14 @@ class BackwardSm90:
                     cute.arch.barrier(
                         barrier_id=DQ_FULL_BARRIER + buffer, number_of_threads=threads
                     )
+                    if const_expr(cfg.deterministic and i == 0):
+                        # Blocks of keys before the window of the tile's first row are not counted.
+                        turn = n_block
+                        if const_expr(self.mask.left is not None):
+                            lower = self.mask.lower(m * cfg.tile_m + offset)
+                            turn = n_block - cutlass.max(lower, Int32(0)) // cfg.tile_n
+                        index = (entry * m_blocks + m) * dq_warps + mine[0]
+                        self.take_turn(mTurns.iterator + index, turn)
                     if cute.arch.lane_idx() == 0:
                         bulk_add(
                             mdQAccum.iterator + (first + part * part_values),
@@ -537,7 +563,25 @@ class BackwardSm90:
                             part_values * 4,
                         )
                         cute.arch.cp_async_bulk_commit_group()
+                if const_expr(cfg.deterministic):
+                    cute.arch.cp_async_bulk_wait_group(0)
+                    if cute.arch.lane_idx() == 0:
+                        turns = mTurns.iterator + (entry * m_blocks + m) * dq_warps + mine[0]
+                        cute.arch.red(
+                            turns, Int32(1), op="add", dtype="s32", sem="release", scope="gpu"
+                        )
         cute.arch.cp_async_bulk_wait_group(0)
+
+    @cute.jit
+    def take_turn(self, turns: cute.Pointer, turn: Int32):
+        """Waits until ``turn`` blocks have added to a tile's dQ; one warp."""
+        if cute.arch.lane_idx() == 0:
+            done = cute.arch.load(turns, Int32, sem="acquire", scope="gpu")
+            while done != turn:
+                done = cute.arch.load(turns, Int32, sem="acquire", scope="gpu")
+            # The additions before were the asynchronous proxy's, and so is the one that follows.
+            cute.arch.fence_proxy("async.global")
+        cute.arch.sync_warp()
 
     @cute.jit
     def consume(self, smem, dk_copy, dv_copy, barriers, block, tiles, lengths):
