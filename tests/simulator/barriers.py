@@ -12,7 +12,14 @@ from .machine import (
     NamedBarrier,
     RegisterWait,
 )
-from .memory_access import addresses, check_shared, shared_target, space_of, uniform
+from .memory_access import (
+    addresses,
+    check_shared,
+    lane_bits,
+    shared_target,
+    space_of,
+    uniform,
+)
 from .program import FormError, effect, instruction, put
 from .trace import source as trace_source
 
@@ -23,7 +30,7 @@ from .trace import source as trace_source
 def _bar(asm, st):
     parts = st.parts
     if parts[1] == "warp":
-        return effect(lambda block, g, m: None, converge=True)
+        return effect(_warp_sync, converge=True)
     if parts[1] == "cluster":
         return _cluster_barrier(asm, st)
     action = next(p for p in parts[1:] if p in ("sync", "arrive", "red"))
@@ -73,6 +80,7 @@ def _bar(asm, st):
         if block.ordering:
             for warp in g.warps:
                 block.ordering.join(bar.clocks, block.ordering.release(warp))
+                block.ordering.warp_sync(warp)
         if action != "arrive":
             bar.waiting.append(g)
             g.blocked = bar
@@ -92,6 +100,12 @@ def _bar(asm, st):
         return BLOCK
 
     return effect(run, converge=aligned)
+
+
+def _warp_sync(block, g, m):
+    if block.ordering:
+        for warp in g.warps:
+            block.ordering.warp_sync(warp)
 
 
 def _open(block, bar, out, operation):
@@ -141,6 +155,7 @@ def _cluster_barrier(asm, st):
                 state["seen"][key] = state["phase"]
                 if ordering and not relaxed:
                     ordering.join(state["clocks"], ordering.release(warp))
+                    ordering.warp_sync(warp)
             state["arrived"] += len(g.warps)
             total = sum(int(b.live.reshape(-1, 32).any(1).sum()) for b in machine.blocks)
             machine.progress += 1
@@ -347,7 +362,12 @@ def _arrive(asm, st):
         ordering = block.ordering
         pairs = {}
         if ordering and not relaxed:
-            pairs = {int(w): ordering.release(w) for w in np.unique(warps)}
+            active = (g.active() if m is None else m).reshape(-1, 32)
+            pairs = {
+                int(w): ordering.release(w, lane_bits(active[i]))
+                for i, w in enumerate(g.warps)
+                if active[i].any()
+            }
         phase = 0
         for where, number, warp in zip(a.tolist(), numbers, warps.tolist(), strict=True):
             barrier = find_mbarrier(block, where, st)
@@ -448,6 +468,8 @@ def _wait(asm, st):
                 if block.ordering and not relaxed:
                     for warp in g.warps:
                         block.ordering.acquire(warp, barrier.done)
+                        if m is None:
+                            block.ordering.warp_sync(warp)
                 if block.machine.trace:
                     block.machine.trace.waited(
                         g,

@@ -205,7 +205,7 @@ def _scalar(asm, text):
 def _begin(block, g, thread):
     if not block.ordering:
         return None
-    return block.ordering.begin(int(g.lanes[thread]))
+    return block.ordering.begin(int(g.lanes[thread]), 1 << thread % 32)
 
 
 def _cells(owner, start, size):
@@ -513,7 +513,7 @@ def _cp_async(asm, st):
         warps = g.lanes if m is None else g.lanes[m]
         for warp in np.unique(warps).tolist():
             mine = warps == warp
-            token = _begin(block, g, int(np.flatnonzero(g.lanes == warp)[0]))
+            token = block.ordering.begin(warp) if block.ordering else None
             if token:
                 # Not the asynchronous proxy: cp.async needs no proxy fence.
                 token = (token[0], token[1], token[3], token[3])

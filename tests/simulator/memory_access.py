@@ -52,6 +52,19 @@ def uniform(g, m, view, row):
     return values[0] if m is None else values[m][0]
 
 
+def threads_of(g, m):
+    """(warps in the cluster, lanes) of the active threads."""
+    lanes = _LANES[: g.n]
+    return (g.lanes, lanes) if m is None else (g.lanes[m], lanes[m])
+
+
+def lane_bits(mask) -> int:
+    """The lanes of one warp's mask as a bit mask."""
+    return int(np.packbits(mask, bitorder="little").view(np.uint32)[0])
+
+
+_LANES = np.arange(1024) % 32
+
 # ---- resolving addresses
 
 
@@ -137,8 +150,8 @@ def load(block, g, m, space, a, dtype, count, statement, pc):
         owner, offsets = shared_target(block, a, statement)
         check_shared(owner, offsets, size, statement)
         if block.ordering and width * count >= 4:
-            warps = g.lanes if m is None else g.lanes[m]
-            block.ordering.read(warps, owner.cells(offsets, size), statement, pc)
+            warps, lanes = threads_of(g, m)
+            block.ordering.read(warps, owner.cells(offsets, size), statement, pc, lanes)
         data = owner.shared.view(dtype)
     elif space == "global":
         found = find_global(block, a, size, statement)
@@ -190,8 +203,8 @@ def store(block, g, m, space, a, values, statement, pc):
         if block.ordering:
             cells = owner.cells(offsets, size)
             if size >= 4:
-                warps = g.lanes if m is None else g.lanes[m]
-                block.ordering.write(warps, cells, statement, pc)
+                warps, lanes = threads_of(g, m)
+                block.ordering.write(warps, cells, statement, pc, lanes)
             else:
                 block.ordering.written[cells] = True
         data = owner.shared.view(dtype)

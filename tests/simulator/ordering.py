@@ -7,7 +7,10 @@ from those who arrive to those who wait.  Shadow memory, a cell for every four b
 writer and every actor's last read.  An access that is not ordered after the last conflicting one is
 a race; one that is ordered, but generic-to-asynchronous without a proxy fence, is a missing fence.
 
-Threads of one warp are taken as ordered by the program.
+Within a warp, ``bar.warp.sync`` (or a barrier, or an mbarrier wait) starts a new epoch.  A thread
+that reads what another thread of its warp wrote in the same epoch races; and a release or a bulk
+copy by some threads of a warp covers only what the warp did before the epoch, if other threads of
+it accessed shared memory since.
 """
 
 import numpy as np
@@ -16,6 +19,7 @@ CELL = 4
 NUM_SLOTS = 24
 ALWAYS = np.iinfo(np.int32).max
 """A clock that every operation of an actor lies before."""
+ALL_LANES = 0xFFFFFFFF
 
 
 class Ordering:
@@ -43,16 +47,32 @@ class Ordering:
         self.write_statement = np.zeros(cells, np.int32)
         self.read_clock = np.zeros((self.num_actors, cells), np.int32)
         self.written = np.zeros(cells, bool)
+        self.writer_lane = np.full(cells, -1, np.int8)  # -1: a collective of the warp
+        self.write_epoch = np.zeros(cells, np.int32)
+        self.epoch = np.ones(num_warps, np.int32)
+        self.epoch_start = np.ones(num_warps, np.int32)
+        self.epoch_lanes = [0] * num_warps  # threads that accessed shared memory since
         self.log = log
         self.statements = []
 
     # ---- synchronisation
 
-    def release(self, warp: int):
-        """What a warp publishes when it arrives at a barrier."""
+    def release(self, warp: int, lanes: int = ALL_LANES):
+        """What a warp publishes when some of its threads arrive at a barrier."""
         pair = self.clock[warp].copy(), self.fenced[warp].copy()
+        if self.epoch_lanes[warp] & ~lanes:
+            before = self.epoch_start[warp] - 1
+            pair[0][warp] = before
+            pair[1][warp] = min(pair[1][warp], before)
         self.clock[warp, warp] += 1
         return pair
+
+    def warp_sync(self, warp: int) -> None:
+        """The threads of a warp met: what each did, all have."""
+        self.epoch[warp] += 1
+        self.clock[warp, warp] += 1
+        self.epoch_start[warp] = self.clock[warp, warp]
+        self.epoch_lanes[warp] = 0
 
     def acquire(self, warp: int, pair) -> None:
         np.maximum(self.clock[warp], pair[0], out=self.clock[warp])
@@ -75,9 +95,25 @@ class Ordering:
 
     # ---- accesses by threads
 
-    def read(self, warps, cells, statement, pc) -> None:
-        """Threads of ``warps`` (n,) read ``cells`` (n, k)."""
+    def _touch(self, warps, lanes) -> None:
+        if lanes is None or len(lanes) % 32 == 0:
+            for warp in set(warps.tolist()):
+                self.epoch_lanes[warp] = ALL_LANES
+            return
+        for warp, lane in zip(warps.tolist(), lanes.tolist(), strict=True):
+            self.epoch_lanes[warp] |= 1 << lane
+
+    def read(self, warps, cells, statement, pc, lanes=None) -> None:
+        """Threads of ``warps`` (n,) read ``cells`` (n, k); no ``lanes`` (n,): collectively."""
         column = warps[:, None]
+        self._touch(warps, lanes)
+        if lanes is not None:
+            own = (self.writer[cells] == column) & (self.write_epoch[cells] == self.epoch[column])
+            if own.any():
+                lane = self.writer_lane[cells]
+                own &= (lane >= 0) & (lane != lanes[:, None])
+                if own.any():
+                    self._within_warp(cells, own, lanes, statement)
         written = self.written[cells]
         if not written.all():
             self._uninitialised(cells, written, statement)
@@ -86,9 +122,10 @@ class Ordering:
             self._race("reads", f"warp {int(warps[np.argwhere(~ok)[0][0]])}", cells, ok, statement)
         self.read_clock[column, cells] = self.clock[warps, warps][:, None]
 
-    def write(self, warps, cells, statement, pc) -> None:
-        """Threads of ``warps`` (n,) write ``cells`` (n, k)."""
+    def write(self, warps, cells, statement, pc, lanes=None) -> None:
+        """Threads of ``warps`` (n,) write ``cells`` (n, k); no ``lanes`` (n,): collectively."""
         column = warps[:, None]
+        self._touch(warps, lanes)
         ok = self.clock[column, self.writer[cells]] >= self.write_clock[cells]
         if not ok.all():
             self._race("writes", f"warp {int(warps[np.argwhere(~ok)[0][0]])}", cells, ok, statement)
@@ -98,24 +135,31 @@ class Ordering:
             writer = int(warps[np.argwhere(late)[0][1]])
             self._overwritten(f"warp {writer}", late, cells, statement)
         self.writer[cells] = column
+        self.writer_lane[cells] = -1 if lanes is None else lanes[:, None]
+        self.write_epoch[cells] = self.epoch[column]
         self.write_clock[cells] = self.clock[warps, warps][:, None]
         self.write_statement[cells] = pc
         self.written[cells] = True
 
     # ---- accesses by the asynchronous proxy
 
-    def begin(self, warp: int):
+    def begin(self, warp: int, lanes: int = ALL_LANES):
         """Start an asynchronous operation: (actor, clock, view for writers, view for readers)."""
         slot = self.next_slot
         self.next_slot = (slot + 1) % NUM_SLOTS
         self.slot_clock[slot] += 1
         clock = int(self.slot_clock[slot])
-        return (self.first_slot + slot, clock, *self._views(warp))
+        return (self.first_slot + slot, clock, *self._views(warp, lanes))
 
-    def _views(self, warp):
+    def _views(self, warp, lanes=ALL_LANES):
         writers = self.clock[warp].copy()
         writers[: self.num_warps] = self.fenced[warp, : self.num_warps]
-        return writers, self.clock[warp].copy()
+        everything = self.clock[warp].copy()
+        if self.epoch_lanes[warp] & ~lanes:
+            before = self.epoch_start[warp] - 1
+            writers[warp] = min(writers[warp], before)
+            everything[warp] = before
+        return writers, everything
 
     def wgmma(self, warp: int):
         """The warp's wgmma actor, for operations of the group not yet committed."""
@@ -215,6 +259,16 @@ class Ordering:
             statement,
             f"{who} writes byte {cell * CELL} of shared memory while "
             f"{self.actor_name(int(first[0]))} may still read it",
+        )
+
+    def _within_warp(self, cells, bad, lanes, statement):
+        row, column = np.argwhere(bad)[0]
+        cell = int(np.broadcast_to(cells, bad.shape)[row, column])
+        self.log.add(
+            "shared-memory race",
+            statement,
+            f"lane {int(lanes[row])} reads byte {cell * CELL} of shared memory, which lane "
+            f"{int(self.writer_lane[cell])} of its warp wrote, with no bar.warp.sync between",
         )
 
     def _uninitialised(self, cells, written, statement):

@@ -20,8 +20,6 @@ EQUIVALENT = {
     "ignore mbarrier wait": ("work[None, t_stage]",),
     # S = Q K^T is issued just before O += P V: nothing touches a register between the two fences.
     "remove wgmma.fence": ("gemm(mma_pv, acc_O",),
-    # Threads of one warp are taken as ordered by the program (README.md, "Assumptions").
-    "remove bar.warp.sync": ("cute.arch.sync_warp()",),
 }
 """For each kind of change, text of nearby source lines where it changes nothing, and why."""
 EQUIVALENT_COUNTS = 2

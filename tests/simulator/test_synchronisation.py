@@ -622,3 +622,55 @@ def test_compare_and_swap():
         np.zeros(1, np.uint32),
     )
     assert cell == [32]
+
+
+# ---- within a warp
+
+
+def test_threads_of_a_warp_need_a_warp_barrier():
+    """bar.warp.sync: "guarantees memory ordering among participating threads"."""
+    body = """
+      mov.u32 %r1, smem;
+      shl.b32 %r2, %tid, 2;
+      add.u32 %r3, %r1, %r2;
+      st.shared.b32 [%r3], %tid;
+      {barrier}
+      xor.b32 %r4, %r2, 4;
+      add.u32 %r4, %r1, %r4;
+      ld.shared.b32 %r0, [%r4];
+    """
+    got = per_thread(body.format(barrier="bar.warp.sync -1;"))
+    np.testing.assert_array_equal(got, LANES ^ 1)
+    with pytest.raises(SimulationError) as raised:
+        per_thread(body.format(barrier=""))
+    assert "no bar.warp.sync between" in str(raised.value)
+
+
+RELEASE = (
+    SETUP.format(count=1)
+    + """
+      setp.ge.u32 %p1, %tid, 32;
+      @%p1 bra consumer;
+      shl.b32 %r2, %tid, 2;
+      add.u32 %r2, %r2, %r1;
+      st.shared.b32 [%r2+1024], %tid;
+      {barrier}
+      @%p7 mbarrier.arrive.shared.b64 %rd1, [%r1];
+      bra done;
+    consumer:
+      mbarrier.try_wait.parity.shared.b64 %p2, [%r1], 0;
+      @!%p2 bra consumer;
+      shl.b32 %r2, %tid, 2;
+      add.u32 %r2, %r2, %r1;
+      ld.shared.b32 %r0, [%r2+896];
+    done:
+    """
+)
+
+
+def test_one_thread_releases_for_its_warp_only_after_a_warp_barrier():
+    got = per_thread(RELEASE.replace("{barrier}", "bar.warp.sync -1;"), threads=64)
+    np.testing.assert_array_equal(got[32:], LANES)
+    with pytest.raises(SimulationError) as raised:
+        per_thread(RELEASE.replace("{barrier}", ""), threads=64)
+    assert "shared-memory race" in [f.kind for f in raised.value.findings]
