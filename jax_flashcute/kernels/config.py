@@ -103,6 +103,7 @@ class BwdConfig:
         dQ^T = K^T dS^T; "none", the first one alone; or "chunks" of 64 columns, in turns.
       by_role: two warpgroups share 64 keys, for head_dims whose dK and dV do not fit in the
         registers of one: the first holds P and dV, the second dP, dS and dK.
+      early_dv: dV is issued before dS is computed, which takes registers for P twice.
       deterministic: blocks add to dQ in a fixed order, each waiting for those before it.
       consumer_registers, producer_registers: registers a thread, after reallocation.
     """
@@ -114,6 +115,7 @@ class BwdConfig:
     ds_stages: int = 2
     dq_split: str = "rows"
     by_role: bool = False
+    early_dv: bool = False
     deterministic: bool = False
     consumer_registers: int = 240
     producer_registers: int = 24
@@ -201,8 +203,9 @@ class BwdConfig:
             # dK or dV, the next S, dQ and the 16-bit P or dS live in registers together.
             accumulators = max(h, hv) // 2 + self.tile_m // 2 + self.tile_m // 4 + dq
         else:
-            # dK and dV, then S and dP, or dQ and the 16-bit P and dS.
-            accumulators = (h + hv) // 2 + max(self.tile_m, self.tile_m // 2 + dq)
+            # dK and dV, then S and dP (and the 16-bit P), or dQ and the 16-bit P and dS.
+            early = self.tile_m // 4 if self.early_dv else 0
+            accumulators = (h + hv) // 2 + max(self.tile_m + early, self.tile_m // 2 + dq)
         if accumulators + 24 > self.consumer_registers:
             reasons.append(
                 f"registers a thread: {accumulators} for accumulators alone, "

@@ -68,6 +68,8 @@ class Preprocess:
         mTurns: cute.Tensor | None,  # (B, N, m_blocks * turns) int32
         m_blocks: Int32,
     ):
+        # The next kernel waits for this one before it reads what this one writes.
+        cute.arch.griddepcontrol_launch_dependents()
         thread = cute.arch.thread_idx()[0]
         block = cute.arch.block_idx()[0]
         q_length, heads = mO.shape[1], mO.shape[2]

@@ -772,14 +772,18 @@ class BackwardSm90:
         rP = cute.make_rmem_tensor(c.acc_S.layout, self.dtype)
         rdS = cute.make_rmem_tensor(c.acc_S.layout, self.dtype)
         convert_pairs(c.acc_S, rP)
-        warpgroup.wait_group(0)
+        rP, tVrO = as_operand_a(rP), c.tVrO[None, None, None, do_stage]
+        if cfg.early_dv:
+            gemm(c.mma_dv, c.acc_dV, rP, tVrO, True)
+        warpgroup.wait_group(1 if cfg.early_dv else 0)
         self.score_gradients(scores, dscores, c.tdPsum, do_stage)
         convert_pairs(c.acc_P, rdS)
         if cfg.ds_stages == 1:
             # Every warpgroup has read the dS of the tile before.
             self.meet()
         cute.copy(c.copy_ds, c.copy_ds.retile(rdS), c.tSsS[None, None, None, ds_stage])
-        gemm(c.mma_dv, c.acc_dV, as_operand_a(rP), c.tVrO[None, None, None, do_stage], True)
+        if not cfg.early_dv:
+            gemm(c.mma_dv, c.acc_dV, rP, tVrO, True)
         cute.arch.fence_view_async_shared()
         self.meet()
         shape = cfg.dq_part_shape(self.head_dim)
