@@ -127,7 +127,16 @@ class ByteDecoder(nnx.Module):
     """(B, T) bytes -> (B, T, 256) float32 logits of the next byte."""
 
     def __init__(self, config: ModelConfig, dtype, implementation: str | None, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Embed(VOCABULARY, config.width, dtype=dtype, rngs=rngs)
+        # As a product, because the gradient of a look-up is a scatter, and on a GPU a scatter of
+        # thousands of bytes into 256 rows is slow.
+        self.embedding = nnx.Linear(
+            VOCABULARY,
+            config.width,
+            use_bias=False,
+            dtype=dtype,
+            kernel_init=nnx.initializers.normal(stddev=config.width**-0.5),
+            rngs=rngs,
+        )
         self.blocks = nnx.List(
             [Block(config, dtype, implementation, rngs=rngs) for _ in range(config.layers)]
         )
@@ -135,7 +144,7 @@ class ByteDecoder(nnx.Module):
         self.logits = nnx.Linear(config.width, VOCABULARY, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.embedding(tokens)
+        x = self.embedding(jax.nn.one_hot(tokens, VOCABULARY))
         for block in self.blocks:
             x = block(x)
         return self.logits(self.norm(x)).astype(jnp.float32)
