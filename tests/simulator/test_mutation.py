@@ -18,6 +18,8 @@ EQUIVALENT = {
     # The producer writes the work of tile i + 2 over that of tile i.  It has then waited for Q of
     # tile i to be released, and the consumers release Q of a tile after they have read its work.
     "ignore mbarrier wait": ("work[None, t_stage]",),
+    # The same edge again: the threads' reads are ordered by their next wait.
+    "remove bar.warp.sync": ("fields = [work[",),
     # S = Q K^T is issued just before O += P V: nothing touches a register between the two fences.
     "remove wgmma.fence": ("gemm(mma_pv, acc_O",),
 }

@@ -1,0 +1,104 @@
+"""The Hopper forward in simulation on every feature: the edges that the GPU tests run, smaller."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flashcute import reference
+from jax_flashcute.ffi.compile import ArrayType, compile_kernel
+from jax_flashcute.kernels import registry
+from jax_flashcute.spec import AttentionSpec, Operands
+from tests.cases import Case
+from tests.simulator import simulate
+
+NUM_SMS = 2
+
+
+@functools.cache
+def compiled(key: registry.KernelKey):
+    arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
+    return compile_kernel(
+        registry.builder(key), arrays, key.arch, keep_intermediates=True, line_info=True
+    )
+
+
+def check(case: Case, dtype: str = "bfloat16", **how):
+    """Simulate the kernel that a call gets and compare with the dense reference."""
+    arrays = case.arrays(jnp.dtype(dtype), poison=True)
+    operands = Operands(**arrays)
+    spec = AttentionSpec(case.head_dim**-0.5, case.causal, case.window)
+    assert not registry.reasons_against(spec, operands, "fwd", "sm_90a")
+    key = registry.kernel_key(spec, operands, "fwd", "sm_90a", NUM_SMS)
+    wide = {
+        n: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        for n, x in arrays.items()
+    }
+    want = jax.jit(lambda x: reference.attention(spec, Operands(**x)))(wide)
+    inputs = [operands.query, operands.key, operands.value]
+    inputs += [arrays[n] for n in registry.OPTIONAL_OPERANDS if n in arrays]
+    rows = (case.batch, case.seqlen_q, case.q_heads)
+    outputs = [((*rows, case.head_dim_v), jnp.dtype(dtype)), (rows, np.dtype(np.float32))]
+    outputs += [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]
+    out, lse, *_ = simulate(
+        compiled(key), *(np.asarray(x) for x in inputs), outputs=outputs, **how
+    )  # fmt: skip
+    np.testing.assert_allclose(out.astype(np.float32), want.out, atol=0.02, rtol=0.02)
+    np.testing.assert_allclose(lse, want.lse, atol=2e-4, rtol=1e-5)
+    empty = np.isneginf(np.asarray(want.lse))
+    assert (out[empty] == 0).all()
+
+
+def sized(head_dim: int, head_dim_v: int | None = None, **kw) -> Case:
+    shape = {"batch": 1, "kv_heads": 1, "seqlen_q": 150, "seqlen_k": 300} | kw
+    return Case(head_dim=head_dim, head_dim_v=head_dim_v or head_dim, **shape)
+
+
+EVERYTHING = {"batch": 3, "causal": True, "offset": True, "lengths": True}
+CASES = {
+    "128_everything": sized(128, **EVERYTHING),
+    "64_decode": sized(64, group=8, seqlen_q=1, seqlen_k=200, lengths=True, batch=2),
+    "72_40_window": sized(72, 40, window=(40, 10), offset=True),
+}
+SLOW_CASES = {
+    "8": sized(8, kv_heads=2),
+    "16_more_queries": sized(16, seqlen_q=300, seqlen_k=70, causal=True, offset=True),
+    "64_everything": sized(64, group=3, **EVERYTHING),
+    "64_256": sized(64, 256, causal=True),
+    "96_lengths": sized(96, lengths=True, batch=3, group=2),
+    "112_open_left": sized(112, window=(None, 5)),
+    "128_open_right": sized(128, window=(70, None), lengths=True, batch=2),
+    "128_groups_of_7": sized(128, group=7, seqlen_q=5, **EVERYTHING),
+    "128_one_key": sized(128, seqlen_k=1),
+    "128_one_row": sized(128, seqlen_q=1),
+    "192_128": sized(192, 128, causal=True),
+    "192": sized(192, **EVERYTHING),
+    "256": sized(256, causal=True, group=2),
+    "256_128_lengths": sized(256, 128, lengths=True, batch=2),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(pytest.param(c, id=n) for n, c in CASES.items()),
+        *(pytest.param(c, id=n, marks=pytest.mark.slow) for n, c in SLOW_CASES.items()),
+    ],
+)
+def test_feature(case: Case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("timing", "warps"), [("early", "adversarial"), ("shuffled", "seeded")])
+def test_feature_under_any_timing(name: str, timing: str, warps: str):
+    check(CASES[name], timing=timing, warps=warps, seed=3)
+
+
+@pytest.mark.slow
+def test_half_precision():
+    check(dataclasses.replace(CASES["128_everything"], group=2), "float16")
