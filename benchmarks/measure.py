@@ -105,13 +105,12 @@ def busy_ms_per_call(activities: Sequence[Activity], calls: int) -> list[float]:
     return [busy_ms(group) for group in groups]
 
 
-def calls_per_round(step: Step) -> int:
-    """As many calls as fit a round, from one call on the host's clock after a warm-up."""
+def call_ms(step: Step) -> float:
+    """Milliseconds of one call on the host's clock, after two others."""
     step.run(2)
     start = time.perf_counter()
     step.run(1)
-    ms = (time.perf_counter() - start) * 1e3
-    return max(MIN_CALLS, min(MAX_CALLS, round(ROUND_MS / ms)))
+    return (time.perf_counter() - start) * 1e3
 
 
 def measure(
@@ -119,13 +118,20 @@ def measure(
     clock: Clock,
     rounds: int,
     failed: Callable[[str, Exception], None],
+    warm_up_ms: float = 0,
 ) -> dict[str, Timing]:
     """Time every step once a round, in an order that turns from round to round.
 
-    A step that raises is reported through ``failed`` and left out from there on.
+    Args:
+      steps: what to time, by name.
+      clock: what times it.
+      rounds: how often each has its turn.
+      failed: told of a step that raises, which is left out from there on.
+      warm_up_ms: for how long a step runs before it is timed; at least one call.
     """
     times: dict[str, list[list[float]]] = {}
     calls: dict[str, int] = {}
+    warm_up: dict[str, int] = {}
     names = list(steps)
     for round_ in range(rounds):
         shift = round_ % len(names) if names else 0
@@ -134,8 +140,10 @@ def measure(
                 continue
             try:
                 if name not in calls:
-                    calls[name] = calls_per_round(steps[name])
-                steps[name].run(1)
+                    ms = call_ms(steps[name])
+                    calls[name] = max(MIN_CALLS, min(MAX_CALLS, round(ROUND_MS / ms)))
+                    warm_up[name] = max(1, round(warm_up_ms / ms))
+                steps[name].run(warm_up[name])
                 times.setdefault(name, []).append(clock.time(steps[name], calls[name]))
             except Exception as error:  # a peer's failure must not stop the others
                 times.pop(name, None)

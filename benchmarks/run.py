@@ -74,6 +74,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--filter", default="", help="only cases whose label matches this pattern")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--warm-up",
+        type=float,
+        default=0,
+        metavar="MS",
+        help="keep each implementation busy for so long before its turn is timed: clocks then have "
+        "settled under its load (default: one call)",
+    )
     parser.add_argument("--clock", choices=["auto", "device", "host"], default="auto")
     parser.add_argument("--allow-cpu", action="store_true", help="run also where JAX has no GPU")
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
@@ -118,6 +126,12 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return result.stdout.strip()
+
+
+def command_line(argv: list[str]) -> str:
+    """The command as results tell it: a path outside the repository shrinks to its name."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in argv]
+    return shlex.join(["python", "-m", "benchmarks.run", *words])
 
 
 def build_steps(names: list[str], case: Case, pass_: Pass, skip: "SkipLog") -> dict[str, Step]:
@@ -209,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "gpu": device.device_kind,
         "clock": clock.name,
-        "command": shlex.join(["python", "-m", "benchmarks.run", *argv]),
+        "command": command_line(argv),
     }
     print(f"Run {run['run']} on {run['gpu']}, {clock.name} clock", file=sys.stderr)
 
@@ -235,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
                 skip.where = f"{case.label} {pass_}: "
                 print(f"  {case.name} {case.label} {pass_}", file=sys.stderr)
                 steps = build_steps(names, case, pass_, skip)
-                timings = measure(steps, clock, args.rounds, skip)
+                timings = measure(steps, clock, args.rounds, skip, args.warm_up)
                 for name, timing in timings.items():
                     rows.append(row(run, case, pass_, name, steps[name].dtype, timing))
                     rate = case.rate(pass_, steps[name].dtype, timing.ms)

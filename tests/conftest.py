@@ -93,9 +93,11 @@ class RunRecorder:
         import jaxlib
 
         device = jax.devices()[0]
-        arguments = session.config.invocation_params.args
+        # A path outside the repository shrinks to its name.
+        words = map(str, session.config.invocation_params.args)
+        arguments = [Path(word).name if Path(word).is_absolute() else word for word in words]
         record = {
-            "command": shlex.join(["python", "-m", "pytest", *map(str, arguments)]),
+            "command": shlex.join(["python", "-m", "pytest", *arguments]),
             "commit": os.environ.get("JAX_FLASHCUTE_COMMIT")
             or git("describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -108,6 +108,20 @@ def test_implementations_take_turns_and_a_failing_one_leaves() -> None:
     assert turns == ["slow", "fast", "slow", "fast", "slow"]
 
 
+def test_warm_up_calls_are_not_timed() -> None:
+    timeline = RecordedTimeline()
+    log: list[str] = []
+    measure({"k": timeline.step(1, log)}, DeviceClock(timeline), 1, lambda *_: None)
+    cold = len(log)
+    log.clear()
+    timings = measure(
+        {"k": timeline.step(1, log)}, DeviceClock(timeline), 1, lambda *_: None, warm_up_ms=1
+    )
+    assert len(log) > cold
+    assert timings["k"].calls == 20
+    assert timings["k"].ms == pytest.approx(1)
+
+
 def test_host_clock_gives_one_mean() -> None:
     (ms,) = HostClock().time(Step(lambda: None, lambda _: None, "bfloat16"), 10)
     assert 0 <= ms < 100

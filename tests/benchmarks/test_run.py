@@ -59,6 +59,8 @@ def test_run_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert row["ms"] > 0
         assert row["head_dim"] == 32
     assert len({row["run"] for row in rows}) == 1
+    assert str(tmp_path) not in rows[0]["command"]
+    assert rows[0]["command"].endswith("--rounds 2 --out tiny.json")
     assert "flash_attention_3_jax" in capsys.readouterr().err
 
     arguments = ["--cases", "tiny", "--filter", "hd32", "--allow-cpu", "--peers", "jax_nn_xla"]
