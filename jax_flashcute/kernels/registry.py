@@ -113,10 +113,8 @@ def reasons_against(
     if any(dim == 0 for array in _main(operands) for dim in array.shape):
         reasons.append("an operand is empty")
     if direction == "bwd" and not reasons:
-        if spec.deterministic:
-            reasons.append("no backward kernel is deterministic yet")
         dims = operands.query.shape[-1], operands.value.shape[-1]
-        reasons += backward_config(*dims).reasons_invalid(*dims)
+        reasons += backward_config(*dims, spec.deterministic).reasons_invalid(*dims)
     return reasons
 
 
@@ -137,7 +135,7 @@ def kernel_key(
         config = forward_config(*dims)
         pack_gqa = packing_pays(query.shape[1], group, config)
     else:
-        config, pack_gqa, num_sms = backward_config(*dims), False, 0
+        config, pack_gqa, num_sms = backward_config(*dims, spec.deterministic), False, 0
     return KernelKey(
         kernel={"fwd": "sm90_forward", "bwd": "sm90_backward"}[direction],
         arch=arch,
@@ -211,7 +209,9 @@ def _backward_arrays(key: KernelKey):
     qk = (_element_type(key), (1, 1, 1, key.head_dim))
     v = (_element_type(key), (1, 1, 1, key.head_dim_v))
     rows = (cutlass.Float32, (1, 1, 1))
-    return [qk, qk, v, v, rows, v, rows, *_optional_arrays(key), qk, qk, v, rows, rows, rows]
+    turns = [(cutlass.Int32, (1, 1, 1))] if key.config.deterministic else []
+    inputs = [qk, qk, v, v, rows, v, rows, *_optional_arrays(key)]
+    return [*inputs, qk, qk, v, rows, rows, rows, *turns]
 
 
 def _optional_arrays(key: KernelKey):
