@@ -124,17 +124,13 @@ def test_symbolic_batch_lengths_and_heads_are_served() -> None:
     assert type(symbolic.group) is int
 
 
-def test_what_the_backward_does_not_serve() -> None:
-    """Beyond what no kernel serves; each head_dim is either served or refused with its reason."""
-    reasons = reasons_against("bwd", deterministic=True)
-    assert reasons == ["no backward kernel is deterministic yet"]
-    assert reasons_against("fwd", deterministic=True) == []
-    for head_dim, head_dim_v in itertools.product(HEAD_DIMS, HEAD_DIMS):
-        config = backward_config(head_dim, head_dim_v)
-        expected = config.reasons_invalid(head_dim, head_dim_v)
-        assert reasons_against("bwd", H=head_dim, Hv=head_dim_v) == expected
-    for head_dim in (64, 128):
-        assert reasons_against("bwd", H=head_dim) == []
+def test_the_backward_serves_what_the_forward_does() -> None:
+    """Nothing beyond what no kernel serves: every head_dim, deterministic or not."""
+    for direction, deterministic in itertools.product(("fwd", "bwd"), (False, True)):
+        for head_dim, head_dim_v in itertools.product(HEAD_DIMS, HEAD_DIMS):
+            assert not reasons_against(
+                direction, H=head_dim, Hv=head_dim_v, deterministic=deterministic
+            )
 
 
 # ---- keys ----------------------------------------------------------------------------------
