@@ -514,8 +514,15 @@ def _fence(asm, st):
 
 @instruction("griddepcontrol")
 def _griddepcontrol(asm, st):
-    """Launches run one after another here: every prerequisite grid has completed."""
-    return lambda v, m: None
+    """Launches run one after another; a use of what an earlier one used needs the wait."""
+    if st.parts[1] != "wait":
+        return lambda v, m: None
+
+    def wait(block, g, m):
+        if block.ordering:
+            block.ordering.clock[g.warps, block.ordering.prerequisites] = 1
+
+    return effect(wait)
 
 
 @instruction("nanosleep")

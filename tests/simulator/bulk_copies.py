@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from . import barriers
-from .memory_access import addresses, check_shared, shared_target
+from .memory_access import addresses, check_shared, shared_target, use_global
 from .program import PARAMETER_WINDOW, FormError, effect, instruction, integer
 from .tensor_map import TensorMap, decode
 from .trace import source as trace_source
@@ -302,6 +302,7 @@ def _tensor_copy(asm, st, reduction):
 
 def _tensor_load(block, g, t, tensor, at, where, barrier_at, ranks, two_blocks, st):
     machine = block.machine
+    use_global(block, _array(block, tensor, st), g.lanes[t : t + 1], False, st)
     size = tensor.box_bytes
     owner, offset = shared_target(block, np.array([where]), st)
     offset = int(offset[0])
@@ -332,7 +333,18 @@ def _tensor_load(block, g, t, tensor, at, where, barrier_at, ranks, two_blocks, 
     _submit(block, g, copy, st)
 
 
+def _array(block, tensor, st):
+    """The array that a tensor map describes."""
+    memory = block.machine.memory.find(tensor.address)
+    if memory is None or tensor.address > memory.base + memory.size:
+        block.machine.log.fatal(
+            "out-of-bounds access", st, f"the tensor map's address {tensor.address:#x} is no array"
+        )
+    return memory
+
+
 def _tensor_store(block, g, t, tensor, at, where, reduction, st):
+    use_global(block, _array(block, tensor, st), g.lanes[t : t + 1], True, st)
     size = tensor.box_bytes
     _aligned(block, where, 128, "the source", st)
     check_shared(block, np.array([where, where + size - 16]), 16, st)
@@ -397,6 +409,7 @@ def _bulk_one(block, g, t, to, at, size, barrier_at, into, source, reduction, dt
                 f"a bulk copy of {size} bytes at {address:#x}, beyond "
                 f"{memory.name if memory else 'every array'}",
             )  # fmt: skip
+        use_global(block, memory, g.lanes[t : t + 1], address == to, st)
         return None, memory, address - memory.base
 
     from_owner, from_memory, from_offset = side(source, at)
@@ -519,7 +532,9 @@ def _cp_async(asm, st):
                 token = (token[0], token[1], token[3], token[3])
                 cells = block.cells(to[mine], size).reshape(-1)
                 block.ordering.async_write(token, cells, st, g.pc, "the cp.async")
-            copy = _cp_async_copy(block, to[mine], at[mine], have[mine], size, token, st)
+            copy = _cp_async_copy(
+                block, warps[mine], to[mine], at[mine], have[mine], size, token, st
+            )
             groups = block.copy_groups.setdefault(warp, BulkGroups())
             groups.open.append(copy)
             _submit(block, g, copy, st)
@@ -527,7 +542,7 @@ def _cp_async(asm, st):
     return effect(run)
 
 
-def _cp_async_copy(block, to, at, have, size, token, st):
+def _cp_async_copy(block, warps, to, at, have, size, token, st):
     memory = None
     if (have > 0).any():
         low = at[have > 0]
@@ -536,6 +551,7 @@ def _cp_async_copy(block, to, at, have, size, token, st):
             block.machine.log.fatal(
                 "out-of-bounds access", st, f"cp.async of {size} bytes at {int(low.max()):#x}"
             )
+        use_global(block, memory, warps, False, st)
 
     def read():
         column = np.arange(size)

@@ -234,6 +234,7 @@ class Machine:
       schedule: decides who runs next and when asynchronous work completes.
       ordering: the happens-before checker, or None.
       log: the findings.
+      launch_index, overlaps_from: its number, and that of the first launch that may overlap it.
       coverage: where set, collects the PTX lines of memory and synchronisation that ran.
     """
 
@@ -259,6 +260,7 @@ class Machine:
         self.steps = 0
         self.executed = 0
         self.coverage: set[int] | None = None
+        self.launch_index = self.overlaps_from = 0
 
     # ---- one cluster
 

@@ -122,6 +122,26 @@ def find_global(block, a, size, statement):
     return memory, a - memory.base
 
 
+def use_global(block, memory, warps, writes, statement):
+    """Note a launch's use of an array, which must wait for the launches that still overlap it."""
+    machine = block.machine
+    last = max(memory.written_by, memory.read_by if writes else -1)
+    if (
+        machine.overlaps_from <= last < machine.launch_index
+        and block.ordering
+        and not block.ordering.clock[warps, block.ordering.prerequisites].all()
+    ):
+        machine.log.add(
+            "missing griddepcontrol.wait", statement,
+            f"{'writes' if writes else 'reads'} {memory.name}, which launch {last} used, while "
+            "that launch may still run",
+        )  # fmt: skip
+    if writes:
+        memory.written_by = machine.launch_index
+    else:
+        memory.read_by = machine.launch_index
+
+
 def _no_array(block, address, size, statement):
     block.machine.log.fatal(
         "out-of-bounds access", statement, f"{size} bytes at {address:#x}: no array is there"
@@ -160,6 +180,7 @@ def load(block, g, m, space, a, dtype, count, statement, pc):
                      for i in range(len(a))]  # fmt: skip
             return np.concatenate(parts)
         memory, offsets = found
+        use_global(block, memory, g.warps, False, statement)
         data = memory.view(dtype)
     elif space == "param":
         offsets = a - PARAMETER_WINDOW
@@ -215,6 +236,7 @@ def store(block, g, m, space, a, values, statement, pc):
                 store(block, g, m, space, a[i : i + 1], values[i : i + 1], statement, pc)
             return
         memory, offsets = found
+        use_global(block, memory, g.warps, True, statement)
         data = memory.view(dtype)
     elif space == "local":
         flat = block.local.reshape(-1).view(dtype)
@@ -428,6 +450,7 @@ def _atomic(asm, st):
             if found is None:
                 raise FormError("atomics on several arrays in one instruction")
             memory, offsets = found
+            use_global(block, memory, g.warps, True, st)
             data = memory.view(dtype)
         index = offsets // dtype.itemsize
         if (

@@ -82,6 +82,7 @@ _REMOVED = (
     ("tcgen05.wait", "remove tcgen05.wait"),
     ("tcgen05.fence", "remove tcgen05.fence"),
     ("setmaxnreg.dec", "remove setmaxnreg.dec"),
+    ("griddepcontrol.wait", "remove griddepcontrol.wait"),
 )
 
 _GUARDED = re.compile(r"^(\s*)(@!?%\S+\s+)?(.*)$")

@@ -34,7 +34,8 @@ class Ordering:
     def __init__(self, num_warps: int, cells: int, log):
         self.num_warps = num_warps
         self.first_slot = 2 * num_warps
-        self.num_actors = self.first_slot + NUM_SLOTS
+        self.prerequisites = self.first_slot + NUM_SLOTS  # 1 where griddepcontrol.wait is behind
+        self.num_actors = self.prerequisites + 1
         self.clock = np.zeros((num_warps, self.num_actors + 1), np.int32)
         self.fenced = np.zeros((num_warps, self.num_actors + 1), np.int32)
         warps = np.arange(num_warps)

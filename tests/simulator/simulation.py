@@ -96,10 +96,14 @@ def simulate(
     schedule = Schedule(timing, warps, seed)
     # Registers hold NaNs in every float width; which ones, the seed says.
     poison = 2**64 - 1 if seed == 0 else int(random.integers(1, 2**63)) | 0x7FC0FFC07FC0FFC0
-    for launch in record_launches(kernel, buffers, num_sms=num_sms):
+    overlaps_from = 0
+    for index, launch in enumerate(record_launches(kernel, buffers, num_sms=num_sms)):
+        if not launch.programmatic:
+            overlaps_from = index  # it starts when all before it have completed
         run_launch(
             launch, _program(kernel.ptx, launch.kernel), memory, schedule, log,
             check=check, poison=poison, num_sms=num_sms, trace=trace, coverage=coverage,
+            order=(index, overlaps_from),
         )  # fmt: skip
     if own_log and log.findings:
         raise SimulationError(log.findings)
@@ -120,6 +124,7 @@ def run_launch(
     num_sms=132,
     trace=None,
     coverage=None,
+    order=(0, 0),
 ):
     """Run every block of one launch, cluster after cluster."""
     if 0 in launch.grid:
@@ -132,6 +137,7 @@ def run_launch(
         check_ordering=check, poison=poison, num_sms=num_sms, trace=trace,
     )  # fmt: skip
     machine.coverage = coverage
+    machine.launch_index, machine.overlaps_from = order
     gx, gy, gz = launch.grid
     cx, cy, cz = launch.cluster
     with np.errstate(all="ignore"), one_thread():

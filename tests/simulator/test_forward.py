@@ -1,10 +1,12 @@
 """The Hopper forward kernel, whole, against a dense reference."""
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.simulator import reference, simulate
+from tests.simulator import SimulationError, mutation, reference, simulate
 from tests.simulator.compiled import forward
 
 BF16 = ml_dtypes.bfloat16
@@ -58,3 +60,13 @@ def test_rows_that_see_nothing():
 def test_packed_heads_in_half_precision():
     kernel = forward(64, 8, pack_gqa=True, dtype="float16")
     check(kernel, (1, 17, 8, 200, 1, 64), dtype=np.float16)
+
+
+def test_a_dependent_launch_must_wait_for_the_one_before():
+    """Without griddepcontrol.wait the tile counter may be drawn from before it is reset."""
+    kernel = forward()
+    wait = next(m for m in mutation.mutants(kernel.ptx) if m.what == "remove griddepcontrol.wait")
+    broken = dataclasses.replace(kernel, ptx=wait.apply(kernel.ptx))
+    with pytest.raises(SimulationError) as raised:
+        run(broken, (1, 128, 1, 128, 1, 128))
+    assert [f.kind for f in raised.value.findings] == ["missing griddepcontrol.wait"]
