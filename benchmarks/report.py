@@ -2,8 +2,8 @@
 
     python -m benchmarks.report            # benchmarks/results/<gpu>/ -> docs/measured/<gpu>.md
 
-For every cell the latest run that measured it is shown: figures stand on one line only where they
-were measured side by side.
+For every cell and set of implementations the latest run is shown: figures stand on one line only
+where they were measured side by side.
 """
 
 import argparse
@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.tables import UNITS, Row, by_cell, implementations, latest_runs, rate, table
+from benchmarks.tables import OURS, UNITS, Row, by_cell, implementations, latest_runs, rate, table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PASS_NAMES = {"fwd": "forward", "bwd": "backward"}
@@ -98,12 +98,18 @@ def report(results: Path, out: Path) -> list[Path]:
         "slowest round.",
     ]
     written = []
-    for (case, pass_), rows in groups.items():
-        picture = out / f"{results.name}_{case}_{pass_}.png"
-        title = f"{case}, {PASS_NAMES[pass_]}, {gpu}"
+    for (case, pass_, company), rows in groups.items():
+        # The company with the most rows has the plain name.
+        name = f"{results.name}_{case}_{pass_}"
+        heading = f"{case}, {PASS_NAMES[pass_]}"
+        if out / f"{name}.png" in written:
+            apart = [peer for peer in company if peer != OURS]
+            name, heading = f"{name}_{'_'.join(apart)}", f"{heading}: {', '.join(apart)}"
+        picture = out / f"{name}.png"
+        title = f"{heading}, {gpu}"
         plot(rows, title, picture)
         written.append(picture)
-        lines += ["", f"## {case}, {PASS_NAMES[pass_]}", "", f"![{title}]({picture.name})", ""]
+        lines += ["", f"## {heading}", "", f"![{title}]({picture.name})", ""]
         lines += [table(rows), "", *footnotes(rows)]
     page = out / f"{results.name}.md"
     page.write_text("\n".join(line.rstrip() for line in lines) + "\n")

@@ -28,16 +28,29 @@ def label(row: Row) -> str:
     return Case(row["case"], **{field: row[field] for field in CASE_FIELDS}).label
 
 
-def latest_runs(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by (case, pass), those of each cell from the latest run that measured it alone."""
-    cells: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+def latest_runs(rows: Iterable[Row]) -> dict[tuple[str, str, tuple[str, ...]], list[Row]]:
+    """Rows by (case, pass, implementations): a cell's from the latest run of that company alone.
+
+    Figures of different runs are not compared, so runs with other peers stand apart.
+    """
+    runs: dict[tuple[str, str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        cells[row["case"], row["pass"], label(row)].append(row)
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for (case, pass_, _), cell in cells.items():
-        latest = max(cell, key=lambda row: (row["date"], row["run"]))["run"]
-        groups[case, pass_] += [row for row in cell if row["run"] == latest]
-    return dict(sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] != "fwd")))
+        runs[row["case"], row["pass"], label(row), row["run"]].append(row)
+    latest: dict[tuple[str, str, str, tuple[str, ...]], list[Row]] = {}
+    for (case, pass_, cell, _), run in runs.items():
+        key = case, pass_, cell, tuple(implementations(run))
+        if key not in latest or _age(run) > _age(latest[key]):
+            latest[key] = run
+    groups: dict[tuple[str, str, tuple[str, ...]], list[Row]] = defaultdict(list)
+    for (case, pass_, _, company), run in latest.items():
+        groups[case, pass_, company] += run
+    return dict(
+        sorted(groups.items(), key=lambda g: (g[0][0], g[0][1] != "fwd", -len(g[1]), g[0][2]))
+    )
+
+
+def _age(run: list[Row]) -> tuple[str, str]:
+    return max((row["date"], row["run"]) for row in run)
 
 
 def by_cell(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:

@@ -72,7 +72,10 @@ def test_run_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     text = page.read_text()
     assert "## tiny, forward" in text
     assert "| hd32 1x64 4/2 causal |" in text
-    assert [picture.name for picture in pictures] == ["cpu_tiny_fwd.png", "cpu_tiny_bwd.png"]
+    # The second run had other implementations, so it stands apart.
+    names = ["cpu_tiny_fwd.png", "cpu_tiny_fwd_jax_nn_xla.png", "cpu_tiny_bwd.png"]
+    assert [picture.name for picture in pictures] == names
+    assert "## tiny, forward: jax_nn_xla" in text
     for picture in pictures:
         assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -111,7 +114,7 @@ def row(implementation: str, run: str, ms: float, case: Case = DENSE[0]) -> tabl
     }  # fmt: skip
 
 
-def test_a_line_shows_the_latest_run_alone() -> None:
+def test_a_table_shows_the_latest_run_of_the_same_implementations() -> None:
     rows = [
         row("jax_flashcute", "2026-01-01", 4.0),
         row("other", "2026-01-01", 1.0),
@@ -120,9 +123,20 @@ def test_a_line_shows_the_latest_run_alone() -> None:
         row("jax_flashcute", "2026-02-01", 1.0),
         row("jax_nn_cudnn", "2026-02-01", 2.0),
     ]
-    ((key, latest),) = tables.latest_runs(rows).items()
-    assert key == ("dense", "fwd")
-    assert latest == rows[4:] + rows[2:4]
+    groups = tables.latest_runs(rows)
+    ours = "jax_flashcute"
+    assert list(groups) == [
+        ("dense", "fwd", (ours, "jax_nn_cudnn")),
+        ("dense", "fwd", (ours, "other")),
+    ]
+    assert groups["dense", "fwd", (ours, "other")] == rows[:2]
+    latest = groups["dense", "fwd", (ours, "jax_nn_cudnn")]
+    assert latest == rows[2:4] + rows[4:]
+    newer = [row("jax_flashcute", "2026-03-01", 0.5), row("jax_nn_cudnn", "2026-03-01", 2.0)]
+    assert (
+        tables.latest_runs(rows + newer)["dense", "fwd", (ours, "jax_nn_cudnn")]
+        == rows[2:4] + newer
+    )
     text = tables.table(latest)
     assert "other |" not in text.replace("best other |", "")
     assert text.count("\n| hd64 4x4096") == 2
