@@ -155,6 +155,7 @@ def _gather(block, tensor, coordinates, statement) -> np.ndarray:
 def _scatter(block, tensor, coordinates, data, statement, reduction):
     """Write the box back, in bounds only; with a reduction, combine."""
     memory, offset, inside, start, limit = _locate(block, tensor, coordinates, statement)
+    block.machine.memory.version += 1
     width = tensor.dtype.itemsize
     if reduction is None:
         element = np.uint8
@@ -429,6 +430,7 @@ def _bulk_one(block, g, t, to, at, size, barrier_at, into, source, reduction, dt
         return from_memory.data[from_offset : from_offset + size].copy()
 
     def write(data):
+        block.machine.memory.version += 1
         if reduction is None:
             to_memory.data[to_offset : to_offset + size] = data
         else:

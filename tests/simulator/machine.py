@@ -19,6 +19,8 @@ BLOCK = "block"  # the group waits; the instruction runs again when it wakes
 YIELD = "yield"  # go on, but let others run first
 SPLIT = "split"  # run the instruction again, a warp at a time
 
+SPIN = 5_000
+"""Instructions without any progress after which a cluster lets other clusters run."""
 _PATIENCE = 12
 """Rounds in which every waiting try_wait may time out before that counts as deadlock."""
 
@@ -264,8 +266,8 @@ class Machine:
 
     # ---- one cluster
 
-    def run_cluster(self, block_indices) -> None:
-        """Run the blocks of one cluster to their end."""
+    def run_cluster(self, block_indices):
+        """Run the blocks of one cluster to their end; yields where they seem to spin."""
         warps = self.register_files[0].num_threads // 32
         self.ordering = None
         if self.check_ordering:
@@ -296,6 +298,7 @@ class Machine:
         self.trace = self.tracer
         if self.tracer and not self.tracer.begin(self.blocks[0]):
             self.trace = None
+        last_progress, last_executed = 0, self.executed
         while self.groups:
             self.schedule.complete_some(self)
             ready = [g for g in self.groups if g.blocked is None]
@@ -307,6 +310,11 @@ class Machine:
             group, budget = self.schedule.pick(ready)
             group.last_run = self.steps = self.steps + 1
             self._run(group, budget)
+            if self.progress != last_progress:
+                last_progress, last_executed = self.progress, self.executed
+            elif self.executed - last_executed > SPIN:
+                last_executed = self.executed
+                yield
         for block in self.blocks:
             self._check_exit(block)
         if self.trace:

@@ -32,6 +32,7 @@ class GlobalMemory:
         self._bases: list[int] = []
         self.memories: list[Memory] = []
         self.next = 0x10_0000_0000
+        self.version = 0  # counts changes
 
     def allocate(self, size: int, name: str, fill: int) -> Memory:
         memory = Memory(self.next, size, name, fill)

@@ -237,6 +237,8 @@ def store(block, g, m, space, a, values, statement, pc):
             return
         memory, offsets = found
         use_global(block, memory, g.warps, True, statement)
+        block.machine.memory.version += 1
+        block.machine.progress += 1
         data = memory.view(dtype)
     elif space == "local":
         flat = block.local.reshape(-1).view(dtype)
@@ -458,18 +460,23 @@ def _atomic(asm, st):
             and dtype.itemsize >= 4
         ):  # fmt: skip
             np.add.at(data, index[:, None] + np.arange(total), operand)
+            block.machine.memory.version += 1
             block.machine.progress += 1
             return None
+        changed = False
         for i in range(len(index)):
             for j in range(total):
                 k = index[i] + j
-                old[i, j] = data[k]
+                before = old[i, j] = data[k]
                 if operation == "cas":
                     if data[k] == operand[i, j]:
                         data[k] = other[i, j]
                 else:
                     data[k] = combine(data[k], operand[i, j])
-        block.machine.progress += 1
+                changed = changed or data[k] != before
+        if changed:
+            block.machine.memory.version += 1
+            block.machine.progress += 1
         if outs:
             for i, out in enumerate(outs):
                 if out is None:

@@ -126,29 +126,71 @@ def run_launch(
     coverage=None,
     order=(0, 0),
 ):
-    """Run every block of one launch, cluster after cluster."""
+    """Run every block of one launch.
+
+    Clusters run one after another; one that waits for another one's writes stands aside until the
+    others have run.
+    """
     if 0 in launch.grid:
         return
     threads = program.kernel.num_threads
     if threads is not None and threads != int(np.prod(launch.block)):
         raise ValueError(f"{launch.kernel}: launched with {launch.block}, compiled for {threads}")
-    machine = Machine(
-        launch, program, memory, schedule, log,
-        check_ordering=check, poison=poison, num_sms=num_sms, trace=trace,
-    )  # fmt: skip
-    machine.coverage = coverage
-    machine.launch_index, machine.overlaps_from = order
-    gx, gy, gz = launch.grid
-    cx, cy, cz = launch.cluster
+
+    def new_machine():
+        machine = Machine(
+            launch, program, memory, schedule, log,
+            check_ordering=check, poison=poison, num_sms=num_sms, trace=trace,
+        )  # fmt: skip
+        machine.coverage = coverage
+        machine.launch_index, machine.overlaps_from = order
+        return machine
+
+    machine, waiting = new_machine(), []
     with np.errstate(all="ignore"), one_thread():
-        for z in range(0, gz, cz):
-            for y in range(0, gy, cy):
-                for x in range(0, gx, cx):
-                    machine.run_cluster(
-                        [
-                            (x + i, y + j, z + k)
-                            for k in range(cz)
-                            for j in range(cy)
-                            for i in range(cx)
-                        ]
-                    )
+        for indices in _clusters(launch.grid, launch.cluster):
+            running = machine.run_cluster(indices)
+            if not _finishes(running):
+                waiting.append((machine, running))
+                machine = new_machine()
+                if len(waiting) * machine.cluster_size >= num_sms:
+                    _take_turns(waiting, memory, log, until=len(waiting) - 1)
+        _take_turns(waiting, memory, log, until=0)
+
+
+def _clusters(grid, cluster):
+    """Block indices of each cluster, x fastest."""
+    for z in range(0, grid[2], cluster[2]):
+        for y in range(0, grid[1], cluster[1]):
+            for x in range(0, grid[0], cluster[0]):
+                yield [
+                    (x + i, y + j, z + k)
+                    for k in range(cluster[2])
+                    for j in range(cluster[1])
+                    for i in range(cluster[0])
+                ]
+
+
+def _finishes(running) -> bool:
+    """Run a cluster until it ends or spins."""
+    return next(running, _ENDED) is _ENDED
+
+
+_ENDED = object()
+_ROUNDS = 10
+"""Turns of all waiting clusters, without a change in memory, that count as deadlock."""
+
+
+def _take_turns(waiting, memory, log, until):
+    """Resume spinning clusters in turn until at most ``until`` of them are left."""
+    idle = 0
+    while len(waiting) > until:
+        version, count = memory.version, len(waiting)
+        waiting[:] = [pair for pair in waiting if not _finishes(pair[1])]
+        changed = memory.version != version or len(waiting) != count
+        idle = 0 if changed else idle + 1
+        if idle > _ROUNDS:
+            groups = [g for machine, _ in waiting for g in machine.groups]
+            statement = groups[0].block.program.operations[groups[0].pc].statement
+            lines = "\n      ".join(g.describe() for g in groups)
+            log.fatal("deadlock", statement, f"blocks spin and nothing changes:\n      {lines}")

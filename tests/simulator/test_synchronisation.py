@@ -674,3 +674,37 @@ def test_one_thread_releases_for_its_warp_only_after_a_warp_barrier():
     with pytest.raises(SimulationError) as raised:
         per_thread(RELEASE.replace("{barrier}", ""), threads=64)
     assert "shared-memory race" in [f.kind for f in raised.value.findings]
+
+
+# ---- between blocks
+
+TICKET = """
+  mov.u32 %r1, %ctaid.x;
+  setp.ne.u32 %p1, %tid, 0;
+  @%p1 bra done;
+again:
+  ld.acquire.gpu.global.b32 %r2, [%a0];
+  setp.ne.u32 %p2, %r2, %r1;
+  @%p2 bra again;
+  mul.lo.u32 %r3, %r1, %r1;
+  mul.wide.u32 %rd1, %r1, 4;
+  add.s64 %rd1, %rd1, %a0;
+  st.global.b32 [%rd1+4], %r3;
+  add.{sign} %r2, %r2, {step};
+  st.release.gpu.global.b32 [%a0], %r2;
+done:
+"""
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_blocks_wait_for_each_other(first):
+    """In the order of the grid, and against it."""
+    step = {0: "1", 3: "-1"}[first]
+    memory = np.array([first, 0, 0, 0, 0], np.uint32)
+    (got,) = execute(TICKET.format(sign="s32", step=step), memory, grid=4)
+    np.testing.assert_array_equal(got[1:], [0, 1, 4, 9])
+
+
+def test_blocks_that_wait_for_nothing_are_a_deadlock():
+    memory = np.array([7, 0, 0, 0, 0], np.uint32)
+    assert findings(TICKET.format(sign="s32", step="1"), memory, grid=2) == ["deadlock"]

@@ -53,11 +53,14 @@ class Trace:
         self.last = 0
         self._launches = -1
         self._kept = None
+        self._active = False
 
     # ---- called by the machine
 
     def begin(self, block) -> bool:
         """Start a block; whether it is the one to record."""
+        if self._active:
+            return False
         self._launches += block.linear_id == 0
         self._active = block.block_index == self.block and self.launch in (None, self._launches)
         if self._active:
