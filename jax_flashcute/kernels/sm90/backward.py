@@ -773,17 +773,14 @@ class BackwardSm90:
         rdS = cute.make_rmem_tensor(c.acc_S.layout, self.dtype)
         convert_pairs(c.acc_S, rP)
         rP, tVrO = as_operand_a(rP), c.tVrO[None, None, None, do_stage]
-        if cfg.early_dv:
-            gemm(c.mma_dv, c.acc_dV, rP, tVrO, True)
-        warpgroup.wait_group(1 if cfg.early_dv else 0)
+        warpgroup.wait_group(0)
         self.score_gradients(scores, dscores, c.tdPsum, do_stage)
         convert_pairs(c.acc_P, rdS)
         if cfg.ds_stages == 1:
             # Every warpgroup has read the dS of the tile before.
             self.meet()
         cute.copy(c.copy_ds, c.copy_ds.retile(rdS), c.tSsS[None, None, None, ds_stage])
-        if not cfg.early_dv:
-            gemm(c.mma_dv, c.acc_dV, rP, tVrO, True)
+        gemm(c.mma_dv, c.acc_dV, rP, tVrO, True)
         cute.arch.fence_view_async_shared()
         self.meet()
         shape = cfg.dq_part_shape(self.head_dim)
