@@ -1,7 +1,7 @@
 """``simulate``: from a compiled kernel and arrays to arrays."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -54,6 +54,7 @@ def simulate(
     log: FindingLog | None = None,
     trace=None,
     coverage: set[int] | None = None,
+    ignore: Collection[str] = (),
 ) -> list[np.ndarray]:
     """Run a compiled kernel on the CPU.
 
@@ -68,6 +69,7 @@ def simulate(
       num_sms: multiprocessors that the launcher is told of.
       check: whether to check the ordering of accesses to shared memory.
       log: collects findings instead of raising them at the end; those that end a run still raise.
+      ignore: kinds of finding that are no reason to raise at the end.
       trace: a :class:`trace.Trace` to fill.
       coverage: filled with the PTX lines of the memory and synchronisation instructions that ran.
 
@@ -105,8 +107,9 @@ def simulate(
             check=check, poison=poison, num_sms=num_sms, trace=trace, coverage=coverage,
             order=(index, overlaps_from),
         )  # fmt: skip
-    if own_log and log.findings:
-        raise SimulationError(log.findings)
+    findings = [f for f in log.findings if f.kind not in ignore]
+    if own_log and findings:
+        raise SimulationError(findings)
     return [
         block.data[:size].copy().view(dtype).reshape(shape) for block, shape, dtype, size in held
     ]
