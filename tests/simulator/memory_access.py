@@ -105,7 +105,7 @@ def find_global(block, a, size, statement):
     """(memory, offsets) of global addresses that all fall in one array, else None."""
     low, high = int(a.min()), int(a.max())
     memory = block.machine.memory.find(low)
-    if memory is None or low - memory.base + 0 > memory.size + (1 << 34):
+    if memory is None or low - memory.base > memory.size + (1 << 34):
         _no_array(block, low, size, statement)
     if high + size > memory.base + memory.size:
         if block.machine.memory.find(high) is not memory:
@@ -578,18 +578,14 @@ def _createpolicy(asm, st):
 def _mapa(asm, st):
     """mapa: the address in another block's shared memory that corresponds to one's own."""
     kind = st.parts[-1]
-    _, qualifier = space_of(st.parts)
     text = st.operands[1]
     if asm.statement.register(text) is None:
         value = asm.symbol(text)
-        if kind == "u64":
-            value += 0
         source = (R.VIEW[kind], asm.constant_row(R.VIEW_CLASS[R.VIEW[kind]], value, value))
     else:
         source = asm.source(text, kind)
     rank = asm.source(st.operands[2], "u32")
     out = asm.destination(st.operands[0], kind)
-    del qualifier
 
     def run(v, m):
         a = v[source[0]][source[1]]

@@ -86,6 +86,8 @@ _ON_GET_KERNEL = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
 def _cache_dir() -> Path:
     path = Path(tempfile.gettempdir()) / f"ptx_simulator_{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
+    if path.stat().st_uid != os.getuid():
+        raise PermissionError(f"{path} belongs to another user")
     return path
 
 
