@@ -213,7 +213,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, default="tiny", help="model size")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seq-len", type=int, default=256, help="bytes a window")
     parser.add_argument("--batch", type=int, default=4, help="windows a step")
     parser.add_argument("--learning-rate", type=float, help="peak; default by size")
