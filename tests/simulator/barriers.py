@@ -242,8 +242,17 @@ def use_asynchronously(block, token, barrier, statement):
         barrier.fenced = True
 
 
+def _check_owner(block, barrier, statement):
+    if not barrier.block.live.any():
+        block.machine.log.add(
+            "shared memory of an exited block", statement,
+            f"signals {barrier.describe()}, all of whose threads have exited",
+        )  # fmt: skip
+
+
 def arrive(block, barrier, count, transactions, pairs, statement):
     """Arrive ``count`` times and expect ``transactions`` bytes; ``pairs`` are clocks to publish."""
+    _check_owner(block, barrier, statement)
     barrier.transactions += transactions
     barrier.pending -= count
     if block.ordering:
@@ -261,6 +270,7 @@ def arrive(block, barrier, count, transactions, pairs, statement):
 
 def complete_transactions(block, barrier, size, token, statement):
     """The asynchronous proxy delivered ``size`` bytes."""
+    _check_owner(block, barrier, statement)
     barrier.transactions -= size
     if block.ordering and token is not None:
         block.ordering.finish(barrier.clocks, token)

@@ -80,7 +80,13 @@ def shared_target(block, a, statement):
         block.machine.log.fatal(
             "out-of-bounds access", statement, f"shared memory of block {rank} of the cluster"
         )
-    return block.machine.blocks[rank], a & ((1 << CLUSTER_SHIFT) - 1)
+    owner = block.machine.blocks[rank]
+    if not owner.live.any():
+        block.machine.log.add(
+            "shared memory of an exited block", statement,
+            f"all threads of block {rank} of the cluster have exited",
+        )  # fmt: skip
+    return owner, a & ((1 << CLUSTER_SHIFT) - 1)
 
 
 def check_shared(block, a, size, statement):

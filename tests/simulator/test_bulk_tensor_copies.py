@@ -239,3 +239,20 @@ def test_arriving_at_another_blocks_mbarrier():
     """
     (got,) = execute(body, np.zeros(1, np.uint32), cluster=2, grid=4)
     assert got == [128]
+
+
+def test_a_block_must_outlive_those_that_read_it():
+    """Without the last cluster barrier a block may exit while its neighbour still reads it."""
+    body = EXCHANGE.format(barrier=CLUSTER_BARRIER)
+    last = "barrier.cluster.arrive.aligned;\n  barrier.cluster.wait.aligned;\n"
+    assert body.endswith(last)
+    kinds = set()
+    for seed in range(1, 20):
+        try:
+            execute(
+                body.removesuffix(last), np.zeros((2, 32), np.uint32), cluster=2, grid=2,
+                warps="adversarial", seed=seed,
+            )  # fmt: skip
+        except SimulationError as error:
+            kinds |= {f.kind for f in error.findings}
+    assert kinds == {"shared memory of an exited block"}
