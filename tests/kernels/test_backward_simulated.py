@@ -75,7 +75,8 @@ def check(case: Case, dtype: str = "bfloat16", *, config: BwdConfig | None = Non
     for name, got in zip(("query", "key", "value"), found, strict=False):
         got, want = got.astype(np.float64), gradients[name].astype(np.float64)
         assert np.isfinite(got).all(), name
-        error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6)
+        # Where every query sees one key alone, dQ and dK are 0 but for float32 rounding.
+        error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-2)
         assert error < TOLERANCE[dtype], (name, error)
         # Exactly 0: queries that see no key, keys that no query sees, what lies beyond a length.
         idle = np.isneginf(lse) if name == "query" else (gradients["value"] == 0).all(-1)
