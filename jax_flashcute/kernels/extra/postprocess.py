@@ -4,6 +4,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.memory import SmemAllocator
 
 from jax_flashcute.kernels.config import BwdConfig
 from jax_flashcute.kernels.sm90.fragments import (
@@ -70,7 +71,7 @@ class Postprocess:
         class SharedStorage:
             sdQ: cute.struct.Align[cute.struct.MemRange[self.dtype, cfg.tile_m * self.smem_h], 1024]
 
-        storage = cutlass.utils.SmemAllocator().allocate(SharedStorage)
+        storage = SmemAllocator().allocate(SharedStorage)
         sdQ = storage.sdQ.get_tensor(dq_layout.outer, swizzle=dq_layout.inner)
 
         rows, columns = cfg.dq_part_shape(self.head_dim)

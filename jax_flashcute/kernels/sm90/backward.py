@@ -34,6 +34,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.memory import SmemAllocator
 
 from jax_flashcute.kernels.common.intervals import IntervalMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
@@ -261,7 +262,7 @@ class BackwardSm90:
     ):
         cfg = self.config
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        storage = cutlass.utils.SmemAllocator().allocate(self.shared_storage())
+        storage = SmemAllocator().allocate(self.shared_storage())
         kv_full = storage.barriers.data_ptr()
         pipeline_q = TmaPipeline(
             "q",

@@ -29,6 +29,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.memory import SmemAllocator
 
 from jax_flashcute.kernels.common.intervals import IntervalMask
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
@@ -243,7 +244,7 @@ class ForwardSm90:
     ):
         cfg = self.config
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        storage = cutlass.utils.SmemAllocator().allocate(self.shared_storage())
+        storage = SmemAllocator().allocate(self.shared_storage())
         h_bytes, hv_bytes = self.smem_h * 2, self.smem_hv * 2
         slab_rows = self.heads_packed * self.slab_tokens
         pipeline_q = TmaPipeline(

@@ -10,7 +10,7 @@ import cutlass.utils.hopper_helpers as hopper
 from cutlass import Boolean, Float32, Int32, Int64, Uint32
 from cutlass._mlir.dialects import arith
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.utils import LayoutEnum
+from cutlass.tensor_utils import LayoutEnum
 
 from jax_flashcute.kernels.common.intervals import low_bits
 
