@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -20,19 +19,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flashcute import flash_attention, plan
+from jax_flashcute import flash_attention
 from jax_flashcute.ffi import store
 from jax_flashcute.ffi.call import EXPORT_CHECKS
 from jax_flashcute.ffi.runtime import CALL_TARGET
 from jax_flashcute.kernels import registry
-from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import LONG_EDGE_LENGTHS, Case
+from tests.kernels.gpu_cases import (
+    BF16,
+    FP16,
+    UNIT_ROUNDOFF,
+    compile_in_parallel,
+    host_arrays,
+    key_of,
+)
 
 pytestmark = pytest.mark.gpu
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-BF16, FP16 = "bfloat16", "float16"
-UNIT_ROUNDOFF = {BF16: 2.0**-8, FP16: 2.0**-11}
 
 # head_dim, value head_dim, dtype, group, and what else the call has.
 VARIANTS = [
@@ -92,12 +96,6 @@ CASES = make_cases()
 
 def test_there_are_enough_cases() -> None:
     assert sum(map(len, CASES)) >= 300
-
-
-def host_arrays(case: Case, dtype: str, seed: int = 0) -> dict[str, np.ndarray]:
-    """The case's arrays, made without a GPU kernel per shape."""
-    with jax.default_device("cpu"):
-        return jax.tree.map(np.asarray, case.arrays(dtype, seed))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,41 +193,14 @@ def run(case: Case, arrays: dict, implementation: str | None = "cute"):
     return jax.jit(attend)(**arrays)
 
 
-def key_of(case: Case, dtype: str) -> registry.KernelKey:
-    kv = (case.batch, case.seqlen_k, case.kv_heads)
-    query = (case.batch, case.seqlen_q, case.q_heads, case.head_dim)
-    integers = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
-    operands = Operands(
-        query=jax.ShapeDtypeStruct(query, dtype),
-        key=jax.ShapeDtypeStruct((*kv, case.head_dim), dtype),
-        value=jax.ShapeDtypeStruct((*kv, case.head_dim_v), dtype),
-        q_offset=integers if case.offset else None,
-        query_seq_lengths=integers if case.lengths else None,
-        key_value_seq_lengths=integers if case.lengths else None,
-    )
-    return plan.make_plan(
-        AttentionSpec(1 / math.sqrt(case.head_dim), case.causal, case.window), operands
-    )
-
-
 @pytest.fixture(scope="module")
 def compiled() -> None:
-    """Compiles the kernels of ``CASES`` in parallel; the store hands them to this process."""
-    keys = {
+    compile_in_parallel(
         key_of(case, variant[2])
         for variant, cases in zip(VARIANTS, CASES, strict=True)
         # Packing is all that depends on a length.
         for case in {c.seqlen_q: c for c in cases}.values()
-    }
-    missing = sorted((key for key in keys if not store.contains(key)), key=repr)
-    if not missing:
-        return
-    workers = min(len(missing), os.cpu_count() or 1)
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn")
-    ) as pool:
-        for kernel in pool.map(store.get, missing):
-            assert kernel.object
+    )
 
 
 @pytest.mark.usefixtures("compiled")
