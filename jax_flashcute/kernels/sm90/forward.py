@@ -32,6 +32,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
 from jax_flashcute.kernels.common.intervals import IntervalMask
+from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
@@ -292,7 +293,7 @@ class ForwardSm90:
 
         order = TileOrder(m_blocks, kv_heads, batch, self.heads_per_kv, section)
         work = storage.work.get_tensor(cute.make_layout((WORK_FIELDS, TILE_STAGES)))
-        lengths = partial(self.lengths_of, mQOffset, mQLengths, mKVLengths, q_length, kv_length)
+        lengths = partial(entry_lengths, mQOffset, mQLengths, mKVLengths, q_length, kv_length)
 
         if warp_index < 4:
             cute.arch.setmaxregister_decrease(cfg.producer_registers)
@@ -323,18 +324,6 @@ class ForwardSm90:
             )
         for pipeline in pipelines:
             pipeline.check_arrivals()
-
-    @cute.jit
-    def lengths_of(self, mQOffset, mQLengths, mKVLengths, q_length, kv_length, batch: Int32):
-        """(position of query row 0, query length, key length) of a batch entry."""
-        offset = mQOffset[batch] if const_expr(mQOffset is not None) else Int32(0)
-        queries = Int32(q_length)
-        keys = Int32(kv_length)
-        if const_expr(mQLengths is not None):
-            queries = cutlass.max(cutlass.min(mQLengths[batch], queries), Int32(0))
-        if const_expr(mKVLengths is not None):
-            keys = cutlass.max(cutlass.min(mKVLengths[batch], keys), Int32(0))
-        return offset, queries, keys
 
     @cute.jit
     def key_tiles(self, m_block: Int32, offset: Int32, queries: Int32, keys: Int32):
