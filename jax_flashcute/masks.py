@@ -60,7 +60,9 @@ class TracedFunction:
         ]
         squeezed = [
             x[tuple(slice(None) if varying else 0 for varying in axes)]
-            for x, axes in zip(arguments, varies, strict=True)
+            if v in needed
+            else jnp.zeros((), x.dtype)
+            for v, x, axes in zip(self.jaxpr.invars, arguments, varies, strict=True)
         ]
         batched = [not _is_one(array.shape[0]) for array in arrays]
         arrays = [a if per_batch else a[0] for a, per_batch in zip(arrays, batched, strict=True)]

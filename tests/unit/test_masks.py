@@ -348,3 +348,24 @@ def test_shard_map() -> None:
     np.testing.assert_allclose(gradient(sharded(check_vma=False)), gradient(attend), rtol=1e-5)
     with pytest.raises(NotImplementedError, match="check_vma=False"):
         gradient(sharded())
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0)], ids=str)
+def test_nothing_to_attend(shape: tuple[int, int, int], implementation: str) -> None:
+    batch, t, s = shape
+    floating = {"query": jnp.ones((batch, t, N, H)), "key": jnp.ones((batch, s, K, H))}
+    floating |= {"value": floating["key"], "slopes": random(0, N)}
+
+    def attend(f, mask_mod):
+        arrays = (f["query"], f["key"], f["value"])
+        score_mod = alibi(f)
+        return flash_attention(
+            *arrays, mask_mod=mask_mod, score_mod=score_mod, implementation=implementation
+        )
+
+    for name in ("causal", "documents"):
+        gradients = jax.grad(lambda f, name=name: jnp.sum(attend(f, MASKS[name])))(floating)
+        assert np.all(attend(floating, MASKS[name]) == 0)
+        for array in gradients.values():
+            assert np.all(array == 0)
