@@ -2,7 +2,9 @@
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jax_flashcute import autodiff, dispatch
+from jax_flashcute import autodiff, dispatch, masks
 from jax_flashcute.dispatch import IMPLEMENTATIONS, Implementation
 from jax_flashcute.spec import AttentionSpec, Operands
 
@@ -36,17 +38,24 @@ def flash_attention(
     local_window_size: Window = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    score_mod: Callable[..., Any] | None = None,
     return_residual: bool = False,
     deterministic: bool | None = None,
     implementation: Implementation = None,
 ):
     """Softmax attention, exact, without the T by S matrix of scores in memory.
 
-    Computes ``softmax(cap(scale * query @ key^T) + bias) @ value`` per head, over the keys that a
-    query row may see.  Dimensions: B batch, T query length, S key length, N query heads, K
-    key/value heads (N a multiple of K: grouped queries), H head_dim, Hv head_dim of value.
+    Computes ``softmax(cap(score_mod(scale * query @ key^T)) + bias) @ value`` per head, over the
+    keys that a query row may see.  Dimensions: B batch, T query length, S key length, N query
+    heads, K key/value heads (N a multiple of K: grouped queries), H head_dim, Hv head_dim of value.
 
     A row that sees no key gives output 0, LSE -inf and zero gradients.
+
+    ``mask_mod`` and ``score_mod`` may close over Python numbers, which are part of the program,
+    and over arrays, traced or not, which are run-time operands: new values compile nothing anew,
+    nor does the same lambda made again.  Floating-point arrays that ``score_mod`` closes over have
+    gradients.  As in all of JAX, an index beyond the end of such an array reads its last element.
 
     Args:
       query: (B, T, N, H) or (T, N, H); float16, bfloat16, float32 or (with x64) float64.
@@ -69,6 +78,12 @@ def flash_attention(
       logits_soft_cap: c > 0 in ``c * tanh(score / c)``, applied before the bias.
       sinks: (N,) floating point: an extra logit per head that takes part in the normaliser only.
         Differentiable.
+      mask_mod: ``(b, h, q_idx, kv_idx) -> bool``, in jnp on int32 scalars: batch index, query head,
+        position of the row (row i is at ``i + q_offset``) and number of the key.  False hides the
+        key, on top of what everything else hides.  Evaluated block by block.
+      score_mod: ``(score, b, h, q_idx, kv_idx) -> score``, in jnp on scalars, the score in float32
+        (float64 for float64 operands).  It is evaluated for hidden keys too, where its derivatives
+        must be finite.
       return_residual: also return the LSE, which is differentiable.
       deterministic: gradients are bit-identical between runs.  None follows
         ``--xla_gpu_deterministic_ops`` in ``XLA_FLAGS``.
@@ -99,6 +114,8 @@ def flash_attention(
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
+        mask_mod=mask_mod,
+        score_mod=score_mod,
         deterministic=deterministic,
     )
     residuals = autodiff.attention(spec, operands, _known(implementation))
@@ -237,6 +254,8 @@ def explain(
     local_window_size: Window = None,
     logits_soft_cap: float | None = None,
     sinks=None,
+    mask_mod: Callable[..., Any] | None = None,
+    score_mod: Callable[..., Any] | None = None,
     return_residual: bool = False,
     deterministic: bool | None = None,
     implementation: Implementation = None,
@@ -273,6 +292,8 @@ def explain(
             is_causal=is_causal,
             local_window_size=local_window_size,
             logits_soft_cap=logits_soft_cap,
+            mask_mod=mask_mod,
+            score_mod=score_mod,
             deterministic=deterministic,
         )
         specs.append(spec)
@@ -328,6 +349,8 @@ def _checked(
     local_window_size,
     logits_soft_cap,
     sinks,
+    mask_mod,
+    score_mod,
     deterministic,
 ) -> tuple[AttentionSpec, Operands]:
     """The call's spec and operands, or a ValueError that names the argument."""
@@ -340,12 +363,21 @@ def _checked(
     elif isinstance(scale, Tracer):
         query = (query * _scalar("scale", scale)).astype(query.dtype)
         scale = 1.0
+    mask_mod, mask_mod_arrays = (None, ()) if mask_mod is None else masks.trace_mask(mask_mod)
+    if score_mod is None:
+        score_mod_arrays = ()
+    else:
+        dtype = jnp.promote_types(query.dtype, jnp.float32)
+        score_mod, score_mod_arrays = masks.trace_score(score_mod, dtype)
+    indexed = mask_mod is not None or score_mod is not None
     spec = AttentionSpec(
         scale=float(_scalar("scale", scale)),
         is_causal=bool(is_causal),
         local_window_size=_checked_window(local_window_size),
         logits_soft_cap=_checked_cap(logits_soft_cap),
         deterministic=_follows_xla_flags() if deterministic is None else bool(deterministic),
+        mask_mod=mask_mod,
+        score_mod=score_mod,
     )
     operands = Operands(
         query=query,
@@ -357,6 +389,9 @@ def _checked(
         bias=_elementwise("bias", bias, jnp.floating, "floating point", element_shape),
         mask=_elementwise("mask", mask, jnp.bool_, "bool", element_shape),
         sinks=_checked_sinks(sinks, N),
+        batch_index=jnp.arange(B, dtype=jnp.int32) if indexed else None,
+        mask_mod_arrays=mask_mod_arrays,
+        score_mod_arrays=score_mod_arrays,
     )
     return spec, operands
 

@@ -1,6 +1,7 @@
 """vmap: a mapped axis becomes part of the batch, so that one call serves all of it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,7 @@ from jax.custom_batching import custom_vmap
 from jax_flashcute.spec import Operands, Residuals
 
 # Operands whose batch dimension may be 1 and then holds for the whole batch.
-_BROADCAST = ("bias", "mask", "sinks")
+_BROADCAST = ("bias", "mask", "sinks", "mask_mod_arrays", "score_mod_arrays")
 
 
 def fold_forward(function: Callable[[Operands], Residuals]) -> Callable[[Operands], Residuals]:
@@ -45,12 +46,18 @@ def fold_backward(
         B = operands.query.shape[1 if batched.query else 0]
         fold = _Fold(axis_size, B)
         others = jax.tree.map(fold.array, tuple(others), tuple(others_batched))
-        gradients = folded(fold.operands(operands, batched, shared=("mask",)), *others)
+        gradients = folded(
+            fold.operands(operands, batched, shared=("mask", "mask_mod_arrays")), *others
+        )
         unfolded = {}
         for name in gradients.present():
-            operand = getattr(operands, name)
-            b = operand.shape[1 if getattr(batched, name) else 0]
-            unfolded[name] = fold.undo_reduced(getattr(gradients, name), b)
+            unfolded[name] = jax.tree.map(
+                fold.undo_gradient,
+                getattr(gradients, name),
+                getattr(operands, name),
+                getattr(batched, name),
+                is_leaf=lambda gradient: gradient is None,
+            )
         gradients = dataclasses.replace(gradients, **unfolded)
         return gradients, jax.tree.map(lambda _: True, gradients)
 
@@ -73,20 +80,32 @@ class _Fold:
 
     def operands(self, operands: Operands, batched: Operands, shared: tuple[str, ...]) -> Operands:
         """Every operand folded, but for those in ``shared`` that are one for the whole batch."""
-        folded = {}
-        for name in operands.present():
-            array, is_batched = getattr(operands, name), getattr(batched, name)
+
+        def unless_shared(name: str, array: jax.Array, is_batched: bool) -> jax.Array:
             if name in shared and not is_batched and array.shape[0] == 1:
-                folded[name] = array
-            else:
-                folded[name] = self.array(array, is_batched)
+                return array
+            return self.array(array, is_batched)
+
+        folded = {
+            name: jax.tree.map(
+                functools.partial(unless_shared, name),
+                getattr(operands, name),
+                getattr(batched, name),
+            )
+            for name in operands.present()
+        }
         return dataclasses.replace(operands, **folded)
 
     def undo(self, array: jax.Array) -> jax.Array:
         """(axis_size * B, ...) to (axis_size, B, ...)."""
         return array.reshape(self.axis_size, self.B, *array.shape[1:])
 
-    def undo_reduced(self, gradient: jax.Array, b: int) -> jax.Array:
-        """The gradient of an operand whose batch dimension was ``b``: 1 or B."""
+    def undo_gradient(
+        self, gradient: jax.Array | None, operand: jax.Array, batched: bool
+    ) -> jax.Array | None:
+        """The gradient of an operand whose batch dimension is 1 or B; None has none."""
+        if gradient is None:
+            return None
+        b = operand.shape[1 if batched else 0]
         gradient = self.undo(gradient)
         return gradient if b == self.B else jnp.sum(gradient, axis=1, keepdims=True)

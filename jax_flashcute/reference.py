@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
-from jax_flashcute.visibility import visible, zero_beyond
+from jax_flashcute.visibility import element_indices, visible, zero_beyond
 
 
 def attention(spec: AttentionSpec, operands: Operands) -> Residuals:
@@ -34,13 +34,22 @@ def attention(spec: AttentionSpec, operands: Operands) -> Residuals:
 
     score = jnp.einsum("btnh,bsnh->bnts", query, key, precision=lax.Precision.HIGHEST)
     score = spec.scale * score
+    row, column = jnp.arange(T)[:, None], jnp.arange(S)[None, :]
+    head = jnp.arange(N)[:, None, None]
+    if spec.score_mod is not None:
+        indices = element_indices(operands, head, row, column)
+        modified = spec.score_mod(operands.score_mod_arrays, score, *indices).astype(dtype)
+        score = jnp.broadcast_to(modified, score.shape)
     if spec.logits_soft_cap is not None:
         score = spec.logits_soft_cap * jnp.tanh(score / spec.logits_soft_cap)
     if operands.bias is not None:
         score = score + operands.bias.astype(dtype)
-    seen = visible(spec, operands, jnp.arange(T)[:, None], jnp.arange(S)[None, :])
+    seen = visible(spec, operands, row, column)
     if operands.mask is not None:
         seen = seen & operands.mask
+    if spec.mask_mod is not None:
+        indices = element_indices(operands, head, row, column)
+        seen = seen & spec.mask_mod(operands.mask_mod_arrays, *indices)
     score = jnp.where(seen, score, -jnp.inf)
 
     row_max = jnp.max(score, axis=-1, keepdims=True, initial=-jnp.inf)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import jax
 
+from jax_flashcute.masks import TracedFunction
+
 
 @dataclass(frozen=True)
 class AttentionSpec:
@@ -30,6 +32,9 @@ class AttentionSpec:
       logits_soft_cap: ``c`` in ``c * tanh(score / c)``, applied to the scaled score before the
         bias; ``None`` for none.
       deterministic: gradients are bit-identical between runs.
+      mask_mod: traced ``(b, h, q_idx, kv_idx) -> bool``; False hides a key.
+      score_mod: traced ``(score, b, h, q_idx, kv_idx) -> score``, applied to the scaled score
+        before the soft cap.
 
     A query row i stands at position ``i + q_offset``; ``q_offset`` is an operand.
     """
@@ -39,6 +44,8 @@ class AttentionSpec:
     local_window_size: tuple[int | None, int | None] | None = None
     logits_soft_cap: float | None = None
     deterministic: bool = False
+    mask_mod: TracedFunction | None = None
+    score_mod: TracedFunction | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +63,10 @@ class Operands:
       bias: (1|B, 1|N, 1|T, 1|S) floating point, added to the scaled score.
       mask: (1|B, 1|N, 1|T, 1|S) bool, False hides.
       sinks: (1|B, N) float32: one extra logit per head that takes part in the normaliser only.
+      batch_index: (B,) int32: the ``b`` that ``mask_mod`` and ``score_mod`` see; present where one
+        of them is.
+      mask_mod_arrays: what ``mask_mod`` closes over: (1|B, ...) each.
+      score_mod_arrays: what ``score_mod`` closes over, likewise.
     """
 
     query: jax.Array
@@ -67,10 +78,18 @@ class Operands:
     bias: jax.Array | None = None
     mask: jax.Array | None = None
     sinks: jax.Array | None = None
+    batch_index: jax.Array | None = None
+    mask_mod_arrays: tuple[jax.Array, ...] = ()
+    score_mod_arrays: tuple[jax.Array, ...] = ()
 
     def present(self) -> tuple[str, ...]:
         """Names of the arrays that this call has, in field order."""
-        return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None)
+        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return tuple(name for name, value in fields if not _absent(value))
+
+
+def _absent(value: jax.Array | tuple[jax.Array, ...] | None) -> bool:
+    return value is None or (isinstance(value, tuple) and not value)
 
 
 @jax.tree_util.register_dataclass

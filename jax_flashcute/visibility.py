@@ -52,6 +52,40 @@ def visible(
     return seen
 
 
+def element_indices(
+    operands: Operands, head: jax.Array, q_idx: jax.Array, kv_idx: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What ``mask_mod`` and ``score_mod`` see of a block of elements.
+
+    Args:
+      operands: the arrays of the call; only ``batch_index``, ``q_offset`` and shapes are read.
+      head: integer query head numbers.
+      q_idx: integer query row numbers (not positions).
+      kv_idx: integer key numbers.  The three broadcast to each other, without a batch dimension.
+
+    Returns:
+      ``(b, h, q_idx, kv_idx)``, int32, of one rank with the batch, 1|B, in front; q_idx holds
+      positions.  Padding beyond the last row and the last key has the index of that row or key.
+    """
+    rank = max(head.ndim, q_idx.ndim, kv_idx.ndim)
+
+    def batched(array: jax.Array) -> jax.Array:
+        array = array.astype(jnp.int32)
+        return array.reshape((1,) * (rank + 1 - array.ndim) + array.shape)
+
+    def per_batch(array: jax.Array) -> jax.Array:
+        return array.reshape(array.shape + (1,) * rank)
+
+    T, S = operands.query.shape[1], operands.key.shape[1]
+    position = jnp.clip(batched(q_idx), 0, jnp.maximum(T - 1, 0))
+    kv = jnp.clip(batched(kv_idx), 0, jnp.maximum(S - 1, 0))
+    if operands.q_offset is not None:
+        position = position + per_batch(operands.q_offset)
+    if operands.batch_index is None:
+        raise ValueError("operands must have a batch_index for mask_mod and score_mod")
+    return per_batch(operands.batch_index), batched(head), position, kv
+
+
 def zero_beyond(array: jax.Array, lengths: jax.Array | None) -> jax.Array:
     """Zeros where ``array`` (B, rows, ...) stands at or beyond ``lengths`` (B,): it may be NaN."""
     if lengths is None:

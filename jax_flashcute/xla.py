@@ -18,7 +18,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
-from jax_flashcute.visibility import key_block_range, query_block_range, visible, zero_beyond
+from jax_flashcute.visibility import (
+    element_indices,
+    key_block_range,
+    query_block_range,
+    visible,
+    zero_beyond,
+)
 
 # Elements of one tile of scores over all heads and batches.  On a CPU, 4 MiB in float32 stay in a
 # core's cache: at 16 MiB, training steps of small models took twice as long (2 cores of an EPYC).
@@ -50,8 +56,8 @@ def backward(
       dlse: (B, T, N), the cotangent of lse.
 
     Returns:
-      ``Operands`` with the gradients of query, key, value, bias and sinks, each in its operand's
-      shape and dtype, and None for the integer and boolean operands.
+      ``Operands`` with the gradients of query, key, value, bias, sinks and the floating-point
+      arrays of score_mod, each in its operand's shape and dtype, and None for all others.
     """
     return _by_platform(functools.partial(_backward, spec), operands, residuals, dout, dlse)
 
@@ -81,7 +87,9 @@ def _forward(spec: AttentionSpec, tile_elements: int, operands: Operands) -> Res
 
         def accumulate(j, carry):
             acc, row_max, row_sum = carry
-            score, _ = _score(spec, q_i, _at(key, j), dtype)
+            score = _matmul_transposed(q_i, _at(key, j), dtype) * spec.scale
+            score, _ = tiles.modified(score, i, j, spec, operands)
+            score, _ = _capped(spec, score)
             score = tiles.on_elements(score, i, j, spec, operands, bias, mask)
             new_max = jnp.maximum(row_max, jnp.max(score, axis=-1, keepdims=True))
             # Until a key is visible the maximum is -inf, and -inf - -inf is NaN.
@@ -156,12 +164,14 @@ def _backward(
     zero = _varying_zero((operands, dout, dlse), dtype)
 
     def key_block(j, carry):
-        dquery, dkey, dvalue, dbias = carry
+        dquery, dkey, dvalue, dbias, dmod = carry
 
         def accumulate(i, carry):
-            dquery, dk, dv, dbias = carry
+            dquery, dk, dv, dbias, dmod = carry
             q_i, k_j, do_i = _at(query, i), _at(key, j), _at(douts, i)
-            score, slope = _score(spec, k_j, q_i, dtype)
+            score = _matmul_transposed(k_j, q_i, dtype) * spec.scale
+            score, score_vjp = tiles.modified(score, i, j, spec, operands, transposed=True)
+            score, slope = _capped(spec, score)
             score = tiles.on_elements(score, i, j, spec, operands, bias, mask, transposed=True)
             weight = jnp.exp(score - _at(lses, i))
             dv = dv + _matmul(weight.astype(do_i.dtype), do_i, dtype)
@@ -171,10 +181,13 @@ def _backward(
                 dbias = tiles.add_to_elements(dbias, i, j, dscore)
             if slope is not None:
                 dscore = dscore * slope
+            if score_vjp is not None:
+                dscore, darrays = score_vjp(dscore)
+                dmod = jax.tree.map(lambda total, d: total + d.astype(dtype), dmod, darrays)
             dscore = dscore.astype(q_i.dtype)
             dk = dk + _matmul(dscore, q_i, dtype)
             dq = _matmul(jnp.swapaxes(dscore, -1, -2), k_j, dtype)
-            return _put(dquery, i, _at(dquery, i) + dq), dk, dv, dbias
+            return _put(dquery, i, _at(dquery, i) + dq), dk, dv, dbias, dmod
 
         first_kv = j * tiles.block_kv
         start, stop = query_block_range(
@@ -185,18 +198,21 @@ def _backward(
             jnp.broadcast_to(zero, key.shape[1:]),
             jnp.broadcast_to(zero, value.shape[1:]),
             dbias,
+            dmod,
         )
-        dquery, dk, dv, dbias = _loop(start, stop, tiles.num_q, accumulate, carry)
+        dquery, dk, dv, dbias, dmod = _loop(start, stop, tiles.num_q, accumulate, carry)
         dk = (dk * spec.scale).astype(key.dtype)
-        return dquery, _put(dkey, j, dk), _put(dvalue, j, dv.astype(value.dtype)), dbias
+        dkey, dvalue = _put(dkey, j, dk), _put(dvalue, j, dv.astype(value.dtype))
+        return dquery, dkey, dvalue, dbias, dmod
 
     carry = (
         jnp.broadcast_to(zero, query.shape),
         jnp.broadcast_to(zero.astype(key.dtype), key.shape),
         jnp.broadcast_to(zero.astype(value.dtype), value.shape),
         None if bias is None else jnp.broadcast_to(zero, bias.shape),
+        [jnp.broadcast_to(zero, x.shape) for x in _floating(operands.score_mod_arrays)],
     )
-    dquery, dkey, dvalue, dbias = _loop(0, tiles.num_kv, tiles.num_kv, key_block, carry)
+    dquery, dkey, dvalue, dbias, dmod = _loop(0, tiles.num_kv, tiles.num_kv, key_block, carry)
     dsinks = None
     if operands.sinks is not None:
         dsink = -jnp.exp(operands.sinks.astype(dtype)[:, None, :] - lse) * delta
@@ -206,12 +222,19 @@ def _backward(
     if dbias is not None and operands.bias is not None:
         T, S = operands.bias.shape[2:]
         dbias = dbias[:, :, :T, :S].astype(operands.bias.dtype)
-    return Operands(
+    gradients = Operands(
         query=(tiles.join_q(dquery) * spec.scale).astype(operands.query.dtype),
         key=tiles.join_kv(dkey),
         value=tiles.join_kv(dvalue),
         bias=dbias,
         sinks=dsinks,
+    )
+    return dataclasses.replace(
+        gradients,
+        mask_mod_arrays=(None,) * len(operands.mask_mod_arrays),
+        score_mod_arrays=_with_floating(
+            (None,) * len(operands.score_mod_arrays), operands.score_mod_arrays, dmod
+        ),
     )
 
 
@@ -227,9 +250,21 @@ def _matmul_transposed(a: jax.Array, b: jax.Array, dtype) -> jax.Array:
     return jnp.einsum("bkrx,bkyx->bkry", a, b, preferred_element_type=dtype)
 
 
-def _score(spec: AttentionSpec, a: jax.Array, b: jax.Array, dtype):
-    """Scaled and capped ``a @ b^T``, and the slope of the cap (None without one)."""
-    score = _matmul_transposed(a, b, dtype) * spec.scale
+def _floating(arrays: tuple[jax.Array, ...]) -> list[jax.Array]:
+    return [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+def _with_floating(values, arrays: tuple[jax.Array, ...], floating):
+    """``values`` with those of ``floating``, in order and dtype, where ``arrays`` are so."""
+    rest = iter(floating)
+    return tuple(
+        next(rest).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else value
+        for value, x in zip(values, arrays, strict=True)
+    )
+
+
+def _capped(spec: AttentionSpec, score: jax.Array):
+    """The capped score, and the slope of the cap (None without one)."""
     if spec.logits_soft_cap is None:
         return score, None
     bounded = jnp.tanh(score / spec.logits_soft_cap)
@@ -349,6 +384,43 @@ class _Tiles:
             array = _pad(array, 3, self.num_kv * self.block_kv, 0)
         return array
 
+    def modified(
+        self, score: jax.Array, i, j, spec: AttentionSpec, operands: Operands, *, transposed=False
+    ):
+        """``score_mod`` of tile (i, j), and its transposed derivative (None without one).
+
+        The derivative maps the tile's cotangent to that of ``score`` and those of the floating
+        ``operands.score_mod_arrays``.
+        """
+        function = spec.score_mod
+        if function is None:
+            return score, None
+        indices = self._indices(i, j, operands, transposed)
+        grouped = jnp.broadcast_shapes(*(x.shape for x in indices))
+        grouped = (self.B, *grouped[1:])
+        arrays = operands.score_mod_arrays
+
+        def apply(score, floating):
+            given = _with_floating(arrays, arrays, floating)
+            result = function(given, score.reshape(grouped), *indices)
+            return jnp.broadcast_to(result, grouped).reshape(score.shape).astype(score.dtype)
+
+        return jax.vjp(apply, score, _floating(arrays))
+
+    def _indices(self, i, j, operands: Operands, transposed: bool):
+        """``b, h, q_idx, kv_idx`` of tile (i, j), to broadcast to (B, K, G, block_q, block_kv)
+
+        or, transposed, to (B, K, block_kv, G, block_q).
+        """
+        head = jnp.arange(self.K * self.G).reshape(self.K, self.G)
+        q_idx = i * self.block_q + jnp.arange(self.block_q)
+        kv_idx = j * self.block_kv + jnp.arange(self.block_kv)
+        if transposed:
+            head, kv_idx = head[:, None, :, None], kv_idx[:, None, None]
+        else:
+            head, q_idx = head[:, :, None, None], q_idx[:, None]
+        return element_indices(operands, head, q_idx, kv_idx)
+
     def on_elements(
         self, score, i, j, spec, operands, bias, mask, *, transposed: bool = False
     ) -> jax.Array:
@@ -372,7 +444,7 @@ class _Tiles:
         if mask is not None:
             mask = self._element_tile(mask, i, j)
             seen = mask if seen is None else seen & mask
-        if bias is None and seen is None:
+        if bias is None and seen is None and spec.mask_mod is None:
             return score
         grouped = (self.block_kv, self.G, self.block_q)
         grouped = grouped if transposed else (self.G, self.block_q, self.block_kv)
@@ -381,6 +453,9 @@ class _Tiles:
             tile = tile + placed(self._element_tile(bias, i, j)).astype(score.dtype)
         if seen is not None:
             tile = jnp.where(placed(seen), tile, -jnp.inf)
+        if spec.mask_mod is not None:
+            indices = self._indices(i, j, operands, transposed)
+            tile = jnp.where(spec.mask_mod(operands.mask_mod_arrays, *indices), tile, -jnp.inf)
         return tile.reshape(score.shape)
 
     def add_to_elements(self, array: jax.Array, i, j, tile: jax.Array) -> jax.Array:

@@ -29,6 +29,8 @@ SERVED_OPERANDS = frozenset(
 )
 OPTIONAL_OPERANDS = ("q_offset", "query_seq_lengths", "key_value_seq_lengths")
 """Those of ``SERVED_OPERANDS`` that may be absent, in the order in which kernels take them."""
+FUNCTION_OPERANDS = frozenset(("batch_index", "mask_mod_arrays", "score_mod_arrays"))
+"""What ``mask_mod`` and ``score_mod`` read, which are refused by their own names."""
 
 
 class Shaped(Protocol):
@@ -104,7 +106,10 @@ def reasons_against(
         elif dim % 8 or not 8 <= dim <= MAX_HEAD_DIM:
             reasons.append(f"{name} must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {dim}")
     for name in operands.present():
-        if name not in SERVED_OPERANDS:
+        if name not in SERVED_OPERANDS | FUNCTION_OPERANDS:
+            reasons.append(f"no kernel takes {name} yet")
+    for name, function in (("mask_mod", spec.mask_mod), ("score_mod", spec.score_mod)):
+        if function is not None:
             reasons.append(f"no kernel takes {name} yet")
     if spec.logits_soft_cap is not None:
         reasons.append("no kernel takes logits_soft_cap yet")
