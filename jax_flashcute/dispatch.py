@@ -141,6 +141,4 @@ def _kernel_backward(
 ) -> Operands:
     from jax_flashcute.ffi import call
 
-    return call.backward(  # pyright: ignore[reportAttributeAccessIssue]
-        spec, operands, residuals, dout, dlse
-    )
+    return call.backward(spec, operands, residuals, dout, dlse)

@@ -5,7 +5,7 @@ the last row of a tile of queries bound what the whole tile sees.
 """
 
 import cutlass
-from cutlass import Boolean, Int32, Uint32, const_expr
+from cutlass import Int32, Uint32, const_expr
 
 
 class IntervalMask:
@@ -17,11 +17,6 @@ class IntervalMask:
     def __init__(self, left: int | None, right: int | None):
         self.left = left
         self.right = right
-
-    @property
-    def is_open(self) -> bool:
-        """Whether every query sees every key."""
-        return self.left is None and self.right is None
 
     @property
     def is_staircase(self) -> bool:
@@ -108,7 +103,3 @@ def low_bits(count: Int32) -> Uint32:
     half = Uint32(count) // Uint32(2)
     rest = Uint32(count) - half
     return ~((Uint32(0xFFFFFFFF) << half) << rest)
-
-
-def is_empty_range(n_min: Int32, n_max: Int32) -> Boolean:
-    return n_min >= n_max
