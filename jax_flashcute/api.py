@@ -12,7 +12,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jax_flashcute import autodiff, dispatch, masks
+from jax_flashcute import analysis, autodiff, dispatch, masks
 from jax_flashcute.dispatch import IMPLEMENTATIONS, Implementation
 from jax_flashcute.spec import AttentionSpec, Operands
 
@@ -80,7 +80,10 @@ def flash_attention(
         Differentiable.
       mask_mod: ``(b, h, q_idx, kv_idx) -> bool``, in jnp on int32 scalars: batch index, query head,
         position of the row (row i is at ``i + q_offset``) and number of the key.  False hides the
-        key, on top of what everything else hides.  Evaluated block by block.
+        key, on top of what everything else hides.  One that is ``q_idx - left <= kv_idx <= q_idx +
+        right``, however it is written, or has such a condition, takes the path of
+        ``local_window_size`` for it (positions are taken to be below 2^24 then); what else it says
+        is evaluated block by block.
       score_mod: ``(score, b, h, q_idx, kv_idx) -> score``, in jnp on scalars, the score in float32
         (float64 for float64 operands).  It is evaluated for hidden keys too, where its derivatives
         must be finite.
@@ -363,7 +366,15 @@ def _checked(
     elif isinstance(scale, Tracer):
         query = (query * _scalar("scale", scale)).astype(query.dtype)
         scale = 1.0
-    mask_mod, mask_mod_arrays = (None, ()) if mask_mod is None else masks.trace_mask(mask_mod)
+    window = _checked_window(local_window_size)
+    mask_mod_arrays = ()
+    if mask_mod is not None:
+        mask_mod, mask_mod_arrays = masks.trace_mask(mask_mod)
+        if _is_within(analysis.POSITION_LIMIT, T, S, q_offset):
+            found, mask_mod, mask_mod_arrays = masks.split_window(mask_mod, mask_mod_arrays)
+            sides = zip(window or (None, None), found, strict=True)
+            left, right = (masks.smallest(pair) for pair in sides)
+            window = None if left is None and right is None else (left, right)
     if score_mod is None:
         score_mod_arrays = ()
     else:
@@ -373,7 +384,7 @@ def _checked(
     spec = AttentionSpec(
         scale=float(_scalar("scale", scale)),
         is_causal=bool(is_causal),
-        local_window_size=_checked_window(local_window_size),
+        local_window_size=window,
         logits_soft_cap=_checked_cap(logits_soft_cap),
         deterministic=_follows_xla_flags() if deterministic is None else bool(deterministic),
         mask_mod=mask_mod,
@@ -468,6 +479,12 @@ def _checked_window(window: Window) -> tuple[int | None, int | None] | None:
             )
     left, right = (None if s is None or s >= _UNBOUNDED else int(s) for s in sides)
     return None if left is None and right is None else (left, right)
+
+
+def _is_within(limit: int, *positions) -> bool:
+    """Whether all numbers that are known while tracing are; lengths and offsets that are not
+    known until run time are taken to be."""
+    return all(abs(p) < limit for p in positions if isinstance(p, int))
 
 
 def _checked_cap(cap: float | None) -> float | None:

@@ -5,6 +5,7 @@ kv_idx) -> score``, of scalars.  Each is traced once per call; the arrays it clo
 not, become operands, and what is left is identified by its text.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var, jaxpr_as_fun
+
+from jax_flashcute import analysis
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,50 @@ def trace_score(
     score = jax.ShapeDtypeStruct((), dtype)
     arguments = [score, *[_INDEX] * 4]
     return _trace("score_mod", function, arguments, jnp.floating, "floating-point number")
+
+
+def split_window(
+    mask: TracedFunction, arrays: tuple[jax.Array, ...]
+) -> tuple[tuple[int | None, int | None], TracedFunction | None, tuple[jax.Array, ...]]:
+    """The window that a mask is, or that it is part of, and what is left of it.
+
+    Args:
+      mask: from ``trace_mask``.
+      arrays: those that it closes over.
+
+    Returns:
+      ``(window, rest, arrays)``: the mask shows what both show of which ``window``, ``(left,
+      right)``, is ``q - left <= kv <= q + right`` with None for an open side (and may be negative),
+      and ``rest`` is a mask that closes over ``arrays``; None where the window is all.
+    """
+    program = analysis.analyse(mask.jaxpr)
+    whole = analysis.window(program.intervals())
+    if whole is not None:
+        return whole, None, ()
+    windows, rest = [], []
+    for conjunct in program.conjuncts():
+        found = analysis.window(analysis.key_set(program, conjunct))
+        if found is None:
+            rest.append(conjunct)
+        else:
+            windows.append(found)
+    if not windows:
+        return (None, None), mask, arrays
+
+    left, right = (smallest(sides) for sides in zip(*windows, strict=True))
+    if not rest:
+        return (left, right), None, ()
+    closed_over = [array[0] for array in arrays]
+
+    def remaining(*arguments):
+        return functools.reduce(jnp.logical_and, program.evaluate(rest, closed_over, arguments))
+
+    return (left, right), *trace_mask(remaining)
+
+
+def smallest(sides: Sequence[int | None]) -> int | None:
+    """The nearest of some sides of windows, None being open."""
+    return min((s for s in sides if s is not None), default=None)
 
 
 _INDEX = jax.ShapeDtypeStruct((), jnp.int32)

@@ -26,6 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MASKS = [
     *((None, None), (None, 0), (None, 7), (0, None), (40, None)),
     *((5, 3), (33, 0), (0, 40), (0, 0), (70, 90)),
+    *((None, -1), (-3, None), (-2, 40), (40, -7)),
 ]
 TILES = (32, 48)
 FIRSTS = np.arange(-120, 121, 7)

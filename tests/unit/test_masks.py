@@ -1,13 +1,15 @@
 """Masks and scores written as functions: against the reference and against arrays that say it."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flashcute import explain, flash_attention, masks, xla
+from jax_flashcute import analysis, api, explain, flash_attention, masks, xla
+from jax_flashcute.kernels import registry
 from tests.compare import assert_close, cotangent
 
 B, T, S, N, K, H = 2, 70, 150, 4, 2, 8
@@ -369,3 +371,79 @@ def test_nothing_to_attend(shape: tuple[int, int, int], implementation: str) -> 
         assert np.all(attend(floating, MASKS[name]) == 0)
         for array in gradients.values():
             assert np.all(array == 0)
+
+
+WINDOWS = {
+    "causal": (lambda b, h, q, kv: kv <= q, {"is_causal": True}),
+    "window": (lambda b, h, q, kv: jnp.abs(q - kv) <= 9, {"local_window_size": 9}),
+    "both": (
+        lambda b, h, q, kv: (kv <= q) & (q - kv < 20),
+        {"is_causal": True, "local_window_size": (19, None)},
+    ),
+}
+
+
+def checked(arrays: dict, **call):
+    """The spec and operands of a call."""
+    defaults = dict.fromkeys(inspect.signature(api._checked).parameters)
+    defaults |= {"is_causal": False, "q_offset": 0}
+    return api._checked(**defaults | arrays | call)
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_window_written_as_a_function_takes_the_kernel_of_a_window(name, direction) -> None:
+    function, same = WINDOWS[name]
+    arrays = {n: x.astype(jnp.bfloat16) for n, x in inputs().items()}
+    keys = []
+    for call in ({"mask_mod": function}, same):
+        spec, operands = checked(arrays, **call)
+        assert registry.reasons_against(spec, operands, direction, "sm_90a") == []
+        keys.append(registry.kernel_key(spec, operands, direction, "sm_90a", 132))
+    assert keys[0] == keys[1]
+    assert checked(arrays, mask_mod=function)[1].present() == ("query", "key", "value")
+
+
+def test_what_is_no_window_stays_a_function() -> None:
+    ids, unused = IDS, jnp.ones((B, 3))
+
+    def mask(b, h, q, kv):
+        return (unused[b, 0] > 0) & (kv <= q) & (ids[b, q] == ids[b, kv]) & (kv > q - 40)
+
+    spec, operands = checked(inputs(), mask_mod=mask, local_window_size=(50, 3))
+    assert spec.local_window_size == (39, 0)
+    alone = checked(inputs(), mask_mod=lambda b, h, q, kv: mask(b, h, q, kv) | (kv < -1))[0]
+    assert spec.mask_mod is not None
+    assert len(operands.mask_mod_arrays) == 2
+    assert alone.local_window_size is None
+    dense = as_array(mask, S, T, 0)
+    expected = results("reference", inputs(), lambda _: {"mask": dense})
+    for implementation in ("xla", "reference"):
+        actual = results(implementation, inputs(), lambda _: {"mask_mod": mask})
+        assert_close(actual, expected, 2e-5)
+
+
+@pytest.mark.parametrize("bounds", [(None, -1), (-3, None), (-2, 5), (7, -2), (-4, 1)])
+def test_windows_on_one_side_of_the_diagonal(bounds) -> None:
+    """Both implementations, with offsets, against the dense mask."""
+    left, right = bounds
+
+    def mask(b, h, q, kv):
+        shown = kv >= q - left if left is not None else kv >= 0
+        return shown & (kv <= q + right) if right is not None else shown
+
+    spec, _ = checked(inputs(), mask_mod=mask)
+    assert (spec.local_window_size, spec.mask_mod) == (bounds, None)
+    offset = jnp.asarray([7, -30])
+    more = {"q_offset": offset, "local_window_size": (100, None)}
+    dense = as_array(mask, S, T, offset)
+    expected = results("reference", inputs(), lambda _: {"mask": dense} | more)
+    for implementation in ("xla", "reference"):
+        actual = results(implementation, inputs(), lambda _: {"mask_mod": mask} | more)
+        assert_close(actual, expected, 2e-5)
+
+
+def test_positions_too_far_for_the_analysis_keep_the_function() -> None:
+    call = {"mask_mod": MASKS["causal"], "q_offset": analysis.POSITION_LIMIT}
+    spec, _ = checked(inputs(3, 5), **call)
+    assert spec.mask_mod is not None
