@@ -1,5 +1,6 @@
 """FlashAttention for JAX: attention that is exact, fast and linear in memory."""
 
+from jax_flashcute import masks, scores
 from jax_flashcute.api import Explanation, dot_product_attention, explain, flash_attention
 from jax_flashcute.spec import AttentionSpec
 
@@ -9,4 +10,6 @@ __all__ = [
     "dot_product_attention",
     "explain",
     "flash_attention",
+    "masks",
+    "scores",
 ]

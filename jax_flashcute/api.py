@@ -40,6 +40,8 @@ def flash_attention(
     sinks: ArrayLike | None = None,
     mask_mod: Callable[..., Any] | None = None,
     score_mod: Callable[..., Any] | None = None,
+    compress_factor: int | None = None,
+    complete_only: bool = False,
     return_residual: bool = False,
     deterministic: bool | None = None,
     implementation: Implementation = None,
@@ -87,6 +89,9 @@ def flash_attention(
       score_mod: ``(score, b, h, q_idx, kv_idx) -> score``, in jnp on scalars, the score in float32
         (float64 for float64 operands).  It is evaluated for hidden keys too, where its derivatives
         must be finite.
+      compress_factor: each key stands for a block of so many positions: position q sees keys
+        ``kv <= q // compress_factor``; ``masks.compressed_causal``, in place of ``is_causal``.
+      complete_only: of those, only blocks that end at or before the position.
       return_residual: also return the LSE, which is differentiable.
       deterministic: gradients are bit-identical between runs.  None follows
         ``--xla_gpu_deterministic_ops`` in ``XLA_FLAGS``.
@@ -117,7 +122,9 @@ def flash_attention(
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
-        mask_mod=mask_mod,
+        mask_mod=_with_compression(
+            mask_mod, compress_factor, complete_only, is_causal, local_window_size
+        ),
         score_mod=score_mod,
         deterministic=deterministic,
     )
@@ -259,6 +266,8 @@ def explain(
     sinks=None,
     mask_mod: Callable[..., Any] | None = None,
     score_mod: Callable[..., Any] | None = None,
+    compress_factor: int | None = None,
+    complete_only: bool = False,
     return_residual: bool = False,
     deterministic: bool | None = None,
     implementation: Implementation = None,
@@ -272,6 +281,9 @@ def explain(
       ValueError: an argument does not fit; it is named.
     """
     del return_residual
+    mask_mod = _with_compression(
+        mask_mod, compress_factor, complete_only, is_causal, local_window_size
+    )
     arrays = {
         "query": query,
         "key": key,
@@ -479,6 +491,23 @@ def _checked_window(window: Window) -> tuple[int | None, int | None] | None:
             )
     left, right = (None if s is None or s >= _UNBOUNDED else int(s) for s in sides)
     return None if left is None and right is None else (left, right)
+
+
+def _with_compression(mask_mod, compress_factor, complete_only, is_causal, local_window_size):
+    """``mask_mod``, with the built-in mask of compressed keys where a call asks for it."""
+    if compress_factor is None:
+        if complete_only:
+            raise ValueError("complete_only needs compress_factor; got None for it")
+        return mask_mod
+    excluded = {"is_causal": is_causal, "local_window_size": local_window_size is not None}
+    for name, is_given in excluded.items():
+        if is_given:
+            raise ValueError(
+                f"compress_factor excludes {name}: positions of queries and numbers of keys are "
+                "in different units"
+            )
+    compressed = masks.compressed_causal(compress_factor, complete_only=complete_only)
+    return compressed if mask_mod is None else compressed & mask_mod
 
 
 def _is_within(limit: int, *positions) -> bool:

@@ -1,8 +1,11 @@
-"""Masks and scores as plain JAX functions of positions: tracing and evaluation.
+"""Masks and scores as plain JAX functions of positions: tracing, evaluation, built-in masks.
 
 A mask is ``mask_mod(b, h, q_idx, kv_idx) -> bool`` and a score is ``score_mod(score, b, h, q_idx,
 kv_idx) -> score``, of scalars.  Each is traced once per call; the arrays it closes over, traced or
 not, become operands, and what is left is identified by its text.
+
+``causal``, ``sliding_window`` and the others are such functions, ready made, that compose with
+``&``, ``|`` and ``~``.
 """
 
 import functools
@@ -16,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var, jaxpr_as_fun
+from jax.typing import ArrayLike
 
 from jax_flashcute import analysis
 
@@ -198,3 +202,175 @@ def _nested_constants(name: str, jaxpr: Jaxpr) -> Iterator[str]:
 
 def _is_one(length) -> bool:
     return isinstance(length, int) and length == 1
+
+
+# ---- built-in masks ------------------------------------------------------------------------------
+
+
+class Mask:
+    """A ``mask_mod`` that composes: ``&``, ``|`` and ``~`` with masks and with plain functions.
+
+    ``Mask(function)`` makes one of any function ``(b, h, q_idx, kv_idx) -> bool``.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        if not callable(function):
+            raise ValueError(f"a mask must be a function (b, h, q_idx, kv_idx); got {function!r}")
+        self._function = function
+
+    def __call__(self, b, h, q_idx, kv_idx):
+        return self._function(b, h, q_idx, kv_idx)
+
+    def __and__(self, other: Callable[..., Any]) -> "Mask":
+        return _combined(jnp.logical_and, self, other)
+
+    def __or__(self, other: Callable[..., Any]) -> "Mask":
+        return _combined(jnp.logical_or, self, other)
+
+    def __invert__(self) -> "Mask":
+        return Mask(lambda *indices: jnp.logical_not(self(*indices)))
+
+    # Both operations commute, so a plain function may stand on the left.
+    __rand__ = __and__
+    __ror__ = __or__
+
+
+def _combined(operation, a: Callable[..., Any], b: Callable[..., Any]) -> Mask:
+    a, b = (x if isinstance(x, Mask) else Mask(x) for x in (a, b))
+    return Mask(lambda *indices: operation(a(*indices), b(*indices)))
+
+
+def _whole(name: str, value, smallest: int) -> int:
+    """An integer argument of at least ``smallest``."""
+    if not hasattr(value, "__index__") or value.__index__() < smallest:
+        raise ValueError(f"{name} must be an integer of at least {smallest}; got {value!r}")
+    return value.__index__()
+
+
+def _array(name: str, array, ranks: tuple[int, ...], kind, kind_name: str) -> jax.Array:
+    array = jnp.asarray(array)
+    if array.ndim not in ranks or not jnp.issubdtype(array.dtype, kind):
+        shapes = " or ".join(str(rank) for rank in ranks)
+        raise ValueError(
+            f"{name} must be {kind_name} with {shapes} dimensions; "
+            f"got {array.dtype.name} of shape {array.shape}"
+        )
+    return array
+
+
+causal = Mask(lambda b, h, q, kv: kv <= q)
+"""Position q sees keys ``kv <= q``."""
+
+
+def sliding_window(left: int, right: int = 0) -> Mask:
+    """Position q sees ``q - left <= kv <= q + right``: ``left + 1 + right`` keys."""
+    left, right = _whole("left", left, 0), _whole("right", right, 0)
+    return Mask(lambda b, h, q, kv: (kv >= q - left) & (kv <= q + right))
+
+
+def chunked(size: int) -> Mask:
+    """Query and key are in the same chunk of ``size`` positions."""
+    return block_diagonal(size, size)
+
+
+def block_diagonal(q_block: int, kv_block: int) -> Mask:
+    """Block i of ``q_block`` positions sees block i of ``kv_block`` keys."""
+    q_block, kv_block = _whole("q_block", q_block, 1), _whole("kv_block", kv_block, 1)
+    return Mask(lambda b, h, q, kv: q // q_block == kv // kv_block)
+
+
+def prefix_lm(length: ArrayLike) -> Mask:
+    """The first ``length`` keys, and those at or before the position.
+
+    Args:
+      length: an integer, or (B,) integers: one for each batch entry.
+    """
+    if not isinstance(length, int):
+        lengths = _array("length", length, (1,), jnp.integer, "integers")
+        return Mask(lambda b, h, q, kv: (kv < lengths[b]) | (kv <= q))
+    length = _whole("length", length, 0)
+    return Mask(lambda b, h, q, kv: (kv < length) | (kv <= q))
+
+
+def dilated(window: int, dilation: int) -> Mask:
+    """Every ``dilation``-th of the ``window`` positions that end at the query's own."""
+    window, dilation = _whole("window", window, 1), _whole("dilation", dilation, 1)
+
+    def mask(b, h, q, kv):
+        distance = q - kv
+        return (distance >= 0) & (distance < window) & (distance % dilation == 0)
+
+    return Mask(mask)
+
+
+def documents(ids: ArrayLike, kv_ids: ArrayLike | None = None) -> Mask:
+    """Query and key belong to the same document.
+
+    Args:
+      ids: (L,) or (B, L) integers: the document of each position, in any order.
+      kv_ids: the documents of the keys, if they are others.
+    """
+    ids = _array("ids", ids, (1, 2), jnp.integer, "integers")
+    kv_ids = ids if kv_ids is None else _array("kv_ids", kv_ids, (1, 2), jnp.integer, "integers")
+
+    def at(array, b, position):
+        return array[position] if array.ndim == 1 else array[b, position]
+
+    return Mask(lambda b, h, q, kv: at(ids, b, q) == at(kv_ids, b, kv))
+
+
+def documents_by_offsets(offsets: ArrayLike, length: int) -> Mask:
+    """Query and key belong to the same of documents that lie one after the other.
+
+    The mask is an interval of keys for each position, which ``documents`` is not known to be.
+
+    Args:
+      offsets: (D + 1,) integers that ascend: document d is ``offsets[d] <= position <
+        offsets[d + 1]``.  What is before the first or from the last on sees nothing.
+      length: of the sequence.
+    """
+    offsets = _array("offsets", offsets, (1,), jnp.integer, "integers").astype(jnp.int32)
+    length = _whole("length", length, 1)
+    following = jnp.searchsorted(offsets, jnp.arange(length, dtype=jnp.int32), side="right")
+    inside = (following > 0) & (following < offsets.shape[0])
+    starts = offsets[jnp.maximum(following - 1, 0)]
+    ends = jnp.where(inside, offsets[jnp.minimum(following, offsets.shape[0] - 1)], starts)
+    return Mask(lambda b, h, q, kv: (kv >= starts[q]) & (kv < ends[q]))
+
+
+def padding(lengths: ArrayLike) -> Mask:
+    """Keys below (B,) ``lengths``.  As ``key_value_seq_lengths``, but padding may not be NaN."""
+    lengths = _array("lengths", lengths, (1,), jnp.integer, "integers")
+    return Mask(lambda b, h, q, kv: kv < lengths[b])
+
+
+def compressed_causal(compress_factor: int, *, complete_only: bool = False) -> Mask:
+    """Keys that stand for blocks of ``compress_factor`` positions, up to the query's own block.
+
+    Args:
+      compress_factor: positions that a key stands for: position q sees ``kv <= q //
+        compress_factor``.
+      complete_only: only blocks that end at or before the position: ``kv < (q + 1) //
+        compress_factor``.  Without it a position sees its own block, in which what comes after it
+        may have been mixed.  The first ``compress_factor - 1`` positions see nothing then.
+    """
+    factor = _whole("compress_factor", compress_factor, 1)
+    if complete_only:
+        return Mask(lambda b, h, q, kv: kv < (q + 1) // factor)
+    return Mask(lambda b, h, q, kv: kv <= q // factor)
+
+
+def from_bits(words: ArrayLike) -> Mask:
+    """A mask as bits: bit i, from the lowest, of word w is key ``32 w + i``.
+
+    Args:
+      words: (1|B, 1|N, T, ceil(S / 32)) uint32.
+    """
+    words = _array("words", words, (4,), jnp.uint32, "uint32")
+
+    def mask(b, h, q, kv):
+        b, h = (x if n > 1 else 0 for x, n in zip((b, h), words.shape[:2], strict=True))
+        word = words[b, h, q, kv // 32]
+        return (word >> (kv % 32).astype(jnp.uint32)) & 1 == 1
+
+    return Mask(mask)
