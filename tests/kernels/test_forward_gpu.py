@@ -8,8 +8,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -455,47 +453,3 @@ def test_an_exported_program_runs(tmp_path: Path) -> None:
         exact = exact_attention(case, arrays)
         wrong = what_is_wrong(case, BF16, exact, results["out"], results["lse"])
         assert not wrong, f"{case}: {wrong}"
-
-
-SMALL_CALLS = """
-import jax, jax.numpy as jnp, numpy as np
-from jax_flashcute import flash_attention
-rng = np.random.default_rng(0)
-bf16 = jnp.bfloat16
-for T, S, N, K, H, Hv, lengths in (
-    (65, 129, 2, 1, 64, 64, None), (1, 200, 8, 1, 128, 128, None), (130, 67, 3, 1, 72, 40, [31]),
-):
-    q, k, v = (
-        rng.standard_normal(s).astype(bf16) for s in ((1, T, N, H), (1, S, K, H), (1, S, K, Hv))
-    )
-    call = jax.jit(lambda q, k, v, n: flash_attention(
-        q, k, v, is_causal=True, q_offset=S - T, key_value_seq_lengths=n, implementation="cute"))
-    n = None if lengths is None else np.array(lengths, np.int32)
-    np.asarray(call(q, k, v, n))
-print("calls done")
-"""
-
-
-def test_memcheck() -> None:
-    """compute-sanitizer sees no access outside the buffers, each an allocation of its own."""
-    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    tool = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:{toolkit}/bin")
-    if tool is None:
-        pytest.skip("compute-sanitizer is neither on PATH nor in the CUDA toolkit")
-    result = subprocess.run(
-        [
-            tool,
-            *("--tool", "memcheck", "--error-exitcode", "9"),
-            # The CuTe compiler asks the driver for a device before there is a context.
-            *("--report-api-errors", "no"),
-            *(sys.executable, "-c", SMALL_CALLS),
-        ],
-        cwd=REPOSITORY,
-        env=os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert "calls done" in result.stdout
-    assert "ERROR SUMMARY: 0 errors" in result.stdout + result.stderr

@@ -5,7 +5,9 @@ import argparse
 import ml_dtypes
 import numpy as np
 
-from .compiled import forward
+from jax_flashcute.kernels.config import forward_config
+
+from .compiled import forward, forward_barriers
 from .simulation import simulate
 from .trace import Trace
 
@@ -23,7 +25,7 @@ def main():
     random = np.random.default_rng(0)
     shapes = ((b, t, n, h), (b, s, heads, h), (b, s, heads, h))
     inputs = [random.standard_normal(x).astype(ml_dtypes.bfloat16) for x in shapes]
-    trace = Trace(block=(arguments.block, 0, 0))
+    trace = Trace((arguments.block, 0, 0), barriers=forward_barriers(forward_config(h, h)))
     outputs = [(shapes[0], ml_dtypes.bfloat16), ((b, t, n), np.float32), ((1,), np.int32)]
     simulate(kernel, *inputs, outputs=outputs, trace=trace)
     trace.draw(arguments.trace)

@@ -42,6 +42,20 @@ def forward(
     )
 
 
+def forward_barriers(config: FwdConfig) -> list[str]:
+    """The Hopper forward's mbarriers by address: each pipeline's stages, full ones first."""
+    from jax_flashcute.kernels.sm90.forward import TILE_STAGES
+
+    pipelines = {"q": 1, "k": config.kv_stages, "v": config.kv_stages, "tile": TILE_STAGES}
+    names = [
+        f"{pipeline}[{stage}] {state}, its {waiting} waiting"
+        for pipeline, stages in pipelines.items()
+        for state, waiting in (("full", "consumers"), ("empty", "producer"))
+        for stage in range(stages)
+    ]
+    return [*names, "tail of V"]
+
+
 @functools.cache
 def backward(
     head_dim: int = 128, group: int = 1, *, window: tuple[int | None, int | None] = (None, None)

@@ -5,8 +5,9 @@ import itertools
 import ml_dtypes
 import numpy as np
 
+from jax_flashcute.kernels.config import forward_config
 from tests.simulator import simulate
-from tests.simulator.compiled import forward
+from tests.simulator.compiled import forward, forward_barriers
 from tests.simulator.trace import Trace
 
 
@@ -14,7 +15,7 @@ def test_timeline_of_the_forward(tmp_path):
     random = np.random.default_rng(0)
     q, k, v = (random.standard_normal((1, n, 1, 128)).astype(ml_dtypes.bfloat16)
                for n in (128, 256, 256))  # fmt: skip
-    trace = Trace()
+    trace = Trace(barriers=forward_barriers(forward_config(128, 128)))
     outputs = [(q.shape, q.dtype), ((1, 128, 1), np.float32), ((1,), np.int32)]
     simulate(forward(), q, k, v, outputs=outputs, trace=trace)
     kinds = {s.kind for s in trace.segments}
@@ -26,5 +27,8 @@ def test_timeline_of_the_forward(tmp_path):
     # Consumer warps of a warpgroup do the same thing, so they share a row.
     assert any(label.count(",") == 3 for label in trace.roles().values())
     assert "forward.py" in trace.report()
+    for stage in ("q[0] full, its consumers waiting", "tile[0] full, its consumers waiting"):
+        assert stage in trace.report()
+    assert "mbarrier 0x" not in trace.report()
     trace.draw(tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").stat().st_size > 10_000

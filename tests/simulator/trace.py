@@ -8,6 +8,7 @@ shows the shape of a schedule and which edge stalls, not a duration.
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,10 +45,17 @@ class Trace:
     Args:
       block: its index in the grid, (x, y, z).
       launch: number of the launch; None for the one with the most instructions so far.
+      barriers: what the block's mbarriers are called, in the order of their addresses.
     """
 
-    def __init__(self, block: tuple[int, int, int] = (0, 0, 0), launch: int | None = None):
-        self.block, self.launch = block, launch
+    def __init__(
+        self,
+        block: tuple[int, int, int] = (0, 0, 0),
+        launch: int | None = None,
+        barriers: Sequence[str] = (),
+    ):
+        self.block, self.launch, self.barriers = block, launch, barriers
+        self.names: dict[str, str] = {}
         self.segments: list[Segment] = []
         self.waits: dict = defaultdict(int)
         self.last = 0
@@ -78,6 +86,9 @@ class Trace:
         """A block ended: of several candidates keep the longest."""
         if self._active:
             self.last = max(self.clock)
+            addresses = [f"mbarrier {address:#x}" for address in sorted(block.mbarriers)]
+            if self.barriers and len(addresses) == len(self.barriers):
+                self.names = dict(zip(addresses, self.barriers, strict=True))
             if self._kept and self.launch is None and self._kept[2] > self.last:
                 self.segments, self.waits, self.last = self._kept
         self._active = False
@@ -156,7 +167,8 @@ class Trace:
         """How long warps waited at each place, in instructions, longest first."""
         lines = [f"{self.last} instructions on the longest warp; warps waited:"]
         for label, total in sorted(self.waits.items(), key=lambda item: -item[1]):
-            lines.append(f"  {total:8d}  {label}")
+            barrier, at, place = label.partition(" at ")
+            lines.append(f"  {total:8d}  {self.names.get(barrier, barrier)}{at}{place}")
         return "\n".join(lines)
 
     def roles(self) -> dict[str, str]:

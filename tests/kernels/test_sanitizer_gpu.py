@@ -1,0 +1,75 @@
+"""compute-sanitizer over small calls and their gradients, on a GPU."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+SMALL_CALLS = """
+import jax, jax.numpy as jnp, numpy as np
+from jax_flashcute import flash_attention
+rng = np.random.default_rng(0)
+bf16 = jnp.bfloat16
+for T, S, N, K, H, Hv, lengths, deterministic in (
+    (65, 129, 2, 1, 64, 64, None, False),
+    (1, 200, 8, 1, 128, 128, None, True),
+    (130, 67, 3, 1, 72, 40, [31], False),
+    (70, 130, 1, 1, 256, 256, [100], False),
+):
+    q, k, v, dout = (
+        rng.standard_normal(s).astype(bf16)
+        for s in ((1, T, N, H), (1, S, K, H), (1, S, K, Hv), (1, T, N, Hv))
+    )
+    n = None if lengths is None else np.array(lengths, np.int32)
+
+    @jax.jit
+    def call(q, k, v, dout):
+        out, vjp = jax.vjp(lambda *main: flash_attention(
+            *main, is_causal=True, q_offset=S - T, key_value_seq_lengths=n,
+            deterministic=deterministic, implementation="cute"), q, k, v)
+        return out, vjp(dout)
+
+    jax.tree.map(np.asarray, call(q, k, v, dout))
+print("calls done")
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer_finds_nothing(tool: str) -> None:
+    """No access outside the buffers, each an allocation of its own; no race in shared memory."""
+    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:{toolkit}/bin")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is neither on PATH nor in the CUDA toolkit")
+    result = subprocess.run(
+        [
+            sanitizer,
+            *("--tool", tool, "--error-exitcode", "9"),
+            # The CuTe compiler asks the driver for a device before there is a context.
+            *(("--report-api-errors", "no") if tool == "memcheck" else ()),
+            # XLA's own kernels are not in question.
+            *(("--kernel-regex", "kns=flashcute") if tool == "racecheck" else ()),
+            *(sys.executable, "-c", SMALL_CALLS),
+        ],
+        cwd=REPOSITORY,
+        env=os.environ
+        | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_FLAGS": "--xla_gpu_autotune_level=0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    report = result.stdout + result.stderr
+    assert result.returncode == 0, report[-5000:]
+    assert "calls done" in result.stdout
+    expected = {
+        "memcheck": "ERROR SUMMARY: 0 errors",
+        "racecheck": "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
+    }[tool]
+    assert expected in report, report[-5000:]
