@@ -15,7 +15,10 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call: query (B, T, N, H), key (B, S, K, H), value (B, S, K, Hv)."""
+    """One attention call: query (B, T, N, H), key (B, S, K, H), value (B, S, K, Hv).
+
+    ``kv_lengths``: keys of each batch entry, where they differ.
+    """
 
     name: str
     batch: int
@@ -27,6 +30,7 @@ class Case:
     head_dim_v: int
     causal: bool = False
     dtype: str = "bfloat16"
+    kv_lengths: tuple[int, ...] | None = None
 
     @property
     def label(self) -> str:
@@ -39,6 +43,7 @@ class Case:
         if self.head_dim_v != self.head_dim:
             dims += f"/{self.head_dim_v}"
         mask = "causal" if self.causal else "full"
+        mask += " skewed" if self.kv_lengths else ""
         return f"hd{dims} {lengths} {self.q_heads}/{self.kv_heads} {mask}"
 
     @property
@@ -52,7 +57,8 @@ class Case:
         Two products forward; five backward, three of them over head_dim.  A causal mask counts
         for half of the scores.
         """
-        scores = self.batch * self.q_heads * self.seqlen_q * self.seqlen_k
+        keys = sum(self.kv_lengths) if self.kv_lengths else self.batch * self.seqlen_k
+        scores = self.q_heads * self.seqlen_q * keys
         if self.causal:
             scores /= 2
         if pass_ == "fwd":
@@ -62,7 +68,8 @@ class Case:
     def bytes(self, dtype: str) -> float:
         """Bytes of the three inputs and the output, each once."""
         query_and_out = self.batch * self.seqlen_q * self.q_heads
-        key_and_value = self.batch * self.seqlen_k * self.kv_heads
+        keys = sum(self.kv_lengths) if self.kv_lengths else self.batch * self.seqlen_k
+        key_and_value = keys * self.kv_heads
         return float(
             (query_and_out + key_and_value) * (self.head_dim + self.head_dim_v) * BYTES[dtype]
         )
@@ -104,13 +111,17 @@ DENSE = tuple(
 )
 
 DECODE = tuple(
-    Case("decode", batch, 1, seqlen_k, q_heads, kv_heads, 128, 128)
+    Case(f"decode_b{batch}", batch, 1, seqlen_k, q_heads, kv_heads, 128, 128)
     for batch, seqlen_k, q_heads, kv_heads in [
         (32, 8192, 32, 8),
         (128, 2048, 64, 8),
         (1, 131072, 32, 8),
     ]
 )
+
+# Log-uniform from 64 to 131,072, in no order.
+SKEWED_LENGTHS = tuple(round(64 * 2048 ** (5 * i % 16 / 15)) for i in range(16))
+DECODE += (Case("decode_skewed", 16, 1, 131072, 32, 8, 128, 128, kv_lengths=SKEWED_LENGTHS),)
 
 # Small enough for a CPU: shows that the harness works, and nothing about speed.
 TINY = (

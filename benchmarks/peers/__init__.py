@@ -16,6 +16,7 @@ NAMES = (
     "jax_flashcute",
     "jax_nn_cudnn",
     "jax_nn_xla",
+    "copy",
     "flash_attention_3_jax",
     "flash_attention_4",
     "pallas_mgpu",

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks.cases import Case, Pass
 from benchmarks.measure import Step
@@ -20,4 +21,7 @@ def build(case: Case, pass_: Pass) -> Step:
     attention = functools.partial(
         flash_attention, is_causal=case.causal, implementation=implementation
     )
-    return jax_step(attention, case, pass_)
+    if case.kv_lengths is not None:
+        lengths = jnp.asarray(case.kv_lengths, jnp.int32)
+        attention = functools.partial(attention, key_value_seq_lengths=lengths)
+    return jax_step(attention, case, pass_, takes_lengths=True)

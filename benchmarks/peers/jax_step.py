@@ -21,12 +21,18 @@ def jax_step(
     case: Case,
     pass_: Pass,
     dtype: str | None = None,
+    *,
+    takes_lengths: bool = False,
 ) -> Step:
     """One jitted pass of an attention function over random normal inputs.
+
+    ``takes_lengths``: the function observes ``case.kv_lengths``; others refuse such a case.
 
     The backward pass is a jitted call of the function that ``jax.vjp`` gives, whose residuals are
     computed once, outside.
     """
+    if case.kv_lengths is not None and not takes_lengths:
+        raise NotImplementedError("this peer is not given lengths of keys")
     dtype = dtype or case.dtype
     query_shape = (case.batch, case.seqlen_q, case.q_heads, case.head_dim)
     key_shape = (case.batch, case.seqlen_k, case.kv_heads, case.head_dim)

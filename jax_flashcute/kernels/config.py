@@ -38,6 +38,11 @@ class FwdConfig:
     def tile_m(self) -> int:
         return 64 * self.warpgroups
 
+    @property
+    def reallocates_registers(self) -> bool:
+        """Whether the producer gives registers to the consumers; two warpgroups have enough."""
+        return self.warpgroups > 1
+
     def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Shared memory in bytes, without barriers, for 16-bit operands."""
         h, hv = round_up(head_dim, 16), round_up(head_dim_v, 16)
@@ -85,6 +90,48 @@ def forward_config(head_dim: int, head_dim_v: int) -> FwdConfig:
     if widest <= 192:
         return FwdConfig(2, 96, 2)
     return FwdConfig(2, 64, 2)
+
+
+def few_rows_config(head_dim: int, head_dim_v: int) -> FwdConfig:
+    """The forward configuration where a tile of 64 rows holds all queries, split-KV's.
+
+    One warpgroup, and as many keys on their way to shared memory as fit: such calls wait for
+    memory.  Not tuned yet.
+    """
+    config = FwdConfig(1, forward_config(head_dim, head_dim_v).tile_n, 6, takes_turns=False)
+    while config.reasons_invalid(head_dim, head_dim_v):
+        config = dataclasses.replace(config, kv_stages=config.kv_stages - 1)
+    return config
+
+
+MIN_SPLIT_TILES = 4
+"""A row's keys are divided into one part for each so many key tiles, at most."""
+MAX_SPLITS = 128
+VARYING_SPLIT_TILES = 16
+"""Key tiles of a part of the longest sequence, where lengths vary and are not known: a block that
+draws its last part late keeps the others waiting for no longer than these take."""
+
+
+def most_splits(tiles: int, key_tiles: int, num_sms: int, lengths_vary: bool) -> int:
+    """Parts into which a row's keys are divided at most; 1 where splitting does not pay.
+
+    Args:
+      tiles: tiles there are without splits: batch entries times heads.
+      key_tiles: of the longest row that the arrays can hold.
+      num_sms: multiprocessors that share the work.
+      lengths_vary: batch entries have lengths of their own, known on the device alone.
+    """
+    limit = max(1, min(key_tiles // MIN_SPLIT_TILES, MAX_SPLITS))
+
+    def efficiency(splits: int) -> float:
+        blocks = tiles * splits
+        return blocks / (-(-blocks // num_sms) * num_sms)
+
+    best = max(efficiency(splits) for splits in range(1, limit + 1))
+    splits = next(s for s in range(1, limit + 1) if efficiency(s) >= 0.95 * best)
+    if lengths_vary:
+        splits = max(splits, min(limit, key_tiles // VARYING_SPLIT_TILES))
+    return splits
 
 
 @dataclass(frozen=True)

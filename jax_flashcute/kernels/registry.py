@@ -12,7 +12,9 @@ from jax_flashcute.kernels.config import (
     BwdConfig,
     FwdConfig,
     backward_config,
+    few_rows_config,
     forward_config,
+    most_splits,
     workspace_shapes,
 )
 from jax_flashcute.spec import AttentionSpec, Operands
@@ -56,6 +58,7 @@ class KernelKey:
       optional: the optional operands that are present.
       config: tile sizes and the like.
       num_sms: multiprocessors that persistent blocks are spread over; 0 where it does not matter.
+      split_kv: a row's keys are divided among blocks; forward only.
     """
 
     kernel: str
@@ -70,6 +73,7 @@ class KernelKey:
     optional: tuple[str, ...]
     config: FwdConfig | BwdConfig
     num_sms: int
+    split_kv: bool = False
 
 
 def window_of(spec: AttentionSpec) -> tuple[int | None, int | None]:
@@ -136,9 +140,13 @@ def kernel_key(
     dims = query.shape[3], value.shape[3]
     present = operands.present()
     config: FwdConfig | BwdConfig
+    split_kv = False
     if direction == "fwd":
         config = forward_config(*dims)
         pack_gqa = packing_pays(query.shape[1], group, config)
+        if num_splits(window_of(spec), operands, num_sms) > 1:
+            config, split_kv = few_rows_config(*dims), True
+            pack_gqa = packing_pays(query.shape[1], group, config)
     else:
         config, pack_gqa, num_sms = backward_config(*dims, spec.deterministic), False, 0
     return KernelKey(
@@ -154,7 +162,29 @@ def kernel_key(
         optional=tuple(name for name in OPTIONAL_OPERANDS if name in present),
         config=config,
         num_sms=num_sms,
+        split_kv=split_kv,
     )
+
+
+def num_splits(window: tuple[int | None, int | None], operands: Operands, num_sms: int) -> int:
+    """Parts into which the forward kernel divides a row's keys at most; by shapes alone.
+
+    1 where the queries fill more than one row of tiles, or a dimension is known at run time only.
+    """
+    query, key, value = _main(operands)
+    sizes = (*query.shape[:3], *key.shape[1:3])
+    if not all(isinstance(size, int) for size in sizes):
+        return 1
+    B, T, N, S, K = sizes
+    config = few_rows_config(query.shape[3], value.shape[3])
+    pack_gqa = packing_pays(T, N // K, config)
+    if T > (64 // (N // K) if pack_gqa else 64):
+        return 1
+    left, right = window
+    keys = S if left is None or right is None else min(S, left + right + T + config.tile_n)
+    key_tiles = -(-keys // config.tile_n)
+    lengths_vary = operands.key_value_seq_lengths is not None and B > 1
+    return most_splits(B * (K if pack_gqa else N), key_tiles, num_sms, lengths_vary)
 
 
 def packing_pays(q_length: Any, group: int, config: FwdConfig) -> bool:
@@ -205,7 +235,13 @@ def _forward_arrays(key: KernelKey):
     qk = (_element_type(key), (1, 1, 1, key.head_dim))
     v = (_element_type(key), (1, 1, 1, key.head_dim_v))
     lse, counter = (cutlass.Float32, (1, 1, 1)), (cutlass.Int32, (1,))
-    return [qk, qk, v, *_optional_arrays(key), v, lse, counter]
+    partials = []
+    if key.split_kv:
+        partials = [
+            (cutlass.Float32, (1, 1, 1, 1, key.head_dim_v)),
+            (cutlass.Float32, (1, 1, 1, 1)),
+        ]
+    return [qk, qk, v, *_optional_arrays(key), v, lse, counter, *partials]
 
 
 def _backward_arrays(key: KernelKey):
@@ -239,7 +275,18 @@ def _forward_builder(key: KernelKey):
         key.scale,
         IntervalMask(*key.window),
         key.num_sms,
+        key.split_kv,
     )
+
+
+def _forward_scratch(key: KernelKey, operands: Operands):
+    """The tile counter, and O and LSE of each part of the keys."""
+    shapes: list[tuple[tuple[int, ...], str]] = [((1,), "int32")]
+    if key.split_kv:
+        B, T, N, _ = operands.query.shape
+        rows = (num_splits(key.window, operands, key.num_sms), B, T, N)
+        shapes += [((*rows, key.head_dim_v), "float32"), (rows, "float32")]
+    return shapes
 
 
 def _backward_builder(key: KernelKey):
@@ -264,9 +311,7 @@ def _backward_scratch(key: KernelKey, operands: Operands):
 
 
 KERNELS = {
-    "sm90_forward": Kernel(
-        _forward_arrays, _forward_builder, lambda key, operands: [((1,), "int32")]
-    ),
+    "sm90_forward": Kernel(_forward_arrays, _forward_builder, _forward_scratch),
     "sm90_backward": Kernel(_backward_arrays, _backward_builder, _backward_scratch),
 }
 """Every kernel by name."""

@@ -26,13 +26,13 @@ def compiled(key: registry.KernelKey):
     )
 
 
-def check(case: Case, dtype: str = "bfloat16", **how):
+def check(case: Case, dtype: str = "bfloat16", num_sms: int = NUM_SMS, **how):
     """Simulate the kernel that a call gets and compare with the dense reference."""
     arrays = case.arrays(jnp.dtype(dtype), poison=True)
     operands = Operands(**arrays)
     spec = AttentionSpec(case.head_dim**-0.5, case.causal, case.window)
     assert not registry.reasons_against(spec, operands, "fwd", "sm_90a")
-    key = registry.kernel_key(spec, operands, "fwd", "sm_90a", NUM_SMS)
+    key = registry.kernel_key(spec, operands, "fwd", "sm_90a", num_sms)
     wide = {
         n: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
         for n, x in arrays.items()
@@ -50,6 +50,7 @@ def check(case: Case, dtype: str = "bfloat16", **how):
     np.testing.assert_allclose(lse, want.lse, atol=2e-4, rtol=1e-5)
     empty = np.isneginf(np.asarray(want.lse))
     assert (out[empty] == 0).all()
+    return key
 
 
 def sized(head_dim: int, head_dim_v: int | None = None, **kw) -> Case:
@@ -102,3 +103,32 @@ def test_feature_under_any_timing(name: str, timing: str, warps: str):
 @pytest.mark.slow
 def test_half_precision():
     check(dataclasses.replace(CASES["128_everything"], group=2), "float16")
+
+
+EDGES = {"batch": 3, "offset": True, "lengths": True}
+# Few queries and many keys: the keys are divided among blocks.
+SPLIT_CASES = {
+    "64_lengths": sized(64, group=8, seqlen_q=1, seqlen_k=1100, lengths=True, batch=4),
+    "128_groups_of_7": sized(128, group=7, seqlen_q=3, seqlen_k=1300, causal=True, offset=True),
+}
+SLOW_SPLIT_CASES = {
+    "128_groups_of_3": sized(128, group=3, seqlen_q=1, seqlen_k=1601, kv_heads=2),
+    "128_groups_of_16": sized(128, group=16, seqlen_q=4, seqlen_k=1501, lengths=True, batch=3),
+    "64_not_packed": sized(64, seqlen_q=64, seqlen_k=1100, causal=True, offset=True, kv_heads=2),
+    "72_40_window": sized(72, 40, group=8, seqlen_q=2, seqlen_k=2000, window=(900, 20), **EDGES),
+    "256": sized(256, group=3, seqlen_q=1, seqlen_k=900, lengths=True, batch=3),
+    "192_128_many_entries": sized(
+        192, 128, group=8, seqlen_q=1, seqlen_k=800, lengths=True, batch=40
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(pytest.param(c, id=n) for n, c in SPLIT_CASES.items()),
+        *(pytest.param(c, id=n, marks=pytest.mark.slow) for n, c in SLOW_SPLIT_CASES.items()),
+    ],
+)
+def test_split_kv(case: Case):
+    assert check(case, num_sms=16).split_kv

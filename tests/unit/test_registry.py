@@ -16,7 +16,9 @@ from jax_flashcute.kernels.config import (
     BwdConfig,
     FwdConfig,
     backward_config,
+    few_rows_config,
     forward_config,
+    most_splits,
     round_up,
 )
 from jax_flashcute.spec import AttentionSpec, Operands
@@ -288,3 +290,40 @@ def test_configurations_in_use_keep_their_promise(dims: tuple[int, int]) -> None
     assert forward.tile_m == 64 * forward.warpgroups
     assert isinstance(backward, BwdConfig)
     assert backward.tile_n == 64 * backward.warpgroups
+
+
+def test_splits_fill_the_multiprocessors() -> None:
+    assert most_splits(256, 64, 132, False) == 1
+    assert most_splits(8, 1024, 132, False) == 16
+    assert most_splits(1, 1024, 132, False) == 122
+    # No more parts than the keys are worth, and none where there are hardly any keys.
+    assert most_splits(8, 20, 132, False) == 5
+    assert most_splits(1, 3, 132, False) == 1
+
+
+def test_lengths_that_vary_are_split_finer() -> None:
+    assert most_splits(256, 1024, 132, True) == 64
+    assert most_splits(256, 64, 132, True) == 4
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "group", "split"),
+    [(1, 1, True), (64, 1, True), (65, 1, False), (8, 8, True), (300, 8, False)],
+)
+def test_only_one_row_of_tiles_is_split(seqlen_q: int, group: int, split: bool) -> None:
+    spec = AttentionSpec(0.125)
+    query = jax.ShapeDtypeStruct((1, seqlen_q, 2 * group, 64), "bfloat16")
+    key = jax.ShapeDtypeStruct((1, 8192, 2, 64), "bfloat16")
+    operands = Operands(query=query, key=key, value=key)
+    kernel = registry.kernel_key(spec, operands, "fwd", "sm_90a", 132)
+    assert kernel.split_kv == split
+    scratch = registry.scratch_shapes(kernel, operands)
+    assert len(scratch) == (3 if split else 1)
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 128, 192, 256])
+@pytest.mark.parametrize("head_dim_v", [8, 64, 128, 192, 256])
+def test_few_rows_have_a_configuration(head_dim: int, head_dim_v: int) -> None:
+    config = few_rows_config(head_dim, head_dim_v)
+    assert config.tile_m == 64
+    assert not config.reasons_invalid(head_dim, head_dim_v)

@@ -11,6 +11,10 @@ Inside a warpgroup the product S = Q K^T of the next key tile is issued before O
 one, so softmax runs beside a product; between warpgroups named barriers make them take turns in
 issuing products, so one's softmax runs beside the other's products.
 
+With ``split_kv``, for queries that fill one row of tiles, a tile is also one of several parts of
+its keys (common/splits.py).  Parts of one row go to scratch in float32 and a second kernel adds
+them up (extra/combine.py); where a row has one part alone, the output is written at once.
+
     edge     producer             consumer                   stages     full      empty
     q        TMA, producer warp   every warpgroup            1          1 + tx    4 W
     k        TMA, producer warp   every warpgroup            kv_stages  1 + tx    4 W
@@ -36,7 +40,9 @@ from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
+from jax_flashcute.kernels.common.splits import SplitOrder, split_range, splits_of
 from jax_flashcute.kernels.config import FwdConfig, round_up
+from jax_flashcute.kernels.extra.combine import Combine
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,
@@ -59,7 +65,8 @@ from jax_flashcute.kernels.sm90.fragments import (
 TURN_BARRIER = 1
 TILE_STAGES = 2
 WORK_FIELDS = 10
-"""Numbers that describe a tile: its coordinates, its lengths and its range of key tiles."""
+"""Numbers that describe a tile: its coordinates, its lengths and its range of key tiles.  With
+``split_kv`` two more: which part of a row's keys it is, and of how many."""
 
 
 class ForwardSm90:
@@ -76,8 +83,10 @@ class ForwardSm90:
         scale: float,
         mask: IntervalMask,
         num_sms: int,
+        split_kv: bool = False,
     ):
-        """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most."""
+        """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most;
+        ``split_kv``: tiles are parts of a row's keys, and queries fill one row of tiles."""
         self.config = config
         self.dtype = dtype
         self.head_dim = head_dim
@@ -87,6 +96,8 @@ class ForwardSm90:
         self.scale = scale
         self.mask = mask
         self.num_sms = num_sms
+        self.split_kv = split_kv
+        self.work_fields = WORK_FIELDS + (2 if split_kv else 0)
         self.smem_h = round_up(head_dim, 16)
         self.smem_hv = round_up(head_dim_v, 16)
         self.slab_tokens = 64 // self.heads_packed
@@ -135,6 +146,8 @@ class ForwardSm90:
         mO: cute.Tensor,  # (B, T, N, Hv)
         mLSE: cute.Tensor,  # (B, T, N) float32
         mCounter: cute.Tensor,  # (1,) int32, scratch
+        mOPartial: cute.Tensor | None = None,  # (splits, B, T, N, Hv) float32, scratch
+        mLSEPartial: cute.Tensor | None = None,  # (splits, B, T, N) float32, scratch
     ):
         cfg = self.config
         batch, q_length, kv_length, kv_heads = (
@@ -172,6 +185,8 @@ class ForwardSm90:
         if const_expr(self.mask.is_staircase):
             section = section_size(kv_length, kv_bytes_per_key, kv_heads, batch)
         num_tiles = m_blocks * kv_heads * batch * self.heads_per_kv
+        if const_expr(self.split_kv):
+            num_tiles = num_tiles * mOPartial.shape[0]
         blocks = cutlass.min(num_tiles, Int32(self.num_sms))
         reset_counter(mCounter).launch(grid=[1, 1, 1], block=[32, 1, 1], stream=stream)
         self.kernel(
@@ -184,6 +199,8 @@ class ForwardSm90:
             mO,
             mLSE,
             mCounter,
+            mOPartial,
+            mLSEPartial,
             m_blocks,
             section,
             q_length,
@@ -197,10 +214,15 @@ class ForwardSm90:
             min_blocks_per_mp=1,
             use_pdl=True,
         )
+        if const_expr(self.split_kv):
+            Combine(self.dtype, self.head_dim_v, self.splits_of_entry).launch(
+                stream, (mQOffset, mQLengths, mKVLengths), kv_length, mOPartial, mLSEPartial, mO,
+                mLSE,
+            )  # fmt: skip
 
     def shared_storage(self):
         cfg = self.config
-        kv_words = 2 * cfg.kv_stages
+        kv_words, work_fields = 2 * cfg.kv_stages, self.work_fields
 
         def aligned(elements):
             return cute.struct.Align[cute.struct.MemRange[self.dtype, elements], 1024]
@@ -212,7 +234,7 @@ class ForwardSm90:
             v_barriers: cute.struct.MemRange[Int64, kv_words]
             tile_barriers: cute.struct.MemRange[Int64, 2 * TILE_STAGES]
             tail_barrier: cute.struct.MemRange[Int64, 1]
-            work: cute.struct.MemRange[Int32, WORK_FIELDS * TILE_STAGES]
+            work: cute.struct.MemRange[Int32, work_fields * TILE_STAGES]
             sQ: aligned(cfg.tile_m * self.smem_h)
             sK: aligned(cfg.kv_stages * cfg.tile_n * self.smem_h)
             sV: aligned(cfg.kv_stages * cfg.tile_n * self.smem_hv)
@@ -236,6 +258,8 @@ class ForwardSm90:
         mO: cute.Tensor,
         mLSE: cute.Tensor,
         mCounter: cute.Tensor,
+        mOPartial: cute.Tensor | None,
+        mLSEPartial: cute.Tensor | None,
         m_blocks: Int32,
         section: Int32,
         q_length: Int32,
@@ -292,11 +316,15 @@ class ForwardSm90:
         sV = storage.sV.get_tensor(v_layout.outer, swizzle=v_layout.inner)
 
         order = TileOrder(m_blocks, kv_heads, batch, self.heads_per_kv, section)
-        work = storage.work.get_tensor(cute.make_layout((WORK_FIELDS, TILE_STAGES)))
+        work = storage.work.get_tensor(cute.make_layout((self.work_fields, TILE_STAGES)))
         lengths = partial(entry_lengths, mQOffset, mQLengths, mKVLengths, q_length, kv_length)
+        if const_expr(self.split_kv):
+            splits = partial(self.splits_of_entry, lengths, mOPartial.shape[0])
+            order = SplitOrder(kv_heads, batch, self.heads_per_kv, splits)
 
         if warp_index < 4:
-            cute.arch.setmaxregister_decrease(cfg.producer_registers)
+            if const_expr(cfg.reallocates_registers):
+                cute.arch.setmaxregister_decrease(cfg.producer_registers)
             if warp_index == 0:
                 self.produce(
                     (tma_q, gQ, sQ),
@@ -311,13 +339,16 @@ class ForwardSm90:
                     mKVLengths is not None,
                 )
         else:
-            cute.arch.setmaxregister_increase(cfg.consumer_registers)
+            if const_expr(cfg.reallocates_registers):
+                cute.arch.setmaxregister_increase(cfg.consumer_registers)
             self.consume(
                 sQ,
                 sK,
                 sV,
                 mO,
                 mLSE,
+                mOPartial,
+                mLSEPartial,
                 pipelines,
                 work,
                 q_length,
@@ -335,6 +366,12 @@ class ForwardSm90:
         )
         n_max = n_max if first < queries else Int32(0)
         return n_min, n_max, full_min, full_max
+
+    @cute.jit
+    def splits_of_entry(self, lengths: cutlass.Constexpr, most: Int32, batch: Int32) -> Int32:
+        """Parts into which the keys of a batch entry's only row of tiles are divided."""
+        n_min, n_max, _, _ = self.key_tiles(Int32(0), *lengths(batch))
+        return splits_of(n_min, n_max, most)
 
     @cute.jit
     def produce(
@@ -373,15 +410,23 @@ class ForwardSm90:
         q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase, tail_phase = (
             Int32(0) for _ in range(8)
         )
-        while tile < order.num_tiles:
-            m_block, head, kv_head, batch = order.coordinates(tile)
+        if const_expr(self.split_kv):
+            num_tiles = order.count()
+        while tile < (num_tiles if const_expr(self.split_kv) else order.num_tiles):
+            part = ()
+            if const_expr(self.split_kv):
+                m_block = Int32(0)
+                head, kv_head, batch, split, splits = order.coordinates(tile)
+                part = (split, splits)
+            else:
+                m_block, head, kv_head, batch = order.coordinates(tile)
             offset, queries, keys = lengths(batch)
             n_min, n_max, full_min, full_max = self.key_tiles(m_block, offset, queries, keys)
+            if const_expr(self.split_kv):
+                n_min, n_max = split_range(n_min, n_max, *part)
             pipeline_tile.acquire(t_stage, t_phase)
-            self.write_work(
-                work[None, t_stage],
-                (m_block, head, batch, offset, queries, keys, n_min, n_max, full_min, full_max),
-            )
+            fields = (m_block, head, batch, offset, queries, keys, n_min, n_max, full_min, full_max)
+            self.write_work(work[None, t_stage], fields + part)
             pipeline_tile.commit(t_stage)
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
             gQ_tile = cute.local_tile(
@@ -462,7 +507,7 @@ class ForwardSm90:
             tile = cute.arch.shuffle_sync(tile, 0)
 
         pipeline_tile.acquire(t_stage, t_phase)
-        self.write_work(work[None, t_stage], (Int32(-1),) * WORK_FIELDS)
+        self.write_work(work[None, t_stage], (Int32(-1),) * self.work_fields)
         pipeline_tile.commit(t_stage)
 
     @cute.jit
@@ -491,7 +536,7 @@ class ForwardSm90:
     def take_work(self, work: cute.Tensor, pipeline: TmaPipeline, stage: Int32, phase: Int32):
         """What the producer left: m_block (negative at the end), head, batch, ..."""
         pipeline.wait(stage, phase)
-        fields = [work[i, stage] for i in range(WORK_FIELDS)]
+        fields = [work[i, stage] for i in range(self.work_fields)]
         cute.arch.sync_warp()
         pipeline.release(stage, self.consumer_warps)
         return tuple(fields)
@@ -504,6 +549,8 @@ class ForwardSm90:
         sV: cute.Tensor,
         mO: cute.Tensor,
         mLSE: cute.Tensor,
+        mOPartial: cute.Tensor | None,
+        mLSEPartial: cute.Tensor | None,
         pipelines,
         work: cute.Tensor,
         q_length: Int32,
@@ -544,7 +591,8 @@ class ForwardSm90:
         fields = self.take_work(work, pipeline_tile, t_stage, t_phase)
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
-            m_block, head, batch, offset, queries, keys, n_min, n_max, full_min, full_max = fields
+            m_block, head, batch, offset, queries, keys = fields[:6]
+            n_min, n_max, full_min, full_max = fields[6:10]
             first_token = (m_block * cfg.warpgroups + slab) * self.slab_tokens
             mask_tile = partial(self.apply_mask, scores, thread, first_token + offset, keys)
             softmax.reset()
@@ -608,19 +656,16 @@ class ForwardSm90:
 
             # Rows at or beyond the query length are as good as empty.
             softmax.finish(row_scale, lse)
-            for r in cutlass.range_constexpr(ROWS_PER_THREAD):
-                row = row_in_slab(thread, r)
-                token = first_token + row // self.heads_packed
-                is_valid = token < queries
-                words = rounded_row(out, r, row_scale[r], self.dtype)
-                words = [select(is_valid, word, Uint32(0)) for word in words]
-                lines = lines_of_quads(words, thread)
-                in_slab = row < self.slab_tokens * self.heads_packed
-                if in_slab and token < q_length:
-                    q_head = head * self.heads_packed + row % self.heads_packed
-                    if thread % 4 == 0:
-                        mLSE[batch, token, q_head] = lse[r] if is_valid else -Float32.inf
-                    self.store_row(lines, mO, (batch, token, q_head, 0), thread)
+            rows = (out, row_scale, lse)
+            place = (batch, head, first_token, queries, q_length)
+            if const_expr(self.split_kv):
+                split, splits = fields[10:]
+                if splits > 1:
+                    self.store_partial(*rows, mOPartial, mLSEPartial, split, *place, thread)
+                else:
+                    self.store_slab(*rows, mO, mLSE, *place, thread)
+            else:
+                self.store_slab(*rows, mO, mLSE, *place, thread)
 
             fields = self.take_work(work, pipeline_tile, t_stage, t_phase)
         if const_expr(self.takes_turns):
@@ -669,6 +714,76 @@ class ForwardSm90:
             following = slab + 1
             following = Int32(0) if following == self.config.warpgroups else following
             cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + following, number_of_threads=256)
+
+    @cute.jit
+    def store_slab(
+        self,
+        out: cute.Tensor,
+        row_scale: cute.Tensor,
+        lse: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        batch: Int32,
+        head: Int32,
+        first_token: Int32,
+        queries: Int32,
+        q_length: Int32,
+        thread: Int32,
+    ):
+        """Stores a slab's rows of O and LSE."""
+        for r in cutlass.range_constexpr(ROWS_PER_THREAD):
+            row = row_in_slab(thread, r)
+            token = first_token + row // self.heads_packed
+            is_valid = token < queries
+            words = rounded_row(out, r, row_scale[r], self.dtype)
+            words = [select(is_valid, word, Uint32(0)) for word in words]
+            lines = lines_of_quads(words, thread)
+            in_slab = row < self.slab_tokens * self.heads_packed
+            if in_slab and token < q_length:
+                q_head = head * self.heads_packed + row % self.heads_packed
+                if thread % 4 == 0:
+                    mLSE[batch, token, q_head] = lse[r] if is_valid else -Float32.inf
+                self.store_row(lines, mO, (batch, token, q_head, 0), thread)
+
+    @cute.jit
+    def store_partial(
+        self,
+        out: cute.Tensor,
+        row_scale: cute.Tensor,
+        lse: cute.Tensor,
+        mOPartial: cute.Tensor,
+        mLSEPartial: cute.Tensor,
+        split: Int32,
+        batch: Int32,
+        head: Int32,
+        first_token: Int32,
+        queries: Int32,
+        q_length: Int32,
+        thread: Int32,
+    ):
+        """Stores a slab's rows of one part in float32, each normalised by its own LSE.
+
+        O of a row whose LSE is -inf is never read, so what a padded row holds there is no matter.
+        """
+        for r in cutlass.range_constexpr(ROWS_PER_THREAD):
+            row = row_in_slab(thread, r)
+            token = first_token + row // self.heads_packed
+            in_slab = row < self.slab_tokens * self.heads_packed
+            if in_slab and token < q_length:
+                q_head = head * self.heads_packed + row % self.heads_packed
+                if thread % 4 == 0:
+                    is_valid = token < queries
+                    mLSEPartial[split, batch, token, q_head] = lse[r] if is_valid else -Float32.inf
+                start = cute.crd2idx((split, batch, token, q_head, 0), mOPartial.layout)
+                for j in cutlass.range_constexpr(self.head_dim_v // 8):
+                    target = cute.make_tensor(
+                        (mOPartial.iterator + (start + 8 * j + 2 * (thread % 4))).align(8),
+                        cute.make_layout(2),
+                    )
+                    pair = cute.make_rmem_tensor(2, Float32)
+                    for i in cutlass.range_constexpr(2):
+                        pair[i] = out[r, 2 * j + i] * row_scale[r]
+                    cute.autovec_copy(pair, target)
 
     @cute.jit
     def store_row(self, lines: list, mO: cute.Tensor, start, thread: Int32):

@@ -1,0 +1,130 @@
+"""After a forward pass with split-KV: O and LSE of each row from those of its parts.
+
+With LSE_i and O_i of part i, LSE = log sum_i exp(LSE_i) and O = sum_i exp(LSE_i - LSE) O_i.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32
+
+from jax_flashcute.kernels.common.lengths import entry_lengths
+from jax_flashcute.kernels.common.softmax import LN2, LOG2_E, exp2
+from jax_flashcute.kernels.sm90.fragments import round_pair
+
+WARPS = 4
+"""Rows of a block, a warp each."""
+WARP_COLUMNS = 128
+"""Columns of O that a warp takes at a time, four a lane."""
+
+
+class Combine:
+    """Compiles to one kernel; a warp serves one row of one query head."""
+
+    def __init__(self, dtype, head_dim_v: int, splits_of_entry: Callable[..., Int32]):
+        """``splits_of_entry``: of (lengths, splits there can be, batch), as the forward has it."""
+        self.dtype = dtype
+        self.head_dim_v = head_dim_v
+        self.splits_of_entry = splits_of_entry
+
+    def launch(
+        self,
+        stream,
+        length_arrays: tuple,
+        kv_length: Int32,
+        mOPartial: cute.Tensor,
+        mLSEPartial: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+    ) -> None:
+        rows = mO.shape[0] * mO.shape[1] * mO.shape[2]
+        self.kernel(*length_arrays, kv_length, mOPartial, mLSEPartial, mO, mLSE).launch(
+            grid=[cute.ceil_div(rows, WARPS), 1, 1],
+            block=[32 * WARPS, 1, 1],
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        mQOffset: cute.Tensor | None,
+        mQLengths: cute.Tensor | None,
+        mKVLengths: cute.Tensor | None,
+        kv_length: Int32,
+        mOPartial: cute.Tensor,  # (splits, B, T, N, Hv) float32
+        mLSEPartial: cute.Tensor,  # (splits, B, T, N) float32
+        mO: cute.Tensor,  # (B, T, N, Hv)
+        mLSE: cute.Tensor,  # (B, T, N) float32
+    ):
+        lane = cute.arch.lane_idx()
+        row = cute.arch.block_idx()[0] * WARPS + cute.arch.warp_idx()
+        batches, q_length, heads = mO.shape[0], mO.shape[1], mO.shape[2]
+        entry = row // heads
+        head = row - entry * heads
+        batch = entry // q_length
+        token = entry - batch * q_length
+        # The parts are written by the kernel before this one.
+        cute.arch.griddepcontrol_wait()
+        if batch < batches:
+            lengths = partial(entry_lengths, mQOffset, mQLengths, mKVLengths, q_length, kv_length)
+            splits = self.splits_of_entry(lengths, mOPartial.shape[0], batch)
+            # A row of one part was written by the forward kernel itself.
+            if splits > 1:
+                self.combine_row(mOPartial, mLSEPartial, mO, mLSE, batch, token, head, splits, lane)
+
+    @cute.jit
+    def combine_row(
+        self,
+        mOPartial: cute.Tensor,
+        mLSEPartial: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        batch: Int32,
+        token: Int32,
+        head: Int32,
+        splits: Int32,
+        lane: Int32,
+    ):
+        largest = -Float32.inf
+        for i in cutlass.range(lane, splits, 32, unroll=1):
+            largest = cute.arch.fmax(largest, mLSEPartial[i, batch, token, head])
+        for step in cutlass.range_constexpr(5):
+            other = cute.arch.shuffle_sync_bfly(largest, offset=1 << step)
+            largest = cute.arch.fmax(largest, other)
+        # Without a visible key the maximum is -inf, and -inf - -inf is NaN.
+        base = Float32(0.0) if largest == -Float32.inf else largest
+        total = Float32(0.0)
+        for i in cutlass.range(lane, splits, 32, unroll=1):
+            total += exp2((mLSEPartial[i, batch, token, head] - base) * LOG2_E)
+        for step in cutlass.range_constexpr(5):
+            total += cute.arch.shuffle_sync_bfly(total, offset=1 << step)
+        is_empty = total == 0.0
+        lse = -Float32.inf if is_empty else base + cute.math.log2(total, fastmath=True) * LN2
+        factor = Float32(0.0) if is_empty else cute.arch.rcp_approx(total)
+        if lane == 0:
+            mLSE[batch, token, head] = lse
+
+        for c in cutlass.range_constexpr(-(-self.head_dim_v // WARP_COLUMNS)):
+            column = c * WARP_COLUMNS + 4 * lane
+            acc = cute.make_rmem_tensor(4, Float32)
+            acc.fill(0.0)
+            if column < self.head_dim_v:
+                for i in cutlass.range(splits, unroll=4):
+                    part_lse = mLSEPartial[i, batch, token, head]
+                    if part_lse != -Float32.inf:
+                        weight = exp2((part_lse - base) * LOG2_E) * factor
+                        part = cute.make_rmem_tensor(4, Float32)
+                        start = cute.crd2idx((i, batch, token, head, 0), mOPartial.layout)
+                        source = (mOPartial.iterator + (start + column)).align(16)
+                        cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), part)
+                        for k in cutlass.range_constexpr(4):
+                            acc[k] = acc[k] + weight * part[k]
+                words = cute.make_rmem_tensor(2, Uint32)
+                for k in cutlass.range_constexpr(2):
+                    words[k] = round_pair(self.dtype, acc[2 * k], acc[2 * k + 1])
+                start = cute.crd2idx((batch, token, head, 0), mO.layout)
+                target = cute.recast_ptr((mO.iterator + (start + column)).align(8), dtype=Uint32)
+                cute.autovec_copy(words, cute.make_tensor(target, cute.make_layout(2)))
