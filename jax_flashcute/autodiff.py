@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jax_flashcute import dispatch
+from jax_flashcute import dispatch, sharding
 from jax_flashcute.batching import fold_backward, fold_forward
 from jax_flashcute.dispatch import Implementation
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
@@ -102,11 +102,11 @@ def _named(residuals: Residuals) -> Residuals:
 
 
 def _forward_pass(spec: AttentionSpec, implementation: Implementation):
-    return _underivable(fold_forward(functools.partial(dispatch.forward, spec, implementation)))
+    return _underivable(fold_forward(functools.partial(sharding.forward, spec, implementation)))
 
 
 def _backward_pass(spec: AttentionSpec, implementation: Implementation):
-    return _underivable(fold_backward(functools.partial(dispatch.backward, spec, implementation)))
+    return _underivable(fold_backward(functools.partial(sharding.backward, spec, implementation)))
 
 
 def _underivable(function):

@@ -16,6 +16,7 @@ from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 
 Direction = Literal["fwd", "bwd"]
 Implementation = Literal["cute", "xla", "reference"] | None
+ServedBy = Literal["cute", "xla", "platform"]
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (None, "cute", "xla", "reference")
 
@@ -54,27 +55,14 @@ def refuse_unless_served(spec: AttentionSpec, operands: Operands, direction: Dir
         )
 
 
-def forward(spec: AttentionSpec, implementation: Implementation, operands: Operands) -> Residuals:
-    """The forward pass by ``"cute"``, ``"xla"`` or, for None, by what the platform has."""
-    return _forward(spec, _served_by(spec, implementation, operands, "fwd"), operands)
-
-
-def backward(
-    spec: AttentionSpec,
-    implementation: Implementation,
-    operands: Operands,
-    residuals: Residuals,
-    dout: jax.Array,
-    dlse: jax.Array,
-) -> Operands:
-    """The backward pass, likewise; the residuals may come from any implementation."""
-    served_by = _served_by(spec, implementation, operands, "bwd")
-    return _backward(spec, served_by, operands, residuals, dout, dlse)
-
-
-def _served_by(
+def served_by(
     spec: AttentionSpec, implementation: Implementation, operands: Operands, direction: Direction
-) -> Literal["cute", "xla", "platform"]:
+) -> ServedBy:
+    """What serves a pass for which ``"cute"``, ``"xla"`` or None was asked.
+
+    Raises:
+      NotImplementedError: ``"cute"`` cannot serve it.
+    """
     if implementation == "cute":
         refuse_unless_served(spec, operands, direction)
         return "cute"
@@ -87,7 +75,8 @@ def _served_by(
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "served_by"))
-def _forward(spec: AttentionSpec, served_by: str, operands: Operands) -> Residuals:
+def forward(spec: AttentionSpec, served_by: ServedBy, operands: Operands) -> Residuals:
+    """The forward pass by what ``served_by`` gave for it."""
     return _choose(
         served_by,
         functools.partial(_kernel_forward, spec),
@@ -97,14 +86,15 @@ def _forward(spec: AttentionSpec, served_by: str, operands: Operands) -> Residua
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "served_by"))
-def _backward(
+def backward(
     spec: AttentionSpec,
-    served_by: str,
+    served_by: ServedBy,
     operands: Operands,
     residuals: Residuals,
     dout: jax.Array,
     dlse: jax.Array,
 ) -> Operands:
+    """The backward pass, likewise; the residuals may come from any implementation."""
     return _choose(
         served_by,
         functools.partial(_kernel_backward, spec),
@@ -116,7 +106,7 @@ def _backward(
     )
 
 
-def _choose(served_by: str, kernel, blockwise, *arguments):
+def _choose(served_by: ServedBy, kernel, blockwise, *arguments):
     match served_by:
         case "cute":
             return kernel(*arguments)

@@ -49,18 +49,8 @@ class TracedFunction:
         Returns:
           An array of their rank; of length 1 in every dimension in which nothing that the
           function reads varies.
-
-        Raises:
-          NotImplementedError: inside a ``shard_map`` with ``check_vma``, whose types a program
-            traced on scalars lacks.
         """
-        if any(jax.typeof(x).manual_axis_type.varying for x in (*arrays, *arguments)):
-            raise NotImplementedError(
-                "mask_mod and score_mod inside a shard_map that checks varying axes: pass "
-                "check_vma=False to jax.shard_map"
-            )
-        needed = {v for equation in self.jaxpr.eqns for v in equation.invars if isinstance(v, Var)}
-        needed |= {v for v in self.jaxpr.outvars if isinstance(v, Var)}
+        needed = self._needed()
         varies = [
             [v in needed and not _is_one(length) for length in x.shape]
             for v, x in zip(self.jaxpr.invars, arguments, strict=True)
@@ -87,6 +77,15 @@ class TracedFunction:
             else:
                 expanded.append(axis)
         return jnp.expand_dims(function(arrays, squeezed), expanded)
+
+    def reads(self, argument: int) -> bool:
+        """Whether the function depends on this one of its arguments."""
+        return self.jaxpr.invars[argument] in self._needed()
+
+    def _needed(self) -> set[Var]:
+        """Variables that an equation or the result reads."""
+        read = [v for equation in self.jaxpr.eqns for v in equation.invars]
+        return {v for v in (*read, *self.jaxpr.outvars) if isinstance(v, Var)}
 
 
 def trace_mask(function: Callable[..., Any]) -> tuple[TracedFunction, tuple[jax.Array, ...]]:
@@ -175,9 +174,46 @@ def _trace(name: str, function, arguments, kind, kind_name: str):
                 f"got {array.dtype}"
             )
         arrays.append(array[None])
+    jaxpr = _without_casts(closed.jaxpr)
     # Values that stay inside nested programs are not printed with them.
-    text = "\n".join([str(closed.jaxpr), *_nested_constants(name, closed.jaxpr)])
-    return TracedFunction(text, closed.jaxpr), tuple(arrays)
+    text = "\n".join([str(jaxpr), *_nested_constants(name, jaxpr)])
+    return TracedFunction(text, jaxpr), tuple(arrays)
+
+
+def _without_casts(jaxpr: Jaxpr) -> Jaxpr:
+    """``jaxpr`` without the casts that say over which mesh axes a value varies.
+
+    They are there inside a ``shard_map`` that checks it; a device's part of a call has no mesh.
+    """
+    renamed: dict[Var, Any] = {}
+
+    def of_parameter(parameter):
+        match parameter:
+            case ClosedJaxpr():
+                return ClosedJaxpr(_without_casts(parameter.jaxpr), parameter.consts)
+            case Jaxpr():
+                return _without_casts(parameter)
+            case tuple() | list():
+                return type(parameter)(of_parameter(p) for p in parameter)
+            case _:
+                return parameter
+
+    def current(v):
+        return renamed.get(v, v) if isinstance(v, Var) else v
+
+    equations = []
+    for equation in jaxpr.eqns:
+        inputs = [current(v) for v in equation.invars]
+        if equation.primitive.name in ("pvary", "pcast"):
+            renamed.update(zip(equation.outvars, inputs, strict=True))
+            continue
+        parameters = {name: of_parameter(p) for name, p in equation.params.items()}
+        equations.append(equation.replace(invars=inputs, params=parameters))
+    if not renamed and all(
+        new.params == old.params for new, old in zip(equations, jaxpr.eqns, strict=True)
+    ):
+        return jaxpr
+    return jaxpr.replace(eqns=equations, outvars=[current(v) for v in jaxpr.outvars])
 
 
 def _nested_constants(name: str, jaxpr: Jaxpr) -> Iterator[str]:

@@ -65,6 +65,8 @@ class Operands:
       sinks: (1|B, N) float32: one extra logit per head that takes part in the normaliser only.
       batch_index: (B,) int32: the ``b`` that ``mask_mod`` and ``score_mod`` see; present where one
         of them is.
+      head_index: (N,) int32: the ``h`` that they see, where this is a part of the heads; absent
+        means 0..N-1.
       mask_mod_arrays: what ``mask_mod`` closes over: (1|B, ...) each.
       score_mod_arrays: what ``score_mod`` closes over, likewise.
     """
@@ -79,6 +81,7 @@ class Operands:
     mask: jax.Array | None = None
     sinks: jax.Array | None = None
     batch_index: jax.Array | None = None
+    head_index: jax.Array | None = None
     mask_mod_arrays: tuple[jax.Array, ...] = ()
     score_mod_arrays: tuple[jax.Array, ...] = ()
 

@@ -58,8 +58,9 @@ def element_indices(
     """What ``mask_mod`` and ``score_mod`` see of a block of elements.
 
     Args:
-      operands: the arrays of the call; only ``batch_index``, ``q_offset`` and shapes are read.
-      head: integer query head numbers.
+      operands: the arrays of the call; only ``batch_index``, ``head_index``, ``q_offset`` and
+        shapes are read.
+      head: integer query head numbers, among those of ``operands``.
       q_idx: integer query row numbers (not positions).
       kv_idx: integer key numbers.  The three broadcast to each other, without a batch dimension.
 
@@ -83,6 +84,8 @@ def element_indices(
         position = position + per_batch(operands.q_offset)
     if operands.batch_index is None:
         raise ValueError("operands must have a batch_index for mask_mod and score_mod")
+    if operands.head_index is not None:
+        head = operands.head_index[head]
     return per_batch(operands.batch_index), batched(head), position, kv
 
 

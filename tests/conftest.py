@@ -19,6 +19,8 @@ import pytest
 
 # Tests share a GPU with each other and with other programs: take memory as it is needed.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Meshes are tested over this many devices of the CPU.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -31,7 +31,7 @@ SERVED_OPERANDS = frozenset(
 )
 OPTIONAL_OPERANDS = ("q_offset", "query_seq_lengths", "key_value_seq_lengths")
 """Those of ``SERVED_OPERANDS`` that may be absent, in the order in which kernels take them."""
-FUNCTION_OPERANDS = frozenset(("batch_index", "mask_mod_arrays", "score_mod_arrays"))
+FUNCTION_OPERANDS = frozenset(("batch_index", "head_index", "mask_mod_arrays", "score_mod_arrays"))
 """What ``mask_mod`` and ``score_mod`` read, which are refused by their own names."""
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jax_flashcute import flash_attention, plan
+from jax_flashcute.export import EXPORT_CHECKS
 from jax_flashcute.ffi import store
-from jax_flashcute.ffi.call import EXPORT_CHECKS
 from jax_flashcute.ffi.runtime import CALL_TARGET
 
 N, K, H = 4, 2, 64

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from jax_flashcute import flash_attention
+from jax_flashcute.export import EXPORT_CHECKS
 from jax_flashcute.ffi import store
-from jax_flashcute.ffi.call import EXPORT_CHECKS
 from jax_flashcute.ffi.runtime import CALL_TARGET
 from jax_flashcute.kernels import registry
 from tests.cases import LONG_EDGE_LENGTHS, Case
@@ -401,7 +401,7 @@ def test_grad() -> None:
 CALL_EXPORTED = """
 import sys
 import jax, numpy as np
-from jax_flashcute.ffi.runtime import register_call_target
+from jax_flashcute.export import register_call_target
 register_call_target()
 folder = sys.argv[1]
 program = jax.export.deserialize(bytearray(open(folder + "/program", "rb").read()))

@@ -37,10 +37,10 @@ def reasons(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[str]]]:
         lambda spec, operands, direction: reasons[direction],
     )
     # No trace of a real kernel's call may serve these tests, nor one of a stand-in any other.
-    for function in (dispatch._forward, dispatch._backward):
+    for function in (dispatch.forward, dispatch.backward):
         function.clear_cache()
     yield reasons
-    for function in (dispatch._forward, dispatch._backward):
+    for function in (dispatch.forward, dispatch.backward):
         function.clear_cache()
 
 
