@@ -62,10 +62,13 @@ class Quotient:
 
 @dataclass(frozen=True)
 class Extreme:
-    """The smaller (``"min"``) or the larger (``"max"``) of two."""
+    """The smallest (``"min"``) or the largest (``"max"``) of several."""
 
     kind: Literal["min", "max"]
     operands: frozenset["Linear"]
+
+    def __repr__(self) -> str:
+        return f"Extreme({self.kind!r}, {sorted(map(repr, self.operands))})"
 
 
 Atom = Index | Opaque | Quotient | Extreme
@@ -103,6 +106,10 @@ class Linear:
 
     def __str__(self) -> str:
         return describe(self)
+
+    def __repr__(self) -> str:
+        # The same in every process: it is part of what compiled kernels are known by.
+        return f"Linear({sorted(map(repr, self.terms))}, {self.constant})"
 
 
 def as_linear(value: Linear | int) -> Linear:
@@ -250,21 +257,7 @@ def evaluate(
 
 def _ordered(values):
     """A frozenset in an order that is the same in every process."""
-    return sorted(values, key=lambda v: repr(_sortable(v)))
-
-
-def _sortable(value):
-    """``value`` with its sets as sorted lists."""
-    match value:
-        case Linear():
-            return ["linear", *sorted(repr(_sortable(t)) for t in value.terms), value.constant]
-        case Quotient():
-            return ["quotient", _sortable(value.dividend), value.divisor]
-        case Extreme():
-            return [value.kind, *sorted(repr(_sortable(o)) for o in value.operands)]
-        case tuple():
-            return [_sortable(v) for v in value]
-    return value
+    return sorted(values, key=repr)
 
 
 def describe(value: Linear) -> str:
@@ -859,3 +852,42 @@ def _is_open(bound: Linear, sign: int) -> bool:
     """Whether every key is on the right side of a bound anyway."""
     low, high = bounds(bound)
     return high <= 0 if sign < 0 else low >= POSITION_LIMIT
+
+
+def window_interval(left: int | None, right: int | None) -> Interval:
+    """``q - left <= kv <= q + right`` as an interval; None is open."""
+    q = Linear.of(Index("q"))
+    low = None if left is None else q - left
+    return Interval(low, None if right is None else q + (right + 1))
+
+
+def rising_interval(keys: KeySet | None) -> Interval | None:
+    """The one interval that ``keys`` is, if its bounds rise with q and depend on nothing else.
+
+    Such a bound can be inverted, so that it tells tiles of queries from keys too.
+    """
+    if keys is None or len(keys) != 1 or keys[0].guards:
+        return None
+    bounds = [bound for bound in (keys[0].low, keys[0].high) if bound is not None]
+    return keys[0] if all(_is_invertible(b, POSITION_LIMIT + 1) for b in bounds) else None
+
+
+def _is_invertible(value: Linear, reach: int) -> bool:
+    """Whether the least q with ``value >= target`` can be computed for targets up to ``reach``."""
+    if not value.terms:
+        return True
+    if len(value.terms) > 1:
+        return False
+    ((atom, coefficient),) = value.terms
+    if coefficient <= 0:
+        return False
+    reach = (reach + abs(value.constant)) // coefficient + 1
+    match atom:
+        case Index():
+            return atom.name == "q"
+        case Quotient():
+            reach *= atom.divisor
+            return reach < 2**31 - 2 * POSITION_LIMIT and _is_invertible(atom.dividend, reach)
+        case Extreme():
+            return all(_is_invertible(x, reach) for x in atom.operands)
+    return False

@@ -84,8 +84,9 @@ def flash_attention(
         position of the row (row i is at ``i + q_offset``) and number of the key.  False hides the
         key, on top of what everything else hides.  One that is ``q_idx - left <= kv_idx <= q_idx +
         right``, however it is written, or has such a condition, takes the path of
-        ``local_window_size`` for it (positions are taken to be below 2^24 then); what else it says
-        is evaluated block by block.
+        ``local_window_size`` for it (positions are taken to be below 2^24 then); one interval of
+        keys with bounds that rise with q_idx is served by kernels too; what else it says is
+        evaluated block by block.
       score_mod: ``(score, b, h, q_idx, kv_idx) -> score``, in jnp on scalars, the score in float32
         (float64 for float64 operands).  It is evaluated for hidden keys too, where its derivatives
         must be finite.

@@ -4,11 +4,15 @@ Shared by the tests on a CPU, in simulation and on a GPU, so that each runs the 
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jax_flashcute import masks
+from jax_flashcute.spec import AttentionSpec
 
 # Lengths around the edges of words, warps and tiles.
 EDGE_LENGTHS = (1, 2, 63, 64, 65, 127, 128, 129)
@@ -31,6 +35,7 @@ class Case:
       bias: which of the dimensions "bnts" the bias has at full size; None for no bias.
       mask: likewise for the boolean mask.
       sinks: a sink per query head.
+      mask_mod: a mask function that closes over no array.
     """
 
     batch: int = 2
@@ -48,6 +53,7 @@ class Case:
     bias: str | None = None
     mask: str | None = None
     sinks: bool = False
+    mask_mod: Callable | None = None
 
     @property
     def q_heads(self) -> int:
@@ -60,7 +66,21 @@ class Case:
             "is_causal": self.causal,
             "local_window_size": self.window,
             "logits_soft_cap": self.soft_cap,
+            "mask_mod": self.mask_mod,
         }
+
+    def spec(self, **more) -> AttentionSpec:
+        """The static part of the call at the default scale, as kernels and the reference take it.
+
+        A mask function is kept whole; ``batch_index`` says what the reference needs with it.
+        """
+        mask_mod = None if self.mask_mod is None else masks.trace_mask(self.mask_mod)[0]
+        scale = self.head_dim**-0.5
+        return AttentionSpec(scale, self.causal, self.window, mask_mod=mask_mod, **more)
+
+    def batch_index(self) -> dict:
+        """The operand that a mask function goes with."""
+        return {} if self.mask_mod is None else {"batch_index": jnp.arange(self.batch)}
 
     def arrays(self, dtype=jnp.float32, seed: int = 0, *, poison: bool = True) -> dict:
         """Array arguments by name.

@@ -8,6 +8,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
+from jax_flashcute.analysis import (
+    Interval,
+    analyse,
+    intersection,
+    rising_interval,
+    window_interval,
+)
 from jax_flashcute.kernels.config import (
     BwdConfig,
     FwdConfig,
@@ -54,7 +61,7 @@ class KernelKey:
       group: query heads that share a key/value head.
       pack_gqa: those heads share a tile of query rows; forward only.
       scale: factor on the scores.
-      window: visible keys left and right of a query; None where unbounded.
+      interval: the keys a query sees, between bounds that rise with its position.
       optional: the optional operands that are present.
       config: tile sizes and the like.
       num_sms: multiprocessors that persistent blocks are spread over; 0 where it does not matter.
@@ -69,19 +76,25 @@ class KernelKey:
     group: int
     pack_gqa: bool
     scale: float
-    window: tuple[int | None, int | None]
+    interval: Interval
     optional: tuple[str, ...]
     config: FwdConfig | BwdConfig
     num_sms: int
     split_kv: bool = False
 
 
-def window_of(spec: AttentionSpec) -> tuple[int | None, int | None]:
-    """The keys a query sees left and right of its position: causal is ``(None, 0)``."""
+def interval_of(spec: AttentionSpec) -> Interval | None:
+    """The keys a query sees by its position: causal is ``kv < q + 1``.
+
+    None where ``mask_mod`` shows something else than one interval whose bounds rise with q.
+    """
     left, right = spec.local_window_size or (None, None)
     if spec.is_causal:
         right = 0 if right is None else min(right, 0)
-    return left, right
+    keys = (window_interval(left, right),)
+    if spec.mask_mod is not None:
+        keys = intersection(keys, analyse(spec.mask_mod.jaxpr).intervals())
+    return rising_interval(keys)
 
 
 def reasons_against(
@@ -112,9 +125,13 @@ def reasons_against(
     for name in operands.present():
         if name not in SERVED_OPERANDS | FUNCTION_OPERANDS:
             reasons.append(f"no kernel takes {name} yet")
-    for name, function in (("mask_mod", spec.mask_mod), ("score_mod", spec.score_mod)):
-        if function is not None:
-            reasons.append(f"no kernel takes {name} yet")
+    if interval_of(spec) is None:
+        reasons.append(
+            "no kernel takes a mask_mod yet that is not known to be one interval of keys with "
+            "bounds that rise with q_idx"
+        )
+    if spec.score_mod is not None:
+        reasons.append("no kernel takes score_mod yet")
     if spec.logits_soft_cap is not None:
         reasons.append("no kernel takes logits_soft_cap yet")
     if not (math.isfinite(spec.scale) and spec.scale >= 0):
@@ -141,6 +158,8 @@ def kernel_key(
     present = operands.present()
     config: FwdConfig | BwdConfig
     split_kv = False
+    interval = interval_of(spec)
+    assert interval is not None, "reasons_against must be asked first"
     if direction == "fwd":
         config = forward_config(*dims)
         pack_gqa = packing_pays(query.shape[1], group, config)
@@ -158,7 +177,7 @@ def kernel_key(
         group=group,
         pack_gqa=pack_gqa,
         scale=spec.scale,
-        window=window_of(spec),
+        interval=interval,
         optional=tuple(name for name in OPTIONAL_OPERANDS if name in present),
         config=config,
         num_sms=num_sms,
@@ -273,7 +292,7 @@ def _forward_builder(key: KernelKey):
         key.group,
         key.pack_gqa,
         key.scale,
-        IntervalMask(*key.window),
+        IntervalMask(key.interval),
         key.num_sms,
         key.split_kv,
     )
@@ -300,7 +319,7 @@ def _backward_builder(key: KernelKey):
         key.head_dim_v,
         key.group,
         key.scale,
-        IntervalMask(*key.window),
+        IntervalMask(key.interval),
     )
 
 

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 
+from jax_flashcute.analysis import Interval
 from jax_flashcute.ffi.compile import ArrayType, CompiledKernel, compile_kernel
+from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import BwdConfig, backward_config, workspace_shapes
 from tests.cases import Case
 
@@ -15,7 +17,7 @@ class Launcher:
     """What a backward launcher is compiled for.
 
     Attributes:
-      window: visible keys left and right of a query.
+      interval: the keys a query sees.
       optional: the optional arrays that it takes, of dlse, q_offset, query_seq_lengths and
         key_value_seq_lengths.
     """
@@ -23,7 +25,7 @@ class Launcher:
     head_dim: int
     head_dim_v: int
     group: int
-    window: tuple[int | None, int | None]
+    interval: Interval
     optional: tuple[str, ...]
     dtype: str
     config: BwdConfig
@@ -58,7 +60,7 @@ class Launcher:
                 self.head_dim_v,
                 self.group,
                 self.head_dim**-0.5,
-                IntervalMask(*self.window),
+                IntervalMask(self.interval),
             )
 
         return compile_kernel(
@@ -71,9 +73,8 @@ class Launcher:
 
 
 def launcher(case: Case, dtype: str, *, config: BwdConfig | None = None) -> Launcher:
-    left, right = case.window or (None, None)
-    if case.causal:
-        right = 0 if right is None else min(right, 0)
+    interval = registry.interval_of(case.spec())
+    assert interval is not None
     optional = (("dlse",) if case.lengths else ()) + (("q_offset",) if case.offset else ())
     if case.lengths:
         optional += ("query_seq_lengths", "key_value_seq_lengths")
@@ -81,7 +82,7 @@ def launcher(case: Case, dtype: str, *, config: BwdConfig | None = None) -> Laun
         case.head_dim,
         case.head_dim_v,
         case.group,
-        (left, right),
+        interval,
         optional,
         dtype,
         config or backward_config(case.head_dim, case.head_dim_v),

@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_flashcute import reference
+from jax_flashcute import masks, reference
 from jax_flashcute.kernels.config import BwdConfig, backward_config
-from jax_flashcute.spec import AttentionSpec, Operands
+from jax_flashcute.spec import Operands
 from tests.cases import Case
 from tests.kernels.backward_launchers import launcher, scratch_of
 from tests.simulator import simulate
@@ -31,7 +31,7 @@ def expected(case: Case, dtype: str):
     d_out = jnp.asarray(rng.standard_normal((*rows, case.head_dim_v)), dtype)
     d_lse = rng.standard_normal(rows) if case.lengths else np.zeros(rows)
     d_lse = jnp.asarray(d_lse, jnp.float32)
-    spec = AttentionSpec(case.head_dim**-0.5, case.causal, case.window)
+    spec = case.spec()
     # Beyond the length dO and dLSE may be anything; the reference multiplies them by 0.
     if case.lengths:
         beyond = jnp.arange(case.seqlen_q)[None] >= arrays["query_seq_lengths"][:, None]
@@ -41,7 +41,7 @@ def expected(case: Case, dtype: str):
     else:
         clean = d_out, d_lse
     main = {k: arrays[k].astype(jnp.float32) for k in ("query", "key", "value")}
-    others = {k: v for k, v in arrays.items() if k not in main}
+    others = {k: v for k, v in arrays.items() if k not in main} | case.batch_index()
 
     @jax.jit
     def run(main, others, cotangents):
@@ -99,6 +99,7 @@ CASES = {
     "256": sized(256, seqlen_q=130, seqlen_k=129),
     "192_128_everything": sized(192, 128, group=2, **EVERYTHING),
     "128_window": sized(128, window=(40, 10), offset=True, batch=2),
+    "64_chunked": sized(64, mask_mod=masks.chunked(80), causal=True, offset=True, batch=2),
 }
 SLOW_CASES = {
     "8": sized(8, kv_heads=2, causal=True),
@@ -112,6 +113,12 @@ SLOW_CASES = {
     "64_256_groups": sized(64, 256, causal=True, group=3),
     "256_64_window": sized(256, 64, window=(40, 10), offset=True, batch=2),
     "192": sized(192, seqlen_k=1),
+    "64_prefix": sized(64, mask_mod=masks.prefix_lm(70), group=2),
+    "128_compressed": sized(128, mask_mod=masks.compressed_causal(3), seqlen_q=300, offset=True),
+    "64_complete_only": sized(64, mask_mod=masks.compressed_causal(4, complete_only=True)),
+    "256_prefix_window": sized(
+        256, mask_mod=masks.prefix_lm(70), window=(90, None), lengths=True, batch=2
+    ),
     "256_everything": sized(256, **EVERYTHING),
     "128_long": sized(128, seqlen_q=400, seqlen_k=500, kv_heads=2, causal=True),
     "128_more_queries": sized(128, seqlen_q=300, seqlen_k=70, causal=True, offset=True),

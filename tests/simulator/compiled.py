@@ -2,6 +2,7 @@
 
 import functools
 
+from jax_flashcute.analysis import window_interval
 from jax_flashcute.ffi.compile import ArrayType, CompiledKernel, compile_kernel
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import FwdConfig, backward_config, forward_config
@@ -31,7 +32,7 @@ def forward(
         group=group,
         pack_gqa=pack_gqa,
         scale=head_dim**-0.5,
-        window=window,
+        interval=window_interval(*window),
         optional=optional,
         config=config or forward_config(head_dim, head_dim),
         num_sms=NUM_SMS,
@@ -75,7 +76,7 @@ def backward(
     def build():
         return BackwardSm90(
             config, cutlass.BFloat16, head_dim, head_dim, group, head_dim**-0.5,
-            IntervalMask(*window),
+            IntervalMask(window_interval(*window)),
         )  # fmt: skip
 
     return compile_kernel(build, arrays, "sm_90a", keep_intermediates=True, line_info=True)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flashcute import reference
+from jax_flashcute import masks, reference
 from jax_flashcute.ffi.compile import ArrayType, compile_kernel
 from jax_flashcute.kernels import registry
-from jax_flashcute.spec import AttentionSpec, Operands
+from jax_flashcute.spec import Operands
 from tests.cases import Case
 from tests.simulator import simulate
 
@@ -30,14 +30,14 @@ def check(case: Case, dtype: str = "bfloat16", num_sms: int = NUM_SMS, **how):
     """Simulate the kernel that a call gets and compare with the dense reference."""
     arrays = case.arrays(jnp.dtype(dtype), poison=True)
     operands = Operands(**arrays)
-    spec = AttentionSpec(case.head_dim**-0.5, case.causal, case.window)
+    spec = case.spec()
     assert not registry.reasons_against(spec, operands, "fwd", "sm_90a")
     key = registry.kernel_key(spec, operands, "fwd", "sm_90a", num_sms)
     wide = {
         n: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
         for n, x in arrays.items()
     }
-    want = jax.jit(lambda x: reference.attention(spec, Operands(**x)))(wide)
+    want = jax.jit(lambda x: reference.attention(spec, Operands(**x)))(wide | case.batch_index())
     inputs = [operands.query, operands.key, operands.value]
     inputs += [arrays[n] for n in registry.OPTIONAL_OPERANDS if n in arrays]
     rows = (case.batch, case.seqlen_q, case.q_heads)
@@ -63,6 +63,7 @@ CASES = {
     "128_everything": sized(128, **EVERYTHING),
     "64_decode": sized(64, group=8, seqlen_q=1, seqlen_k=200, lengths=True, batch=2),
     "72_40_window": sized(72, 40, window=(40, 10), offset=True),
+    "64_chunked": sized(64, mask_mod=masks.chunked(80), causal=True, offset=True, batch=2),
 }
 SLOW_CASES = {
     "8": sized(8, kv_heads=2),
@@ -78,6 +79,12 @@ SLOW_CASES = {
     "192_128": sized(192, 128, causal=True),
     "192": sized(192, **EVERYTHING),
     "256": sized(256, causal=True, group=2),
+    "128_prefix": sized(128, mask_mod=masks.prefix_lm(140), group=2),
+    "128_compressed": sized(128, mask_mod=masks.compressed_causal(3), seqlen_q=400, offset=True),
+    "64_complete_only": sized(64, mask_mod=masks.compressed_causal(4, complete_only=True)),
+    "256_prefix_window": sized(
+        256, mask_mod=masks.prefix_lm(140), window=(90, None), lengths=True, batch=2
+    ),
     "256_128_lengths": sized(256, 128, lengths=True, batch=2),
 }
 

@@ -11,23 +11,58 @@ from pathlib import Path
 
 import cutlass
 import cutlass.cute as cute
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cutlass import Int32
 from cutlass.cute.runtime import make_ptr
 
+from jax_flashcute.analysis import Interval, analyse, rising_interval
 from jax_flashcute.kernels.common.intervals import IntervalMask, low_bits
 from jax_flashcute.kernels.common.scheduler import L2_BYTES, TileOrder, section_size
 from jax_flashcute.kernels.sm90.fragments import column_words
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# left, right; None is open.  The two last are the empty-most and the widest of windows.
-MASKS = [
+# left, right; None is open.  Empty and wide windows, and some on one side of the diagonal.
+WINDOWS = [
     *((None, None), (None, 0), (None, 7), (0, None), (40, None)),
     *((5, 3), (33, 0), (0, 40), (0, 0), (70, 90)),
     *((None, -1), (-3, None), (-2, 40), (40, -7)),
 ]
+FUNCTIONS = {
+    "chunked": lambda q, kv: q // 24 == kv // 24,
+    "chunked_causal": lambda q, kv: (q // 24 == kv // 24) & (kv <= q),
+    "blocks": lambda q, kv: q // 24 == kv // 40,
+    "prefix": lambda q, kv: (kv < 37) | (kv <= q),
+    "prefix_window": lambda q, kv: ((kv < 37) | (kv <= q)) & (kv > q - 30),
+    "compressed": lambda q, kv: kv <= q // 3,
+    "compressed_late": lambda q, kv: kv * 3 + 5 <= q,
+    "expanded": lambda q, kv: (kv // 3 <= q) & (kv // 3 >= q - 9),
+    "first_keys": lambda q, kv: kv < 37,
+    "last_keys": lambda q, kv: kv >= 37,
+}
+
+
+def window(left: int | None, right: int | None):
+    return lambda q, kv: (
+        (True if left is None else kv >= q - left) & (True if right is None else kv <= q + right)
+    )
+
+
+MASKS = {str(sides): window(*sides) for sides in WINDOWS} | FUNCTIONS
+
+
+def interval(name: str) -> Interval:
+    """What the analysis makes of a mask."""
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    traced = jax.make_jaxpr(lambda b, h, q, kv: jnp.asarray(MASKS[name](q, kv)))(*[index] * 4)
+    found = rising_interval(analyse(traced.jaxpr).intervals())
+    assert found is not None
+    return found
+
+
 TILES = (32, 48)
 FIRSTS = np.arange(-120, 121, 7)
 SPANS = (1, 2, 31, 64)
@@ -76,15 +111,14 @@ def fill_block_ranges(
     out: cute.Pointer,
     rows: cute.Pointer,
     count: Int32,
-    left: cutlass.Constexpr,
-    right: cutlass.Constexpr,
+    name: cutlass.Constexpr[str],
     tile: cutlass.Constexpr[int],
 ):
     """``rows``: (first, last, length) of each; ``out``: its four results."""
     given = cute.make_tensor(rows, cute.make_layout((count, 3), stride=(3, 1)))
     table = cute.make_tensor(out, cute.make_layout((count, 4), stride=(4, 1)))
     for i in range(count):
-        a, b, c, d = IntervalMask(left, right).block_range(
+        a, b, c, d = IntervalMask(interval(name)).block_range(
             given[i, 0], given[i, 1], given[i, 2], tile
         )
         table[i, 0] = a
@@ -98,15 +132,14 @@ def fill_query_ranges(
     out: cute.Pointer,
     rows: cute.Pointer,
     count: Int32,
-    left: cutlass.Constexpr,
-    right: cutlass.Constexpr,
+    name: cutlass.Constexpr[str],
     tile: cutlass.Constexpr[int],
 ):
     """``rows``: (first, last, offset, length) of each; ``out``: its four results."""
     given = cute.make_tensor(rows, cute.make_layout((count, 4), stride=(4, 1)))
     table = cute.make_tensor(out, cute.make_layout((count, 4), stride=(4, 1)))
     for i in range(count):
-        a, b, c, d = IntervalMask(left, right).query_range(
+        a, b, c, d = IntervalMask(interval(name)).query_range(
             given[i, 0], given[i, 1], given[i, 2], given[i, 3], tile
         )
         table[i, 0] = a
@@ -178,9 +211,9 @@ def fill_tables(path: str) -> None:
         ("block_range", fill_block_ranges, block_rows()),
         ("query_range", fill_query_ranges, query_rows()),
     ):
-        for (left, right), tile in itertools.product(MASKS, TILES):
-            out = table(f"{name} {left} {right} {tile}", len(rows), 4)
-            fill(out, pointer(rows), len(rows), left, right, tile)
+        for mask, tile in itertools.product(MASKS, TILES):
+            out = table(f"{name} {mask} {tile}", len(rows), 4)
+            fill(out, pointer(rows), len(rows), mask, tile)
     for i, (m_blocks, kv_heads, batch, heads_per_kv, section) in enumerate(ORDERS):
         out = table(f"order {i}", m_blocks * kv_heads * batch * heads_per_kv, 4)
         fill_order(out, m_blocks, kv_heads, batch, heads_per_kv, section)
@@ -217,14 +250,9 @@ def test_column_words(tables, columns: int) -> None:
         np.testing.assert_array_equal(bits, column[None, :] < LIMITS[:, None])
 
 
-def sees(left: int | None, right: int | None, position, key):
+def sees(mask: str, position, key):
     """Whether a query position sees a key."""
-    seen = np.ones(np.broadcast(position, key).shape, bool)
-    if left is not None:
-        seen &= key >= position - left
-    if right is not None:
-        seen &= key <= position + right
-    return seen
+    return np.broadcast_to(MASKS[mask](position, key), np.broadcast(position, key).shape)
 
 
 def by_tile(seen: np.ndarray, tile: int) -> np.ndarray:
@@ -238,18 +266,17 @@ def as_set(begin: int, end: int, tiles: int) -> set[int]:
     return set(range(begin, end))
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("tile", TILES)
-def test_block_range(tables, mask: tuple[int | None, int | None], tile: int) -> None:
-    left, right = mask
-    ranges = tables[f"block_range {left} {right} {tile}"]
+def test_block_range(tables, mask: str, tile: int) -> None:
+    ranges = tables[f"block_range {mask} {tile}"]
     for (first, last, length), (n_min, n_max, full_min, full_max) in zip(
         block_rows(), ranges, strict=True
     ):
         tiles = -(-length // tile)
         position = np.arange(first, last + 1)[:, None]
         key = np.arange(tiles * tile)[None, :]
-        seen = by_tile(sees(left, right, position, key) & (key < length), tile)
+        seen = by_tile(sees(mask, position, key) & (key < length), tile)
         case = f"positions {first}..{last} of {length} keys"
         visited = as_set(n_min, n_max, tiles)
         assert visited >= set(np.flatnonzero(seen.any((0, 2)))), case
@@ -262,18 +289,17 @@ def test_block_range(tables, mask: tuple[int | None, int | None], tile: int) -> 
             assert len(visited) <= 1, case
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("tile", TILES)
-def test_query_range(tables, mask: tuple[int | None, int | None], tile: int) -> None:
-    left, right = mask
-    ranges = tables[f"query_range {left} {right} {tile}"]
+def test_query_range(tables, mask: str, tile: int) -> None:
+    ranges = tables[f"query_range {mask} {tile}"]
     for (first, last, offset, length), (m_min, m_max, full_min, full_max) in zip(
         query_rows(), ranges, strict=True
     ):
         tiles = -(-length // tile)
         row = np.arange(tiles * tile)
         key = np.arange(first, last + 1)[:, None]
-        seen = sees(left, right, row[None, :] + offset, key)
+        seen = sees(mask, row[None, :] + offset, key)
         some = by_tile(seen & (row < length), tile)
         every = by_tile(seen | (row >= length), tile)
         case = f"keys {first}..{last}, offset {offset}, {length} rows"

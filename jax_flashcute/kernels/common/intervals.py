@@ -4,34 +4,42 @@ A query at position p sees the keys lo(p) <= kv < hi(p); both bounds grow with p
 the last row of a tile of queries bound what the whole tile sees.
 """
 
+import functools
+
 import cutlass
 from cutlass import Int32, Uint32, const_expr
 
+from jax_flashcute.analysis import Index, Interval, Linear, Quotient, evaluate
+
+FAR = 2**29
+"""Further than any position, and small enough to add to one."""
+
 
 class IntervalMask:
-    """``p - left <= kv <= p + right``; ``None`` leaves that side open.
+    """``low(p) <= kv < high(p)`` with bounds that rise with p; ``None`` leaves that side open.
 
-    Causal attention is ``right=0``; a sliding window sets both.
+    Causal attention has ``high = p + 1``; a sliding window sets both; see
+    ``analysis.rising_interval`` for the bounds there can be.
     """
 
-    def __init__(self, left: int | None, right: int | None):
-        self.left = left
-        self.right = right
+    def __init__(self, interval: Interval):
+        self.low = interval.low
+        self.high = interval.high
 
     @property
     def is_staircase(self) -> bool:
         """Whether later queries see more keys."""
-        return self.right is not None and self.left is None
+        return self.high is not None and self.low is None
 
     def lower(self, position: Int32) -> Int32:
-        """First visible key; only where ``left`` is set."""
-        return position - self.left
+        """First visible key; only where ``low`` is set."""
+        return at_position(self.low, position)
 
     def upper(self, position: Int32, kv_length: Int32) -> Int32:
         """One past the last visible key."""
-        if const_expr(self.right is None):
+        if const_expr(self.high is None):
             return kv_length
-        return cutlass.min(kv_length, position + (self.right + 1))
+        return cutlass.min(kv_length, at_position(self.high, position))
 
     def block_range(
         self, first: Int32, last: Int32, kv_length: Int32, tile_n: cutlass.Constexpr[int]
@@ -47,7 +55,7 @@ class IntervalMask:
         full_max = self.upper(first, kv_length) // tile_n
         n_min = Int32(0)
         full_min = Int32(0)
-        if const_expr(self.left is not None):
+        if const_expr(self.low is not None):
             n_min = cutlass.max(self.lower(first), Int32(0)) // tile_n
             full_min = (cutlass.max(self.lower(last), Int32(0)) + (tile_n - 1)) // tile_n
         # Nothing to visit where the window ends before key 0.
@@ -56,14 +64,14 @@ class IntervalMask:
         return n_min, n_max, full_min, full_max
 
     def first_query(self, key: Int32, offset: Int32) -> Int32:
-        """First query row that sees a key; only where ``right`` is set.  Row i is at i + offset."""
-        return key - (self.right + offset)
+        """First query row that sees a key; only where ``high`` is set.  Row i is at i + offset."""
+        return first_reaching(self.high - 1, key) - offset
 
     def end_query(self, key: Int32, offset: Int32, q_length: Int32) -> Int32:
         """One past the last query row that sees a key."""
-        if const_expr(self.left is None):
+        if const_expr(self.low is None):
             return q_length
-        return cutlass.min(q_length, key + (self.left + 1) - offset)
+        return cutlass.min(q_length, first_reaching(self.low - 1, key) - offset)
 
     def query_range(
         self,
@@ -85,15 +93,40 @@ class IntervalMask:
         m_min = Int32(0)
         full_min = Int32(0)
         full_max = m_max
-        if const_expr(self.right is not None):
+        if const_expr(self.high is not None):
             m_min = cutlass.max(self.first_query(first, offset), Int32(0)) // tile_m
             full_min = (
                 cutlass.max(self.first_query(last, offset), Int32(0)) + (tile_m - 1)
             ) // tile_m
-        if const_expr(self.left is not None):
-            end = first + (self.left + 1) - offset
+        if const_expr(self.low is not None):
+            end = first_reaching(self.low - 1, first) - offset
             full_max = cutlass.min(cutlass.max(end, Int32(0)) // tile_m, m_max)
         return m_min, m_max, full_min, full_max
+
+
+def at_position(bound: Linear, position: Int32) -> Int32:
+    """A bound of the query at a position."""
+    found = evaluate(bound, {"q": position}, {}, cutlass.min, cutlass.max)
+    return Int32(found) if isinstance(found, int) else found
+
+
+def first_reaching(value: Linear, target: Int32) -> Int32:
+    """The least position at which a rising ``value`` is at least ``target``."""
+    if not value.terms:
+        return Int32(target > value.constant) * (2 * FAR) - FAR
+    ((atom, coefficient),) = value.terms
+    target = target - value.constant
+    if coefficient != 1:
+        target = (target + (coefficient - 1)) // coefficient
+    match atom:
+        case Index():
+            return target
+        case Quotient():
+            return first_reaching(atom.dividend, target * atom.divisor)
+        case _:
+            pick = cutlass.min if atom.kind == "max" else cutlass.max
+            ends = [first_reaching(x, target) for x in sorted(atom.operands, key=repr)]
+            return functools.reduce(pick, ends)
 
 
 def low_bits(count: Int32) -> Uint32:

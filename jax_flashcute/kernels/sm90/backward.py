@@ -552,7 +552,7 @@ class BackwardSm90:
                     if const_expr(cfg.deterministic and i == 0):
                         # Blocks of keys before the window of the tile's first row are not counted.
                         turn = n_block
-                        if const_expr(self.mask.left is not None):
+                        if const_expr(self.mask.low is not None):
                             lower = self.mask.lower(m * cfg.tile_m + offset)
                             turn = n_block - cutlass.max(lower, Int32(0)) // cfg.tile_n
                         index = (entry * m_blocks + m) * dq_warps + mine[0]
@@ -703,7 +703,7 @@ class BackwardSm90:
             cute.arch.mbarrier_wait(kv_full + 1, 0)
             for _ in cutlass.range(self.group, unroll=1):
                 # Three stretches: boundary tiles, full tiles, boundary tiles.
-                for stretch in cutlass.range_constexpr(3 if self.mask.left is not None else 2):
+                for stretch in cutlass.range_constexpr(3 if self.mask.low is not None else 2):
                     begin, end = (
                         (m_min, full_begin),
                         (full_begin, full_end),
@@ -860,7 +860,7 @@ class BackwardSm90:
             end = self.mask.end_query(key, offset, queries)
             end = end if key < keys else Int32(0)
             words = column_words(end - start, thread, tile_m)
-            if const_expr(self.mask.right is not None):
+            if const_expr(self.mask.high is not None):
                 hidden = column_words(self.mask.first_query(key, offset) - start, thread, tile_m)
                 words = [w & ~h for w, h in zip(words, hidden, strict=True)]
             hide_outside(scores, r, words)

@@ -93,7 +93,7 @@ class RoleConsumers:
             for g in cutlass.range(self.kernel.group, unroll=1):
                 # Three stretches: boundary tiles, full tiles, boundary tiles.
                 for stretch in cutlass.range_constexpr(
-                    3 if self.kernel.mask.left is not None else 2
+                    3 if self.kernel.mask.low is not None else 2
                 ):
                     begin, end = (
                         (m_min, full_begin),

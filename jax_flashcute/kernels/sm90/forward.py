@@ -615,13 +615,13 @@ class ForwardSm90:
                 full_end = cutlass.max(cutlass.min(full_max, n_max - 1), n_min)
                 full_begin = cutlass.min(cutlass.max(full_min, n_min), full_end)
                 accumulate = Boolean(False)
-                for stretch in cutlass.range_constexpr(3 if self.mask.left is not None else 2):
+                for stretch in cutlass.range_constexpr(3 if self.mask.low is not None else 2):
                     begin, end = (
                         (full_end, n_max - 1),
                         (full_begin, full_end),
                         (n_min, full_begin),
                     )[stretch]
-                    if const_expr(stretch == 1 and self.mask.left is None):
+                    if const_expr(stretch == 1 and self.mask.low is None):
                         begin = n_min
                     for i in cutlass.range(end - begin, unroll=1):
                         n = end - 1 - i
@@ -683,7 +683,7 @@ class ForwardSm90:
             row_position = position + row_in_slab(thread, r) // self.heads_packed
             start = n * tile_n
             words = column_words(self.mask.upper(row_position, keys) - start, thread, tile_n)
-            if const_expr(self.mask.left is not None):
+            if const_expr(self.mask.low is not None):
                 hidden = column_words(self.mask.lower(row_position) - start, thread, tile_n)
                 words = [w & ~h for w, h in zip(words, hidden, strict=True)]
             hide_outside(scores, r, words)
