@@ -13,6 +13,7 @@ from jax_flashcute.analysis import (
     analyse,
     intersection,
     rising_interval,
+    window,
     window_interval,
 )
 from jax_flashcute.kernels.config import (
@@ -163,7 +164,7 @@ def kernel_key(
     if direction == "fwd":
         config = forward_config(*dims)
         pack_gqa = packing_pays(query.shape[1], group, config)
-        if num_splits(window_of(spec), operands, num_sms) > 1:
+        if num_splits(interval, operands, num_sms) > 1:
             config, split_kv = few_rows_config(*dims), True
             pack_gqa = packing_pays(query.shape[1], group, config)
     else:
@@ -185,7 +186,7 @@ def kernel_key(
     )
 
 
-def num_splits(window: tuple[int | None, int | None], operands: Operands, num_sms: int) -> int:
+def num_splits(interval: Interval, operands: Operands, num_sms: int) -> int:
     """Parts into which the forward kernel divides a row's keys at most; by shapes alone.
 
     1 where the queries fill more than one row of tiles, or a dimension is known at run time only.
@@ -199,9 +200,9 @@ def num_splits(window: tuple[int | None, int | None], operands: Operands, num_sm
     pack_gqa = packing_pays(T, N // K, config)
     if T > (64 // (N // K) if pack_gqa else 64):
         return 1
-    left, right = window
+    left, right = window((interval,)) or (None, None)
     keys = S if left is None or right is None else min(S, left + right + T + config.tile_n)
-    key_tiles = -(-keys // config.tile_n)
+    key_tiles = -(-max(keys, 1) // config.tile_n)
     lengths_vary = operands.key_value_seq_lengths is not None and B > 1
     return most_splits(B * (K if pack_gqa else N), key_tiles, num_sms, lengths_vary)
 
@@ -303,7 +304,7 @@ def _forward_scratch(key: KernelKey, operands: Operands):
     shapes: list[tuple[tuple[int, ...], str]] = [((1,), "int32")]
     if key.split_kv:
         B, T, N, _ = operands.query.shape
-        rows = (num_splits(key.window, operands, key.num_sms), B, T, N)
+        rows = (num_splits(key.interval, operands, key.num_sms), B, T, N)
         shapes += [((*rows, key.head_dim_v), "float32"), (rows, "float32")]
     return shapes
 
