@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from jax_flashcute import analysis, autodiff, dispatch, masks
 from jax_flashcute.dispatch import IMPLEMENTATIONS, Implementation
+from jax_flashcute.kernels import registry
 from jax_flashcute.spec import AttentionSpec, Operands
 
 Window = int | tuple[int | None, int | None] | None
@@ -226,6 +227,8 @@ class Explanation:
       forward_reasons: every reason why no kernel serves the forward pass; empty if one does.
       backward_reasons: likewise for the backward pass.
       elsewhere: what serves both on every other platform.
+      keys: the interval of keys that a position sees by ``is_causal``, the window and ``mask_mod``,
+        such as ``"q - 127 <= kv < q + 1"``; None where it is not known to be one.
     """
 
     implementation: Implementation
@@ -234,6 +237,7 @@ class Explanation:
     forward_reasons: tuple[str, ...]
     backward_reasons: tuple[str, ...]
     elsewhere: str
+    keys: str | None
 
     def __str__(self) -> str:
         lines = [f"implementation={self.implementation!r}"]
@@ -247,6 +251,7 @@ class Explanation:
                 lines.append("  no kernel serves it:")
                 lines.extend(f"  - {reason}" for reason in reasons)
         lines.append(f"forward and backward on other platforms: {self.elsewhere}")
+        lines.append(f"keys seen: {self.keys or 'not known to be one interval'}")
         return "\n".join(lines)
 
 
@@ -323,6 +328,8 @@ def explain(
         for direction in ("fwd", "bwd")
     }
 
+    interval = registry.interval_of(spec)
+
     def served_by(direction: str) -> str:
         match implementation:
             case None:
@@ -339,6 +346,7 @@ def explain(
         forward_reasons=reasons["fwd"],
         backward_reasons=reasons["bwd"],
         elsewhere={None: "xla", "cute": "refused"}.get(implementation, str(implementation)),
+        keys=None if interval is None else str(interval),
     )
 
 

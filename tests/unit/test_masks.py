@@ -447,3 +447,17 @@ def test_positions_too_far_for_the_analysis_keep_the_function() -> None:
     call = {"mask_mod": MASKS["causal"], "q_offset": analysis.POSITION_LIMIT}
     spec, _ = checked(inputs(3, 5), **call)
     assert spec.mask_mod is not None
+
+
+@pytest.mark.parametrize(
+    ("mask", "keys"),
+    [
+        (masks.causal & masks.sliding_window(127), "q - 127 <= kv < q + 1"),
+        (masks.prefix_lm(64), "kv < max(q + 1, 64)"),
+        (masks.dilated(9, 3), None),
+    ],
+)
+def test_explain_says_which_keys_are_seen(mask, keys: str | None) -> None:
+    explanation = explain(**inputs(), mask_mod=mask)
+    assert explanation.keys == keys
+    assert (keys or "not known to be one interval") in str(explanation)
