@@ -1,5 +1,6 @@
 """The public calls: arguments are checked and given one form here, and nowhere else."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from jax_flashcute import analysis, autodiff, dispatch, masks
@@ -135,6 +137,135 @@ def flash_attention(
     if jnp.ndim(query) == 3:
         out, lse = out[0], lse[0]
     return (out, lse) if return_residual else out
+
+
+def paged_attention(
+    query: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    page_table: ArrayLike,
+    kv_lengths: ArrayLike,
+    *,
+    q_lengths: ArrayLike | None = None,
+    q_offset: ArrayLike | None = None,
+    scale: float | None = None,
+    is_causal: bool = True,
+    local_window_size: Window = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    checked: bool = False,
+    return_residual: bool = False,
+    implementation: Implementation = None,
+):
+    """Attention over keys and values that lie in pages, for inference: prefill, chunks and decode.
+
+    Token s of sequence b is slot ``s % page_size`` of page ``page_table[b, s // page_size]``.
+    Pages may repeat and be shared.  Unused slots and pages may hold anything, and entries of the
+    table beyond the length are never used.  On the XLA path, pages are gathered a block at a time;
+    no kernel serves paged calls yet.  It has no derivatives, but for ``"reference"``.
+
+    Args:
+      query: (B, T, N, H): the last tokens of each sequence, as far as ``q_offset`` is left out.
+      k_pages: (num_pages, page_size, K, H), page_size a power of two from 1 to 512; query's dtype.
+      v_pages: (num_pages, page_size, K, Hv), same dtype.
+      page_table: (B, max_pages) integers.
+      kv_lengths: (B,) or scalar integers: tokens in the pages, at most max_pages * page_size.
+      q_lengths: (B,) or scalar integers; rows at or beyond give output 0 and LSE -inf.
+      q_offset: position of query row 0, (B,) or scalar integers; by default ``kv_lengths -
+        q_lengths``, which aligns queries and keys at their ends.
+      scale: as for ``flash_attention``.
+      is_causal: as for ``flash_attention``, but on by default.
+      local_window_size: as for ``flash_attention``.
+      logits_soft_cap: as for ``flash_attention``.
+      sinks: as for ``flash_attention``.
+      checked: raise where a page in use is out of range or a length does not fit the table: at once
+        for concrete arrays, through ``jax.experimental.checkify`` for traced ones.  Otherwise such
+        a page reads as zeros and the length is clipped.
+      return_residual: also return the LSE.
+      implementation: ``"xla"``, ``"reference"``, ``"cute"`` (refused so far) or None.
+
+    Returns:
+      out (B, T, N, Hv) in the query's dtype; with ``return_residual``, ``(out, lse)`` with lse
+      (B, T, N) in float32 (float64 for float64 operands).
+
+    Raises:
+      ValueError: an argument does not fit; it is named.
+      NotImplementedError: the implementation asked for cannot serve the call, a derivative was
+        asked for, or a vmap over the pages themselves.
+    """
+    query, k_pages, v_pages, page_table = (
+        jnp.asarray(x) for x in (query, k_pages, v_pages, page_table)
+    )
+    _check_pages(query, k_pages, v_pages, page_table)
+    B, T = query.shape[:2]
+    num_pages, page_size = k_pages.shape[:2]
+    lengths = _per_batch("kv_lengths", kv_lengths, B)
+    if lengths is None:
+        raise ValueError("kv_lengths must be integers; got None")
+    if checked:
+        _check_page_numbers(page_table, lengths, num_pages, page_size)
+    lengths = jnp.clip(lengths, 0, page_table.shape[1] * page_size)
+    rows = _per_batch("q_lengths", q_lengths, B)
+    if q_offset is None:
+        q_offset = lengths - (T if rows is None else jnp.clip(rows, 0, T))
+    # Everything but the keys and values is checked as for arrays without any key.
+    spec, operands = _checked(
+        query,
+        jnp.zeros((B, 0, *k_pages.shape[2:]), k_pages.dtype),
+        jnp.zeros((B, 0, *v_pages.shape[2:]), v_pages.dtype),
+        bias=None,
+        mask=None,
+        scale=scale,
+        is_causal=is_causal,
+        q_offset=q_offset,
+        query_seq_lengths=rows,
+        key_value_seq_lengths=lengths,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        mask_mod=None,
+        score_mod=None,
+        deterministic=None,
+    )
+    table = page_table.astype(jnp.int32)
+    operands = dataclasses.replace(operands, key=k_pages, value=v_pages, page_table=table)
+    residuals = autodiff.paged_attention(spec, operands, _known(implementation))
+    return (residuals.out, residuals.lse) if return_residual else residuals.out
+
+
+def _check_pages(query, k_pages, v_pages, page_table) -> None:
+    if query.ndim != 4:
+        raise ValueError(f"query must be (batch, length, heads, head_dim); got {query.shape}")
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        if pages.ndim != 4 or pages.shape[:3] != k_pages.shape[:3]:
+            raise ValueError(
+                f"{name} must be (num_pages, page_size, heads, head_dim), alike for keys and "
+                f"values; got shape {pages.shape}"
+            )
+    page_size = k_pages.shape[1]
+    if page_size not in [2**i for i in range(10)]:
+        raise ValueError(f"page_size must be a power of two from 1 to 512; got {page_size}")
+    if page_table.ndim != 2 or page_table.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"page_table must be (batch={query.shape[0]}, max_pages); got shape {page_table.shape}"
+        )
+    if not jnp.issubdtype(page_table.dtype, jnp.integer):
+        raise ValueError(f"page_table must be integers; got dtype {page_table.dtype.name}")
+
+
+def _check_page_numbers(page_table, lengths, num_pages: int, page_size: int) -> None:
+    """Raises for a page in use that is out of range, and for a length that does not fit."""
+    first = jnp.arange(page_table.shape[1]) * page_size
+    is_bad = (first < lengths[:, None]) & ((page_table < 0) | (page_table >= num_pages))
+    is_unfit = (lengths < 0) | (lengths > page_table.shape[1] * page_size)
+    for wrong, message in (
+        (jnp.any(is_bad), f"page_table must hold numbers from 0 to {num_pages - 1} in use"),
+        (jnp.any(is_unfit), "kv_lengths must be from 0 to max_pages * page_size"),
+    ):
+        if isinstance(wrong, Tracer):
+            checkify.check(~wrong, message)
+        elif wrong:
+            raise ValueError(f"{message}; got {page_table} and lengths {lengths}")
 
 
 def dot_product_attention(

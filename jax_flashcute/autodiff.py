@@ -109,13 +109,23 @@ def _backward_pass(spec: AttentionSpec, implementation: Implementation):
     return _underivable(fold_backward(functools.partial(sharding.backward, spec, implementation)))
 
 
-def _underivable(function):
-    """``function``, which refuses to be differentiated: it is one half of a derivative already."""
+def paged_attention(
+    spec: AttentionSpec, operands: Operands, implementation: Implementation
+) -> Residuals:
+    """``attention`` over paged keys and values, for inference: it has no derivatives."""
+    if implementation == "reference":
+        return dispatch.dense(spec, operands)
+    function = fold_forward(functools.partial(dispatch.forward, spec, implementation))
+    return _underivable(function, "paged_attention has no derivatives")(operands)
+
+
+def _underivable(function, reason: str = _NO_SECOND_ORDER):
+    """``function``, which refuses to be differentiated for the reason given."""
     guarded = jax.custom_jvp(function)
 
     @guarded.defjvp
     def refuse(primals, tangents):  # pyright: ignore[reportUnusedFunction]
-        raise NotImplementedError(_NO_SECOND_ORDER)
+        raise NotImplementedError(reason)
 
     return guarded
 

@@ -81,7 +81,13 @@ class _Fold:
     def operands(self, operands: Operands, batched: Operands, shared: tuple[str, ...]) -> Operands:
         """Every operand folded, but for those in ``shared`` that are one for the whole batch."""
 
+        is_paged = operands.page_table is not None
+        if is_paged and (batched.key or batched.value):
+            raise NotImplementedError("vmap of paged_attention over pages: map queries and tables")
+
         def unless_shared(name: str, array: jax.Array, is_batched: bool) -> jax.Array:
+            if is_paged and name in ("key", "value"):
+                return array
             if name in shared and not is_batched and array.shape[0] == 1:
                 return array
             return self.array(array, is_batched)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
-from jax_flashcute.visibility import element_indices, visible, zero_beyond
+from jax_flashcute.visibility import element_indices, paged_rows, visible, zero_beyond
 
 
 def attention(spec: AttentionSpec, operands: Operands) -> Residuals:
@@ -25,8 +25,12 @@ def attention(spec: AttentionSpec, operands: Operands) -> Residuals:
     """
     dtype = jnp.promote_types(operands.query.dtype, jnp.float32)
     query = zero_beyond(operands.query, operands.query_seq_lengths).astype(dtype)
-    key = zero_beyond(operands.key, operands.key_value_seq_lengths).astype(dtype)
-    value = zero_beyond(operands.value, operands.key_value_seq_lengths).astype(dtype)
+    key, value = operands.key, operands.value
+    if operands.page_table is not None:
+        rows = jnp.arange(operands.kv_length)
+        key, value = (paged_rows(x, operands, rows) for x in (key, value))
+    key = zero_beyond(key, operands.key_value_seq_lengths).astype(dtype)
+    value = zero_beyond(value, operands.key_value_seq_lengths).astype(dtype)
     T, N = query.shape[1:3]
     S, K = key.shape[1:3]
     key = jnp.repeat(key, N // K, axis=2)

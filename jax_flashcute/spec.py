@@ -69,6 +69,9 @@ class Operands:
         means 0..N-1.
       mask_mod_arrays: what ``mask_mod`` closes over: (1|B, ...) each.
       score_mod_arrays: what ``score_mod`` closes over, likewise.
+      page_table: (B, max_pages) int32, where keys and values are paged: then key is (num_pages,
+        page_size, K, H), value likewise, S is max_pages * page_size, and token s of a batch entry
+        is slot s % page_size of page ``page_table[b, s // page_size]``.
     """
 
     query: jax.Array
@@ -84,6 +87,13 @@ class Operands:
     head_index: jax.Array | None = None
     mask_mod_arrays: tuple[jax.Array, ...] = ()
     score_mod_arrays: tuple[jax.Array, ...] = ()
+    page_table: jax.Array | None = None
+
+    @property
+    def kv_length(self) -> int:
+        """S: keys that a batch entry can have."""
+        pages = 1 if self.page_table is None else self.page_table.shape[1]
+        return pages * self.key.shape[1]
 
     def present(self) -> tuple[str, ...]:
         """Names of the arrays that this call has, in field order."""

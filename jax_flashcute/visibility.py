@@ -77,7 +77,7 @@ def element_indices(
     def per_batch(array: jax.Array) -> jax.Array:
         return array.reshape(array.shape + (1,) * rank)
 
-    T, S = operands.query.shape[1], operands.key.shape[1]
+    T, S = operands.query.shape[1], operands.kv_length
     position = jnp.clip(batched(q_idx), 0, jnp.maximum(T - 1, 0))
     kv = jnp.clip(batched(kv_idx), 0, jnp.maximum(S - 1, 0))
     if operands.q_offset is not None:
@@ -96,6 +96,28 @@ def zero_beyond(array: jax.Array, lengths: jax.Array | None) -> jax.Array:
     row = jax.lax.broadcasted_iota(jnp.int32, array.shape, 1)
     keep = row < lengths.reshape(lengths.shape + (1,) * (array.ndim - 1))
     return jnp.where(keep, array, jnp.zeros((), array.dtype))
+
+
+def paged_rows(pages: jax.Array, operands: Operands, rows: jax.Array) -> jax.Array:
+    """Keys or values of tokens ``rows`` of every batch entry, through the page table.
+
+    Args:
+      pages: (num_pages, page_size, K, X).
+      operands: the arrays of the call; the table and the key lengths are read.
+      rows: (R,) integer token numbers.
+
+    Returns:
+      (B, R, K, X): zeros at and beyond the length, where neither table nor pages matter, and where
+      a page's number is out of range.
+    """
+    table, lengths = operands.page_table, operands.key_value_seq_lengths
+    if table is None or lengths is None:
+        raise ValueError("paged operands must have a page_table and key_value_seq_lengths")
+    num_pages, page_size = pages.shape[:2]
+    page = jnp.take(table, rows // page_size, axis=1, mode="fill", fill_value=num_pages)
+    is_used = (rows < lengths[:, None]) & (page >= 0)
+    page = jnp.where(is_used, page, num_pages)
+    return pages.at[page, rows % page_size].get(mode="fill", fill_value=0)
 
 
 def key_block_range(spec, operands, first_q, last_q, block_kv, num_kv):

@@ -21,6 +21,7 @@ from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 from jax_flashcute.visibility import (
     element_indices,
     key_block_range,
+    paged_rows,
     query_block_range,
     visible,
     zero_beyond,
@@ -76,8 +77,8 @@ def _forward(spec: AttentionSpec, tile_elements: int, operands: Operands) -> Res
     tiles = _Tiles.of(operands, tile_elements)
     dtype = _statistics_dtype(operands)
     query = tiles.split_q(zero_beyond(operands.query, operands.query_seq_lengths))
-    key = tiles.split_kv(zero_beyond(operands.key, operands.key_value_seq_lengths))
-    value = tiles.split_kv(zero_beyond(operands.value, operands.key_value_seq_lengths))
+    key_block, value_block = tiles.kv_blocks(operands)
+    value = operands.value
     bias, mask = (tiles.pad_elements(x) for x in (operands.bias, operands.mask))
     zero = _varying_zero(operands, dtype)
 
@@ -87,7 +88,7 @@ def _forward(spec: AttentionSpec, tile_elements: int, operands: Operands) -> Res
 
         def accumulate(j, carry):
             acc, row_max, row_sum = carry
-            score = _matmul_transposed(q_i, _at(key, j), dtype) * spec.scale
+            score = _matmul_transposed(q_i, key_block(j), dtype) * spec.scale
             score, _ = tiles.modified(score, i, j, spec, operands)
             score, _ = _capped(spec, score)
             score = tiles.on_elements(score, i, j, spec, operands, bias, mask)
@@ -97,7 +98,7 @@ def _forward(spec: AttentionSpec, tile_elements: int, operands: Operands) -> Res
             weight = jnp.exp(score - shift)
             shrink = jnp.exp(row_max - shift)
             row_sum = row_sum * shrink + jnp.sum(weight, axis=-1, keepdims=True)
-            acc = acc * shrink + _matmul(weight.astype(value.dtype), _at(value, j), dtype)
+            acc = acc * shrink + _matmul(weight.astype(value.dtype), value_block(j), dtype)
             return acc, new_max, row_sum
 
         row_max, row_sum = zero - jnp.inf, zero
@@ -316,7 +317,7 @@ class _Tiles:
     @staticmethod
     def of(operands: Operands, tile_elements: int) -> "_Tiles":
         B, T, N, _ = operands.query.shape
-        S, K = operands.key.shape[1:3]
+        S, K = operands.kv_length, operands.key.shape[2]
         largest = _LARGEST_BLOCK
         products = B * N if isinstance(B, int) and isinstance(N, int) else 64
         while largest > _SMALLEST_BLOCK and products * largest * largest > tile_elements:
@@ -360,6 +361,23 @@ class _Tiles:
         array = _pad(array, 1, self.num_kv * self.block_kv, 0)
         array = array.reshape(self.B, self.num_kv, self.block_kv, self.K, array.shape[-1])
         return array.transpose(1, 0, 3, 2, 4)
+
+    def kv_blocks(self, operands: Operands):
+        """Two functions of j, (B, K, block_kv, X) each: a block of keys and one of values.
+
+        Paged ones are gathered block by block, so that they never stand in memory as a whole.
+        """
+
+        def blocks(array: jax.Array):
+            if operands.page_table is None:
+                split = self.split_kv(zero_beyond(array, operands.key_value_seq_lengths))
+                return lambda j: _at(split, j)
+            rows = jnp.arange(self.block_kv)
+            return lambda j: jnp.swapaxes(
+                paged_rows(array, operands, j * self.block_kv + rows), 1, 2
+            )
+
+        return blocks(operands.key), blocks(operands.value)
 
     def join_kv(self, blocks: jax.Array) -> jax.Array:
         """The inverse of ``split_kv``."""

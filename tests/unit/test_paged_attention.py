@@ -1,0 +1,127 @@
+"""Paged attention against dense attention over the gathered pages."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+
+from jax_flashcute import flash_attention, paged_attention
+
+
+def make(page_size: int, lengths, group: int = 3, seqlen_q: int = 2, pages: str = "permuted"):
+    """Paged arguments with NaN wherever nothing may be read, and the dense keys and values."""
+    rng = np.random.default_rng(page_size)
+    B, K, H, Hv = len(lengths), 2, 16, 8
+    max_pages = -(-max(lengths) // page_size) + 1
+    num_pages = B * max_pages + 3
+    table = rng.permutation(num_pages)[: B * max_pages].reshape(B, max_pages)
+    if pages == "shared":
+        table[:] = table[0]
+    elif pages == "repeated":
+        table[:] = table[:, :1]
+    k_pages = np.full((num_pages, page_size, K, H), np.nan, np.float32)
+    v_pages = np.full((num_pages, page_size, K, Hv), np.nan, np.float32)
+    for b, length in enumerate(lengths):
+        for s in range(length):
+            k_pages[table[b, s // page_size], s % page_size] = rng.standard_normal((K, H))
+            v_pages[table[b, s // page_size], s % page_size] = rng.standard_normal((K, Hv))
+    rows = np.arange(max_pages * page_size)
+    key = k_pages[table[:, rows // page_size], rows % page_size]
+    value = v_pages[table[:, rows // page_size], rows % page_size]
+    table = table.astype(np.int32)
+    for b, length in enumerate(lengths):
+        table[b, -(-length // page_size) :] = rng.choice([-1, num_pages, 2**31 - 1])
+    query = rng.standard_normal((B, seqlen_q, K * group, H)).astype(np.float32)
+    return (query, k_pages, v_pages, table, np.asarray(lengths, np.int32)), (key, value)
+
+
+def check(arrays, dense, implementation="xla", q_lengths=None, is_causal=True, **how):
+    query, *_, lengths = arrays
+    how |= {"is_causal": is_causal, "return_residual": True}
+    paged = functools.partial(
+        paged_attention, implementation=implementation, q_lengths=q_lengths, **how
+    )
+    out, lse = jax.jit(paged)(*arrays)
+    want, want_lse = flash_attention(
+        query,
+        *dense,
+        q_offset=lengths - (query.shape[1] if q_lengths is None else q_lengths),
+        query_seq_lengths=q_lengths,
+        key_value_seq_lengths=lengths,
+        implementation="reference",
+        **how,
+    )
+    np.testing.assert_allclose(out, want, atol=2e-5)
+    np.testing.assert_allclose(lse, want_lse, atol=2e-5)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 8, 64, 512])
+@pytest.mark.parametrize("pages", ["permuted", "shared", "repeated"])
+def test_against_gathered_pages(page_size: int, pages: str) -> None:
+    lengths = (0, 1, page_size - 1, page_size, page_size + 1, 257)
+    if pages == "repeated":
+        lengths = (2 * page_size, page_size)
+    elif pages == "shared":
+        lengths = (257, 257)
+    check(*make(page_size, lengths, pages=pages))
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("seqlen_q", [1, 300])
+def test_groups_and_query_lengths(group: int, seqlen_q: int) -> None:
+    arrays, dense = make(16, (0, 33, 400), group, seqlen_q)
+    check(arrays, dense)
+    check(arrays, dense, "reference")
+    check(arrays, dense, q_lengths=np.array([0, 1, seqlen_q], np.int32))
+
+
+def test_windows_caps_and_sinks() -> None:
+    arrays, dense = make(8, (5, 100, 77), seqlen_q=4)
+    sinks = np.linspace(-1, 1, 6, dtype=np.float32)
+    check(arrays, dense, local_window_size=(20, 0), logits_soft_cap=2.0, sinks=sinks)
+    check(arrays, dense, is_causal=False)
+
+
+def test_vmap() -> None:
+    (query, k_pages, v_pages, table, lengths), _ = make(8, (9, 30))
+    attend = functools.partial(paged_attention, implementation="xla")
+    given = (np.stack([query, query + 1]), k_pages, v_pages, np.stack([table, table]))
+    shorter = np.stack([lengths, lengths - 3])
+    got = jax.vmap(attend, in_axes=(0, None, None, 0, 0))(*given, shorter)
+    for i in range(2):
+        want = attend(query + i, k_pages, v_pages, table, shorter[i])
+        np.testing.assert_allclose(got[i], want, atol=1e-5)
+    stacked = np.stack([k_pages, k_pages])
+    with pytest.raises(NotImplementedError, match="vmap of paged_attention over pages"):
+        jax.vmap(attend, (None, 0, None, None, None))(query, stacked, v_pages, table, lengths)
+
+
+def test_bad_page_numbers() -> None:
+    (query, k_pages, v_pages, table, lengths), _ = make(4, (9, 30))
+    paged_attention(query, k_pages, v_pages, table, lengths, checked=True)
+    table[1, 3] = len(k_pages)
+    arrays = query, k_pages, v_pages, table, lengths
+    assert np.isfinite(paged_attention(*arrays)).all()
+    with pytest.raises(ValueError, match="page_table must hold numbers from 0"):
+        paged_attention(*arrays, checked=True)
+    attend = functools.partial(paged_attention, checked=True)
+    error, _ = jax.jit(checkify.checkify(attend))(*map(jnp.asarray, arrays))
+    with pytest.raises(checkify.JaxRuntimeError, match="page_table must hold"):
+        error.throw()
+
+
+def test_what_does_not_fit_is_named() -> None:
+    (query, k_pages, v_pages, table, lengths), _ = make(4, (9, 30))
+    with pytest.raises(ValueError, match="page_size must be a power of two"):
+        paged_attention(query, k_pages[:, :3], v_pages[:, :3], table, lengths)
+    with pytest.raises(ValueError, match="page_table must be"):
+        paged_attention(query, k_pages, v_pages, table[0], lengths)
+    with pytest.raises(ValueError, match="v_pages must be"):
+        paged_attention(query, k_pages, v_pages[:1], table, lengths)
+    with pytest.raises(NotImplementedError, match="page_table"):
+        paged_attention(query, k_pages, v_pages, table, lengths, implementation="cute")
+    with pytest.raises(NotImplementedError, match="no derivatives"):
+        jax.grad(lambda q: paged_attention(q, k_pages, v_pages, table, lengths).sum())(query)
