@@ -115,8 +115,12 @@ def paged_attention(
     """``attention`` over paged keys and values, for inference: it has no derivatives."""
     if implementation == "reference":
         return dispatch.dense(spec, operands)
-    function = fold_forward(functools.partial(dispatch.forward, spec, implementation))
-    return _underivable(function, "paged_attention has no derivatives")(operands)
+
+    def forward(operands: Operands) -> Residuals:
+        served_by = dispatch.served_by(spec, implementation, operands, "fwd")
+        return dispatch.forward(spec, served_by, operands)
+
+    return _underivable(fold_forward(forward), "paged_attention has no derivatives")(operands)
 
 
 def _underivable(function, reason: str = _NO_SECOND_ORDER):

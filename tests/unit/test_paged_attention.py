@@ -125,3 +125,11 @@ def test_what_does_not_fit_is_named() -> None:
         paged_attention(query, k_pages, v_pages, table, lengths, implementation="cute")
     with pytest.raises(NotImplementedError, match="no derivatives"):
         jax.grad(lambda q: paged_attention(q, k_pages, v_pages, table, lengths).sum())(query)
+
+
+def test_no_kernel_is_taken_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_FLASHCUTE_ARCH", "sm_90a")
+    arrays, _ = make(8, (9, 30))
+    arrays = [jnp.asarray(x, jnp.bfloat16 if x.dtype == np.float32 else None) for x in arrays]
+    program = jax.jit(paged_attention).trace(*arrays).lower(lowering_platforms=("cuda",))
+    assert "CuteDSL" not in program.as_text()
