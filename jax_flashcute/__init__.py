@@ -8,14 +8,17 @@ from jax_flashcute.api import (
     flash_attention,
     paged_attention,
 )
+from jax_flashcute.block_mask import BlockMask, make_block_mask
 from jax_flashcute.spec import AttentionSpec
 
 __all__ = [
     "AttentionSpec",
+    "BlockMask",
     "Explanation",
     "dot_product_attention",
     "explain",
     "flash_attention",
+    "make_block_mask",
     "masks",
     "paged_attention",
     "scores",

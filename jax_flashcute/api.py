@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,13 @@ from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from jax_flashcute import analysis, autodiff, dispatch, masks
+from jax_flashcute.block_mask import BlockMask
 from jax_flashcute.dispatch import IMPLEMENTATIONS, Implementation
 from jax_flashcute.kernels import registry
+from jax_flashcute.segments import Segments, ids_of_boundaries, make_segments
 from jax_flashcute.spec import AttentionSpec, Operands
 
+Positions = Literal["sequence", "segment"] | None
 Window = int | tuple[int | None, int | None] | None
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -45,6 +48,11 @@ def flash_attention(
     score_mod: Callable[..., Any] | None = None,
     compress_factor: int | None = None,
     complete_only: bool = False,
+    block_mask: BlockMask | None = None,
+    segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+    cu_seqlens_q: ArrayLike | None = None,
+    cu_seqlens_k: ArrayLike | None = None,
+    positions: Positions = None,
     return_residual: bool = False,
     deterministic: bool | None = None,
     implementation: Implementation = None,
@@ -96,6 +104,21 @@ def flash_attention(
       compress_factor: each key stands for a block of so many positions: position q sees keys
         ``kv <= q // compress_factor``; ``masks.compressed_causal``, in place of ``is_causal``.
       complete_only: of those, only blocks that end at or before the position.
+      block_mask: the tiles that are visited (see ``make_block_mask``): nothing is visible outside
+        of them, and ``mask_mod`` is evaluated in the partial ones alone.  All else that hides keys
+        holds in every tile; ``compress_factor`` counts as part of ``mask_mod``.
+      segment_ids: packed sequences: (B, T) or (T,) integers for query and key alike, or a pair for
+        query rows (B, T) and keys (B, S).  A row sees keys of its own id alone.  A negative id is
+        padding, which sees nothing, is seen by none, and may hold NaN.  Ids need not be sorted.
+      cu_seqlens_q: (n + 1,) or (B, n + 1) integers, not decreasing: segment i is rows
+        ``cu_seqlens_q[i]`` up to ``cu_seqlens_q[i + 1]``, which may be none; rows outside of all
+        are padding.  n, the most segments there can be, is static; fill up with the last value.
+        In place of ``segment_ids``.
+      cu_seqlens_k: likewise for the keys; left out, those of the query.
+      positions: what masks and scores see: ``"sequence"``, positions in the whole sequence, or
+        ``"segment"``, positions that start at 0 in every segment (``q_offset`` is added to those
+        of rows).  None is ``"sequence"``, but where query and key have segments of their own and
+        something reads positions, one must be named.
       return_residual: also return the LSE, which is differentiable.
       deterministic: gradients are bit-identical between runs.  None follows
         ``--xla_gpu_deterministic_ops`` in ``XLA_FLAGS``.
@@ -130,6 +153,11 @@ def flash_attention(
             mask_mod, compress_factor, complete_only, is_causal, local_window_size
         ),
         score_mod=score_mod,
+        block_mask=block_mask,
+        segment_ids=segment_ids,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        positions=positions,
         deterministic=deterministic,
     )
     residuals = autodiff.attention(spec, operands, _known(implementation))
@@ -405,6 +433,11 @@ def explain(
     score_mod: Callable[..., Any] | None = None,
     compress_factor: int | None = None,
     complete_only: bool = False,
+    block_mask: BlockMask | None = None,
+    segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+    cu_seqlens_q: ArrayLike | None = None,
+    cu_seqlens_k: ArrayLike | None = None,
+    positions: Positions = None,
     return_residual: bool = False,
     deterministic: bool | None = None,
     implementation: Implementation = None,
@@ -431,6 +464,10 @@ def explain(
         "query_seq_lengths": query_seq_lengths,
         "key_value_seq_lengths": key_value_seq_lengths,
         "sinks": sinks,
+        "block_mask": block_mask,
+        "segment_ids": segment_ids,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
     }
     static = {name: x for name, x in arrays.items() if x is None or isinstance(x, int)}
     shaped = {name: x for name, x in arrays.items() if name not in static}
@@ -446,6 +483,7 @@ def explain(
             logits_soft_cap=logits_soft_cap,
             mask_mod=mask_mod,
             score_mod=score_mod,
+            positions=positions,
             deterministic=deterministic,
         )
         specs.append(spec)
@@ -506,6 +544,11 @@ def _checked(
     sinks,
     mask_mod,
     score_mod,
+    block_mask,
+    segment_ids,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    positions,
     deterministic,
 ) -> tuple[AttentionSpec, Operands]:
     """The call's spec and operands, or a ValueError that names the argument."""
@@ -519,10 +562,18 @@ def _checked(
         query = (query * _scalar("scale", scale)).astype(query.dtype)
         scale = 1.0
     window = _checked_window(local_window_size)
+    positional = is_causal or any(x is not None for x in (window, mask_mod, score_mod))
+    segments = _checked_segments(
+        segment_ids, cu_seqlens_q, cu_seqlens_k, positions, (B, T, S), positional=positional
+    )
+    if segments is not None:
+        query = _zero_padding(query, segments.q_ids)
+        key, value = (_zero_padding(x, segments.kv_ids) for x in (key, value))
     mask_mod_arrays = ()
     if mask_mod is not None:
         mask_mod, mask_mod_arrays = masks.trace_mask(mask_mod)
-        if _is_within(analysis.POSITION_LIMIT, T, S, q_offset):
+        # A listed full tile shows all of itself, whatever mask_mod says, so that stays whole.
+        if block_mask is None and _is_within(analysis.POSITION_LIMIT, T, S, q_offset):
             found, mask_mod, mask_mod_arrays = masks.split_window(mask_mod, mask_mod_arrays)
             sides = zip(window or (None, None), found, strict=True)
             left, right = (masks.smallest(pair) for pair in sides)
@@ -555,6 +606,8 @@ def _checked(
         batch_index=jnp.arange(B, dtype=jnp.int32) if indexed else None,
         mask_mod_arrays=mask_mod_arrays,
         score_mod_arrays=score_mod_arrays,
+        segment_ids=segments,
+        block_mask=_checked_block_mask(block_mask, element_shape),
     )
     return spec, operands
 
@@ -694,6 +747,107 @@ def _elementwise(name: str, array, kind, kind_name: str, full_shape) -> jax.Arra
             f"got shape {array.shape}"
         )
     return array.reshape(shape)
+
+
+def _checked_segments(
+    segment_ids, cu_seqlens_q, cu_seqlens_k, positions, shape, *, positional: bool
+) -> Segments | None:
+    """Segments from ids or boundaries, for (B, T, S); None where the call has none."""
+    if positions not in (None, "sequence", "segment"):
+        raise ValueError(f'positions must be "sequence", "segment" or None; got {positions!r}')
+    if segment_ids is None and cu_seqlens_q is None and cu_seqlens_k is None:
+        if positions == "segment":
+            raise ValueError('positions="segment" needs segment_ids or cu_seqlens_q')
+        return None
+    B, T, S = shape
+    if segment_ids is not None:
+        if cu_seqlens_q is not None or cu_seqlens_k is not None:
+            raise ValueError("segment_ids and cu_seqlens_q cannot be given together")
+        name, given, is_pair = "segment_ids", segment_ids, isinstance(segment_ids, (tuple, list))
+        pair = tuple(given) if is_pair else (given, given)
+        if len(pair) != 2:
+            raise ValueError(
+                f"segment_ids must be one array or a pair for query and key; got {len(pair)} arrays"
+            )
+    else:
+        if cu_seqlens_q is None:
+            raise ValueError("cu_seqlens_k must be given together with cu_seqlens_q")
+        name, is_pair = "cu_seqlens_q", cu_seqlens_k is not None
+        pair = (cu_seqlens_q, cu_seqlens_k if is_pair else cu_seqlens_q)
+    if not is_pair and T != S:
+        raise ValueError(
+            f"{name} alone holds for query and key, which must have one length; got {T} and {S}"
+        )
+    if is_pair and positional and positions is None:
+        raise ValueError(
+            'positions must be "segment" or "sequence" where query and key have segments of their '
+            "own and a mask or a score reads positions; got None"
+        )
+    if segment_ids is not None:
+        q_ids = _ids("segment_ids", pair[0], B, T)
+        kv_ids = _ids("segment_ids", pair[1], B, S) if is_pair else q_ids
+    else:
+        q_ids, kv_ids = _ids_of_cu_seqlens(pair, (B, T, S))
+    if any(isinstance(length, int) and length == 0 for length in (T, S)):
+        return None
+    return make_segments(q_ids, kv_ids, per_segment=positions == "segment")
+
+
+def _ids(name: str, array, B: int, length: int) -> jax.Array:
+    array = jnp.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers; got dtype {array.dtype.name}")
+    if array.shape not in ((length,), (1, length), (B, length)):
+        raise ValueError(f"{name} must be ({B}, {length}) or ({length},); got {array.shape}")
+    return jnp.broadcast_to(array.astype(jnp.int32), (B, length))
+
+
+def _ids_of_cu_seqlens(pair, shape) -> tuple[jax.Array, jax.Array]:
+    B, T, S = shape
+    boundaries = []
+    for name, array in zip(("cu_seqlens_q", "cu_seqlens_k"), pair, strict=True):
+        array = jnp.asarray(array)
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers; got dtype {array.dtype.name}")
+        if array.ndim not in (1, 2) or array.shape[-1] < 1 or array.shape[:-1] not in ((), (B,)):
+            raise ValueError(
+                f"{name} must be (segments + 1,) or ({B}, segments + 1); got shape {array.shape}"
+            )
+        boundaries.append(jnp.broadcast_to(array.astype(jnp.int32), (B, array.shape[-1])))
+    if boundaries[0].shape != boundaries[1].shape:
+        raise ValueError(
+            "cu_seqlens_k must have as many segments as cu_seqlens_q, "
+            f"{boundaries[0].shape[1] - 1}; got {boundaries[1].shape[1] - 1}"
+        )
+    return ids_of_boundaries(boundaries[0], T), ids_of_boundaries(boundaries[1], S)
+
+
+def _zero_padding(array: jax.Array, ids: jax.Array) -> jax.Array:
+    """Zeros in the rows of (B, rows, heads, features) that are padding: they may hold NaN."""
+    return jnp.where(ids[:, :, None, None] >= 0, array, jnp.zeros((), array.dtype))
+
+
+def _checked_block_mask(block_mask, element_shape) -> BlockMask | None:
+    if block_mask is None:
+        return None
+    if not isinstance(block_mask, BlockMask):
+        raise ValueError(
+            "block_mask must be a BlockMask, such as make_block_mask gives; "
+            f"got {type(block_mask).__name__}"
+        )
+    B, N, T, S = element_shape
+    if (block_mask.q_length, block_mask.kv_length) != (T, S):
+        raise ValueError(
+            f"block_mask must be made for query length {T} and key length {S}; "
+            f"got one for {block_mask.q_length} and {block_mask.kv_length}"
+        )
+    for array in jax.tree.leaves(block_mask):
+        b, n = array.shape[:2]
+        if b not in (1, B) or n not in (1, N):
+            raise ValueError(
+                f"block_mask must have batch 1 or {B} and heads 1 or {N}; got batch {b}, heads {n}"
+            )
+    return block_mask
 
 
 def _checked_sinks(sinks, N: int) -> jax.Array | None:

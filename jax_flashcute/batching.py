@@ -11,7 +11,7 @@ from jax.custom_batching import custom_vmap
 from jax_flashcute.spec import Operands, Residuals
 
 # Operands whose batch dimension may be 1 and then holds for the whole batch.
-_BROADCAST = ("bias", "mask", "sinks", "mask_mod_arrays", "score_mod_arrays")
+_BROADCAST = ("bias", "mask", "sinks", "mask_mod_arrays", "score_mod_arrays", "block_mask")
 
 
 def fold_forward(function: Callable[[Operands], Residuals]) -> Callable[[Operands], Residuals]:
@@ -47,7 +47,8 @@ def fold_backward(
         fold = _Fold(axis_size, B)
         others = jax.tree.map(fold.array, tuple(others), tuple(others_batched))
         gradients = folded(
-            fold.operands(operands, batched, shared=("mask", "mask_mod_arrays")), *others
+            fold.operands(operands, batched, shared=("mask", "mask_mod_arrays", "block_mask")),
+            *others,
         )
         unfolded = {}
         for name in gradients.present():

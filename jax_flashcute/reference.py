@@ -7,6 +7,7 @@ be read, and plain autodiff differentiates it any number of times, forward and r
 import jax.numpy as jnp
 from jax import lax
 
+from jax_flashcute.block_mask import FULL, HIDDEN
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 from jax_flashcute.visibility import element_indices, paged_rows, visible, zero_beyond
 
@@ -51,9 +52,15 @@ def attention(spec: AttentionSpec, operands: Operands) -> Residuals:
     seen = visible(spec, operands, row, column)
     if operands.mask is not None:
         seen = seen & operands.mask
+    kind = None
+    if operands.block_mask is not None:
+        blocks = operands.block_mask
+        kind = blocks.kinds()[:, :, row // blocks.tile_m, column // blocks.tile_n]
+        seen = seen & (kind != HIDDEN)
     if spec.mask_mod is not None:
         indices = element_indices(operands, head, row, column)
-        seen = seen & spec.mask_mod(operands.mask_mod_arrays, *indices)
+        shown = spec.mask_mod(operands.mask_mod_arrays, *indices)
+        seen = seen & (shown if kind is None else shown | (kind == FULL))
     score = jnp.where(seen, score, -jnp.inf)
 
     row_max = jnp.max(score, axis=-1, keepdims=True, initial=-jnp.inf)

@@ -49,6 +49,8 @@ LAYOUTS: Mapping[str, str] = {
     "head_index": "n",
     "mask_mod_arrays": "b",
     "score_mod_arrays": "b",
+    "segment_ids": "b",
+    "block_mask": "bn",
     "out": "btnh",
     "lse": "btn",
 }

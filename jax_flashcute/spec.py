@@ -17,7 +17,9 @@ from dataclasses import dataclass
 
 import jax
 
+from jax_flashcute.block_mask import BlockMask
 from jax_flashcute.masks import TracedFunction
+from jax_flashcute.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class AttentionSpec:
       score_mod: traced ``(score, b, h, q_idx, kv_idx) -> score``, applied to the scaled score
         before the soft cap.
 
-    A query row i stands at position ``i + q_offset``; ``q_offset`` is an operand.
+    A query row i stands at position ``i + q_offset``; ``q_offset`` is an operand.  Where segments
+    have positions of their own, those stand in for i and for the number of a key.
     """
 
     scale: float
@@ -72,6 +75,8 @@ class Operands:
       page_table: (B, max_pages) int32, where keys and values are paged: then key is (num_pages,
         page_size, K, H), value likewise, S is max_pages * page_size, and token s of a batch entry
         is slot s % page_size of page ``page_table[b, s // page_size]``.
+      segment_ids: packed sequences: a row sees keys of its own segment alone.
+      block_mask: the tiles that are visited; ``mask_mod`` holds in the partial ones only.
     """
 
     query: jax.Array
@@ -88,6 +93,8 @@ class Operands:
     mask_mod_arrays: tuple[jax.Array, ...] = ()
     score_mod_arrays: tuple[jax.Array, ...] = ()
     page_table: jax.Array | None = None
+    segment_ids: Segments | None = None
+    block_mask: BlockMask | None = None
 
     @property
     def kv_length(self) -> int:
@@ -101,7 +108,7 @@ class Operands:
         return tuple(name for name, value in fields if not _absent(value))
 
 
-def _absent(value: jax.Array | tuple[jax.Array, ...] | None) -> bool:
+def _absent(value: object) -> bool:
     return value is None or (isinstance(value, tuple) and not value)
 
 

@@ -6,8 +6,11 @@ is data, not a rule, and is applied by its users.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_flashcute.spec import AttentionSpec, Operands
+
+_FAR = np.iinfo(np.int32).max
 
 
 def reach(spec: AttentionSpec) -> tuple[int | None, int | None]:
@@ -36,20 +39,32 @@ def visible(
     def per_batch(array: jax.Array) -> jax.Array:
         return array.reshape(array.shape + (1,) * (q_idx.ndim + 1))
 
-    position = q_idx[None, None]
+    position, kv_position = q_idx[None, None], kv_idx[None, None]
+    segments = operands.segment_ids
+    seen = jnp.ones((1, 1, *jnp.broadcast_shapes(q_idx.shape, kv_idx.shape)), bool)
+    if segments is not None:
+        q_ids, kv_ids = _per_index(segments.q_ids, q_idx), _per_index(segments.kv_ids, kv_idx)
+        seen = seen & ((q_ids == kv_ids) & (q_ids >= 0))[:, None]
+        if segments.q_positions is not None and segments.kv_positions is not None:
+            position = _per_index(segments.q_positions, q_idx)[:, None]
+            kv_position = _per_index(segments.kv_positions, kv_idx)[:, None]
     if operands.q_offset is not None:
         position = position + per_batch(operands.q_offset)
     left, right = reach(spec)
-    seen = jnp.ones((1, 1, *jnp.broadcast_shapes(q_idx.shape, kv_idx.shape)), bool)
     if left is not None:
-        seen &= kv_idx >= position - left
+        seen = seen & (kv_position >= position - left)
     if right is not None:
-        seen &= kv_idx <= position + right
+        seen = seen & (kv_position <= position + right)
     if operands.query_seq_lengths is not None:
         seen &= q_idx < per_batch(operands.query_seq_lengths)
     if operands.key_value_seq_lengths is not None:
         seen &= kv_idx < per_batch(operands.key_value_seq_lengths)
     return seen
+
+
+def _per_index(array: jax.Array, index: jax.Array) -> jax.Array:
+    """(B, length) at an index of any shape, (B, *shape); beyond the end, the last element."""
+    return jnp.take(array, index, axis=1, mode="clip")
 
 
 def element_indices(
@@ -58,15 +73,16 @@ def element_indices(
     """What ``mask_mod`` and ``score_mod`` see of a block of elements.
 
     Args:
-      operands: the arrays of the call; only ``batch_index``, ``head_index``, ``q_offset`` and
-        shapes are read.
+      operands: the arrays of the call; only ``batch_index``, ``head_index``, ``q_offset``, the
+        segments' positions and shapes are read.
       head: integer query head numbers, among those of ``operands``.
       q_idx: integer query row numbers (not positions).
       kv_idx: integer key numbers.  The three broadcast to each other, without a batch dimension.
 
     Returns:
       ``(b, h, q_idx, kv_idx)``, int32, of one rank with the batch, 1|B, in front; q_idx holds
-      positions.  Padding beyond the last row and the last key has the index of that row or key.
+      positions, and so does kv_idx where segments have their own.  Padding beyond the last row and
+      the last key has the index of that row or key.
     """
     rank = max(head.ndim, q_idx.ndim, kv_idx.ndim)
 
@@ -80,6 +96,11 @@ def element_indices(
     T, S = operands.query.shape[1], operands.kv_length
     position = jnp.clip(batched(q_idx), 0, jnp.maximum(T - 1, 0))
     kv = jnp.clip(batched(kv_idx), 0, jnp.maximum(S - 1, 0))
+    segments = operands.segment_ids
+    if segments is not None:
+        if segments.q_positions is not None and segments.kv_positions is not None:
+            position = _per_index(segments.q_positions, position[0])
+            kv = _per_index(segments.kv_positions, kv[0])
     if operands.q_offset is not None:
         position = position + per_batch(operands.q_offset)
     if operands.batch_index is None:
@@ -126,11 +147,15 @@ def key_block_range(spec, operands, first_q, last_q, block_kv, num_kv):
     Taken over the whole batch, so a block in the range may be invisible to some of it; a block
     outside is invisible to all.  Rows and results are integers or int32 scalars.
     """
-    left, right = reach(spec)
+    left, right = _index_reach(spec, operands)
     low, high = _offset_bounds(operands)
     start, stop = 0, num_kv
+    segments = operands.segment_ids
+    if segments is not None:
+        bounds = _bounds_over(segments.kv_start, segments.kv_end, first_q, last_q)
+        start, stop = bounds[0] // block_kv, -(-bounds[1] // block_kv)
     if left is not None:
-        start = jnp.clip((first_q + low - left) // block_kv, 0, num_kv)
+        start = jnp.maximum(start, jnp.clip((first_q + low - left) // block_kv, 0, num_kv))
     if right is not None:
         stop = jnp.minimum(stop, (last_q + high + right) // block_kv + 1)
     if operands.key_value_seq_lengths is not None:
@@ -144,11 +169,15 @@ def key_block_range(spec, operands, first_q, last_q, block_kv, num_kv):
 
 def query_block_range(spec, operands, first_kv, last_kv, block_q, num_q):
     """The query blocks that can see keys ``first_kv..last_kv``; the inverse of key_block_range."""
-    left, right = reach(spec)
+    left, right = _index_reach(spec, operands)
     low, high = _offset_bounds(operands)
     start, stop = 0, num_q
+    segments = operands.segment_ids
+    if segments is not None:
+        bounds = _bounds_over(segments.q_start, segments.q_end, first_kv, last_kv)
+        start, stop = bounds[0] // block_q, -(-bounds[1] // block_q)
     if right is not None:
-        start = jnp.clip((first_kv - right - high) // block_q, 0, num_q)
+        start = jnp.maximum(start, jnp.clip((first_kv - right - high) // block_q, 0, num_q))
     if left is not None:
         stop = jnp.minimum(stop, (last_kv + left - low) // block_q + 1)
     if operands.query_seq_lengths is not None:
@@ -158,6 +187,22 @@ def query_block_range(spec, operands, first_kv, last_kv, block_q, num_q):
         longest = jnp.max(operands.key_value_seq_lengths, initial=0)
         stop = jnp.where(first_kv < longest, stop, 0)
     return start, stop
+
+
+def _index_reach(spec: AttentionSpec, operands: Operands) -> tuple[int | None, int | None]:
+    """``reach`` as far as it holds for the numbers of rows and keys."""
+    segments = operands.segment_ids
+    if segments is not None and segments.q_positions is not None:
+        return None, None
+    return reach(spec)
+
+
+def _bounds_over(start: jax.Array, end: jax.Array, first, last):
+    """The smallest start and the largest end of (B, length) over ``first..last`` and all of B."""
+    row = jnp.arange(start.shape[1])
+    within = (row >= first) & (row <= last) & (end > start)
+    low = jnp.min(jnp.where(within, start, _FAR), initial=_FAR)
+    return low, jnp.max(jnp.where(within, end, 0), initial=0)
 
 
 def _offset_bounds(operands: Operands):

@@ -2,7 +2,8 @@
 
 Scores exist one (block_q, block_kv) tile at a time, with an online softmax forward (Milakov and
 Gimelshein, 2018) and recomputation from the LSE backward (Dao, 2023).  Tiles that causality, the
-window or the lengths hide from the whole batch are skipped.
+window or the lengths hide from the whole batch are skipped; with a ``block_mask``, those that it
+lists for no batch and no head.
 
 Inside, everything query-like is laid out as (num_q, B, K, G * block_q, ...) and everything
 key-like as (num_kv, B, K, block_kv, ...): a tile is then one plain batched matrix product, and
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_flashcute.block_mask import FULL, HIDDEN, BlockMask, compact
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 from jax_flashcute.visibility import (
     element_indices,
@@ -80,18 +82,19 @@ def _forward(spec: AttentionSpec, tile_elements: int, operands: Operands) -> Res
     key_block, value_block = tiles.kv_blocks(operands)
     value = operands.value
     bias, mask = (tiles.pad_elements(x) for x in (operands.bias, operands.mask))
+    listed = _Listed.of(operands.block_mask)
     zero = _varying_zero(operands, dtype)
 
     def attend(i, results):
         q_i = _at(query, i)
         rows = q_i.shape[:-1]
 
-        def accumulate(j, carry):
+        def accumulate(j, carry, kinds=None):
             acc, row_max, row_sum = carry
             score = _matmul_transposed(q_i, key_block(j), dtype) * spec.scale
             score, _ = tiles.modified(score, i, j, spec, operands)
             score, _ = _capped(spec, score)
-            score = tiles.on_elements(score, i, j, spec, operands, bias, mask)
+            score = tiles.on_elements(score, i, j, spec, operands, bias, mask, kinds)
             new_max = jnp.maximum(row_max, jnp.max(score, axis=-1, keepdims=True))
             # Until a key is visible the maximum is -inf, and -inf - -inf is NaN.
             shift = jnp.where(new_max == -jnp.inf, 0, new_max)
@@ -111,10 +114,13 @@ def _forward(spec: AttentionSpec, tile_elements: int, operands: Operands) -> Res
             jnp.broadcast_to(row_sum, (*rows, 1)),
         )
         first_q = i * tiles.block_q
-        start, stop = key_block_range(
-            spec, operands, first_q, first_q + tiles.block_q - 1, tiles.block_kv, tiles.num_kv
-        )
-        acc, row_max, row_sum = _loop(start, stop, tiles.num_kv, accumulate, carry)
+        if listed is not None:
+            acc, row_max, row_sum = listed.over_keys(i, accumulate, carry)
+        else:
+            start, stop = key_block_range(
+                spec, operands, first_q, first_q + tiles.block_q - 1, tiles.block_kv, tiles.num_kv
+            )
+            acc, row_max, row_sum = _loop(start, stop, tiles.num_kv, accumulate, carry)
         empty = row_sum == 0
         row_sum = jnp.where(empty, 1, row_sum)
         lse = jnp.where(empty, -jnp.inf, row_max + jnp.log(row_sum))
@@ -162,18 +168,21 @@ def _backward(
     # transposition of a tile; row statistics lie along the last axis.
     lses = jnp.swapaxes(tiles.split_q(lse[..., None], fill=jnp.inf), -1, -2)
     deltas = jnp.swapaxes(tiles.split_q(delta[..., None]), -1, -2)
+    listed = _Listed.of(operands.block_mask, transposed=True)
     zero = _varying_zero((operands, dout, dlse), dtype)
 
     def key_block(j, carry):
         dquery, dkey, dvalue, dbias, dmod = carry
 
-        def accumulate(i, carry):
+        def accumulate(i, carry, kinds=None):
             dquery, dk, dv, dbias, dmod = carry
             q_i, k_j, do_i = _at(query, i), _at(key, j), _at(douts, i)
             score = _matmul_transposed(k_j, q_i, dtype) * spec.scale
             score, score_vjp = tiles.modified(score, i, j, spec, operands, transposed=True)
             score, slope = _capped(spec, score)
-            score = tiles.on_elements(score, i, j, spec, operands, bias, mask, transposed=True)
+            score = tiles.on_elements(
+                score, i, j, spec, operands, bias, mask, kinds, transposed=True
+            )
             weight = jnp.exp(score - _at(lses, i))
             dv = dv + _matmul(weight.astype(do_i.dtype), do_i, dtype)
             dweight = _matmul_transposed(_at(value, j), do_i, dtype)
@@ -191,9 +200,6 @@ def _backward(
             return _put(dquery, i, _at(dquery, i) + dq), dk, dv, dbias, dmod
 
         first_kv = j * tiles.block_kv
-        start, stop = query_block_range(
-            spec, operands, first_kv, first_kv + tiles.block_kv - 1, tiles.block_q, tiles.num_q
-        )
         carry = (
             dquery,
             jnp.broadcast_to(zero, key.shape[1:]),
@@ -201,7 +207,14 @@ def _backward(
             dbias,
             dmod,
         )
-        dquery, dk, dv, dbias, dmod = _loop(start, stop, tiles.num_q, accumulate, carry)
+        if listed is not None:
+            carry = listed.over_queries(j, accumulate, carry)
+        else:
+            start, stop = query_block_range(
+                spec, operands, first_kv, first_kv + tiles.block_kv - 1, tiles.block_q, tiles.num_q
+            )
+            carry = _loop(start, stop, tiles.num_q, accumulate, carry)
+        dquery, dk, dv, dbias, dmod = carry
         dk = (dk * spec.scale).astype(key.dtype)
         dkey, dvalue = _put(dkey, j, dk), _put(dvalue, j, dv.astype(value.dtype))
         return dquery, dkey, dvalue, dbias, dmod
@@ -303,6 +316,60 @@ def _varying_zero(tree, dtype) -> jax.Array:
 
 
 @dataclass(frozen=True)
+class _Listed:
+    """The tiles of a ``BlockMask`` that one loop visits, by tile row or, transposed, by key tile.
+
+    All batches and heads share a loop, so it visits what any of them lists.
+
+    Attributes:
+      kinds: (1|B, 1|N, M, key tiles), as ``BlockMask.kinds`` gives them.
+      full: counts and indices of the tiles that are full in every batch and head.
+      other: likewise of those that hide something from some.
+    """
+
+    kinds: jax.Array
+    full: tuple[jax.Array, jax.Array]
+    other: tuple[jax.Array, jax.Array]
+
+    @staticmethod
+    def of(block_mask: BlockMask | None, *, transposed: bool = False) -> "_Listed | None":
+        if block_mask is None:
+            return None
+        kinds = block_mask.kinds()
+        full = jnp.all(kinds == FULL, axis=(0, 1))
+        other = jnp.any(kinds != HIDDEN, axis=(0, 1)) & ~full
+        if transposed:
+            full, other = full.T, other.T
+        return _Listed(kinds, compact(full), compact(other))
+
+    def over_keys(self, i, accumulate, carry):
+        """``accumulate(j, carry, kinds)`` over the key tiles of tile row i.
+
+        ``kinds`` is (1|B, 1|N), None where the tile is full everywhere.
+        """
+        return self._over(i, accumulate, carry, lambda j: self.kinds[:, :, i, j])
+
+    def over_queries(self, j, accumulate, carry):
+        """``accumulate(i, carry, kinds)`` over the tile rows that see key tile j."""
+        return self._over(j, accumulate, carry, lambda i: self.kinds[:, :, i, j])
+
+    def _over(self, row, accumulate, carry, kinds_of):
+        counts, indices = (_at(x, row) for x in self.full)
+
+        def without_mask(turn, carry):
+            return accumulate(_at(indices, turn), carry)
+
+        carry = lax.fori_loop(0, counts, without_mask, carry)
+        other_counts, other_indices = (_at(x, row) for x in self.other)
+
+        def with_mask(turn, carry):
+            tile = _at(other_indices, turn)
+            return accumulate(tile, carry, kinds_of(tile))
+
+        return lax.fori_loop(0, other_counts, with_mask, carry)
+
+
+@dataclass(frozen=True)
 class _Tiles:
     """How one call is cut into tiles; dimensions may be symbolic (``jax.export``)."""
 
@@ -318,6 +385,9 @@ class _Tiles:
     def of(operands: Operands, tile_elements: int) -> "_Tiles":
         B, T, N, _ = operands.query.shape
         S, K = operands.kv_length, operands.key.shape[2]
+        if operands.block_mask is not None:
+            tile_m, tile_n = operands.block_mask.tile_m, operands.block_mask.tile_n
+            return _Tiles(B=B, T=T, S=S, K=K, G=N // K, block_q=tile_m, block_kv=tile_n)
         largest = _LARGEST_BLOCK
         products = B * N if isinstance(B, int) and isinstance(N, int) else 64
         while largest > _SMALLEST_BLOCK and products * largest * largest > tile_elements:
@@ -440,7 +510,7 @@ class _Tiles:
         return element_indices(operands, head, q_idx, kv_idx)
 
     def on_elements(
-        self, score, i, j, spec, operands, bias, mask, *, transposed: bool = False
+        self, score, i, j, spec, operands, bias, mask, kinds, *, transposed: bool = False
     ) -> jax.Array:
         """``score`` of tile (i, j) plus its bias, -inf where hidden.
 
@@ -452,6 +522,7 @@ class _Tiles:
           operands: its arrays.
           bias: ``operands.bias`` as ``pad_elements`` gives it.
           mask: ``operands.mask`` as ``pad_elements`` gives it.
+          kinds: (1|B, 1|N), what the block mask says of the tile; None where it shows all of it.
           transposed: whether ``score`` is.
         """
 
@@ -462,7 +533,17 @@ class _Tiles:
         if mask is not None:
             mask = self._element_tile(mask, i, j)
             seen = mask if seen is None else seen & mask
-        if bias is None and seen is None and spec.mask_mod is None:
+        mask_mod = spec.mask_mod
+        full = None
+        if operands.block_mask is not None:
+            if kinds is None:
+                mask_mod = None
+            else:
+                heads = (1, 1) if kinds.shape[1] == 1 else (self.K, self.G)
+                kinds = kinds.reshape(-1, *heads, 1, 1)
+                full = placed(kinds == FULL)
+                seen = (kinds != HIDDEN) if seen is None else seen & (kinds != HIDDEN)
+        if bias is None and seen is None and mask_mod is None:
             return score
         grouped = (self.block_kv, self.G, self.block_q)
         grouped = grouped if transposed else (self.G, self.block_q, self.block_kv)
@@ -471,9 +552,10 @@ class _Tiles:
             tile = tile + placed(self._element_tile(bias, i, j)).astype(score.dtype)
         if seen is not None:
             tile = jnp.where(placed(seen), tile, -jnp.inf)
-        if spec.mask_mod is not None:
+        if mask_mod is not None:
             indices = self._indices(i, j, operands, transposed)
-            tile = jnp.where(spec.mask_mod(operands.mask_mod_arrays, *indices), tile, -jnp.inf)
+            shown = mask_mod(operands.mask_mod_arrays, *indices)
+            tile = jnp.where(shown if full is None else shown | full, tile, -jnp.inf)
         return tile.reshape(score.shape)
 
     def add_to_elements(self, array: jax.Array, i, j, tile: jax.Array) -> jax.Array:
@@ -496,6 +578,7 @@ class _Tiles:
         rules = dataclasses.replace(operands, query_seq_lengths=None)
         bounded = spec.is_causal or spec.local_window_size is not None
         seen = None
+        bounded = bounded or operands.segment_ids is not None
         if bounded or operands.key_value_seq_lengths is not None:
             seen = visible(spec, rules, q_idx, kv_idx)
         if not (isinstance(self.S, int) and self.num_kv * self.block_kv == self.S):

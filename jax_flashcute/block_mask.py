@@ -1,0 +1,422 @@
+"""Which tiles of a mask hold something: lists of tiles, built on the device from the mask itself.
+
+A tile is ``tile_m`` query rows by ``tile_n`` keys.  It is *full* if every one of its elements is
+visible, *partial* if some are, and stands in no list otherwise.  The format is that of
+FlashAttention's and FlexAttention's block sparsity: a count and compact indices of key tiles for
+every tile row.  Tiles are classified by all of their elements; nothing is sampled.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export, lax
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from jax_flashcute import masks
+
+HIDDEN, PARTIAL, FULL = 0, 1, 2
+"""What ``BlockMask.kinds`` says of a tile."""
+
+# Elements of a mask that are evaluated at once.  They are counted as they are made, so they take
+# memory only where XLA does not fuse the two.
+_ELEMENTS_AT_ONCE = 2**24
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["partial_counts", "partial_indices", "full_counts", "full_indices"],
+    meta_fields=["q_length", "kv_length", "tile_m", "tile_n"],
+)
+@dataclass(frozen=True)
+class BlockMask:
+    """Lists of the key tiles that the query rows of each tile row see.
+
+    M = ceil(q_length / tile_m) tile rows and ceil(kv_length / tile_n) key tiles, at least one
+    each; B batch and N query heads, or 1 where all share one list.  A pytree: its arrays go
+    through every transform of JAX, its sizes are static.
+
+    A tile stands at most once in the two lists of a row.  Lists need not ascend; those that this
+    module makes do.  Only the first ``counts`` entries of a list are read.
+
+    Attributes:
+      partial_counts: (1|B, 1|N, M) int32: length of each list of partial tiles.
+      partial_indices: (1|B, 1|N, M, P) int32: their key tiles.
+      full_counts: (1|B, 1|N, M) int32, likewise for the full tiles.
+      full_indices: (1|B, 1|N, M, F) int32.
+      q_length: T, query rows that the lists are about.
+      kv_length: S, keys.
+      tile_m: query rows of a tile.
+      tile_n: keys of a tile.
+    """
+
+    partial_counts: jax.Array
+    partial_indices: jax.Array
+    full_counts: jax.Array
+    full_indices: jax.Array
+    q_length: int
+    kv_length: int
+    tile_m: int
+    tile_n: int
+
+    @property
+    def num_q_tiles(self) -> int:
+        return num_tiles(self.q_length, self.tile_m)
+
+    @property
+    def num_kv_tiles(self) -> int:
+        return num_tiles(self.kv_length, self.tile_n)
+
+    @staticmethod
+    def from_indices(
+        partial_counts: ArrayLike,
+        partial_indices: ArrayLike,
+        full_counts: ArrayLike | None = None,
+        full_indices: ArrayLike | None = None,
+        *,
+        q_length: int,
+        kv_length: int,
+        tile_m: int,
+        tile_n: int,
+    ) -> "BlockMask":
+        """From counts and indices, such as FlexAttention's ``kv_num_blocks`` and ``kv_indices``.
+
+        Args:
+          partial_counts: (1|B, 1|N, M) integers; FlexAttention's ``kv_num_blocks``.
+          partial_indices: (1|B, 1|N, M, P) integers; ``kv_indices``.
+          full_counts: likewise for the full tiles, ``full_kv_num_blocks``; None for no full tiles.
+          full_indices: ``full_kv_indices``.
+          q_length: query rows.
+          kv_length: keys.
+          tile_m: query rows of a tile.
+          tile_n: keys of a tile.
+
+        Raises:
+          ValueError: shapes or sizes do not fit; or, where the values are known (not traced), a
+            count exceeds its list, an index is no key tile, or a tile stands twice in a row.
+        """
+        sizes = _checked_sizes(q_length, kv_length, tile_m, tile_n)
+        if (full_counts is None) != (full_indices is None):
+            raise ValueError("full_counts and full_indices must be given together, or neither")
+        counts = _integers("partial_counts", partial_counts)
+        if full_counts is None or full_indices is None:
+            full_counts = jnp.zeros_like(counts)
+            full_indices = jnp.zeros((*counts.shape, 0), jnp.int32)
+        block_mask = BlockMask(
+            partial_counts=counts,
+            partial_indices=_integers("partial_indices", partial_indices),
+            full_counts=_integers("full_counts", full_counts),
+            full_indices=_integers("full_indices", full_indices),
+            **sizes,
+        )
+        _check_shapes(block_mask)
+        _check_values(block_mask)
+        return block_mask
+
+    @staticmethod
+    def from_lists(
+        partial: Sequence[Sequence[int]],
+        full: Sequence[Sequence[int]] | None = None,
+        *,
+        q_length: int,
+        kv_length: int,
+        tile_m: int,
+        tile_n: int,
+    ) -> "BlockMask":
+        """From a Python list of key tiles for each tile row, shared by all batches and heads.
+
+        Raises:
+          ValueError: as for ``from_indices``.
+        """
+
+        def padded(lists):
+            width = max(map(len, lists), default=0)
+            rows = [[*row, *[0] * (width - len(row))] for row in lists]
+            counts = np.array([len(row) for row in lists], np.int32)
+            return counts[None, None], np.array(rows, np.int32).reshape(1, 1, len(rows), width)
+
+        return BlockMask.from_indices(
+            *padded(partial),
+            *padded([[]] * len(partial) if full is None else full),
+            q_length=q_length,
+            kv_length=kv_length,
+            tile_m=tile_m,
+            tile_n=tile_n,
+        )
+
+    @staticmethod
+    def from_blocks(
+        partial: ArrayLike,
+        full: ArrayLike | None = None,
+        *,
+        q_length: int,
+        kv_length: int,
+        tile_m: int,
+        tile_n: int,
+    ) -> "BlockMask":
+        """From booleans per tile, (1|B, 1|N, M, key tiles); leading dimensions may be left out.
+
+        Args:
+          partial: which tiles are visited.
+          full: which of them need no mask; it wins where both are set.  None for none.
+          q_length: query rows.
+          kv_length: keys.
+          tile_m: query rows of a tile.
+          tile_n: keys of a tile.
+
+        Raises:
+          ValueError: shapes or sizes do not fit.
+        """
+        sizes = _checked_sizes(q_length, kv_length, tile_m, tile_n)
+        tiles = (num_tiles(q_length, tile_m), num_tiles(kv_length, tile_n))
+        arrays = {"partial": partial} | ({} if full is None else {"full": full})
+        for name, array in arrays.items():
+            array = jnp.asarray(array)
+            if array.dtype != jnp.bool_ or array.ndim > 4 or array.shape[-2:] != tiles:
+                raise ValueError(
+                    f"{name} must be booleans (1|B, 1|N, {tiles[0]}, {tiles[1]}), a value per "
+                    f"tile; got {array.dtype.name} of shape {array.shape}"
+                )
+            arrays[name] = array.reshape((1,) * (4 - array.ndim) + array.shape)
+        kinds = jnp.where(arrays["partial"], PARTIAL, HIDDEN)
+        if full is not None:
+            kinds = jnp.where(arrays["full"], FULL, kinds)
+        return _from_kinds(kinds, **sizes)
+
+    @staticmethod
+    def from_mask(mask: ArrayLike, *, tile_m: int, tile_n: int) -> "BlockMask":
+        """From a dense mask, (1|B, 1|N, T, S) booleans; for sizes at which that fits.
+
+        Raises:
+          ValueError: shapes or sizes do not fit.
+        """
+        mask = jnp.asarray(mask)
+        if mask.dtype != jnp.bool_ or not 2 <= mask.ndim <= 4:
+            raise ValueError(
+                "mask must be booleans (1|B, 1|N, T, S); "
+                f"got {mask.dtype.name} of shape {mask.shape}"
+            )
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        b, n, T, S = mask.shape
+        sizes = _checked_sizes(T, S, tile_m, tile_n)
+        M, tiles = num_tiles(T, tile_m), num_tiles(S, tile_n)
+        if T == 0 or S == 0:
+            return _from_kinds(jnp.zeros((b, n, M, tiles), jnp.int8), **sizes)
+        padding = ((0, 0), (0, 0), (0, M * tile_m - T), (0, tiles * tile_n - S))
+        # The last row and key, repeated, change neither "some" nor "all".
+        mask = jnp.pad(mask, padding, mode="edge").reshape(b, n, M, tile_m, tiles, tile_n)
+        kinds = _kind(jnp.sum(mask, axis=(3, 5), dtype=jnp.int32), tile_m * tile_n)
+        return _from_kinds(kinds, **sizes)
+
+    def kinds(self) -> jax.Array:
+        """(1|B, 1|N, M, key tiles) int8: HIDDEN, PARTIAL or FULL for every tile."""
+        batch = jnp.broadcast_shapes(self.partial_counts.shape[:2], self.full_counts.shape[:2])
+        kinds = jnp.full((*batch, self.num_q_tiles, self.num_kv_tiles), HIDDEN, jnp.int8)
+        for kind, counts, indices in (
+            (PARTIAL, self.partial_counts, self.partial_indices),
+            (FULL, self.full_counts, self.full_indices),
+        ):
+            kinds = jnp.maximum(kinds, kind * self._listed(counts, indices).astype(jnp.int8))
+        return kinds
+
+    def _listed(self, counts: jax.Array, indices: jax.Array) -> jax.Array:
+        """(1|B, 1|N, M, key tiles) bool: which tiles stand in a list."""
+        tiles = self.num_kv_tiles
+        listed = (jnp.arange(indices.shape[-1]) < counts[..., None]) & (indices >= 0)
+        indices = jnp.where(listed, indices, tiles)
+        rows = indices.reshape(math.prod(counts.shape), indices.shape[-1])
+        flags = jax.vmap(lambda row: jnp.zeros(tiles, bool).at[row].set(True, mode="drop"))(rows)
+        return flags.reshape(*indices.shape[:-1], tiles)
+
+    def transpose(self) -> "BlockMask":
+        """The same tiles by key tile: for each, the query tiles that see it; for the backward."""
+        return _from_kinds(
+            jnp.swapaxes(self.kinds(), 2, 3),
+            q_length=self.kv_length,
+            kv_length=self.q_length,
+            tile_m=self.tile_n,
+            tile_n=self.tile_m,
+        )
+
+
+def make_block_mask(
+    mask_mod: Callable[..., Any],
+    B: int,
+    N: int,
+    T: int,
+    S: int,
+    *,
+    tile_m: int,
+    tile_n: int,
+    q_offset: ArrayLike = 0,
+) -> BlockMask:
+    """The tiles of a mask, classified exactly, on the device, inside ``jit`` or not.
+
+    Every element is evaluated, in chunks; memory is that of the lists, O(tiles).  Where
+    ``mask_mod`` reads no batch index or no head, all share one list.
+
+    Args:
+      mask_mod: ``(b, h, q_idx, kv_idx) -> bool``, as for ``flash_attention``.
+      B: batch.
+      N: query heads.
+      T: query rows.
+      S: keys.
+      tile_m: query rows of a tile.
+      tile_n: keys of a tile.
+      q_offset: position of query row 0, a scalar or (B,), as for ``flash_attention``.
+
+    Raises:
+      ValueError: an argument does not fit; it is named.
+      NotImplementedError: ``mask_mod`` closes over something that cannot be an operand.
+    """
+    sizes = _checked_sizes(T, S, tile_m, tile_n)
+    for name, size in (("B", B), ("N", N)):
+        if not isinstance(size, int) or size < 0:
+            raise ValueError(f"{name} must be an integer of at least 0; got {size!r}")
+    function, arrays = masks.trace_mask(mask_mod)
+    offset = _integers("q_offset", q_offset)
+    if offset.shape not in ((), (1,), (B,)):
+        raise ValueError(f"q_offset must be a scalar or ({B},); got shape {offset.shape}")
+    b = jnp.arange(B, dtype=jnp.int32).reshape(B, 1, 1, 1)
+    h = jnp.arange(N, dtype=jnp.int32).reshape(1, N, 1, 1)
+    M, tiles = num_tiles(T, tile_m), num_tiles(S, tile_n)
+
+    def kind(tile):
+        q = (tile // tiles) * tile_m + jnp.arange(tile_m, dtype=jnp.int32)
+        kv = (tile % tiles) * tile_n + jnp.arange(tile_n, dtype=jnp.int32)
+        # Padding repeats the last row and key, which changes neither "some" nor "all".
+        q = jnp.minimum(q, T - 1)[:, None] + offset.reshape(-1, 1, 1, 1)
+        kv = jnp.minimum(kv, S - 1).reshape(1, 1, 1, tile_n)
+        seen = function(arrays, b, h, q, kv)
+        elements = seen.shape[2] * seen.shape[3]
+        return _kind(jnp.sum(seen, axis=(2, 3), dtype=jnp.int32), elements)
+
+    first = jax.ShapeDtypeStruct((), jnp.int32)
+    shape = jax.eval_shape(kind, first).shape
+    if T == 0 or S == 0:
+        return _from_kinds(jnp.zeros((*shape, M, tiles), jnp.int8), **sizes)
+    at_once = max(1, _ELEMENTS_AT_ONCE // max(1, math.prod(shape) * tile_m * tile_n))
+    numbers = jnp.arange(M * tiles, dtype=jnp.int32)
+    kinds = lax.map(kind, numbers, batch_size=min(at_once, M * tiles))
+    return _from_kinds(jnp.moveaxis(kinds, 0, -1).reshape(*shape, M, tiles), **sizes)
+
+
+def compact(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Lists of the set places of ``flags`` (..., X), ascending: counts (...) and indices (..., X).
+
+    What stands in a list beyond its count is 0.
+    """
+    X = flags.shape[-1]
+    place = jnp.where(flags, jnp.cumsum(flags, axis=-1, dtype=jnp.int32) - 1, X)
+    numbers = jnp.arange(X, dtype=jnp.int32)
+    lists = jax.vmap(lambda row: jnp.zeros(X, jnp.int32).at[row].set(numbers, mode="drop"))
+    indices = lists(place.reshape(math.prod(flags.shape[:-1]), X)).reshape(flags.shape)
+    return jnp.sum(flags, axis=-1, dtype=jnp.int32), indices
+
+
+def num_tiles(length: int, tile: int) -> int:
+    """Tiles that ``length`` is cut into; at least one."""
+    return max(1, -(-length // tile))
+
+
+def _from_kinds(kinds: jax.Array, **sizes: int) -> BlockMask:
+    partial_counts, partial_indices = compact(kinds == PARTIAL)
+    full_counts, full_indices = compact(kinds == FULL)
+    return BlockMask(partial_counts, partial_indices, full_counts, full_indices, **sizes)
+
+
+def _kind(visible: jax.Array, elements: int) -> jax.Array:
+    """The kind of a tile of which so many of so many elements are visible."""
+    kind = jnp.where(visible == 0, HIDDEN, jnp.where(visible == elements, FULL, PARTIAL))
+    return kind.astype(jnp.int8)
+
+
+def _checked_sizes(q_length: int, kv_length: int, tile_m: int, tile_n: int) -> dict[str, int]:
+    sizes = {"q_length": q_length, "kv_length": kv_length, "tile_m": tile_m, "tile_n": tile_n}
+    for name, size in sizes.items():
+        least = 1 if name.startswith("tile") else 0
+        if not isinstance(size, (int, np.integer)) or size < least:
+            raise ValueError(f"{name} must be an integer of at least {least}; got {size!r}")
+    return {name: int(size) for name, size in sizes.items()}
+
+
+def _integers(name: str, array: ArrayLike) -> jax.Array:
+    array = jnp.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers; got dtype {array.dtype.name}")
+    return array.astype(jnp.int32)
+
+
+def _check_shapes(block_mask: BlockMask) -> None:
+    M = block_mask.num_q_tiles
+    lists = {
+        "partial": (block_mask.partial_counts, block_mask.partial_indices),
+        "full": (block_mask.full_counts, block_mask.full_indices),
+    }
+    for name, (counts, indices) in lists.items():
+        if counts.ndim != 3 or counts.shape[2] != M:
+            raise ValueError(f"{name}_counts must be (1|B, 1|N, {M}); got shape {counts.shape}")
+        if indices.ndim != 4 or indices.shape[:3] != counts.shape:
+            raise ValueError(
+                f"{name}_indices must be {name}_counts' shape, {counts.shape}, and one dimension "
+                f"more; got {indices.shape}"
+            )
+    shapes = block_mask.partial_counts.shape[:2], block_mask.full_counts.shape[:2]
+    for one, other in zip(*shapes, strict=True):
+        if one != other and 1 not in (one, other):
+            raise ValueError(
+                "full_counts must have the batch and heads of partial_counts, or 1; "
+                f"got {shapes[1]} and {shapes[0]}"
+            )
+
+
+def _check_values(block_mask: BlockMask) -> None:
+    """Of lists whose values are known: counts and indices within bounds, no tile twice."""
+    if any(isinstance(array, Tracer) for array in jax.tree.leaves(block_mask)):
+        return
+    tiles = block_mask.num_kv_tiles
+    batch = jnp.broadcast_shapes(
+        block_mask.partial_counts.shape[:2], block_mask.full_counts.shape[:2]
+    )
+    times = np.zeros((*batch, block_mask.num_q_tiles, tiles), np.int32)
+    for name in ("partial", "full"):
+        counts = np.asarray(getattr(block_mask, f"{name}_counts"))
+        indices = np.asarray(getattr(block_mask, f"{name}_indices"))
+        width = indices.shape[-1]
+        if np.any((counts < 0) | (counts > width)):
+            raise ValueError(
+                f"{name}_counts must lie in 0..{width}, the width of {name}_indices; "
+                f"got {counts.min()}..{counts.max()}"
+            )
+        listed = np.arange(width) < counts[..., None]
+        if np.any(listed & ((indices < 0) | (indices >= tiles))):
+            found = indices[listed]
+            raise ValueError(
+                f"{name}_indices must lie in 0..{tiles - 1} as far as {name}_counts says; "
+                f"got {found.min()}..{found.max()}"
+            )
+        own = np.zeros((*counts.shape, tiles), np.int32)
+        np.add.at(own, (*np.nonzero(listed)[:3], indices[listed]), 1)
+        times += own
+    if np.any(times > 1):
+        raise ValueError(
+            "a tile must stand at most once in the lists of a tile row; "
+            f"(batch, head, tile row, key tile) {tuple(map(int, np.argwhere(times > 1)[0]))} "
+            "stands there more often"
+        )
+
+
+# So that jax.export can serialise a function that takes a BlockMask.
+export.register_pytree_node_serialization(
+    BlockMask,
+    serialized_name="jax_flashcute.BlockMask",
+    serialize_auxdata=lambda sizes: json.dumps(sizes).encode(),
+    deserialize_auxdata=lambda data: tuple(json.loads(data)),
+)

@@ -1,0 +1,266 @@
+"""Native sparse attention against loops in NumPy float64, piece by piece and whole."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flashcute.nsa import (
+    NSAConfig,
+    compress_kv,
+    gate,
+    native_sparse_attention,
+    query_tile_means,
+    score_blocks,
+    select_blocks,
+    to_block_mask,
+)
+
+SMALL = NSAConfig(block=8, num_selected=3, window=10, query_tile=16)
+
+
+def random(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def inputs(length: int, kv_heads: int, group: int, head_dim: int, batch: int = 2) -> dict:
+    N, K, H = kv_heads * group, kv_heads, head_dim
+    return {
+        "query": random(0, batch, length, N, H),
+        "key": random(1, batch, length, K, H),
+        "value": random(2, batch, length, K, H),
+        "gate_weights": random(3, N, 3, H),
+        "key_weight": random(4, K, H, H) / H**0.5,
+        "value_weight": random(5, K, H, H) / H**0.5,
+    }
+
+
+def compressed(array: np.ndarray, weight: np.ndarray, block: int) -> np.ndarray:
+    starts = range(0, array.shape[1], block)
+    means = np.stack([array[:, s : s + block].mean(1) for s in starts], axis=1)
+    return np.einsum("bjkh,khe->bjke", means, weight)
+
+
+def chosen(query, compressed_key, config: NSAConfig, is_causal: bool) -> list:
+    """``[b][k][tile]``: the selected blocks, ascending."""
+    B, T, N, _ = query.shape
+    blocks, K = compressed_key.shape[1:3]
+    result = []
+    for b in range(B):
+        result.append([])
+        for k in range(K):
+            result[-1].append([])
+            for first in range(0, T, config.query_tile):
+                after = min(first + config.query_tile, T)
+                heads = slice(k * (N // K), (k + 1) * (N // K))
+                mean = query[b, first:after, heads].mean((0, 1))
+                own = {j for j in range(blocks) if j * config.block < after}
+                candidates = own if is_causal else set(range(blocks))
+                forced = {j for j in own if (j + 1) * config.block > first} | {0}
+                rest = sorted(
+                    candidates - forced, key=lambda j: (-mean @ compressed_key[b, j, k], j)
+                )
+                more = max(0, config.num_selected - len(forced))
+                result[-1][-1].append(sorted(forced | set(rest[:more])))
+    return result
+
+
+def expected_output(arrays: dict, config: NSAConfig, selection: list, is_causal: bool):
+    """The definition, row by row."""
+    a = {n: np.asarray(x, np.float64) for n, x in arrays.items()}
+    query, key, value = a["query"], a["key"], a["value"]
+    B, T, N, H = query.shape
+    K, cf = key.shape[2], config.block
+    ck, cv = (compressed(a[n], a[f"{n}_weight"], cf) for n in ("key", "value"))
+    out = np.zeros_like(query)
+    for b, t, h in np.ndindex(B, T, N):
+        k = h // (N // K)
+        blocks = np.arange(ck.shape[1])
+        seen = blocks < (t + 1) // cf if config.complete_only else blocks <= t // cf
+        r = np.arange(T)
+        listed = np.isin(r // cf, selection[b][k][t // config.query_tile])
+        near = (r > t - config.window) & (r <= t)
+        if is_causal:
+            listed = listed & (r <= t)
+        else:
+            seen = np.ones(len(blocks), bool)
+            near = np.abs(r - t) <= config.window // 2
+        branches = [(ck, cv, seen), (key, value, listed), (key, value, near)]
+        for i, (keys, values, visible) in enumerate(branches):
+            if not visible.any():
+                continue
+            score = keys[b, visible, k] @ query[b, t, h] / np.sqrt(H)
+            weight = np.exp(score - score.max())
+            weight /= weight.sum()
+            opening = 1 / (1 + np.exp(-query[b, t, h] @ a["gate_weights"][h, i]))
+            out[b, t, h] += opening * (weight @ values[b, visible, k])
+    return out
+
+
+CASES = {
+    "group_3": (70, 2, 3, 16, {}),
+    "group_1": (64, 2, 1, 16, {"complete_only": True}),
+    "group_5_uneven": (45, 1, 5, 8, {"block": 7, "query_tile": 12}),
+    "not_causal": (61, 2, 2, 16, {"is_causal": False}),
+    "shorter_than_a_tile": (13, 1, 4, 8, {}),
+    "shorter_than_a_block": (5, 1, 1, 8, {"complete_only": True}),
+    "more_selected_than_there_are": (40, 1, 2, 8, {"num_selected": 99}),
+    "nothing_but_forced": (70, 1, 2, 8, {"num_selected": 1}),
+    "tile_below_block": (50, 1, 1, 8, {"block": 16, "query_tile": 8}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_selection(name: str) -> None:
+    *sizes, options = CASES[name]
+    options = dict(options)
+    is_causal = options.pop("is_causal", True)
+    config = NSAConfig(
+        **({"block": 8, "num_selected": 3, "window": 10, "query_tile": 16} | options)
+    )
+    arrays = inputs(*sizes)
+    numbers = {n: np.asarray(x, np.float64) for n, x in arrays.items()}
+    ck = compressed(numbers["key"], numbers["key_weight"], config.block)
+    selection = chosen(numbers["query"], ck, config, is_causal)
+    found = select_blocks(
+        arrays["query"],
+        jnp.asarray(ck, jnp.float32),
+        config,
+        kv_length=sizes[0],
+        scale=1.0,
+        is_causal=is_causal,
+    )
+    for b, k, i in np.ndindex(found.counts.shape):
+        count = int(found.counts[b, k, i])
+        assert list(found.indices[b, k, i, :count]) == selection[b][k][i]
+    attend = functools.partial(
+        native_sparse_attention, config=config, is_causal=is_causal, implementation="xla"
+    )
+    actual = jax.jit(lambda arrays: attend(**arrays))(arrays)
+    expected = expected_output(arrays, config, selection, is_causal)
+    np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("complete_only", [False, True])
+def test_gradients_of_all_inputs(complete_only: bool) -> None:
+    """Against autodiff of the dense reference, whose selection is the same."""
+    config = NSAConfig(
+        block=8, num_selected=3, window=10, query_tile=16, complete_only=complete_only
+    )
+    arrays = inputs(53, 2, 3, 16)
+    weights = random(9, *arrays["query"].shape)
+
+    def loss(arrays, implementation):
+        out = native_sparse_attention(**arrays, config=config, implementation=implementation)
+        return jnp.sum(out * weights)
+
+    actual, expected = (
+        jax.jit(jax.grad(functools.partial(loss, implementation=i)))(arrays)
+        for i in ("xla", "reference")
+    )
+    for name, want in expected.items():
+        scale = np.max(np.abs(want))
+        assert scale > 0, name
+        np.testing.assert_allclose(actual[name], want, rtol=2e-5, atol=2e-5 * scale, err_msg=name)
+
+
+def test_ties_go_to_the_lowest_index() -> None:
+    query, key = jnp.ones((1, 80, 1, 4)), jnp.ones((1, 10, 1, 4))
+    config = NSAConfig(block=8, num_selected=5, window=8, query_tile=16)
+    found = select_blocks(query, key, config, kv_length=80, scale=1.0)
+    np.testing.assert_array_equal(found.indices[0, 0, -1], [0, 1, 2, 8, 9])
+    np.testing.assert_array_equal(found.counts[0, 0], [2, 4, 5, 5, 5])
+
+
+def test_the_future_does_not_leak() -> None:
+    """New values at position t move nothing before t in the two branches that have no selection;
+
+    with the selection, nothing before t's tile, whose mean query holds row t.  Without
+    ``complete_only``, the block of t is seen by its own rows before t, and by none before it.
+    """
+    arrays = inputs(64, 1, 2, 8)
+    t, block = 44, 8
+    changed = {
+        n: arrays[n].at[:, t:].set(3 * jnp.sin(9 * arrays[n][:, t:]))
+        for n in ("query", "key", "value")
+    }
+
+    def attend(arrays, complete_only, gates):
+        config = NSAConfig(block, 3, 10, 16, complete_only=complete_only)
+        given = {n: arrays[n] for n in ("query", "key", "value")}
+        gates = jnp.broadcast_to(jnp.asarray(gates), (*arrays["query"].shape[:3], 3))
+        return native_sparse_attention(**given, config=config, gates=gates, implementation="xla")
+
+    def first_moved(complete_only, gates):
+        before = attend(arrays, complete_only, gates)
+        after = attend(arrays | changed, complete_only, gates)
+        return int(np.flatnonzero(np.any(before != after, axis=(0, 2, 3)))[0])
+
+    assert first_moved(True, [1.0, 0.0, 1.0]) == t
+    assert first_moved(False, [1.0, 0.0, 0.0]) == t // block * block
+    assert first_moved(True, [1.0, 1.0, 1.0]) >= t // 16 * 16
+
+
+def test_pieces() -> None:
+    query, key, value = random(0, 2, 50, 6, 8), random(1, 2, 50, 2, 8), random(2, 2, 50, 2, 4)
+    ck, cv = compress_kv(key, value, 16)
+    np.testing.assert_allclose(ck[:, 3], key[:, 48:].mean(1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(cv[:, 1], value[:, 16:32].mean(1), rtol=1e-5, atol=1e-6)
+    # The mean of products is the product of means.
+    products = jnp.einsum("bthd,bjhd->bhtj", query, jnp.repeat(ck, 3, axis=2))
+    mean = products[:, :, 32:50].mean(2).reshape(2, 2, 3, 4).mean(2)
+    scores = score_blocks(query_tile_means(query, 2, 32), ck, 0.5)
+    np.testing.assert_allclose(scores[:, :, 1], 0.5 * mean, rtol=1e-4, atol=1e-5)
+    outputs = [random(i, 2, 50, 6, 4) for i in range(3)]
+    np.testing.assert_allclose(gate(query, outputs), sum(outputs) / 3, rtol=1e-5, atol=1e-6)
+
+
+def test_lists_are_the_selected_blocks_cut_into_tiles() -> None:
+    query, key = random(0, 1, 60, 4, 8), random(1, 1, 60, 2, 8)
+    ck, _ = compress_kv(key, key, 8)
+    selection = select_blocks(query, ck, SMALL, kv_length=60, scale=1.0)
+    common = {"q_heads": 4, "q_length": 60, "kv_length": 60}
+    whole = np.asarray(to_block_mask(selection, SMALL, **common).kinds())
+    halves = np.asarray(to_block_mask(selection, SMALL, **common, tile_n=4).kinds())
+    np.testing.assert_array_equal(halves, whole.repeat(2, axis=3)[..., :15])
+    with pytest.raises(ValueError, match="tile_n must divide"):
+        to_block_mask(selection, SMALL, **common, tile_n=16)
+
+
+def test_memory_has_no_square() -> None:
+    """At 131,072 a float32 per (query tile, block) and key/value head would be 32 MiB a head."""
+    length = 131_072
+
+    @jax.jit
+    def select(query, key):
+        ck, _ = compress_kv(key, key, 64)
+        return select_blocks(query, ck, NSAConfig(query_tile=64), kv_length=length, scale=1.0)
+
+    query = jax.ShapeDtypeStruct((1, length, 4, 8), jnp.bfloat16)
+    memory = select.lower(query, query).compile().memory_analysis()
+    assert memory.output_size_in_bytes < 4 * 2048 * 17 * 4 + 2**10
+    # Sums in float32 of the operands, and 64 tiles' scores of 2,048 blocks for four heads.
+    assert memory.temp_size_in_bytes < 3 * length * 4 * 8 * 4 + 32 * 64 * 2048 * 4
+
+
+BAD = {
+    "block must be an integer": lambda a: NSAConfig(block=0),
+    "window must be an integer": lambda a: NSAConfig(window=1.5),
+    "gates must be": lambda a: native_sparse_attention(*a, gates=jnp.ones((2, 20, 2))),
+    "cannot be given together": lambda a: native_sparse_attention(
+        *a, gates=jnp.ones((2, 20, 2, 3)), gate_weights=jnp.ones((2, 3, 8))
+    ),
+    "weights must be": lambda a: native_sparse_attention(*a, gate_weights=jnp.ones((2, 8))),
+    "key_weight must be": lambda a: native_sparse_attention(*a, key_weight=jnp.ones((8, 8))),
+    "key must have query's length": lambda a: native_sparse_attention(a[0], a[1][:, :9], a[2]),
+    "query must be \\(batch": lambda a: native_sparse_attention(a[0][0], a[1], a[2]),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_refused(message: str) -> None:
+    arrays = inputs(20, 1, 2, 8)
+    with pytest.raises(ValueError, match=message):
+        BAD[message]([arrays[n] for n in ("query", "key", "value")])
