@@ -59,7 +59,7 @@ def make_plan(
         raise NotImplementedError(
             "lowering for CUDA on a machine without a CUDA device: set "
             f"{ARCH_VARIABLE} to the architecture to compile for, one of "
-            f"{', '.join(registry.ARCHITECTURES)}"
+            f"{', '.join(registry.ARCHITECTURES[direction])}"
         )
     reasons = registry.reasons_against(spec, operands, direction, known.arch)
     if reasons:

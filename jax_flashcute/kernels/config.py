@@ -43,6 +43,11 @@ class FwdConfig:
         """Whether the producer gives registers to the consumers; two warpgroups have enough."""
         return self.warpgroups > 1
 
+    @property
+    def slab_rows(self) -> int:
+        """Query rows of one matrix product."""
+        return 64
+
     def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Shared memory in bytes, without barriers, for 16-bit operands."""
         h, hv = round_up(head_dim, 16), round_up(head_dim_v, 16)
@@ -132,6 +137,86 @@ def most_splits(tiles: int, key_tiles: int, num_sms: int, lengths_vary: bool) ->
     if lengths_vary:
         splits = max(splits, min(limit, key_tiles // VARYING_SPLIT_TILES))
     return splits
+
+
+@dataclass(frozen=True)
+class FwdConfigSm100:
+    """How the forward kernel on Blackwell is tiled.
+
+    Attributes:
+      query_tiles: tiles of 128 query rows that a block has in flight, each with a softmax
+        warpgroup of its own.
+      tile_n: keys per tile.
+      kv_stages: depth of the K and of the V pipeline.
+      rescale_threshold: as in ``FwdConfig``.
+      softmax_registers, correction_registers, other_registers: registers a thread, after
+        reallocation.
+    """
+
+    query_tiles: int
+    tile_n: int
+    kv_stages: int
+    rescale_threshold: float = 8.0
+    softmax_registers: int = 176
+    correction_registers: int = 80
+    other_registers: int = 80
+
+    @property
+    def tile_m(self) -> int:
+        return 128 * self.query_tiles
+
+    @property
+    def threads(self) -> int:
+        """Of the softmax warpgroups, the correction and the warps that load and issue."""
+        return 128 * (self.query_tiles + 2)
+
+    @property
+    def slab_rows(self) -> int:
+        """Query rows of one matrix product."""
+        return 128
+
+    def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
+        """Shared memory in bytes, without barriers, for 16-bit operands."""
+        h, hv = round_up(head_dim, 16), round_up(head_dim_v, 16)
+        queries = self.tile_m * (2 * h + 4)
+        return queries + 2 * self.kv_stages * self.tile_n * (h + hv)
+
+    def reasons_invalid(self, head_dim: int, head_dim_v: int) -> list[str]:
+        """Every reason why this configuration cannot be compiled for these head_dims."""
+        reasons = []
+        if self.query_tiles not in (1, 2):
+            reasons.append(f"query_tiles must be 1 or 2, got {self.query_tiles}")
+        if self.tile_n % 32 or not 32 <= self.tile_n <= 128:
+            reasons.append(f"tile_n must be a multiple of 32 from 32 to 128, got {self.tile_n}")
+        if self.kv_stages < 1:
+            reasons.append(f"kv_stages must be at least 1, got {self.kv_stages}")
+        smem = self.smem_bytes(head_dim, head_dim_v) + 2048
+        if smem > SMEM_BYTES:
+            reasons.append(f"shared memory: {smem} bytes needed, {SMEM_BYTES} available")
+        columns = self.query_tiles * (self.tile_n + round_up(head_dim_v, 16))
+        if columns > 512:
+            reasons.append(f"tensor memory: {columns} columns needed, 512 available")
+        registers = 128 * (
+            self.query_tiles * self.softmax_registers
+            + self.correction_registers
+            + self.other_registers
+        )
+        if registers > 65536:
+            reasons.append(f"registers: {registers} needed, 65536 available")
+        return reasons
+
+
+def forward_config_sm100(head_dim: int, head_dim_v: int) -> FwdConfigSm100:
+    """The forward configuration for a pair of head_dims on Blackwell.
+
+    The largest tiles that fit, and as many stages as fit with them; not measured on any GPU.
+    """
+    if max(head_dim, head_dim_v) <= 128:
+        return FwdConfigSm100(2, 128, 2 if max(head_dim, head_dim_v) > 64 else 4)
+    tile_n = 96 if max(head_dim, head_dim_v) <= 192 else 64
+    return FwdConfigSm100(
+        1, tile_n, 2, softmax_registers=224, correction_registers=96, other_registers=96
+    )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Works on shapes alone: nothing here needs a device, a compiler or JAX.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from jax_flashcute.analysis import (
@@ -19,9 +20,11 @@ from jax_flashcute.analysis import (
 from jax_flashcute.kernels.config import (
     BwdConfig,
     FwdConfig,
+    FwdConfigSm100,
     backward_config,
     few_rows_config,
     forward_config,
+    forward_config_sm100,
     most_splits,
     workspace_shapes,
 )
@@ -29,8 +32,11 @@ from jax_flashcute.spec import AttentionSpec, Operands
 
 Direction = Literal["fwd", "bwd"]
 
-ARCHITECTURES = ("sm_90a",)
-"""The architectures that kernels exist for."""
+ARCHITECTURES = {"fwd": ("sm_90a", "sm_100a", "sm_103a"), "bwd": ("sm_90a",)}
+"""The architectures that kernels exist for, by direction."""
+
+BLACKWELL = ("sm_100a", "sm_103a")
+"""Those with tcgen05 and tensor memory; no such GPU has run the kernels yet."""
 
 DTYPES = ("bfloat16", "float16")
 MAX_HEAD_DIM = 256
@@ -66,7 +72,7 @@ class KernelKey:
       optional: the optional operands that are present.
       config: tile sizes and the like.
       num_sms: multiprocessors that persistent blocks are spread over; 0 where it does not matter.
-      split_kv: a row's keys are divided among blocks; forward only.
+      split_kv: a row's keys are divided among blocks; Hopper's forward only.
     """
 
     kernel: str
@@ -79,7 +85,7 @@ class KernelKey:
     scale: float
     interval: Interval
     optional: tuple[str, ...]
-    config: FwdConfig | BwdConfig
+    config: FwdConfig | FwdConfigSm100 | BwdConfig
     num_sms: int
     split_kv: bool = False
 
@@ -110,8 +116,8 @@ def reasons_against(
       arch: the architecture it would run on; None for any that kernels exist for.
     """
     reasons = []
-    if arch is not None and arch not in ARCHITECTURES:
-        reasons.append(f"kernels exist for {', '.join(ARCHITECTURES)}, not for {arch}")
+    if arch is not None and arch not in ARCHITECTURES[direction]:
+        reasons.append(_no_kernel_for(arch, direction))
     dtype = str(operands.query.dtype)
     if dtype not in DTYPES:
         reasons.append(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
@@ -145,6 +151,17 @@ def reasons_against(
     return reasons
 
 
+def _no_kernel_for(arch: str, direction: Direction) -> str:
+    if direction == "fwd":
+        reason = f"kernels exist for {', '.join(ARCHITECTURES['fwd'])}, not for {arch}"
+    else:
+        (only,) = ARCHITECTURES["bwd"]
+        reason = f"backward kernels exist for {only} alone, not for {arch}"
+    if arch.startswith("sm_12"):
+        reason += ", which is a Blackwell without the tcgen05 instructions and the tensor memory"
+    return reason
+
+
 def _main(operands: Operands) -> tuple[Shaped, Shaped, Shaped]:
     return operands.query, operands.key, operands.value
 
@@ -154,23 +171,24 @@ def kernel_key(
 ) -> KernelKey:
     """The kernel that serves a call that nothing speaks against."""
     query, key, value = _main(operands)
+    passes = {"fwd": "forward", "bwd": "backward"}[direction]
     group = query.shape[2] // key.shape[2]
     dims = query.shape[3], value.shape[3]
     present = operands.present()
-    config: FwdConfig | BwdConfig
+    config: FwdConfig | FwdConfigSm100 | BwdConfig
     split_kv = False
     interval = interval_of(spec)
     assert interval is not None, "reasons_against must be asked first"
     if direction == "fwd":
-        config = forward_config(*dims)
+        config = forward_config_sm100(*dims) if arch in BLACKWELL else forward_config(*dims)
         pack_gqa = packing_pays(query.shape[1], group, config)
-        if num_splits(interval, operands, num_sms) > 1:
+        if arch not in BLACKWELL and num_splits(interval, operands, num_sms) > 1:
             config, split_kv = few_rows_config(*dims), True
             pack_gqa = packing_pays(query.shape[1], group, config)
     else:
         config, pack_gqa, num_sms = backward_config(*dims, spec.deterministic), False, 0
     return KernelKey(
-        kernel={"fwd": "sm90_forward", "bwd": "sm90_backward"}[direction],
+        kernel=f"{'sm100' if arch in BLACKWELL else 'sm90'}_{passes}",
         arch=arch,
         dtype=str(query.dtype),
         head_dim=dims[0],
@@ -207,15 +225,16 @@ def num_splits(interval: Interval, operands: Operands, num_sms: int) -> int:
     return most_splits(B * (K if pack_gqa else N), key_tiles, num_sms, lengths_vary)
 
 
-def packing_pays(q_length: Any, group: int, config: FwdConfig) -> bool:
+def packing_pays(q_length: Any, group: int, config: FwdConfig | FwdConfigSm100) -> bool:
     """Whether a tile of several heads' rows wastes clearly fewer rows than one head's.
 
     A length that is only known at run time is taken to be long.
     """
-    if group == 1 or group > 64 or not isinstance(q_length, int):
+    if group == 1 or group > config.slab_rows or not isinstance(q_length, int):
         return False
+    slabs = config.tile_m // config.slab_rows
     unpacked = group * math.ceil(q_length / config.tile_m)
-    packed = math.ceil(q_length / (64 // group * config.warpgroups))
+    packed = math.ceil(q_length / (config.slab_rows // group * slabs))
     return packed <= 0.9 * unpacked
 
 
@@ -284,8 +303,13 @@ def _optional_arrays(key: KernelKey):
 def _forward_builder(key: KernelKey):
     from jax_flashcute.kernels.common.intervals import IntervalMask
     from jax_flashcute.kernels.sm90.forward import ForwardSm90
+    from jax_flashcute.kernels.sm100.forward import ForwardSm100
 
-    return lambda: ForwardSm90(
+    forward = {
+        "sm90_forward": partial(ForwardSm90, split_kv=key.split_kv),
+        "sm100_forward": ForwardSm100,
+    }[key.kernel]
+    return lambda: forward(
         key.config,
         _element_type(key),
         key.head_dim,
@@ -295,7 +319,6 @@ def _forward_builder(key: KernelKey):
         key.scale,
         IntervalMask(key.interval),
         key.num_sms,
-        key.split_kv,
     )
 
 
@@ -332,6 +355,7 @@ def _backward_scratch(key: KernelKey, operands: Operands):
 
 KERNELS = {
     "sm90_forward": Kernel(_forward_arrays, _forward_builder, _forward_scratch),
+    "sm100_forward": Kernel(_forward_arrays, _forward_builder, _forward_scratch),
     "sm90_backward": Kernel(_backward_arrays, _backward_builder, _backward_scratch),
 }
 """Every kernel by name."""

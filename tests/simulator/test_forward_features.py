@@ -26,13 +26,19 @@ def compiled(key: registry.KernelKey):
     )
 
 
-def check(case: Case, dtype: str = "bfloat16", num_sms: int = NUM_SMS, **how):
+def check(
+    case: Case,
+    dtype: str = "bfloat16",
+    num_sms: int = NUM_SMS,
+    arch: str = "sm_90a",
+    **how,
+):
     """Simulate the kernel that a call gets and compare with the dense reference."""
     arrays = case.arrays(jnp.dtype(dtype), poison=True)
     operands = Operands(**arrays)
     spec = case.spec()
-    assert not registry.reasons_against(spec, operands, "fwd", "sm_90a")
-    key = registry.kernel_key(spec, operands, "fwd", "sm_90a", num_sms)
+    assert not registry.reasons_against(spec, operands, "fwd", arch)
+    key = registry.kernel_key(spec, operands, "fwd", arch, num_sms)
     wide = {
         n: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
         for n, x in arrays.items()

@@ -16,9 +16,11 @@ from jax_flashcute.kernels.config import (
     SMEM_BYTES,
     BwdConfig,
     FwdConfig,
+    FwdConfigSm100,
     backward_config,
     few_rows_config,
     forward_config,
+    forward_config_sm100,
     most_splits,
     round_up,
 )
@@ -52,7 +54,8 @@ def shapes(
 
 
 def test_what_the_forward_serves() -> None:
-    for dtype, arch in itertools.product((jnp.bfloat16, jnp.float16), ("sm_90a", None)):
+    archs = ("sm_90a", "sm_100a", "sm_103a", None)
+    for dtype, arch in itertools.product((jnp.bfloat16, jnp.float16), archs):
         for present in itertools.chain.from_iterable(
             itertools.combinations(registry.OPTIONAL_OPERANDS, n) for n in range(4)
         ):
@@ -66,12 +69,14 @@ def test_every_pair_of_head_dims_has_a_valid_forward(head_dim: int) -> None:
     for head_dim_v in HEAD_DIMS:
         operands = shapes(H=head_dim, Hv=head_dim_v)
         assert registry.reasons_against(SPEC, operands, "fwd") == []
-        config = forward_config(head_dim, head_dim_v)
-        assert config.reasons_invalid(head_dim, head_dim_v) == []
+        for config in (
+            forward_config(head_dim, head_dim_v),
+            forward_config_sm100(head_dim, head_dim_v),
+        ):
+            assert config.reasons_invalid(head_dim, head_dim_v) == []
 
 
 REASONS = {
-    "kernels exist for sm_90a, not for sm_80": {"arch": "sm_80"},
     "dtype must be one of bfloat16, float16, got float32": {"dtype": jnp.float32},
     "head_dim must be a multiple of 8 from 8 to 256, got 20": {"H": 20, "Hv": 64},
     "value head_dim must be a multiple of 8 from 8 to 256, got 264": {"Hv": 264},
@@ -99,10 +104,50 @@ def test_each_reason_alone(reason: str, direction: registry.Direction) -> None:
     assert reasons_against(direction, **REASONS[reason]) == [reason]
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_120a"])
+def test_an_architecture_without_kernels(arch: str) -> None:
+    (forward,) = reasons_against("fwd", arch)
+    assert forward.startswith(f"kernels exist for sm_90a, sm_100a, sm_103a, not for {arch}")
+    (backward,) = reasons_against("bwd", arch)
+    assert backward.startswith(f"backward kernels exist for sm_90a alone, not for {arch}")
+    assert ("without the tcgen05 instructions" in forward) == (arch == "sm_120a")
+
+
+@pytest.mark.parametrize("arch", ["sm_100a", "sm_103a"])
+def test_blackwell_has_a_forward_alone(arch: str) -> None:
+    assert reasons_against("fwd", arch) == []
+    assert reasons_against("bwd", arch) == [
+        f"backward kernels exist for sm_90a alone, not for {arch}"
+    ]
+    key = registry.kernel_key(SPEC, shapes(), "fwd", arch, 148)
+    assert (key.kernel, key.arch) == ("sm100_forward", arch)
+    assert isinstance(key.config, FwdConfigSm100)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (FwdConfigSm100(3, 128, 1), "query_tiles must be 1 or 2, got 3"),
+        (FwdConfigSm100(1, 48, 1), "tile_n must be a multiple of 32 from 32 to 128, got 48"),
+        (FwdConfigSm100(1, 64, 0), "kv_stages must be at least 1, got 0"),
+        (FwdConfigSm100(2, 128, 3), "shared memory: 265216 bytes needed, 232448 available"),
+        (FwdConfigSm100(2, 128, 1, softmax_registers=192), "registers: 69632 needed"),
+    ],
+)
+def test_blackwell_configurations_that_do_not_fit(config: FwdConfigSm100, reason: str) -> None:
+    assert any(r.startswith(reason) for r in config.reasons_invalid(128, 128))
+
+
+def test_tensor_memory_is_counted() -> None:
+    (reason,) = FwdConfigSm100(2, 64, 1).reasons_invalid(64, 256)
+    assert reason == "tensor memory: 640 columns needed, 512 available"
+
+
 def test_all_reasons_together() -> None:
     changes = {"H": 20, "Hv": 264, "present": ("bias", "mask", "sinks"), "T": 0}
     changes |= {"arch": "sm_80", "dtype": jnp.float32, "logits_soft_cap": 20.0, "scale": math.nan}
     expected = [r for r in REASONS if not r.endswith(("-0.5", "inf"))]
+    expected += reasons_against(arch="sm_80")
     assert sorted(reasons_against(**changes)) == sorted(expected)
 
 

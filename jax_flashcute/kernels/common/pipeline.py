@@ -13,8 +13,8 @@ class TmaPipeline(Traced):
     ``empty[stage]`` completes after one arrival of each consumer warp.
 
     The state of either end is a (stage, phase) pair that starts at (0, 0) and moves by
-    ``advance``.  ``check_arrivals`` compares the warps that were traced releasing a stage with the
-    count the barrier was given; a mismatch would hang the GPU.
+    ``advance``.  ``check_arrivals`` compares the arrivals that were traced releasing a stage, over
+    all roles that release it, with the count the barrier was given; a mismatch would hang the GPU.
     """
 
     def __init__(self, name: str, barriers, stages: int, tx_bytes: int, consumer_warps: int):
@@ -25,7 +25,7 @@ class TmaPipeline(Traced):
         self.stages = stages
         self.tx_bytes = tx_bytes
         self.consumer_warps = consumer_warps
-        self.releasing_warps: set[int] = set()
+        self.releasing: dict[str, set[int]] = {}
 
     def init(self) -> None:
         """Initialises the barriers; called by one thread."""
@@ -51,9 +51,9 @@ class TmaPipeline(Traced):
         """Consumer: waits until the stage is full."""
         cute.arch.mbarrier_wait(self.full + stage, phase)
 
-    def release(self, stage: Int32, warps: int) -> None:
-        """Consumer: gives the stage back; called by ``warps`` warps, each arriving once."""
-        self.releasing_warps.add(warps)
+    def release(self, stage: Int32, warps: int, role: str = "consumer") -> None:
+        """Consumer: gives the stage back; ``warps`` warps of a role call it, each arriving once."""
+        self.releasing.setdefault(role, set()).add(warps)
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(self.empty + stage)
 
@@ -66,9 +66,10 @@ class TmaPipeline(Traced):
         return following - self.stages * wrapped, phase ^ wrapped
 
     def check_arrivals(self) -> None:
-        """Raises where the warps traced releasing a stage are not those its barrier counts."""
-        if self.releasing_warps != {self.consumer_warps}:
+        """Raises where the arrivals traced releasing a stage are not those its barrier counts."""
+        counts = self.releasing.values()
+        if any(len(c) > 1 for c in counts) or sum(map(sum, counts)) != self.consumer_warps:
             raise RuntimeError(
                 f"pipeline {self.name}: the empty barrier counts {self.consumer_warps} warps, "
-                f"but code was traced that releases it from {sorted(self.releasing_warps)}"
+                f"but code was traced that releases it from {self.releasing}"
             )

@@ -1,7 +1,7 @@
-"""Online softmax in base 2 over rows that a quad of lanes shares.
+"""Online softmax in base 2 over rows that a thread owns (Blackwell) or a quad of lanes shares.
 
 Each lane holds, for every row it takes part in, some of the row's scores; the maximum is reduced
-over the quad at each tile, the sum only at the end.
+over the lanes at each tile, the sum only at the end.
 """
 
 import math
@@ -55,8 +55,12 @@ class OnlineSoftmax(Traced):
     probabilities may reach 2**threshold; the normalisation at the end removes the factor exactly.
     """
 
-    def __init__(self, rows: int, scale: float, rescale_threshold: float):
+    def __init__(self, rows: int, scale: float, rescale_threshold: float, lanes_per_row: int = 4):
+        """``lanes_per_row``: 4 where quads share rows, 1 where a thread owns its rows."""
+        if lanes_per_row not in (1, 4):
+            raise ValueError(f"lanes_per_row must be 1 or 4, got {lanes_per_row}")
         self.rows = rows
+        self.lanes_per_row = lanes_per_row
         self.scale_log2 = scale * LOG2_E
         self.threshold = rescale_threshold
         self.row_max = cute.make_rmem_tensor(rows, Float32)
@@ -85,46 +89,77 @@ class OnlineSoftmax(Traced):
         Returns:
           1 where some lane of the warp has a factor other than 1, else 0.
         """
-        columns = cute.size(scores, mode=[1])
         needs_rescale = Int32(0)
         for r in cutlass.range_constexpr(self.rows):
-            tile_max = quad_max(
-                _reduce([scores[r, c] for c in range(columns)], lambda a, b: cute.arch.fmax(a, b))
-            )
-            previous = self.row_max[r]
-            if const_expr(is_first):
-                row_max = tile_max
-                row_scale[r] = Float32(1.0)
-            else:
-                row_max = cute.arch.fmax(previous, tile_max)
-                if const_expr(self.threshold > 0):
-                    # -inf - -inf is NaN and compares false, which keeps -inf: right as well.
-                    if not (row_max - previous) * self.scale_log2 > self.threshold:
-                        row_max = previous
-            self.row_max[r] = row_max
-            base = row_max
-            if const_expr(may_be_empty):
-                base = Float32(0.0) if row_max == -Float32.inf else row_max
+            base, factor = self.raise_max(scores, r, is_first, may_be_empty)
+            row_scale[r] = factor
             if const_expr(not is_first):
-                factor = exp2((previous - base) * self.scale_log2)
-                row_scale[r] = factor
-                self.row_sum[r] = self.row_sum[r] * factor
                 needs_rescale = needs_rescale | Int32(factor != 1.0)
-            scaled_base = base * self.scale_log2
-            for c in cutlass.range_constexpr(columns):
-                scores[r, c] = exp2(scores[r, c] * self.scale_log2 - scaled_base)
-            tile_sum = _reduce([scores[r, c] for c in range(columns)], lambda a, b: a + b)
-            if const_expr(is_first):
-                self.row_sum[r] = tile_sum
-            else:
-                self.row_sum[r] = self.row_sum[r] + tile_sum
+            self.exponentiate(scores, r, base, factor, is_first)
         return needs_rescale
+
+    @cute.jit
+    def raise_max(
+        self,
+        scores: cute.Tensor,
+        r: cutlass.Constexpr[int],
+        is_first: cutlass.Constexpr[bool],
+        may_be_empty: cutlass.Constexpr[bool],
+    ):
+        """First half of ``step`` for row r: (what to subtract from its scores, O's factor)."""
+        columns = cute.size(scores, mode=[1])
+        tile_max = _reduce(
+            [scores[r, c] for c in range(columns)], lambda a, b: cute.arch.fmax(a, b)
+        )
+        if const_expr(self.lanes_per_row == 4):
+            tile_max = quad_max(tile_max)
+        previous = self.row_max[r]
+        if const_expr(is_first):
+            row_max = tile_max
+        else:
+            row_max = cute.arch.fmax(previous, tile_max)
+            if const_expr(self.threshold > 0):
+                # -inf - -inf is NaN and compares false, which keeps -inf: right as well.
+                if not (row_max - previous) * self.scale_log2 > self.threshold:
+                    row_max = previous
+        self.row_max[r] = row_max
+        base = row_max
+        if const_expr(may_be_empty):
+            base = Float32(0.0) if row_max == -Float32.inf else row_max
+        factor = Float32(1.0)
+        if const_expr(not is_first):
+            factor = exp2((previous - base) * self.scale_log2)
+        return base, factor
+
+    @cute.jit
+    def exponentiate(
+        self,
+        scores: cute.Tensor,
+        r: cutlass.Constexpr[int],
+        base: Float32,
+        factor: Float32,
+        is_first: cutlass.Constexpr[bool],
+    ):
+        """Second half of ``step``: row r's probabilities and sum, from ``raise_max``'s results."""
+        columns = cute.size(scores, mode=[1])
+        if const_expr(not is_first):
+            self.row_sum[r] = self.row_sum[r] * factor
+        scaled_base = base * self.scale_log2
+        for c in cutlass.range_constexpr(columns):
+            scores[r, c] = exp2(scores[r, c] * self.scale_log2 - scaled_base)
+        tile_sum = _reduce([scores[r, c] for c in range(columns)], lambda a, b: a + b)
+        if const_expr(is_first):
+            self.row_sum[r] = tile_sum
+        else:
+            self.row_sum[r] = self.row_sum[r] + tile_sum
 
     @cute.jit
     def finish(self, row_scale: cute.Tensor, lse: cute.Tensor):
         """Final factor of O and log-sum-exp (natural log) of each row; 0 and -inf where empty."""
         for r in cutlass.range_constexpr(self.rows):
-            total = quad_sum(self.row_sum[r])
+            total = self.row_sum[r]
+            if const_expr(self.lanes_per_row == 4):
+                total = quad_sum(total)
             is_empty = total == 0.0
             row_scale[r] = Float32(0.0) if is_empty else cute.arch.rcp_approx(total)
             lse[r] = (

@@ -6,12 +6,11 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
+from jax_flashcute.kernels.common.tiles import smem_layout, tma_partition
 from jax_flashcute.kernels.config import BwdConfig
 from jax_flashcute.kernels.sm90.fragments import (
     convert_pairs,
-    smem_layout,
     tiled_mma,
-    tma_partition,
 )
 
 

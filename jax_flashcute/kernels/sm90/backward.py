@@ -41,6 +41,7 @@ from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import section_size
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
+from jax_flashcute.kernels.common.tiles import clear_rows, smem_layout, tma_partition
 from jax_flashcute.kernels.config import BwdConfig, round_up
 from jax_flashcute.kernels.extra.postprocess import Postprocess
 from jax_flashcute.kernels.extra.preprocess import Preprocess
@@ -48,16 +49,13 @@ from jax_flashcute.kernels.sm90.backward_roles import RoleConsumers
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,
-    clear_rows,
     column_words,
     convert_pairs,
     gemm,
     hide_outside,
     row_in_slab,
     rows_and_columns,
-    smem_layout,
     tiled_mma,
-    tma_partition,
 )
 
 CONSUMER_BARRIER = 1

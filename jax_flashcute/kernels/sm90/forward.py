@@ -41,12 +41,18 @@ from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
 from jax_flashcute.kernels.common.splits import SplitOrder, split_range, splits_of
+from jax_flashcute.kernels.common.tiles import (
+    by_head,
+    clear_rows,
+    slab_tma_layout,
+    smem_layout,
+    tma_partition,
+)
 from jax_flashcute.kernels.config import FwdConfig, round_up
 from jax_flashcute.kernels.extra.combine import Combine
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,
-    clear_rows,
     column_words,
     convert_pairs,
     gemm,
@@ -56,10 +62,7 @@ from jax_flashcute.kernels.sm90.fragments import (
     row_in_slab,
     rows_and_columns,
     select,
-    smem_layout,
-    swizzle_width,
     tiled_mma,
-    tma_partition,
 )
 
 TURN_BARRIER = 1
@@ -108,31 +111,6 @@ class ForwardSm90:
 
     # ---- host side -------------------------------------------------------------------------
 
-    def slab_tma_layout(self, width: int):
-        """The written part of a slab in shared memory as (heads, tokens, columns)."""
-        atom = swizzle_width(self.dtype, width)
-        layout = smem_layout(self.dtype, 64, width)
-        return cute.make_composed_layout(
-            layout.inner,
-            0,
-            cute.make_layout(
-                (self.heads_packed, self.slab_tokens, (atom, width // atom)),
-                stride=(atom, atom * self.heads_packed, (1, 64 * atom)),
-            ),
-        )
-
-    def by_head(self, x: cute.Tensor, width: int, packed: int) -> cute.Tensor:
-        """(B, T, heads, width) as (packed, T, width, heads / packed, B)."""
-        b, t, heads = x.shape[0], x.shape[1], x.shape[2]
-        row = Int64(heads) * width
-        return cute.make_tensor(
-            x.iterator,
-            cute.make_layout(
-                (packed, t, width, heads // packed, b),
-                stride=(width, row, 1, packed * width, row * t),
-            ),
-        )
-
     @cute.jit
     def __call__(
         self,
@@ -156,13 +134,16 @@ class ForwardSm90:
             mK.shape[1],
             mK.shape[2],
         )
-        q_tensor = self.by_head(mQ, self.head_dim, self.heads_packed)
-        k_tensor = self.by_head(mK, self.head_dim, 1)
-        v_tensor = self.by_head(mV, self.head_dim_v, 1)
+        q_tensor = by_head(mQ, self.head_dim, self.heads_packed)
+        k_tensor = by_head(mK, self.head_dim, 1)
+        v_tensor = by_head(mV, self.head_dim_v, 1)
         load = cpasync.CopyBulkTensorTileG2SOp()
         q_box = (self.heads_packed, self.slab_tokens, self.smem_h)
         tma_q = cpasync.make_tiled_tma_atom(
-            load, q_tensor, self.slab_tma_layout(self.smem_h), q_box
+            load,
+            q_tensor,
+            slab_tma_layout(self.dtype, 64, self.smem_h, self.heads_packed, self.slab_tokens),
+            q_box,
         )
         k_layout = smem_layout(self.dtype, cfg.tile_n, self.smem_h, cfg.kv_stages)
         v_layout = smem_layout(self.dtype, cfg.tile_n, self.smem_hv, cfg.kv_stages)
@@ -395,7 +376,7 @@ class ForwardSm90:
         tma_v, gV, sV = v_copy
         q_box = (self.heads_packed, self.slab_tokens, self.smem_h)
         # (heads, tokens, columns, slab): the slabs as TMA writes them.
-        slab = self.slab_tma_layout(self.smem_h)
+        slab = slab_tma_layout(self.dtype, 64, self.smem_h, self.heads_packed, self.slab_tokens)
         sQ_tma = cute.make_tensor(
             sQ.iterator,
             cute.append(slab.outer, cute.make_layout(cfg.warpgroups, stride=64 * self.smem_h)),

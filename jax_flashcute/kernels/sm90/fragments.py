@@ -1,4 +1,4 @@
-"""Register fragments of wgmma on Hopper, and the shared-memory layouts it reads.
+"""Register fragments of wgmma on Hopper.
 
 In a 64 x N accumulator, warp w and lane l of a warpgroup hold rows 16 w + l // 4 + {0, 8} and
 columns 8 j + 2 (l % 4) + {0, 1}; flat register 4 j + 2 r + b is row r of the two, column bit b.
@@ -7,31 +7,14 @@ columns 8 j + 2 (l % 4) + {0, 1}; flat register 4 j + 2 r + b is row r of the tw
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
-from cutlass import Boolean, Float32, Int32, Int64, Uint32
+from cutlass import Boolean, Float32, Int32, Uint32
 from cutlass._mlir.dialects import arith
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.tensor_utils import LayoutEnum
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from jax_flashcute.kernels.common.intervals import low_bits
+from jax_flashcute.kernels.common.tiles import round_pair
 
 ROWS_PER_THREAD = 2
-
-
-def smem_layout(dtype, rows: int, columns: int, stages: int | None = None):
-    """Row-major tile(s) in shared memory with the widest swizzle that divides the columns."""
-    atom = warpgroup.make_smem_layout_atom(
-        hopper.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, columns), dtype
-    )
-    shape = (rows, columns) if stages is None else (rows, columns, stages)
-    return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
-
-
-def swizzle_width(dtype, columns: int) -> int:
-    """Columns of one swizzle atom of ``smem_layout``."""
-    for width in (64, 32, 16, 8):
-        if columns % (width * 16 // dtype.width) == 0:
-            return width * 16 // dtype.width
-    raise ValueError(f"columns must be a multiple of 8, got {columns}")
 
 
 def tiled_mma(
@@ -63,17 +46,6 @@ def gemm(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, a
         cute.gemm(atom, acc, a[None, None, k], b[None, None, k], acc)
         atom.set(warpgroup.Field.ACCUMULATE, True)
     warpgroup.commit_group()
-
-
-def tma_partition(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
-    """Shared and global tiles as the copy takes them: (copy, stages) and (copy, tiles)."""
-    return cpasync.tma_partition(
-        atom,
-        0,
-        cute.make_layout(1),
-        cute.group_modes(smem, 0, cute.rank(gmem) - 1),
-        cute.group_modes(gmem, 0, cute.rank(gmem) - 1),
-    )
 
 
 def rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
@@ -147,16 +119,6 @@ def hide_outside(scores: cute.Tensor, r: cutlass.Constexpr[int], visible: list):
         scores[r, c] = scores[r, c] if (word & Uint32(1 << (c % 32))) != Uint32(0) else -Float32.inf
 
 
-def round_pair(dtype, low: Float32, high: Float32) -> Uint32:
-    """Two numbers rounded to a 16-bit type and packed in a word."""
-    kind = {cutlass.BFloat16: "bf16x2", cutlass.Float16: "f16x2"}[dtype]
-    return cute.arch.inline_ptx(
-        "cvt.rn." + kind + ".f32 {$w0}, {$r0}, {$r1};",
-        write_only_types=[Uint32],
-        read_only_args=[high, low],
-    )
-
-
 def rounded_row(rows: cute.Tensor, r: int, factor: Float32, dtype) -> list[Uint32]:
     """This thread's column pairs of row ``r`` of (rows, columns), multiplied and rounded."""
     return [
@@ -174,26 +136,3 @@ def convert_pairs(source: cute.Tensor, target: cute.Tensor) -> None:
     flat = cute.make_tensor(source.iterator, cute.make_layout(size))
     for i in range(size // 2):
         pairs[i] = round_pair(target.element_type, flat[2 * i], flat[2 * i + 1])
-
-
-@cute.jit
-def clear_rows(tile: cute.Tensor, width: cutlass.Constexpr[int], stage: Int32, first: Int32):
-    """Zeroes rows first.. of a stage of a ``smem_layout`` of (rows, width, stages); one warp.
-
-    A row's swizzle permutes inside the row of its atom, so whole atom rows can be cleared.
-    """
-    rows = cute.size(tile, mode=[0])
-    stages = cute.size(tile, mode=[2])
-    atom = swizzle_width(tile.element_type, width)
-    words, atoms = atom // 4, width // atom
-    linear = cute.make_tensor(
-        cute.recast_ptr(tile.iterator, swizzle_=cute.make_swizzle(0, 4, 3), dtype=Int64),
-        cute.make_layout(
-            (words, rows, atoms, stages),
-            stride=(1, words, words * rows, words * rows * atoms),
-        ),
-    )
-    lane = cute.arch.lane_idx()
-    for a in cutlass.range_constexpr(atoms):
-        for i in cutlass.range(first * words + lane, Int32(rows * words), Int32(32), unroll=1):
-            linear[i % words, i // words, a, stage] = Int64(0)

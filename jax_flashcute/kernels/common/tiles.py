@@ -1,0 +1,96 @@
+"""Tiles in shared memory that TMA writes and matrix products read; 16-bit rounding of results."""
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as hopper
+from cutlass import Float32, Int32, Int64, Uint32
+from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.tensor_utils import LayoutEnum
+
+
+def smem_layout(dtype, rows: int, columns: int, stages: int | None = None):
+    """Row-major tile(s) in shared memory with the widest swizzle that divides the columns."""
+    atom = warpgroup.make_smem_layout_atom(
+        hopper.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, columns), dtype
+    )
+    shape = (rows, columns) if stages is None else (rows, columns, stages)
+    return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
+
+
+def swizzle_width(dtype, columns: int) -> int:
+    """Columns of one swizzle atom of ``smem_layout``."""
+    for width in (64, 32, 16, 8):
+        if columns % (width * 16 // dtype.width) == 0:
+            return width * 16 // dtype.width
+    raise ValueError(f"columns must be a multiple of 8, got {columns}")
+
+
+def by_head(x: cute.Tensor, width: int, packed: int) -> cute.Tensor:
+    """(B, T, heads, width) as (packed, T, width, heads / packed, B)."""
+    b, t, heads = x.shape[0], x.shape[1], x.shape[2]
+    row = Int64(heads) * width
+    return cute.make_tensor(
+        x.iterator,
+        cute.make_layout(
+            (packed, t, width, heads // packed, b),
+            stride=(width, row, 1, packed * width, row * t),
+        ),
+    )
+
+
+def slab_tma_layout(dtype, rows: int, width: int, heads: int, tokens: int):
+    """The part of a slab of ``rows`` that TMA writes, as (heads, tokens, columns)."""
+    atom = swizzle_width(dtype, width)
+    layout = smem_layout(dtype, rows, width)
+    return cute.make_composed_layout(
+        layout.inner,
+        0,
+        cute.make_layout(
+            (heads, tokens, (atom, width // atom)),
+            stride=(atom, atom * heads, (1, rows * atom)),
+        ),
+    )
+
+
+def tma_partition(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
+    """Shared and global tiles as the copy takes them: (copy, stages) and (copy, tiles)."""
+    return cpasync.tma_partition(
+        atom,
+        0,
+        cute.make_layout(1),
+        cute.group_modes(smem, 0, cute.rank(gmem) - 1),
+        cute.group_modes(gmem, 0, cute.rank(gmem) - 1),
+    )
+
+
+@cute.jit
+def clear_rows(tile: cute.Tensor, width: cutlass.Constexpr[int], stage: Int32, first: Int32):
+    """Zeroes rows first.. of a stage of a ``smem_layout`` of (rows, width, stages); one warp.
+
+    A row's swizzle permutes inside the row of its atom, so whole atom rows can be cleared.
+    """
+    rows = cute.size(tile, mode=[0])
+    stages = cute.size(tile, mode=[2])
+    atom = swizzle_width(tile.element_type, width)
+    words, atoms = atom // 4, width // atom
+    linear = cute.make_tensor(
+        cute.recast_ptr(tile.iterator, swizzle_=cute.make_swizzle(0, 4, 3), dtype=Int64),
+        cute.make_layout(
+            (words, rows, atoms, stages),
+            stride=(1, words, words * rows, words * rows * atoms),
+        ),
+    )
+    lane = cute.arch.lane_idx()
+    for a in cutlass.range_constexpr(atoms):
+        for i in cutlass.range(first * words + lane, Int32(rows * words), Int32(32), unroll=1):
+            linear[i % words, i // words, a, stage] = Int64(0)
+
+
+def round_pair(dtype, low: Float32, high: Float32) -> Uint32:
+    """Two numbers rounded to a 16-bit type and packed in a word."""
+    kind = {cutlass.BFloat16: "bf16x2", cutlass.Float16: "f16x2"}[dtype]
+    return cute.arch.inline_ptx(
+        "cvt.rn." + kind + ".f32 {$w0}, {$r0}, {$r1};",
+        write_only_types=[Uint32],
+        read_only_args=[high, low],
+    )

@@ -1,0 +1,320 @@
+"""The forward kernel on Blackwell: O = softmax(scale Q K^T) V and the log-sum-exp of each row.
+
+No Blackwell GPU has run it: it is compiled for sm_100a and sm_103a and run in simulation.
+
+A block has up to two query tiles of 128 rows in flight, which take turns: the tensor cores work on
+one while the softmax of the other runs.  Without packing a query tile is 128 tokens of one query
+head; with packing it is 128 // G tokens of the G query heads that share a key/value head, row =
+token * G + head.  S, P (over S, in 16 bits) and O live in tensor memory.  Blocks are persistent and
+draw tiles of work from a counter (common/scheduler.py).
+
+Each role has its file; the edges between them are these, one stage for each query tile t where
+nothing else is said:
+
+    edge     producer              consumer            stages     full        empty
+    q[t]     TMA, load warp        product warp                   1 + tx      products
+    k        TMA, load warp        product warp        kv_stages  1 + tx      products
+    v        TMA, load warp        product warp        kv_stages  1 + tx      products
+    s[t]     product warp          softmax warpgroup t            products    4: P is stored
+    o[t]     product warp          correction                     products    4: O is rescaled, read
+    factor[t] softmax warpgroup t  correction                     4           4
+    tile     load warp             all other roles     2          1           5 + 4 per query tile
+
+Counts are arrivals of warps; "+ tx" means that the barrier also waits for the copies' bytes;
+"products", one arrival that tcgen05.commit makes once the products before it are done.  ``o`` is
+filled only after the last key tile; it must be empty for every O += P V.
+"""
+
+from functools import partial
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync
+from cutlass.memory import SmemAllocator
+
+from jax_flashcute.kernels.common.intervals import IntervalMask
+from jax_flashcute.kernels.common.lengths import entry_lengths
+from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
+from jax_flashcute.kernels.common.tiles import by_head, slab_tma_layout, smem_layout
+from jax_flashcute.kernels.config import FwdConfigSm100, round_up
+from jax_flashcute.kernels.sm100.correction import CorrectionWarpgroup
+from jax_flashcute.kernels.sm100.load import LoadWarp
+from jax_flashcute.kernels.sm100.pipeline import WORK_FIELDS, TensorPipeline
+from jax_flashcute.kernels.sm100.products import ProductWarp
+from jax_flashcute.kernels.sm100.softmax import SoftmaxWarpgroups
+from jax_flashcute.kernels.sm100.tensor_memory import COLUMNS, ROWS
+
+TILE_STAGES = 2
+
+
+class ForwardSm100:
+    """Compiles to one kernel for all batch sizes, lengths and head counts of a plan."""
+
+    def __init__(
+        self,
+        config: FwdConfigSm100,
+        dtype,
+        head_dim: int,
+        head_dim_v: int,
+        group: int,
+        pack_gqa: bool,
+        scale: float,
+        mask: IntervalMask,
+        num_sms: int,
+    ):
+        """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most."""
+        self.config = config
+        self.dtype = dtype
+        self.head_dim = head_dim
+        self.head_dim_v = head_dim_v
+        self.heads_packed = group if pack_gqa else 1
+        self.heads_per_kv = 1 if pack_gqa else group
+        self.scale = scale
+        self.mask = mask
+        self.num_sms = num_sms
+        self.smem_h = round_up(head_dim, 16)
+        self.smem_hv = round_up(head_dim_v, 16)
+        self.slab_tokens = ROWS // self.heads_packed
+        self.tile_tokens = self.slab_tokens * config.query_tiles
+
+    def s_column(self, query_tile):
+        """First column in tensor memory of S, and of P, of a query tile."""
+        return query_tile * self.config.tile_n
+
+    def o_column(self, query_tile):
+        """First column in tensor memory of O of a query tile."""
+        return self.config.query_tiles * self.config.tile_n + query_tile * self.smem_hv
+
+    def token(self, m_block: Int32, query_tile, row: Int32) -> Int32:
+        """The token that a row of a query tile stands for."""
+        return m_block * self.tile_tokens + query_tile * self.slab_tokens + row // self.heads_packed
+
+    def is_row(self, row: Int32):
+        """Whether a token fills the row: where heads are packed, some rows may be left over."""
+        return row < self.slab_tokens * self.heads_packed
+
+    # ---- host side -------------------------------------------------------------------------
+
+    @cute.jit
+    def __call__(
+        self,
+        stream: cuda.CUstream,
+        mQ: cute.Tensor,  # (B, T, N, H)
+        mK: cute.Tensor,  # (B, S, K, H)
+        mV: cute.Tensor,  # (B, S, K, Hv)
+        mQOffset: cute.Tensor | None,  # (B,) int32
+        mQLengths: cute.Tensor | None,  # (B,) int32
+        mKVLengths: cute.Tensor | None,  # (B,) int32
+        mO: cute.Tensor,  # (B, T, N, Hv)
+        mLSE: cute.Tensor,  # (B, T, N) float32
+        mCounter: cute.Tensor,  # (1,) int32, scratch
+    ):
+        cfg = self.config
+        batch, q_length, kv_length, kv_heads = (
+            mQ.shape[0],
+            mQ.shape[1],
+            mK.shape[1],
+            mK.shape[2],
+        )
+        q_tensor = by_head(mQ, self.head_dim, self.heads_packed)
+        k_tensor = by_head(mK, self.head_dim, 1)[0, None, None, None, None]
+        v_tensor = by_head(mV, self.head_dim_v, 1)[0, None, None, None, None]
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        tma_q = cpasync.make_tiled_tma_atom(
+            load,
+            q_tensor,
+            slab_tma_layout(self.dtype, ROWS, self.smem_h, self.heads_packed, self.slab_tokens),
+            (self.heads_packed, self.slab_tokens, self.smem_h),
+        )
+        tma_k = cpasync.make_tiled_tma_atom(
+            load,
+            k_tensor,
+            smem_layout(self.dtype, cfg.tile_n, self.smem_h),
+            (cfg.tile_n, self.smem_h),
+        )
+        tma_v = cpasync.make_tiled_tma_atom(
+            load,
+            v_tensor,
+            smem_layout(self.dtype, cfg.tile_n, self.smem_hv),
+            (cfg.tile_n, self.smem_hv),
+        )
+        m_blocks = cute.ceil_div(q_length, self.tile_tokens)
+        kv_bytes_per_key = (self.head_dim + self.head_dim_v) * 2
+        # As on Hopper: tiles of unequal length go longest first over the heads that L2 holds.
+        section = Int32(1)
+        if const_expr(self.mask.is_staircase):
+            section = section_size(kv_length, kv_bytes_per_key, kv_heads, batch)
+        num_tiles = m_blocks * kv_heads * batch * self.heads_per_kv
+        blocks = cutlass.min(num_tiles, Int32(self.num_sms))
+        reset_counter(mCounter).launch(grid=[1, 1, 1], block=[32, 1, 1], stream=stream)
+        self.kernel(
+            *tma_q,
+            *tma_k,
+            *tma_v,
+            mQOffset,
+            mQLengths,
+            mKVLengths,
+            mO,
+            mLSE,
+            mCounter,
+            m_blocks,
+            section,
+            q_length,
+            kv_length,
+            kv_heads,
+            batch,
+        ).launch(
+            grid=[blocks, 1, 1],
+            block=[cfg.threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=True,
+        )
+
+    def shared_storage(self):
+        cfg = self.config
+
+        def aligned(elements):
+            return cute.struct.Align[cute.struct.MemRange[self.dtype, elements], 1024]
+
+        def barriers(stages):
+            return cute.struct.MemRange[Int64, 2 * stages]
+
+        @cute.struct
+        class SharedStorage:
+            q_barriers: barriers(cfg.query_tiles)
+            k_barriers: barriers(cfg.kv_stages)
+            v_barriers: barriers(cfg.kv_stages)
+            s_barriers: barriers(cfg.query_tiles)
+            o_barriers: barriers(cfg.query_tiles)
+            factor_barriers: barriers(cfg.query_tiles)
+            tile_barriers: barriers(TILE_STAGES)
+            tail_barrier: cute.struct.MemRange[Int64, 1]
+            tensor_memory: cute.struct.MemRange[Int32, 1]
+            work: cute.struct.MemRange[Int32, WORK_FIELDS * TILE_STAGES]
+            factors: cute.struct.MemRange[Float32, ROWS * cfg.query_tiles]
+            sQ: aligned(cfg.tile_m * self.smem_h)
+            sK: aligned(cfg.kv_stages * cfg.tile_n * self.smem_h)
+            sV: aligned(cfg.kv_stages * cfg.tile_n * self.smem_hv)
+
+        return SharedStorage
+
+    def pipelines(self, storage) -> tuple[TensorPipeline, ...]:
+        """The edges of the table above, in its order."""
+        cfg = self.config
+        h_bytes, hv_bytes = self.smem_h * 2, self.smem_hv * 2
+        slab_bytes = self.heads_packed * self.slab_tokens * h_bytes
+        tiles, stages = cfg.query_tiles, cfg.kv_stages
+        return (
+            TensorPipeline("q", storage.q_barriers.data_ptr(), tiles, slab_bytes, 1),
+            TensorPipeline("k", storage.k_barriers.data_ptr(), stages, cfg.tile_n * h_bytes, 1),
+            TensorPipeline("v", storage.v_barriers.data_ptr(), stages, cfg.tile_n * hv_bytes, 1),
+            TensorPipeline("s", storage.s_barriers.data_ptr(), tiles, 0, 4),
+            TensorPipeline("o", storage.o_barriers.data_ptr(), tiles, 0, 4),
+            TensorPipeline("factor", storage.factor_barriers.data_ptr(), tiles, 0, 4, 4),
+            TensorPipeline("tile", storage.tile_barriers.data_ptr(), TILE_STAGES, 0, 5 + 4 * tiles),
+        )
+
+    # ---- device side -----------------------------------------------------------------------
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        gQ: cute.Tensor,
+        tma_k: cute.CopyAtom,
+        gK: cute.Tensor,
+        tma_v: cute.CopyAtom,
+        gV: cute.Tensor,
+        mQOffset: cute.Tensor | None,
+        mQLengths: cute.Tensor | None,
+        mKVLengths: cute.Tensor | None,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        mCounter: cute.Tensor,
+        m_blocks: Int32,
+        section: Int32,
+        q_length: Int32,
+        kv_length: Int32,
+        kv_heads: Int32,
+        batch: Int32,
+    ):
+        cfg = self.config
+        warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        storage = SmemAllocator().allocate(self.shared_storage())
+        pipelines = self.pipelines(storage)
+        tail_barrier = storage.tail_barrier.data_ptr()
+        # Softmax warpgroups, correction, and one of the warps that load and issue.
+        load_warp = 4 * cfg.query_tiles + 4
+        product_warp = load_warp + 1
+        if warp_index == load_warp:
+            for atom in (tma_q, tma_k, tma_v):
+                cpasync.prefetch_descriptor(atom)
+            with cute.arch.elect_one():
+                for pipeline in pipelines:
+                    pipeline.init()
+                cute.arch.mbarrier_init(tail_barrier, 1)
+            cute.arch.mbarrier_init_fence()
+        if warp_index == product_warp:
+            cute.arch.alloc_tmem(COLUMNS, storage.tensor_memory.data_ptr())
+            cute.arch.relinquish_tmem_alloc_permit()
+        cute.arch.sync_threads()
+        tensor_memory = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tensor_memory.data_ptr())
+
+        q_layout = smem_layout(self.dtype, ROWS, self.smem_h, cfg.query_tiles)
+        k_layout = smem_layout(self.dtype, cfg.tile_n, self.smem_h, cfg.kv_stages)
+        v_layout = smem_layout(self.dtype, cfg.tile_n, self.smem_hv, cfg.kv_stages)
+        sQ = storage.sQ.get_tensor(q_layout.outer, swizzle=q_layout.inner)
+        sK = storage.sK.get_tensor(k_layout.outer, swizzle=k_layout.inner)
+        sV = storage.sV.get_tensor(v_layout.outer, swizzle=v_layout.inner)
+        work = storage.work.get_tensor(cute.make_layout((WORK_FIELDS, TILE_STAGES)))
+        factors = storage.factors.get_tensor(cute.make_layout((ROWS, cfg.query_tiles)))
+
+        order = TileOrder(m_blocks, kv_heads, batch, self.heads_per_kv, section)
+        lengths = partial(entry_lengths, mQOffset, mQLengths, mKVLengths, q_length, kv_length)
+
+        if warp_index >= load_warp:
+            cute.arch.setmaxregister_decrease(cfg.other_registers)
+            if warp_index == load_warp:
+                LoadWarp(self).load_tiles(
+                    (tma_q, gQ, sQ),
+                    (tma_k, gK, sK),
+                    (tma_v, gV, sV),
+                    pipelines,
+                    tail_barrier,
+                    work,
+                    mCounter,
+                    order,
+                    lengths,
+                    mKVLengths is not None,
+                )
+            if warp_index == product_warp:
+                ProductWarp(self).issue_products(sQ, sK, sV, tensor_memory, pipelines, work)
+        if warp_index < 4 * cfg.query_tiles:
+            cute.arch.setmaxregister_increase(cfg.softmax_registers)
+            SoftmaxWarpgroups(self).softmax_rows(
+                tensor_memory, factors, mLSE, pipelines, work, q_length
+            )
+        if warp_index >= 4 * cfg.query_tiles and warp_index < load_warp:
+            cute.arch.setmaxregister_decrease(cfg.correction_registers)
+            CorrectionWarpgroup(self).correct_outputs(
+                tensor_memory, factors, mO, pipelines, work, q_length
+            )
+        for pipeline in pipelines:
+            pipeline.check_arrivals()
+        cute.arch.sync_threads()
+        if warp_index == product_warp:
+            cute.arch.dealloc_tmem(tensor_memory, COLUMNS)
+
+    @cute.jit
+    def key_tiles(self, m_block: Int32, offset: Int32, queries: Int32, keys: Int32):
+        """``IntervalMask.block_range`` of a tile of work; empty where it holds no valid row."""
+        first = m_block * self.tile_tokens
+        last = cutlass.min(first + self.tile_tokens, queries) - 1
+        n_min, n_max, full_min, full_max = self.mask.block_range(
+            first + offset, last + offset, keys, self.config.tile_n
+        )
+        n_max = n_max if first < queries else Int32(0)
+        return n_min, n_max, full_min, full_max

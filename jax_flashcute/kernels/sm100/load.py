@@ -1,0 +1,146 @@
+"""The load warp of the Blackwell forward: draws tiles of work, brings their Q, K and V by TMA."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Int32, const_expr
+
+from jax_flashcute.kernels.common.tiles import clear_rows, slab_tma_layout, tma_partition
+from jax_flashcute.kernels.sm100.pipeline import WORK_FIELDS, TensorPipeline, write_work
+
+
+class LoadWarp:
+    """Draws tiles of work and fills the stages of Q, K and V."""
+
+    def __init__(self, kernel):
+        """``kernel``: the ``ForwardSm100`` that this is a part of."""
+        self.kernel = kernel
+
+    @cute.jit
+    def load_tiles(
+        self,
+        q_copy,
+        k_copy,
+        v_copy,
+        pipelines,
+        tail_barrier,
+        work: cute.Tensor,
+        mCounter: cute.Tensor,
+        order: cutlass.Constexpr,
+        lengths: cutlass.Constexpr,
+        has_kv_lengths: cutlass.Constexpr[bool],
+    ):
+        """K of key tile n - 1 goes ahead of V of tile n, the order in which products take them."""
+        cfg = self.kernel.config
+        pipeline_q, pipeline_k, pipeline_v, _, _, _, pipeline_tile = pipelines
+        tma_q, gQ, sQ = q_copy
+        tma_k, gK, sK = k_copy
+        tma_v, gV, sV = v_copy
+        heads, tokens = self.kernel.heads_packed, self.kernel.slab_tokens
+        # (heads, tokens, columns, slab): the slabs as TMA writes them.
+        slab = slab_tma_layout(self.kernel.dtype, 128, self.kernel.smem_h, heads, tokens)
+        slabs = cute.make_layout(cfg.query_tiles, stride=128 * self.kernel.smem_h)
+        sQ_tma = cute.make_tensor(sQ.iterator, cute.append(slab.outer, slabs))
+        if const_expr(tokens * heads < 128):
+            # Rows of a slab that no token fills: TMA leaves them alone, and products read them.
+            for w in cutlass.range_constexpr(cfg.query_tiles):
+                clear_rows(sQ, self.kernel.smem_h, Int32(w), Int32(tokens * heads))
+            cute.arch.fence_view_async_shared()
+            cute.arch.sync_warp()
+        tile = cute.arch.block_idx()[0]
+        q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase, tail_phase = (
+            Int32(0) for _ in range(8)
+        )
+        while tile < order.num_tiles:
+            m_block, head, kv_head, batch = order.coordinates(tile)
+            offset, queries, keys = lengths(batch)
+            n_min, n_max, full_min, full_max = self.kernel.key_tiles(m_block, offset, queries, keys)
+            pipeline_tile.acquire(t_stage, t_phase)
+            write_work(
+                work[None, t_stage],
+                (m_block, head, batch, offset, queries, keys, n_min, n_max, full_min, full_max),
+            )
+            pipeline_tile.commit(t_stage)
+            t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
+            gQ_tile = cute.local_tile(
+                gQ[None, None, None, head, batch], (heads, tokens, self.kernel.smem_h), (0, None, 0)
+            )  # (heads, tokens, columns, slabs)
+            gK_tile = cute.local_tile(
+                gK[None, None, kv_head, batch], (cfg.tile_n, self.kernel.smem_h), (None, 0)
+            )
+            gV_tile = cute.local_tile(
+                gV[None, None, kv_head, batch], (cfg.tile_n, self.kernel.smem_hv), (None, 0)
+            )
+            tQsQ, tQgQ = tma_partition(tma_q, sQ_tma, gQ_tile)
+            tKsK, tKgK = tma_partition(tma_k, sK, gK_tile)
+            tVsV, tVgV = tma_partition(tma_v, sV, gV_tile)
+            if n_min < n_max:
+                load_stage(pipeline_k, tma_k, tKgK, n_max - 1, tKsK, k_stage, k_phase)
+                k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+                for w in cutlass.range_constexpr(cfg.query_tiles):
+                    m = m_block * cfg.query_tiles + w
+                    load_stage(pipeline_q, tma_q, tQgQ, m, tQsQ, Int32(w), q_phase)
+                q_phase ^= 1
+            for i in cutlass.range(n_max - n_min, unroll=1):
+                n = n_max - 1 - i
+                if n > n_min:
+                    load_stage(pipeline_k, tma_k, tKgK, n - 1, tKsK, k_stage, k_phase)
+                    k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+                is_tail = Boolean(False)
+                if const_expr(has_kv_lengths):
+                    is_tail = (n + 1) * cfg.tile_n > keys
+                if is_tail:
+                    # What lies beyond the length may be NaN, and 0 * NaN is NaN: clear it.
+                    pipeline_v.acquire(v_stage, v_phase)
+                    with cute.arch.elect_one():
+                        cute.arch.mbarrier_arrive_and_expect_tx(tail_barrier, pipeline_v.tx_bytes)
+                    cute.copy(tma_v, tVgV[None, n], tVsV[None, v_stage], tma_bar_ptr=tail_barrier)
+                    cute.arch.mbarrier_wait(tail_barrier, tail_phase)
+                    clear_rows(sV, self.kernel.smem_hv, v_stage, keys - n * cfg.tile_n)
+                    cute.arch.fence_view_async_shared()
+                    cute.arch.sync_warp()
+                    pipeline_v.commit(v_stage)
+                    tail_phase ^= 1
+                else:
+                    load_stage(pipeline_v, tma_v, tVgV, n, tVsV, v_stage, v_phase)
+                v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
+            tile = draw_tile(mCounter)
+            tile = cute.arch.shuffle_sync(tile, 0)
+
+        pipeline_tile.acquire(t_stage, t_phase)
+        write_work(work[None, t_stage], (Int32(-1),) * WORK_FIELDS)
+        pipeline_tile.commit(t_stage)
+        # The products signal once more for every stage: the block must not be gone by then.
+        for _ in cutlass.range_constexpr(cfg.kv_stages):
+            pipeline_k.acquire(k_stage, k_phase)
+            k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+            pipeline_v.acquire(v_stage, v_phase)
+            v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
+        for w in cutlass.range_constexpr(cfg.query_tiles):
+            pipeline_q.acquire(Int32(w), q_phase)
+
+
+@cute.jit
+def load_stage(
+    pipeline: TensorPipeline,
+    tma: cute.CopyAtom,
+    source: cute.Tensor,
+    index: Int32,
+    target: cute.Tensor,
+    stage: Int32,
+    phase: Int32,
+):
+    """Waits for a stage to be empty and has TMA fill it with a tile of ``source``."""
+    pipeline.acquire(stage, phase)
+    pipeline.expect(stage)
+    cute.copy(tma, source[None, index], target[None, stage], tma_bar_ptr=pipeline.full + stage)
+
+
+@cute.jit
+def draw_tile(mCounter: cute.Tensor) -> Int32:
+    """The next tile's index, in lane 0 alone."""
+    # The counter is reset by the kernel before this one.
+    cute.arch.griddepcontrol_wait()
+    tile = Int32(0)
+    if cute.arch.lane_idx() == 0:
+        tile = cute.arch.atomic_add(mCounter.iterator, Int32(1)) + cute.arch.grid_dim()[0]
+    return tile

@@ -1,0 +1,169 @@
+"""The softmax warpgroups of the Blackwell forward: S to P in tensor memory, and the log-sum-exp."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32, const_expr
+
+from jax_flashcute.kernels.common.intervals import low_bits
+from jax_flashcute.kernels.common.softmax import OnlineSoftmax
+from jax_flashcute.kernels.common.tiles import round_pair
+from jax_flashcute.kernels.sm100.pipeline import take_work
+from jax_flashcute.kernels.sm100.tensor_memory import (
+    fence_after_sync,
+    fence_before_sync,
+    hide_outside,
+    load_row,
+    store_row,
+)
+
+
+class SoftmaxWarpgroups:
+    """One warpgroup for each query tile; its thread t owns row t."""
+
+    def __init__(self, kernel):
+        """``kernel``: the ``ForwardSm100`` that this is a part of."""
+        self.kernel = kernel
+
+    @cute.jit
+    def softmax_rows(
+        self,
+        tensor_memory: cute.Pointer,
+        factors: cute.Tensor,  # (128, query_tiles) float32 in shared memory
+        mLSE: cute.Tensor,
+        pipelines,
+        work: cute.Tensor,
+        q_length: Int32,
+    ):
+        """One warpgroup for each query tile; its thread t owns row t."""
+        cfg = self.kernel.config
+        _, _, _, pipeline_s, _, pipeline_factor, pipeline_tile = pipelines
+        warps = 4 * cfg.query_tiles
+        thread = cute.arch.thread_idx()[0] % 128
+        slab = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128)
+        place = tensor_memory + self.kernel.s_column(slab)
+        scores = cute.make_rmem_tensor((1, cfg.tile_n), Float32)
+        softmax = OnlineSoftmax(1, self.kernel.scale, cfg.rescale_threshold, lanes_per_row=1)
+        row_scale = cute.make_rmem_tensor(1, Float32)
+        lse = cute.make_rmem_tensor(1, Float32)
+        s_phase, f_phase, t_stage, t_phase = (Int32(0) for _ in range(4))
+
+        fields = take_work(work, pipeline_tile, t_stage, t_phase, warps, "softmax")
+        while fields[0] >= 0:
+            t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
+            m_block, head, batch, offset, queries, keys, n_min, n_max, full_min, full_max = fields
+            token = self.kernel.token(m_block, slab, thread)
+            lse[0] = -Float32.inf
+            if n_min < n_max:
+                softmax.reset()
+                turn = (pipeline_s, slab, place, thread)
+                bounds = (offset + token, keys)
+                base, factor = self.take_scores(
+                    softmax, scores, turn, s_phase, bounds, n_max - 1, True, True
+                )
+                self.leave_probabilities(softmax, scores, turn, base, factor, True)
+                s_phase ^= 1
+                # Three stretches, right to left: boundary tiles, full tiles, boundary tiles.
+                full_end = cutlass.max(cutlass.min(full_max, n_max - 1), n_min)
+                full_begin = cutlass.min(cutlass.max(full_min, n_min), full_end)
+                for stretch in cutlass.range_constexpr(
+                    3 if self.kernel.mask.low is not None else 2
+                ):
+                    begin, end = (
+                        (full_end, n_max - 1),
+                        (full_begin, full_end),
+                        (n_min, full_begin),
+                    )[stretch]
+                    if const_expr(stretch == 1 and self.kernel.mask.low is None):
+                        begin = n_min
+                    for i in cutlass.range(end - begin, unroll=1):
+                        base, factor = self.take_scores(
+                            softmax,
+                            scores,
+                            turn,
+                            s_phase,
+                            bounds,
+                            end - 1 - i,
+                            False,
+                            stretch != 1,
+                        )
+                        send_factor(pipeline_factor, factors, slab, f_phase, thread, factor)
+                        f_phase ^= 1
+                        self.leave_probabilities(softmax, scores, turn, base, factor, False)
+                        s_phase ^= 1
+                softmax.finish(row_scale, lse)
+                send_factor(pipeline_factor, factors, slab, f_phase, thread, row_scale[0])
+                f_phase ^= 1
+            if self.kernel.is_row(thread) and token < q_length:
+                # Rows at or beyond the query length are as good as empty.
+                q_head = head * self.kernel.heads_packed + thread % self.kernel.heads_packed
+                mLSE[batch, token, q_head] = lse[0] if token < queries else -Float32.inf
+            fields = take_work(work, pipeline_tile, t_stage, t_phase, warps, "softmax")
+
+    @cute.jit
+    def take_scores(
+        self,
+        softmax: OnlineSoftmax,
+        scores: cute.Tensor,
+        turn,
+        phase: Int32,
+        bounds,
+        n: Int32,
+        is_first: cutlass.Constexpr[bool],
+        is_boundary: cutlass.Constexpr[bool],
+    ):
+        """Loads and masks a row's scores of key tile n; returns ``OnlineSoftmax.raise_max``."""
+        pipeline_s, slab, place, thread = turn
+        position, keys = bounds
+        pipeline_s.wait(slab, phase)
+        fence_after_sync()
+        load_row(
+            place, cute.make_tensor(scores.iterator, cute.make_layout(cute.size(scores))), thread
+        )
+        cute.arch.fence_view_async_tmem_load()
+        if const_expr(is_boundary):
+            start = n * self.kernel.config.tile_n
+            spans = range((self.kernel.config.tile_n + 31) // 32)
+            upper = self.kernel.mask.upper(position, keys) - start
+            words = [low_bits(upper - 32 * w) for w in spans]
+            if const_expr(self.kernel.mask.low is not None):
+                lower = self.kernel.mask.lower(position) - start
+                words = [words[w] & ~low_bits(lower - 32 * w) for w in spans]
+            hide_outside(scores, words)
+        return softmax.raise_max(scores, 0, is_first, is_boundary)
+
+    @cute.jit
+    def leave_probabilities(
+        self,
+        softmax: OnlineSoftmax,
+        scores: cute.Tensor,
+        turn,
+        base: Float32,
+        factor: Float32,
+        is_first: cutlass.Constexpr[bool],
+    ):
+        """Stores exp2 of a row's scores as P over S and hands them to the products."""
+        pipeline_s, slab, place, thread = turn
+        softmax.exponentiate(scores, 0, base, factor, is_first)
+        columns = self.kernel.config.tile_n // 2
+        pairs = cute.make_rmem_tensor(columns, Float32)
+        words = cute.make_tensor(
+            cute.recast_ptr(pairs.iterator, dtype=Uint32), cute.make_layout(columns)
+        )
+        for i in cutlass.range_constexpr(columns):
+            words[i] = round_pair(self.kernel.dtype, scores[0, 2 * i], scores[0, 2 * i + 1])
+        store_row(place, pairs, thread)
+        cute.arch.fence_view_async_tmem_store()
+        fence_before_sync()
+        cute.arch.sync_warp()
+        pipeline_s.release(slab, 4, "softmax")
+
+
+@cute.jit
+def send_factor(
+    pipeline_factor, factors: cute.Tensor, slab: Int32, phase: Int32, thread: Int32, factor: Float32
+):
+    """Hands the correction what this row of O must be multiplied by."""
+    pipeline_factor.acquire(slab, phase)
+    factors[thread, slab] = factor
+    cute.arch.sync_warp()
+    pipeline_factor.commit(slab)

@@ -1,0 +1,89 @@
+"""Every Blackwell forward configuration, cross-compiled: what ptxas made of it.
+
+No GPU is needed, and none has run these kernels.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_flashcute.ffi.compile import ArrayType, compile_kernel
+from jax_flashcute.ffi.resources import find_tools, report
+from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.config import FwdConfigSm100
+from jax_flashcute.spec import AttentionSpec, Operands
+
+MASKED_SPILL_BYTES_SM103 = 128
+"""Bytes a thread; 72 at head_dim 128, causal, with lengths and an offset."""
+SPECS = {
+    "full": AttentionSpec(0.125),
+    "causal": AttentionSpec(0.125, is_causal=True),
+    "window": AttentionSpec(0.125, local_window_size=(300, 20)),
+}
+HEAD_DIMS = [
+    *((8, 8), (64, 64), (72, 40), (96, 96), (128, 128), (192, 128), (192, 192)),
+    *((256, 256), (64, 256), (256, 128)),
+]
+ALWAYS = [
+    *((h, hv, "window", "sm_100a") for h, hv in ((128, 128), (72, 40), (192, 128), (256, 256))),
+    (128, 128, "full", "sm_100a"),
+    (128, 128, "causal", "sm_103a"),
+]
+ALL = [
+    (h, hv, mask, arch)
+    for h, hv in HEAD_DIMS
+    for mask in SPECS
+    for arch in ("sm_100a", "sm_103a")
+    if (h, hv, mask, arch) not in ALWAYS
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tools() -> None:
+    try:
+        find_tools()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "mask", "arch"),
+    [*ALWAYS, *(pytest.param(*call, marks=pytest.mark.slow) for call in ALL)],
+)
+def test_code(head_dim: int, head_dim_v: int, mask: str, arch: str) -> None:
+    lengths = None if mask == "full" else jax.ShapeDtypeStruct((2,), jnp.int32)
+    operands = Operands(
+        query=jax.ShapeDtypeStruct((2, 3000, 4, head_dim), jnp.bfloat16),
+        key=jax.ShapeDtypeStruct((2, 3000, 2, head_dim), jnp.bfloat16),
+        value=jax.ShapeDtypeStruct((2, 3000, 2, head_dim_v), jnp.bfloat16),
+        q_offset=lengths,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+    )
+    key = registry.kernel_key(SPECS[mask], operands, "fwd", arch, 148)
+    arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
+    kernel = compile_kernel(registry.builder(key), arrays, arch, keep_intermediates=True)
+    assert kernel.cubin is not None
+    assert kernel.ptx is not None
+    (found,) = (r for r in report(kernel.cubin) if r.count("UTCHMMA"))
+    config = key.config
+    assert isinstance(config, FwdConfigSm100)
+    assert set(found.reallocated_registers) == {
+        config.softmax_registers,
+        config.correction_registers,
+        config.other_registers,
+    }
+    assert found.highest_register < config.softmax_registers
+    assert config.threads * found.registers <= 65536
+    # ptxas for sm_103a spills some of the softmax's registers where there is a mask.
+    allowed = MASKED_SPILL_BYTES_SM103 if arch == "sm_103a" and mask != "full" else 0
+    assert found.stack_bytes + found.local_bytes <= allowed
+    if not allowed:
+        assert (found.spill_loads, found.spill_stores) == (0, 0)
+    # A product in the code for each that was written; tensor memory read and written; Q, K and V
+    # by TMA; rows of O 16 bytes at a time.
+    assert found.count("UTCHMMA") == kernel.ptx.count("tcgen05.mma.")
+    assert found.count("LDTM") >= 3
+    assert found.count("STTM") >= 2
+    assert found.count("UTMALDG") >= 3
+    assert found.count("STG.E.128") > 0

@@ -1,0 +1,46 @@
+"""The Blackwell forward in simulation, on what the Hopper one is tested with.
+
+No Blackwell GPU has run it: this is where it has been seen right.
+"""
+
+import dataclasses
+
+import pytest
+
+from tests.cases import Case
+from tests.simulator.test_forward_features import CASES, EVERYTHING, SLOW_CASES, check, sized
+
+ARCH = "sm_100a"
+GROUPS_OF_7 = SLOW_CASES["128_groups_of_7"]
+FAST = CASES | {"128_full": sized(128), "192_128": SLOW_CASES["192_128"]}
+SLOW = {n: c for n, c in SLOW_CASES.items() if n not in FAST}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(pytest.param(c, id=n) for n, c in FAST.items()),
+        *(pytest.param(c, id=n, marks=pytest.mark.slow) for n, c in SLOW.items()),
+    ],
+)
+def test_feature(case: Case) -> None:
+    check(case, arch=ARCH)
+
+
+@pytest.mark.parametrize(("timing", "warps"), [("early", "adversarial"), ("shuffled", "seeded")])
+def test_any_timing(timing: str, warps: str) -> None:
+    """Several key tiles, several tiles of work a block, empty rows, packed groups of 7."""
+    check(GROUPS_OF_7, arch=ARCH, timing=timing, warps=warps, seed=3)
+    check(sized(128, seqlen_k=500, **EVERYTHING), arch=ARCH, timing=timing, warps=warps, seed=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_any_seed(seed: int) -> None:
+    case = sized(128, group=3, seqlen_k=500, **EVERYTHING)
+    check(case, arch=ARCH, timing="shuffled", warps="seeded", seed=seed)
+
+
+@pytest.mark.slow
+def test_half_precision_on_the_other_blackwell() -> None:
+    check(dataclasses.replace(CASES["128_everything"], group=3), "float16", arch="sm_103a")
