@@ -49,6 +49,7 @@ LAYOUTS: Mapping[str, str] = {
     "head_index": "n",
     "mask_mod_arrays": "b",
     "score_mod_arrays": "b",
+    "page_table": "b",
     "segment_ids": "b",
     "block_mask": "bn",
     "out": "btnh",

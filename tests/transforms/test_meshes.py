@@ -71,8 +71,7 @@ def attend(feature: str, implementation: str | None, arrays: dict, first=(0, 0))
         )
     return flash_attention(
         **arrays,
-        **FEATURES[feature].static,
-        **options,
+        **(FEATURES[feature].static | options),
         implementation=implementation,
         return_residual=True,
     )

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from jax_flashcute import explain, flash_attention, plan
+from jax_flashcute.analysis import window_interval
 from jax_flashcute.ffi import store
 from jax_flashcute.ffi.compile import CompiledKernel
 from jax_flashcute.kernels import registry
@@ -288,8 +289,9 @@ CHANGES = {
     "head_dim_v": 72,
     "group": 1,
     "pack_gqa": True,
+    "split_kv": True,
     "scale": 0.1250000001,
-    "window": (None, 0),
+    "interval": window_interval(None, 0),
     "optional": ("q_offset",),
     "config": replace(KEY.config, tile_n=112),
     "num_sms": 114,
