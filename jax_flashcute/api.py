@@ -502,7 +502,7 @@ def explain(
         for direction in ("fwd", "bwd")
     }
 
-    interval = registry.interval_of(spec)
+    is_interval = registry.by_element(spec).mask_mod is None
 
     def served_by(direction: str) -> str:
         match implementation:
@@ -520,7 +520,7 @@ def explain(
         forward_reasons=reasons["fwd"],
         backward_reasons=reasons["bwd"],
         elsewhere={None: "xla", "cute": "refused"}.get(implementation, str(implementation)),
-        keys=None if interval is None else str(interval),
+        keys=str(registry.interval_of(spec)) if is_interval else None,
     )
 
 

@@ -5,6 +5,7 @@ kernel where a program is lowered for CUDA and a kernel can serve the call, and 
 everywhere else; forward and backward choose on their own, because they share their residuals.
 """
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -131,4 +132,5 @@ def _kernel_backward(
 ) -> Operands:
     from jax_flashcute.ffi import call
 
-    return call.backward(spec, operands, residuals, dout, dlse)
+    gradients = call.backward(spec, operands, residuals, dout, dlse)
+    return dataclasses.replace(gradients, sinks=xla.sink_gradient(operands, residuals, dout, dlse))

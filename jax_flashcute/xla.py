@@ -152,12 +152,7 @@ def _backward(
 ) -> Operands:
     tiles = _Tiles.of(operands, tile_elements)
     dtype = _statistics_dtype(operands)
-    empty = residuals.lse == -jnp.inf
-    # An infinite LSE makes exp(score - lse) exactly 0 in rows that have no gradient.
-    lse = jnp.where(empty, jnp.inf, residuals.lse.astype(dtype))
-    dout = jnp.where(empty[..., None], jnp.zeros((), dout.dtype), dout)
-    delta = jnp.sum(dout.astype(dtype) * residuals.out.astype(dtype), axis=-1)
-    delta = delta - jnp.where(empty, 0, dlse.astype(dtype))
+    dout, lse, delta = _row_statistics(residuals, dout, dlse, dtype)
 
     query = tiles.split_q(zero_beyond(operands.query, operands.query_seq_lengths))
     key = tiles.split_kv(zero_beyond(operands.key, operands.key_value_seq_lengths))
@@ -229,10 +224,7 @@ def _backward(
     dquery, dkey, dvalue, dbias, dmod = _loop(0, tiles.num_kv, tiles.num_kv, key_block, carry)
     dsinks = None
     if operands.sinks is not None:
-        dsink = -jnp.exp(operands.sinks.astype(dtype)[:, None, :] - lse) * delta
-        axes = (1,) if operands.sinks.shape[0] == lse.shape[0] else (0, 1)
-        dsinks = jnp.sum(dsink, axis=axes).reshape(operands.sinks.shape)
-        dsinks = dsinks.astype(operands.sinks.dtype)
+        dsinks = _sink_gradient(operands.sinks, lse, delta)
     if dbias is not None and operands.bias is not None:
         T, S = operands.bias.shape[2:]
         dbias = dbias[:, :, :T, :S].astype(operands.bias.dtype)
@@ -250,6 +242,35 @@ def _backward(
             (None,) * len(operands.score_mod_arrays), operands.score_mod_arrays, dmod
         ),
     )
+
+
+def sink_gradient(
+    operands: Operands, residuals: Residuals, dout: jax.Array, dlse: jax.Array
+) -> jax.Array | None:
+    """The gradient of ``operands.sinks``, from what ``backward`` gets; None where there are none.
+
+    A sink is a key without a value, so its score's gradient is -P delta.
+    """
+    if operands.sinks is None:
+        return None
+    _, lse, delta = _row_statistics(residuals, dout, dlse, _statistics_dtype(operands))
+    return _sink_gradient(operands.sinks, lse, delta)
+
+
+def _sink_gradient(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
+    dsink = -jnp.exp(sinks.astype(lse.dtype)[:, None, :] - lse) * delta
+    axes = (1,) if sinks.shape[0] == lse.shape[0] else (0, 1)
+    return jnp.sum(dsink, axis=axes).reshape(sinks.shape).astype(sinks.dtype)
+
+
+def _row_statistics(residuals: Residuals, dout: jax.Array, dlse: jax.Array, dtype):
+    """dout with zeros in rows without a gradient, the LSE, and ``sum(dout * out) - dlse``."""
+    empty = residuals.lse == -jnp.inf
+    # An infinite LSE makes exp(score - lse) exactly 0 in rows that have no gradient.
+    lse = jnp.where(empty, jnp.inf, residuals.lse.astype(dtype))
+    dout = jnp.where(empty[..., None], jnp.zeros((), dout.dtype), dout)
+    delta = jnp.sum(dout.astype(dtype) * residuals.out.astype(dtype), axis=-1)
+    return dout, lse, delta - jnp.where(empty, 0, dlse.astype(dtype))
 
 
 def _statistics_dtype(operands: Operands):

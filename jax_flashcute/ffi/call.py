@@ -4,6 +4,7 @@ A call is a primitive of its own, so that its kernel is compiled when a program 
 CUDA and not when it is traced.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -14,6 +15,7 @@ from jax.interpreters import mlir
 from jax_flashcute import plan
 from jax_flashcute.ffi import store
 from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
+from jax_flashcute.kernels.elements import element_operands
 from jax_flashcute.kernels.registry import OPTIONAL_OPERANDS, KernelKey, scratch_shapes
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 
@@ -35,10 +37,17 @@ def backward(
     dout: jax.Array,
     dlse: jax.Array,
 ) -> Operands:
-    """The backward kernel: gradients of query, key and value; lowers for CUDA only."""
+    """The backward kernel: gradients of query, key and value; lowers for CUDA only.
+
+    A call for which it is not refused has no other floating-point operand but sinks.
+    """
     leaves, tree = jax.tree.flatten((operands, residuals, dout, dlse))
     query, key, value = _backward_p.bind(*leaves, spec=spec, tree=tree)
-    return Operands(query=query, key=key, value=value)
+    return dataclasses.replace(
+        Operands(query=query, key=key, value=value),
+        mask_mod_arrays=(None,) * len(operands.mask_mod_arrays),
+        score_mod_arrays=(None,) * len(operands.score_mod_arrays),
+    )
 
 
 def _forward_abstract(*avals, spec: AttentionSpec, tree):
@@ -55,27 +64,32 @@ def _backward_abstract(*avals, spec: AttentionSpec, tree):
 
 
 def _forward_lowering(ctx: mlir.LoweringRuleContext, *args, spec: AttentionSpec, tree):
-    def inputs(operands: Operands):
-        return [operands.query, operands.key, operands.value, *_optional(operands)]
-
     operands: Operands = jax.tree.unflatten(tree, ctx.avals_in)
-    return _kernel_lowering(ctx, args, tree, inputs, plan.make_plan(spec, operands), operands)
+    key = plan.make_plan(spec, operands)
 
+    def inputs(operands: Operands):
+        return [operands.query, operands.key, operands.value, *_others(key, operands)]
 
-def _backward_lowering(ctx: mlir.LoweringRuleContext, *args, spec: AttentionSpec, tree):
-    def inputs(saved):
-        operands, residuals, dout, dlse = saved
-        main = [operands.query, operands.key, operands.value]
-        return [*main, residuals.out, residuals.lse, dout, dlse, *_optional(operands)]
-
-    operands: Operands = jax.tree.unflatten(tree, ctx.avals_in)[0]
-    key = plan.make_plan(spec, operands, "bwd")
     return _kernel_lowering(ctx, args, tree, inputs, key, operands)
 
 
-def _optional(operands: Operands) -> list[jax.Array]:
+def _backward_lowering(ctx: mlir.LoweringRuleContext, *args, spec: AttentionSpec, tree):
+    operands: Operands = jax.tree.unflatten(tree, ctx.avals_in)[0]
+    key = plan.make_plan(spec, operands, "bwd")
+
+    def inputs(saved):
+        operands, residuals, dout, dlse = saved
+        main = [operands.query, operands.key, operands.value]
+        return [*main, residuals.out, residuals.lse, dout, dlse, *_others(key, operands)]
+
+    return _kernel_lowering(ctx, args, tree, inputs, key, operands)
+
+
+def _others(key: KernelKey, operands: Operands) -> list[jax.Array]:
+    """The arrays besides query, key and value, in the order in which kernels take them."""
     given = (getattr(operands, name) for name in OPTIONAL_OPERANDS)
-    return [x for x in given if x is not None]
+    elements = [] if key.elements is None else element_operands(key.elements, operands)
+    return [*(x for x in given if x is not None), *elements]
 
 
 def _kernel_lowering(ctx, args, tree, inputs: Callable, key: KernelKey, operands: Operands):

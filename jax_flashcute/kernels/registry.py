@@ -28,6 +28,14 @@ from jax_flashcute.kernels.config import (
     most_splits,
     workspace_shapes,
 )
+from jax_flashcute.kernels.elements import (
+    ElementFunctions,
+    element_functions,
+    names_of,
+    reasons_against_elements,
+    reasons_against_gradients,
+    without_sinks,
+)
 from jax_flashcute.spec import AttentionSpec, Operands
 
 Direction = Literal["fwd", "bwd"]
@@ -41,12 +49,13 @@ BLACKWELL = ("sm_100a", "sm_103a")
 DTYPES = ("bfloat16", "float16")
 MAX_HEAD_DIM = 256
 SERVED_OPERANDS = frozenset(
-    ("query", "key", "value", "q_offset", "query_seq_lengths", "key_value_seq_lengths")
+    (
+        *("query", "key", "value", "q_offset", "query_seq_lengths", "key_value_seq_lengths"),
+        *("bias", "mask", "sinks", "batch_index", "mask_mod_arrays", "score_mod_arrays"),
+    )
 )
 OPTIONAL_OPERANDS = ("q_offset", "query_seq_lengths", "key_value_seq_lengths")
-"""Those of ``SERVED_OPERANDS`` that may be absent, in the order in which kernels take them."""
-FUNCTION_OPERANDS = frozenset(("batch_index", "head_index", "mask_mod_arrays", "score_mod_arrays"))
-"""What ``mask_mod`` and ``score_mod`` read, which are refused by their own names."""
+"""Lengths and offsets, which may be absent, in the order in which kernels take them."""
 
 
 class Shaped(Protocol):
@@ -73,6 +82,7 @@ class KernelKey:
       config: tile sizes and the like.
       num_sms: multiprocessors that persistent blocks are spread over; 0 where it does not matter.
       split_kv: a row's keys are divided among blocks; Hopper's forward only.
+      elements: what is done to single scores; None where nothing.
     """
 
     kernel: str
@@ -88,20 +98,35 @@ class KernelKey:
     config: FwdConfig | FwdConfigSm100 | BwdConfig
     num_sms: int
     split_kv: bool = False
+    elements: ElementFunctions | None = None
 
 
-def interval_of(spec: AttentionSpec) -> Interval | None:
-    """The keys a query sees by its position: causal is ``kv < q + 1``.
+def interval_of(spec: AttentionSpec) -> Interval:
+    """The keys that the kernel visits by a query's position: causal is ``kv < q + 1``.
 
-    None where ``mask_mod`` shows something else than one interval whose bounds rise with q.
+    ``mask_mod`` is a part of it where the analysis finds one interval whose bounds rise with q;
+    elsewhere it is left to single scores.
     """
+    return _intervals(spec)[1] or _intervals(spec)[0]
+
+
+def _intervals(spec: AttentionSpec) -> tuple[Interval, Interval | None]:
+    """The interval of the window, and that of ``mask_mod`` within it, where there is one."""
     left, right = spec.local_window_size or (None, None)
     if spec.is_causal:
         right = 0 if right is None else min(right, 0)
-    keys = (window_interval(left, right),)
-    if spec.mask_mod is not None:
-        keys = intersection(keys, analyse(spec.mask_mod.jaxpr).intervals())
-    return rising_interval(keys)
+    of_window = window_interval(left, right)
+    if spec.mask_mod is None:
+        return of_window, None
+    keys = intersection((of_window,), analyse(spec.mask_mod.jaxpr).intervals())
+    return of_window, rising_interval(keys)
+
+
+def by_element(spec: AttentionSpec) -> AttentionSpec:
+    """The call without a ``mask_mod`` that ``interval_of`` holds in full."""
+    if spec.mask_mod is None or _intervals(spec)[1] is None:
+        return spec
+    return dataclasses.replace(spec, mask_mod=None)
 
 
 def reasons_against(
@@ -130,24 +155,21 @@ def reasons_against(
         elif dim % 8 or not 8 <= dim <= MAX_HEAD_DIM:
             reasons.append(f"{name} must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {dim}")
     for name in operands.present():
-        if name not in SERVED_OPERANDS | FUNCTION_OPERANDS:
+        if name not in SERVED_OPERANDS:
             reasons.append(f"no kernel takes {name} yet")
-    if interval_of(spec) is None:
-        reasons.append(
-            "no kernel takes a mask_mod yet that is not known to be one interval of keys with "
-            "bounds that rise with q_idx"
-        )
-    if spec.score_mod is not None:
-        reasons.append("no kernel takes score_mod yet")
-    if spec.logits_soft_cap is not None:
-        reasons.append("no kernel takes logits_soft_cap yet")
+    reasons += reasons_against_elements(by_element(spec), operands)
+    if arch in BLACKWELL:
+        functions = element_functions(by_element(spec), operands)
+        reasons += [f"no Blackwell kernel takes {name} yet" for name in names_of(functions)]
     if not (math.isfinite(spec.scale) and spec.scale >= 0):
         reasons.append(f"scale must be finite and not negative, got {spec.scale}")
     if any(dim == 0 for array in _main(operands) for dim in array.shape):
         reasons.append("an operand is empty")
     if direction == "bwd" and not reasons:
         dims = operands.query.shape[-1], operands.value.shape[-1]
-        reasons += backward_config(*dims, spec.deterministic).reasons_invalid(*dims)
+        config = backward_config(*dims, spec.deterministic)
+        reasons += config.reasons_invalid(*dims)
+        reasons += reasons_against_gradients(by_element(spec), operands, by_role=config.by_role)
     return reasons
 
 
@@ -175,18 +197,21 @@ def kernel_key(
     group = query.shape[2] // key.shape[2]
     dims = query.shape[3], value.shape[3]
     present = operands.present()
+    functions = element_functions(by_element(spec), operands)
     config: FwdConfig | FwdConfigSm100 | BwdConfig
     split_kv = False
     interval = interval_of(spec)
-    assert interval is not None, "reasons_against must be asked first"
     if direction == "fwd":
         config = forward_config_sm100(*dims) if arch in BLACKWELL else forward_config(*dims)
         pack_gqa = packing_pays(query.shape[1], group, config)
-        if arch not in BLACKWELL and num_splits(interval, operands, num_sms) > 1:
+        # A sink belongs to a row and not to each part of it; masks by element are not tried yet.
+        may_split = arch not in BLACKWELL and functions is None
+        if may_split and num_splits(interval, operands, num_sms) > 1:
             config, split_kv = few_rows_config(*dims), True
             pack_gqa = packing_pays(query.shape[1], group, config)
     else:
         config, pack_gqa, num_sms = backward_config(*dims, spec.deterministic), False, 0
+        functions = without_sinks(functions)
     return KernelKey(
         kernel=f"{'sm100' if arch in BLACKWELL else 'sm90'}_{passes}",
         arch=arch,
@@ -201,6 +226,7 @@ def kernel_key(
         config=config,
         num_sms=num_sms,
         split_kv=split_kv,
+        elements=functions,
     )
 
 
@@ -280,7 +306,7 @@ def _forward_arrays(key: KernelKey):
             (cutlass.Float32, (1, 1, 1, 1, key.head_dim_v)),
             (cutlass.Float32, (1, 1, 1, 1)),
         ]
-    return [qk, qk, v, *_optional_arrays(key), v, lse, counter, *partials]
+    return [qk, qk, v, *_optional_arrays(key), *_element_arrays(key), v, lse, counter, *partials]
 
 
 def _backward_arrays(key: KernelKey):
@@ -290,7 +316,7 @@ def _backward_arrays(key: KernelKey):
     v = (_element_type(key), (1, 1, 1, key.head_dim_v))
     rows = (cutlass.Float32, (1, 1, 1))
     turns = [(cutlass.Int32, (1, 1, 1))] if key.config.deterministic else []
-    inputs = [qk, qk, v, v, rows, v, rows, *_optional_arrays(key)]
+    inputs = [qk, qk, v, v, rows, v, rows, *_optional_arrays(key), *_element_arrays(key)]
     return [*inputs, qk, qk, v, rows, rows, rows, *turns]
 
 
@@ -300,26 +326,63 @@ def _optional_arrays(key: KernelKey):
     return [(cutlass.Int32, (1,)) if n in key.optional else None for n in OPTIONAL_OPERANDS]
 
 
+def _element_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
+    import cutlass
+
+    element_types = {
+        "bool": cutlass.Uint8,
+        "int8": cutlass.Int8,
+        "int16": cutlass.Int16,
+        "int32": cutlass.Int32,
+        "uint8": cutlass.Uint8,
+        "uint16": cutlass.Uint16,
+        "uint32": cutlass.Uint32,
+        "float16": cutlass.Float16,
+        "bfloat16": cutlass.BFloat16,
+        "float32": cutlass.Float32,
+    }
+    types = key.elements.array_types() if key.elements is not None else []
+    return [(element_types[dtype], (1,) * rank) for dtype, rank in types]
+
+
+def _taking_elements(launcher: Callable[..., None], key: KernelKey, first: int):
+    """``launcher``, which takes the arrays of single scores last, with these from ``first`` on."""
+    count = len(_element_arrays(key))
+    if count == 0:
+        return launcher
+
+    def launch(stream, *arrays):
+        others = (*arrays[:first], *arrays[first + count :])
+        launcher(stream, *others, mElements=arrays[first : first + count])
+
+    return launch
+
+
 def _forward_builder(key: KernelKey):
     from jax_flashcute.kernels.common.intervals import IntervalMask
     from jax_flashcute.kernels.sm90.forward import ForwardSm90
     from jax_flashcute.kernels.sm100.forward import ForwardSm100
 
     forward = {
-        "sm90_forward": partial(ForwardSm90, split_kv=key.split_kv),
+        "sm90_forward": partial(ForwardSm90, split_kv=key.split_kv, functions=key.elements),
         "sm100_forward": ForwardSm100,
     }[key.kernel]
-    return lambda: forward(
-        key.config,
-        _element_type(key),
-        key.head_dim,
-        key.head_dim_v,
-        key.group,
-        key.pack_gqa,
-        key.scale,
-        IntervalMask(key.interval),
-        key.num_sms,
-    )
+
+    def build():
+        launcher = forward(
+            key.config,
+            _element_type(key),
+            key.head_dim,
+            key.head_dim_v,
+            key.group,
+            key.pack_gqa,
+            key.scale,
+            IntervalMask(key.interval),
+            key.num_sms,
+        )
+        return _taking_elements(launcher, key, 6)
+
+    return build
 
 
 def _forward_scratch(key: KernelKey, operands: Operands):
@@ -336,15 +399,20 @@ def _backward_builder(key: KernelKey):
     from jax_flashcute.kernels.common.intervals import IntervalMask
     from jax_flashcute.kernels.sm90.backward import BackwardSm90
 
-    return lambda: BackwardSm90(
-        key.config,
-        _element_type(key),
-        key.head_dim,
-        key.head_dim_v,
-        key.group,
-        key.scale,
-        IntervalMask(key.interval),
-    )
+    def build():
+        launcher = BackwardSm90(
+            key.config,
+            _element_type(key),
+            key.head_dim,
+            key.head_dim_v,
+            key.group,
+            key.scale,
+            IntervalMask(key.interval),
+            key.elements,
+        )
+        return _taking_elements(launcher, key, 10)
+
+    return build
 
 
 def _backward_scratch(key: KernelKey, operands: Operands):

@@ -294,14 +294,35 @@ def test_refused(message: str) -> None:
 
 def test_explain_and_the_kernel_refuse_by_name() -> None:
     arrays = {n: x.astype(jnp.bfloat16) for n, x in inputs().items()}
+
+    def sorted_score(score, b, h, q, kv):
+        return score + jnp.sort(jnp.broadcast_to(q, 2))[0]
+
+    explanation = explain(**arrays, score_mod=sorted_score)
+    (reason,) = explanation.forward_reasons
+    assert reason.startswith("score_mod: the primitive sort has no rule, at ")
+    assert "test_masks.py" in reason
+    assert "sorted_score" in reason
+    assert reason in explanation.backward_reasons
+    with pytest.raises(NotImplementedError, match="the primitive sort has no rule"):
+        flash_attention(**arrays, score_mod=sorted_score, implementation="cute")
+
+
+def test_the_kernel_refuses_gradients_that_it_cannot_give() -> None:
+    arrays = {n: x.astype(jnp.bfloat16) for n, x in inputs().items()}
     functions = {"mask_mod": MASKS["documents"], "score_mod": alibi({"slopes": random(0, N)})}
     explanation = explain(**arrays, **functions)
-    reasons = ("no kernel takes a mask_mod yet that is not", "no kernel takes score_mod yet")
-    for found in (explanation.forward_reasons, explanation.backward_reasons):
-        assert len(found) == 2
-        assert all(r.startswith(start) for r, start in zip(found, reasons, strict=True))
-    with pytest.raises(NotImplementedError, match="no kernel takes a mask_mod yet"):
-        flash_attention(**arrays, **functions, implementation="cute")
+    assert explanation.forward == "cute"
+    assert explanation.forward_reasons == ()
+    assert explanation.backward == "xla"
+    (reason,) = explanation.backward_reasons
+    assert "gradients of floating-point arrays that score_mod closes over" in reason
+    with pytest.raises(NotImplementedError, match="gradients of floating-point arrays"):
+        jax.grad(
+            lambda q: flash_attention(
+                **(arrays | {"query": q}), **functions, implementation="cute"
+            ).sum()
+        )(arrays["query"])
 
 
 def test_memory_is_linear_in_the_lengths() -> None:

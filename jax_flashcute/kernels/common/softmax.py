@@ -154,17 +154,40 @@ class OnlineSoftmax(Traced):
             self.row_sum[r] = self.row_sum[r] + tile_sum
 
     @cute.jit
-    def finish(self, row_scale: cute.Tensor, lse: cute.Tensor):
-        """Final factor of O and log-sum-exp (natural log) of each row; 0 and -inf where empty."""
+    def finish(self, row_scale: cute.Tensor, lse: cute.Tensor, sinks: list | None = None):
+        """Final factor of O and log-sum-exp (natural log) of each row; 0 and -inf where empty.
+
+        ``sinks``: a logit of each row that takes part in the normaliser.
+        """
         for r in cutlass.range_constexpr(self.rows):
             total = self.row_sum[r]
             if const_expr(self.lanes_per_row == 4):
                 total = quad_sum(total)
-            is_empty = total == 0.0
-            row_scale[r] = Float32(0.0) if is_empty else cute.arch.rcp_approx(total)
-            lse[r] = (
-                -Float32.inf
-                if is_empty
-                else (self.row_max[r] * self.scale_log2 + cute.math.log2(total, fastmath=True))
-                * LN2
-            )
+            if const_expr(sinks is not None):
+                self.finish_with_sink(row_scale, lse, r, total, sinks[r])
+            else:
+                is_empty = total == 0.0
+                row_scale[r] = Float32(0.0) if is_empty else cute.arch.rcp_approx(total)
+                lse[r] = (
+                    -Float32.inf
+                    if is_empty
+                    else (self.row_max[r] * self.scale_log2 + cute.math.log2(total, fastmath=True))
+                    * LN2
+                )
+
+    @cute.jit
+    def finish_with_sink(
+        self, row_scale: cute.Tensor, lse: cute.Tensor, r: cutlass.Constexpr[int], total, sink
+    ):
+        """The same for one row with a sink, which may be far above or below all scores."""
+        row_base = Float32(-Float32.inf)
+        if total > 0.0:
+            row_base = self.row_max[r] * self.scale_log2
+        sink_base = sink * LOG2_E
+        base = cute.arch.fmax(row_base, sink_base)
+        is_empty = base == -Float32.inf
+        base = Float32(0.0) if is_empty else base
+        shrink = exp2(row_base - base)
+        total = total * shrink + exp2(sink_base - base)
+        row_scale[r] = Float32(0.0) if is_empty else shrink * cute.arch.rcp_approx(total)
+        lse[r] = -Float32.inf if is_empty else (base + cute.math.log2(total, fastmath=True)) * LN2

@@ -36,6 +36,7 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
+from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import IntervalMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
@@ -43,14 +44,17 @@ from jax_flashcute.kernels.common.scheduler import section_size
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
 from jax_flashcute.kernels.common.tiles import clear_rows, smem_layout, tma_partition
 from jax_flashcute.kernels.config import BwdConfig, round_up
+from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.postprocess import Postprocess
 from jax_flashcute.kernels.extra.preprocess import Preprocess
 from jax_flashcute.kernels.sm90.backward_roles import RoleConsumers
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,
+    column_step,
     column_words,
     convert_pairs,
+    first_column,
     gemm,
     hide_outside,
     row_in_slab,
@@ -86,6 +90,7 @@ class BackwardSm90:
         group: int,
         scale: float,
         mask: IntervalMask,
+        functions: ElementFunctions | None = None,
     ):
         """``group``: query heads a key/value head serves."""
         self.config = config
@@ -95,6 +100,10 @@ class BackwardSm90:
         self.group = group
         self.scale = scale
         self.mask = mask
+        self.functions = functions
+        self.by_element = functions is not None and functions.by_element
+        # Scores that are looked at one by one are scaled there.
+        self.score_scale = 1.0 if self.by_element else scale
         self.smem_h = config.padded_head_dim(head_dim)
         self.smem_hv = round_up(head_dim_v, 16)
         self.consumer_threads = 128 * config.warpgroups
@@ -131,6 +140,7 @@ class BackwardSm90:
         mLSE2: cute.Tensor,  # (B, N, m_blocks * tile_m) float32, scratch
         mdPsum: cute.Tensor,  # (B, N, m_blocks * tile_m) float32, scratch
         mTurns: cute.Tensor | None = None,  # (B, N, m_blocks * dq_warps) int32, scratch
+        mElements: tuple = (),  # arrays of ``functions``
     ):
         cfg = self.config
         batch, q_length, heads = mQ.shape[0], mQ.shape[1], mQ.shape[2]
@@ -183,6 +193,7 @@ class BackwardSm90:
             mdPsum,
             mdQAccum,
             mTurns,
+            mElements,
             m_blocks,
             n_blocks,
             section,
@@ -249,6 +260,7 @@ class BackwardSm90:
         mdPsum: cute.Tensor,
         mdQAccum: cute.Tensor,
         mTurns: cute.Tensor | None,
+        mElements: tuple,
         m_blocks: Int32,
         n_blocks: Int32,
         section: Int32,
@@ -364,15 +376,25 @@ class BackwardSm90:
             tiles = (m_min, m_max, full_min, full_max)
             lengths = (offset, queries, keys)
             barriers = (pipeline_q, pipeline_do, kv_full)
+            elements = (mElements, offset, (q_length, kv_length))
             if const_expr(cfg.by_role):
                 sP = storage.sP.get_tensor(
                     cute.make_layout((4, 128, cfg.p_values // 512), stride=(1, 4, 512))
                 )
                 RoleConsumers(self).consume(
-                    (*smem, sP), (tma_dk, gdK), (tma_dv, gdV), barriers, block, tiles, lengths
+                    (*smem, sP),
+                    (tma_dk, gdK),
+                    (tma_dv, gdV),
+                    barriers,
+                    block,
+                    tiles,
+                    lengths,
+                    elements,
                 )
             else:
-                self.consume(smem, (tma_dk, gdK), (tma_dv, gdV), barriers, block, tiles, lengths)
+                self.consume(
+                    smem, (tma_dk, gdK), (tma_dv, gdV), barriers, block, tiles, lengths, elements
+                )
         pipeline_q.check_arrivals()
         pipeline_do.check_arrivals()
 
@@ -583,7 +605,7 @@ class BackwardSm90:
         cute.arch.sync_warp()
 
     @cute.jit
-    def consume(self, smem, dk_copy, dv_copy, barriers, block, tiles, lengths):
+    def consume(self, smem, dk_copy, dv_copy, barriers, block, tiles, lengths, elements):
         """A consumer warpgroup: the products of its 64 keys, and its part of dQ."""
         cfg = self.config
         sQ, sdO, sK, sV, sdS, sdQ, sLSE, sdPsum = smem
@@ -699,7 +721,10 @@ class BackwardSm90:
         if m_min < m_max:
             cute.arch.mbarrier_wait(kv_full, 0)
             cute.arch.mbarrier_wait(kv_full + 1, 0)
-            for _ in cutlass.range(self.group, unroll=1):
+            for g in cutlass.range(self.group, unroll=1):
+                of_head = self.elements_of_head(
+                    elements, block, g, n_block * cfg.tile_n + slab * 64, thread
+                )
                 # Three stretches: boundary tiles, full tiles, boundary tiles.
                 for stretch in cutlass.range_constexpr(3 if self.mask.low is not None else 2):
                     begin, end = (
@@ -708,7 +733,7 @@ class BackwardSm90:
                         (full_end, m_max),
                     )[stretch]
                     for m in cutlass.range(begin, end, unroll=1):
-                        state = step(m, state, stretch != 1)
+                        state = step(m, state, stretch != 1, of_head)
 
         # Nobody reads K and V any more: they give their place to dK and dV.
         self.meet()
@@ -750,12 +775,49 @@ class BackwardSm90:
             # Shared memory must outlive the stores that read it.
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    def step(self, products, pipeline_q, pipeline_do, m: Int32, state, is_masked: bool):
+    def elements_of_head(self, elements, block, g: Int32, first_key: Int32, thread: Int32):
+        """What is done to each score of a tile of the g-th head of the group, and its derivative.
+
+        Returns:
+          ``(modify, differentiate)``: ``modify(m, scores)`` changes a tile's products to scores;
+          ``differentiate(m, products, dscores)`` changes the gradients of these to those of the
+          scaled products.  None for what does nothing.
+        """
+        if not self.by_element:
+            return None, None
+        mElements, offset, array_lengths = elements
+        _, kv_head, batch = block
+        head = kv_head * self.group + g
+        entry = Elements(self.functions, mElements).of_entry(batch, offset, array_lengths)
+        keys = [entry.keys(first_key + row_in_slab(thread, r)) for r in range(ROWS_PER_THREAD)]
+        scale, tile_m = self.scale, self.config.tile_m
+
+        def queries(m: Int32, c: int):
+            return entry.queries(head, m * tile_m + first_column(thread) + column_step(c))
+
+        def modify(m: Int32, scores: cute.Tensor) -> None:
+            for c in range(cute.size(scores, mode=[1])):
+                query = queries(m, c)
+                for r in range(ROWS_PER_THREAD):
+                    scores[r, c] = entry.element(query, keys[r], scores[r, c], scale)
+
+        def differentiate(m: Int32, products: cute.Tensor, dscores: cute.Tensor) -> None:
+            for c in range(cute.size(dscores, mode=[1])):
+                query = queries(m, c)
+                for r in range(ROWS_PER_THREAD):
+                    dscores[r, c] = entry.gradient(
+                        query, keys[r], products[r, c], dscores[r, c], scale
+                    )
+
+        return modify, None if self.functions.keeps_gradients else differentiate
+
+    def step(self, products, pipeline_q, pipeline_do, m: Int32, state, is_masked: bool, of_head):
         """One query tile; returns the next state.
 
         Args:
           state: stage and phase of Q, stage and phase of dO, buffer of dS.
           is_masked: some query of the tile does not see some key of the block.
+          of_head: of ``elements_of_head``.
         """
         cfg, c, warps = self.config, products, self.consumer_warps
         q_stage, q_phase, do_stage, do_phase, ds_stage = state
@@ -765,6 +827,14 @@ class BackwardSm90:
         gemm(c.mma_s, c.acc_P, c.tPrV, c.tPrO[None, None, None, do_stage], False)
         warpgroup.wait_group(1)
         scores, dscores = rows_and_columns(c.acc_S), rows_and_columns(c.acc_P)
+        modify, differentiate = of_head
+        raw = None
+        if differentiate is not None:
+            raw = cute.make_rmem_tensor(c.acc_S.layout, Float32)
+            for i in range(cute.size(raw)):
+                raw[i] = c.acc_S[i]
+        if modify is not None:
+            modify(m, scores)
         if is_masked:
             c.mask_tile(m)
         self.probabilities(scores, c.tLSE, q_stage)
@@ -774,6 +844,8 @@ class BackwardSm90:
         rP, tVrO = as_operand_a(rP), c.tVrO[None, None, None, do_stage]
         warpgroup.wait_group(0)
         self.score_gradients(scores, dscores, c.tdPsum, do_stage)
+        if differentiate is not None:
+            differentiate(m, rows_and_columns(raw), dscores)
         convert_pairs(c.acc_P, rdS)
         if cfg.ds_stages == 1:
             # Every warpgroup has read the dS of the tile before.
@@ -831,7 +903,7 @@ class BackwardSm90:
             for b in cutlass.range_constexpr(2):
                 for r in cutlass.range_constexpr(ROWS_PER_THREAD):
                     scores[r, 2 * j + b] = exp2(
-                        scores[r, 2 * j + b] * (self.scale * LOG2_E) - pair[b]
+                        scores[r, 2 * j + b] * (self.score_scale * LOG2_E) - pair[b]
                     )
 
     @cute.jit

@@ -48,11 +48,11 @@ class RoleConsumers:
         self.config = kernel.config
 
     @cute.jit
-    def consume(self, smem, dk_copy, dv_copy, barriers, block, tiles, lengths):
+    def consume(self, smem, dk_copy, dv_copy, barriers, block, tiles, lengths, elements):
         """Either warpgroup: the products of its role over all tiles, then its gradient."""
         first = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128) == 1
         if first:
-            self.hold_values(smem, barriers, block, tiles, lengths)
+            self.hold_values(smem, barriers, block, tiles, lengths, elements)
         else:
             self.hold_keys(smem, barriers, tiles)
         sK, sV = smem[2], smem[3]
@@ -65,7 +65,7 @@ class RoleConsumers:
     # ---- the two roles -----------------------------------------------------------------------
 
     @cute.jit
-    def hold_values(self, smem, barriers, block, tiles, lengths):
+    def hold_values(self, smem, barriers, block, tiles, lengths, elements):
         """The first warpgroup: S, P and dV."""
         cfg = self.config
         sQ, sdO, sK, sV, sdS, sdQ, sLSE, _, sP = smem
@@ -91,6 +91,9 @@ class RoleConsumers:
             gemm(mma_s, acc_S, tSrK, tSrQ[None, None, None, q_stage], False)
             warpgroup.wait_group(0)
             for g in cutlass.range(self.kernel.group, unroll=1):
+                of_head = self.kernel.elements_of_head(
+                    elements, block, g, n_block * cfg.tile_n, thread
+                )
                 # Three stretches: boundary tiles, full tiles, boundary tiles.
                 for stretch in cutlass.range_constexpr(
                     3 if self.kernel.mask.low is not None else 2
@@ -101,6 +104,8 @@ class RoleConsumers:
                         (full_end, m_max),
                     )[stretch]
                     for m in cutlass.range(begin, end, unroll=1):
+                        if const_expr(of_head[0] is not None):
+                            of_head[0](m, scores)
                         if const_expr(stretch != 1):
                             mask_tile(m)
                         self.kernel.probabilities(scores, tLSE, q_stage)

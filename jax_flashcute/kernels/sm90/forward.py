@@ -35,6 +35,7 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
+from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import IntervalMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
@@ -49,12 +50,15 @@ from jax_flashcute.kernels.common.tiles import (
     tma_partition,
 )
 from jax_flashcute.kernels.config import FwdConfig, round_up
+from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,
+    column_step,
     column_words,
     convert_pairs,
+    first_column,
     gemm,
     hide_outside,
     lines_of_quads,
@@ -87,6 +91,7 @@ class ForwardSm90:
         mask: IntervalMask,
         num_sms: int,
         split_kv: bool = False,
+        functions: ElementFunctions | None = None,
     ):
         """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most;
         ``split_kv``: tiles are parts of a row's keys, and queries fill one row of tiles."""
@@ -101,6 +106,7 @@ class ForwardSm90:
         self.num_sms = num_sms
         self.split_kv = split_kv
         self.work_fields = WORK_FIELDS + (2 if split_kv else 0)
+        self.functions = functions
         self.smem_h = round_up(head_dim, 16)
         self.smem_hv = round_up(head_dim_v, 16)
         self.slab_tokens = 64 // self.heads_packed
@@ -126,6 +132,7 @@ class ForwardSm90:
         mCounter: cute.Tensor,  # (1,) int32, scratch
         mOPartial: cute.Tensor | None = None,  # (splits, B, T, N, Hv) float32, scratch
         mLSEPartial: cute.Tensor | None = None,  # (splits, B, T, N) float32, scratch
+        mElements: tuple = (),  # arrays of ``functions``
     ):
         cfg = self.config
         batch, q_length, kv_length, kv_heads = (
@@ -182,6 +189,7 @@ class ForwardSm90:
             mCounter,
             mOPartial,
             mLSEPartial,
+            mElements,
             m_blocks,
             section,
             q_length,
@@ -241,6 +249,7 @@ class ForwardSm90:
         mCounter: cute.Tensor,
         mOPartial: cute.Tensor | None,
         mLSEPartial: cute.Tensor | None,
+        mElements: tuple,
         m_blocks: Int32,
         section: Int32,
         q_length: Int32,
@@ -332,7 +341,8 @@ class ForwardSm90:
                 mLSEPartial,
                 pipelines,
                 work,
-                q_length,
+                (q_length, kv_length),
+                mElements,
             )
         for pipeline in pipelines:
             pipeline.check_arrivals()
@@ -534,12 +544,14 @@ class ForwardSm90:
         mLSEPartial: cute.Tensor | None,
         pipelines,
         work: cute.Tensor,
-        q_length: Int32,
+        array_lengths: tuple,
+        mElements: tuple,
     ):
         """A consumer warpgroup: products, softmax and output of its slab of every tile."""
         cfg = self.config
         pipeline_q, pipeline_k, pipeline_v, pipeline_tile = pipelines
         warps = self.consumer_warps
+        q_length, _ = array_lengths
         thread = cute.arch.thread_idx()[0] % 128
         slab = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128) - 1
 
@@ -559,7 +571,10 @@ class ForwardSm90:
         rP = cute.make_rmem_tensor(cute.make_layout(cute.size(acc_S)), self.dtype)
         tOrP = as_operand_a(rP)
         scores, out = rows_and_columns(acc_S), rows_and_columns(acc_O)
-        softmax = OnlineSoftmax(ROWS_PER_THREAD, self.scale, cfg.rescale_threshold)
+        by_element = const_expr(self.functions is not None and self.functions.by_element)
+        # Scores that are looked at one by one are scaled there.
+        scale = 1.0 if by_element else self.scale
+        softmax = OnlineSoftmax(ROWS_PER_THREAD, scale, cfg.rescale_threshold)
         row_scale = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
         lse = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
 
@@ -576,6 +591,9 @@ class ForwardSm90:
             n_min, n_max, full_min, full_max = fields[6:10]
             first_token = (m_block * cfg.warpgroups + slab) * self.slab_tokens
             mask_tile = partial(self.apply_mask, scores, thread, first_token + offset, keys)
+            modify = self.element_step(
+                mElements, scores, thread, (batch, offset, array_lengths, first_token, head)
+            )
             softmax.reset()
             pipeline_q.wait(Int32(0), q_phase)
             q_phase ^= 1
@@ -588,6 +606,7 @@ class ForwardSm90:
                 warpgroup.wait_group(0)
                 pipeline_k.release(k_stage, warps)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+                modify(n_max - 1, True)
                 mask_tile(n_max - 1)
                 softmax.step(scores, row_scale, True, True)
                 convert_pairs(acc_S, rP)
@@ -615,9 +634,12 @@ class ForwardSm90:
                         warpgroup.wait_group(1)
                         pipeline_k.release(k_stage, warps)
                         k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+                        modify(n, stretch != 1)
                         if const_expr(stretch != 1):
                             mask_tile(n)
-                        needs_rescale = softmax.step(scores, row_scale, False, stretch != 1)
+                        needs_rescale = softmax.step(
+                            scores, row_scale, False, stretch != 1 or by_element
+                        )
                         warpgroup.wait_group(0)
                         pipeline_v.release(v_stage, warps)
                         v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
@@ -636,7 +658,10 @@ class ForwardSm90:
                 pipeline_q.release(Int32(0), warps)
 
             # Rows at or beyond the query length are as good as empty.
-            softmax.finish(row_scale, lse)
+            sinks = None
+            if const_expr(self.functions is not None and self.functions.sinks):
+                sinks = self.sinks(mElements, batch, head, thread)
+            softmax.finish(row_scale, lse, sinks)
             rows = (out, row_scale, lse)
             place = (batch, head, first_token, queries, q_length)
             if const_expr(self.split_kv):
@@ -653,6 +678,42 @@ class ForwardSm90:
             # The turn that was passed last has to be taken, or the barrier stays half full.
             if slab == 0:
                 self.take_turn(slab)
+
+    def query_head(self, head: Int32, thread: Int32, r: int) -> Int32:
+        """The query head of a thread's row."""
+        return head * self.heads_packed + row_in_slab(thread, r) % self.heads_packed
+
+    def sinks(self, mElements: tuple, batch: Int32, head: Int32, thread: Int32) -> list[Float32]:
+        """The sink of each of a thread's rows."""
+        elements = Elements(self.functions, mElements)
+        heads = [self.query_head(head, thread, r) for r in range(ROWS_PER_THREAD)]
+        return [elements.sink(batch, head) for head in heads]
+
+    def element_step(self, mElements: tuple, scores: cute.Tensor, thread: Int32, place):
+        """What is done to each score of a tile: a function of the tile's number.
+
+        Its second argument says whether some of the tile's keys may lie beyond the last one.
+        """
+        if self.functions is None or not self.functions.by_element:
+            return lambda n, may_be_beyond: None
+        batch, offset, array_lengths, first_token, head = place
+        elements = Elements(self.functions, mElements).of_entry(batch, offset, array_lengths)
+        queries = [
+            elements.queries(
+                self.query_head(head, thread, r),
+                first_token + row_in_slab(thread, r) // self.heads_packed,
+            )
+            for r in range(ROWS_PER_THREAD)
+        ]
+
+        def modify(n: Int32, may_be_beyond: bool) -> None:
+            start = n * self.config.tile_n + first_column(thread)
+            for c in range(cute.size(scores, mode=[1])):
+                key = elements.keys(start + column_step(c), may_be_beyond=may_be_beyond)
+                for r in range(ROWS_PER_THREAD):
+                    scores[r, c] = elements.element(queries[r], key, scores[r, c], self.scale)
+
+        return modify
 
     @cute.jit
     def apply_mask(

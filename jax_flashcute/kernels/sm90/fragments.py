@@ -97,6 +97,16 @@ def row_in_slab(thread: Int32, r: int) -> Int32:
     return thread // 32 * 16 + thread % 32 // 4 + 8 * r
 
 
+def first_column(thread: Int32) -> Int32:
+    """The column that register column 0 stands for."""
+    return 2 * (thread % 4)
+
+
+def column_step(c: int) -> int:
+    """How far from its first one a thread's c-th column lies."""
+    return c // 2 * 8 + c % 2
+
+
 def column_words(limit: Int32, thread: Int32, columns: int) -> list[Uint32]:
     """Which of a thread's columns lie below ``limit``, as 32-bit words over its column registers.
 

@@ -1,0 +1,154 @@
+"""Scores one by one in registers: ``score_mod``, soft cap, bias, and masks that are no intervals.
+
+What depends on a row alone, or on a column alone, is computed once for it.  "Row" and "column" are
+those of a thread's registers: rows are queries in the forward, keys in the backward.
+"""
+
+import math
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64, Uint8
+
+from jax_flashcute.kernels.elements import ElementArray, ElementFunctions, derivative_of, program_of
+from jax_flashcute.kernels.lower_jaxpr import arrays_as_views, convert, select, tanh
+
+
+class Elements:
+    """What a call does to single scores, with its arrays."""
+
+    def __init__(self, functions: ElementFunctions, tensors: tuple):
+        """``tensors``: as ``functions.array_types`` has them."""
+        self.functions = functions
+        rest = list(tensors)
+        self.programs = {}
+        self.arrays: dict[str, Any] = {}
+        mods = {"mask_mod": functions.mask_mod, "score_mod": functions.score_mod}
+        self.batch_index = rest.pop(0) if any(f is not None for f in mods.values()) else None
+        for name, function in mods.items():
+            if function is not None:
+                program = self.programs[name] = program_of(function)
+                count = len(program.array_types)
+                self.arrays[name], rest = rest[:count], rest[count:]
+        self.bias = rest.pop(0) if functions.bias is not None else None
+        self.mask = rest.pop(0) if functions.mask is not None else None
+        self.sinks = rest.pop(0) if functions.sinks else None
+
+    def of_entry(self, entry: Int32, offset: Int32, lengths: tuple) -> "EntryElements":
+        """For a batch entry whose first query is at ``offset``; lengths of the arrays."""
+        return EntryElements(self, entry, offset, lengths)
+
+    def sink(self, entry: Int32, head: Int32) -> Float32:
+        """The sink of a query head."""
+        shape = self.sinks.shape
+        return self.sinks[cutlass.min(entry, Int32(shape[0]) - 1), head]
+
+
+class EntryElements:
+    """The same for one batch entry: Python that makes straight-line code."""
+
+    def __init__(self, elements: Elements, entry: Int32, offset: Int32, lengths: tuple):
+        self.elements = elements
+        self.entry = entry
+        self.offset = offset
+        self.q_length, self.kv_length = lengths
+        self.known = {}
+        for name, program in elements.programs.items():
+            views = arrays_as_views(program, elements.arrays[name], entry)
+            known = program.start(views)
+            self.known[name] = program.given(known, b=elements.batch_index[entry])
+
+    def known_of(self, *, head=None, token=None, key=None) -> dict[str, Any]:
+        """What follows from some of a query head, a row and a key; rows and keys within bounds."""
+        given = {} if head is None else {"h": head}
+        given |= {} if token is None else {"q_idx": token + self.offset}
+        given |= {} if key is None else {"kv_idx": key}
+        found = {
+            name: program.given(self.known[name], **given)
+            for name, program in self.elements.programs.items()
+        }
+        return found | {"n": head, "t": token, "s": key}
+
+    def queries(self, head: Int32, token: Int32) -> dict[str, Any]:
+        """What follows from a query row of a head; beyond the last row, the last row's."""
+        return self.known_of(head=head, token=cutlass.min(token, Int32(self.q_length) - 1))
+
+    def keys(self, key: Int32, *, may_be_beyond: bool = True) -> dict[str, Any]:
+        """What follows from a key, likewise."""
+        if may_be_beyond:
+            key = cutlass.min(key, Int32(self.kv_length) - 1)
+        return self.known_of(key=key)
+
+    def element(self, query: dict[str, Any], key: dict[str, Any], score: Float32, scale: float):
+        """The score of a query and a key, -inf where it is hidden; in units of ``scale`` 1.
+
+        Args:
+          query, key: of ``queries`` and ``keys``.
+          score: the product, not scaled.
+          scale: of the call.
+        """
+        functions, programs = self.elements.functions, self.elements.programs
+        place = {d: query[d] if query[d] is not None else key[d] for d in "nts"}
+        known = {name: {**query[name], **key[name]} for name in programs}
+        score = self.modified(known, score * scale)
+        if functions.soft_cap is not None:
+            score = functions.soft_cap * tanh(score * (1.0 / functions.soft_cap))
+        if functions.bias is not None:
+            score = score + Float32(self.load(self.elements.bias, functions.bias, place))
+        if functions.mask is not None:
+            byte = self.load(self.elements.mask, functions.mask, place)
+            score = select(byte != Uint8(0), score, Float32(-math.inf))
+        if "mask_mod" in programs:
+            program = programs["mask_mod"]
+            seen = program.value(program.given(known["mask_mod"]))
+            score = select(Boolean(seen), score, Float32(-math.inf))
+        return score
+
+    def modified(self, known: dict[str, Any], score: Float32) -> Float32:
+        """``score_mod`` of a scaled score."""
+        program = self.elements.programs.get("score_mod")
+        if program is None:
+            return score
+        value = program.value(program.given(known["score_mod"], score=score))
+        return convert(value, program.result_dtype, "float32")
+
+    def gradient(
+        self, query: dict[str, Any], key: dict[str, Any], score: Float32, d_score: Float32, scale
+    ) -> Float32:
+        """The gradient of the scaled score from that of what ``element`` made of it."""
+        functions = self.elements.functions
+        score = score * scale
+        if functions.soft_cap is not None:
+            known = {n: {**query[n], **key[n]} for n in self.elements.programs}
+            bounded = tanh(self.modified(known, score) * (1.0 / functions.soft_cap))
+            d_score = d_score * (Float32(1.0) - bounded * bounded)
+        if functions.score_mod is not None:
+            # A program of its own numbers; what is known of row and column is made again.
+            program = derivative_of(functions.score_mod)
+            views = arrays_as_views(program, self.elements.arrays["score_mod"], self.entry)
+            known = program.given(
+                program.start(views),
+                b=self.elements.batch_index[self.entry],
+                h=query["n"],
+                q_idx=query["t"] + self.offset,
+                kv_idx=key["s"],
+                score=score,
+                cotangent=d_score,
+            )
+            d_score = program.value(known)
+        return d_score
+
+    def load(self, tensor: cute.Tensor, array: ElementArray, place: dict[str, Int32]):
+        """An element of a (1|B, 1|N, 1|T, 1|S) array."""
+        index = Int64(0)
+        lengths = [Int64(tensor.shape[axis]) for axis in range(4)]
+        if "b" in array.full:
+            index = Int64(cutlass.min(self.entry, Int32(tensor.shape[0]) - 1)) * math.prod(
+                lengths[1:], start=Int64(1)
+            )
+        for axis, letter in enumerate("nts", 1):
+            if letter in array.full:
+                step = math.prod(lengths[axis + 1 :], start=Int64(1))
+                index = index + Int64(place[letter]) * step
+        return cute.make_tensor(tensor.iterator + index, cute.make_layout(1))[0]

@@ -1,0 +1,187 @@
+"""What a call does to single scores, as a part of a kernel's key: no compiler is needed here."""
+
+import dataclasses
+import functools
+
+from jax_flashcute.kernels.lower_jaxpr import SCALAR_DTYPES, ElementProgram, derivative
+from jax_flashcute.masks import TracedFunction
+from jax_flashcute.spec import AttentionSpec, Operands
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+INDICES = ("b", "h", "q_idx", "kv_idx")
+
+
+@dataclasses.dataclass(frozen=True)
+class ElementArray:
+    """A bias or a mask.
+
+    Attributes:
+      dtype: its dtype's name.
+      full: which of batch, heads, rows and keys it varies along, of "bnts".
+    """
+
+    dtype: str
+    full: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ElementFunctions:
+    """Everything that changes or hides single scores; the attributes are those of a call.
+
+    The scaled score goes through ``score_mod``, the soft cap and the bias, in this order.
+    """
+
+    score_mod: TracedFunction | None = None
+    mask_mod: TracedFunction | None = None
+    soft_cap: float | None = None
+    bias: ElementArray | None = None
+    mask: ElementArray | None = None
+    sinks: bool = False
+
+    @property
+    def changes_scores(self) -> bool:
+        return not (self.score_mod is None and self.soft_cap is None and self.bias is None)
+
+    @property
+    def hides(self) -> bool:
+        return not (self.mask_mod is None and self.mask is None)
+
+    @property
+    def by_element(self) -> bool:
+        """Whether anything is done to each score, beyond the normaliser."""
+        return self.changes_scores or self.hides
+
+    def array_types(self) -> list[tuple[str, int]]:
+        """Dtype and rank of each array that a kernel takes for these, in its order."""
+        types = []
+        functions = (self.mask_mod, self.score_mod)
+        if any(f is not None for f in functions):
+            types.append(("int32", 1))
+        for function in functions:
+            if function is not None:
+                types += [(d, len(shape) + 1) for d, shape in program_of(function).array_types]
+        types += [(array.dtype, 4) for array in (self.bias, self.mask) if array is not None]
+        return types + ([("float32", 2)] if self.sinks else [])
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether the gradient of the changed score is that of the scaled one."""
+        identity = self.score_mod is None or derivative_of(self.score_mod).is_identity
+        return identity and self.soft_cap is None
+
+
+@functools.cache
+def derivative_of(function: TracedFunction) -> ElementProgram:
+    """The transposed derivative of a score, of ``("cotangent", "score", *INDICES)``."""
+    return derivative(function.jaxpr, ("score", *INDICES))
+
+
+@functools.cache
+def program_of(function: TracedFunction) -> ElementProgram:
+    """The program of a mask or of a score."""
+    inputs = len(function.jaxpr.invars)
+    return ElementProgram(function.jaxpr, ("score", *INDICES)[-inputs:])
+
+
+def element_functions(spec: AttentionSpec, operands: Operands) -> ElementFunctions | None:
+    """What a call does to single scores; None where nothing."""
+    score_mod = spec.score_mod
+    if score_mod is not None and program_of(score_mod).is_identity:
+        score_mod = None
+    found = ElementFunctions(
+        score_mod,
+        spec.mask_mod,
+        spec.logits_soft_cap,
+        _element_array(operands.bias),
+        _element_array(operands.mask),
+        operands.sinks is not None,
+    )
+    return found if found.by_element or found.sinks else None
+
+
+def names_of(functions: ElementFunctions | None) -> list[str]:
+    """The arguments of the call that ask for something to be done to single scores."""
+    if functions is None:
+        return []
+    given = {
+        "score_mod": functions.score_mod is not None,
+        "mask_mod": functions.mask_mod is not None,
+        "logits_soft_cap": functions.soft_cap is not None,
+        "bias": functions.bias is not None,
+        "mask": functions.mask is not None,
+        "sinks": functions.sinks,
+    }
+    return [name for name, present in given.items() if present]
+
+
+def without_sinks(functions: ElementFunctions | None) -> ElementFunctions | None:
+    """What the backward kernel does: sinks are in the LSE, and their gradient needs no kernel."""
+    if functions is None or not functions.by_element:
+        return None
+    return dataclasses.replace(functions, sinks=False)
+
+
+def element_operands(functions: ElementFunctions, operands: Operands) -> list:
+    """The arrays of ``ElementFunctions.array_types``."""
+    arrays = []
+    if functions.mask_mod is not None or functions.score_mod is not None:
+        arrays.append(operands.batch_index)
+    if functions.mask_mod is not None:
+        arrays += operands.mask_mod_arrays
+    if functions.score_mod is not None:
+        arrays += operands.score_mod_arrays
+    if functions.bias is not None:
+        arrays.append(operands.bias)
+    if functions.mask is not None:
+        arrays.append(operands.mask)
+    return arrays + ([operands.sinks] if functions.sinks else [])
+
+
+def reasons_against_gradients(
+    spec: AttentionSpec, operands: Operands, *, by_role: bool
+) -> list[str]:
+    """Every reason why the backward kernel cannot differentiate what a call does to scores.
+
+    ``by_role``: one warpgroup computes probabilities, another the gradients of scores.
+    """
+    reasons = []
+    if operands.bias is not None:
+        reasons.append("no kernel computes the gradient of bias yet")
+    if any(str(a.dtype) in FLOATS for a in operands.score_mod_arrays):
+        reasons.append(
+            "no kernel computes the gradients of floating-point arrays that score_mod closes over"
+        )
+    if spec.score_mod is not None:
+        try:
+            unsupported = derivative_of(spec.score_mod).unsupported()
+        except NotImplementedError as error:
+            unsupported = [str(error)]
+        reasons += [f"the derivative of score_mod: {why}" for why in unsupported]
+    functions = element_functions(spec, operands)
+    if not reasons and by_role and functions is not None and not functions.keeps_gradients:
+        reasons.append("above head_dim 128 no kernel differentiates a score that is not additive")
+    return reasons
+
+
+def reasons_against_elements(spec: AttentionSpec, operands: Operands) -> list[str]:
+    """Every reason why a kernel cannot do what a call does to single scores."""
+    reasons = []
+    for name, function in (("mask_mod", spec.mask_mod), ("score_mod", spec.score_mod)):
+        if function is not None:
+            reasons += [f"{name}: {why}" for why in program_of(function).unsupported()]
+    for name in ("bias", "sinks"):
+        array = getattr(operands, name)
+        if array is not None and str(array.dtype) not in SCALAR_DTYPES:
+            reasons.append(f"{name} must have a dtype of 32 bits or less, got {array.dtype}")
+    return reasons
+
+
+def _element_array(array) -> ElementArray | None:
+    if array is None:
+        return None
+    full = (
+        letter
+        for letter, length in zip("bnts", array.shape, strict=True)
+        if not (isinstance(length, int) and length == 1)
+    )
+    return ElementArray(str(array.dtype), "".join(full))

@@ -1,0 +1,98 @@
+"""Masks, scores, bias, soft cap and sinks on a GPU, through ``flash_attention``.
+
+Against the dense reference in float32 on the same 16-bit inputs.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flashcute import explain, flash_attention
+from tests.cases import Case
+from tests.user_functions import MASKS, SCORES
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = 1e-2
+"""Relative error in the Frobenius norm: bfloat16 inputs, probabilities and results."""
+
+FEATURES = {"causal": True, "offset": True, "lengths": True}
+SHAPES = {
+    "64": {"head_dim": 64, "seqlen_q": 129, "seqlen_k": 257, "group": 3},
+    "128": {"head_dim": 128, "seqlen_q": 513, "seqlen_k": 400, **FEATURES, "batch": 3},
+    "128_packed": {"head_dim": 128, "seqlen_q": 5, "seqlen_k": 1000, "group": 7, "offset": True},
+    "256": {"head_dim": 256, "seqlen_q": 200, "seqlen_k": 300, "causal": True},
+}
+OPERANDS = {
+    "soft_cap": {"soft_cap": 1.5},
+    "bias": {"bias": "bnts"},
+    "bias_of_keys": {"bias": "bs"},
+    "mask": {"mask": "nts"},
+    "sinks": {"sinks": True},
+    "everything": {"soft_cap": 2.0, "bias": "ns", "mask": "bt", "sinks": True, "window": (90, 3)},
+}
+
+
+def case_of(shape: str, **features) -> Case:
+    sizes = SHAPES[shape]
+    return Case(head_dim_v=sizes["head_dim"], **(sizes | features))
+
+
+def check(case: Case, **functions) -> None:
+    """The output, the LSE and the gradients of everything that has one."""
+    arrays = case.arrays(jnp.bfloat16)
+    main = {n: arrays.pop(n) for n in ("query", "key", "value")}
+    main |= {n: arrays.pop(n) for n in ("bias", "sinks") if n in arrays}
+    assert explain(**main, **arrays, **case.static, **functions).forward == "cute"
+
+    def attend(implementation, main):
+        call = case.static | arrays | functions | main
+        return flash_attention(**call, return_residual=True, implementation=implementation)
+
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), main)
+    got, pull = jax.vjp(jax.jit(lambda main: attend(None, main)), main)
+    want, pull_wide = jax.vjp(jax.jit(lambda main: attend("reference", main)), wide)
+    close("out", got[0], want[0])
+    np.testing.assert_allclose(got[1], want[1], atol=1e-3, rtol=1e-4)
+    alive = ~jnp.isneginf(want[1])
+    rng = np.random.default_rng(1)
+    d_out = jnp.asarray(rng.standard_normal(got[0].shape), jnp.bfloat16)
+    d_lse = jnp.where(alive, jnp.asarray(rng.standard_normal(alive.shape), jnp.float32), 0)
+    (gradients,) = pull((d_out, d_lse))
+    (expected,) = pull_wide((d_out.astype(jnp.float32), d_lse))
+    for name, gradient in gradients.items():
+        close(name, gradient, expected[name])
+
+
+def close(name: str, got: jax.Array, want: jax.Array) -> None:
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert np.isfinite(got).all(), name
+    error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-2)
+    assert error < TOLERANCE, (name, error)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("features", OPERANDS.values(), ids=OPERANDS)
+def test_operands(shape: str, features: dict) -> None:
+    check(case_of(shape, **features))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", SCORES)
+def test_scores(shape: str, name: str) -> None:
+    case = case_of(shape)
+    check(case, score_mod=SCORES[name](case))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(shape: str, name: str) -> None:
+    case = case_of(shape)
+    check(case, mask_mod=MASKS[name](case))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_together(shape: str) -> None:
+    case = case_of(shape, soft_cap=4.0, sinks=True)
+    check(case, mask_mod=MASKS["documents"](case), score_mod=SCORES["alibi_of_numbers"](case))

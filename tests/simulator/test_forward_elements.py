@@ -1,0 +1,117 @@
+"""The Hopper forward with masks and scores by element, in simulation, against the reference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flashcute import masks, reference
+from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.elements import element_operands
+from jax_flashcute.spec import AttentionSpec, Operands
+from tests.cases import Case
+from tests.simulator import simulate
+from tests.simulator.test_forward_features import NUM_SMS, compiled, sized
+from tests.user_functions import MASKS, SCORES
+
+
+def operands_of(case: Case, dtype: str, mask_mod=None, score_mod=None):
+    """The spec and the operands of a call, as ``flash_attention`` makes them."""
+    arrays = case.arrays(jnp.dtype(dtype), poison=True)
+    if "sinks" in arrays:
+        arrays["sinks"] = arrays["sinks"].astype(jnp.float32)[None]
+    mask_mod, mask_arrays = masks.trace_mask(mask_mod) if mask_mod else (None, ())
+    score_mod, score_arrays = masks.trace_score(score_mod, jnp.float32) if score_mod else (None, ())
+    spec = AttentionSpec(
+        case.head_dim**-0.5,
+        case.causal,
+        case.window,
+        case.soft_cap,
+        mask_mod=mask_mod,
+        score_mod=score_mod,
+    )
+    indexed = mask_mod is not None or score_mod is not None
+    operands = Operands(
+        **arrays,
+        batch_index=jnp.arange(case.batch, dtype=jnp.int32)[::-1] if indexed else None,
+        mask_mod_arrays=mask_arrays,
+        score_mod_arrays=score_arrays,
+    )
+    return spec, operands
+
+
+def widened(operands: Operands) -> Operands:
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x, operands
+    )
+
+
+def check(case: Case, mask_mod=None, score_mod=None, dtype: str = "bfloat16", **how):
+    """Simulate the kernel that a call gets and compare with the dense reference."""
+    spec, operands = operands_of(case, dtype, mask_mod, score_mod)
+    assert not registry.reasons_against(spec, operands, "fwd", "sm_90a")
+    key = registry.kernel_key(spec, operands, "fwd", "sm_90a", NUM_SMS)
+    assert key.elements is not None
+    wide = Operands(
+        **{n: x for n, x in vars(widened(operands)).items() if n not in ("score_mod_arrays",)},
+        score_mod_arrays=operands.score_mod_arrays,
+    )
+    want = jax.jit(functools.partial(reference.attention, spec))(wide)
+    inputs = [operands.query, operands.key, operands.value]
+    inputs += [getattr(operands, n) for n in registry.OPTIONAL_OPERANDS if n in key.optional]
+    inputs += element_operands(key.elements, operands)
+    rows = (case.batch, case.seqlen_q, case.q_heads)
+    outputs = [((*rows, case.head_dim_v), jnp.dtype(dtype)), (rows, np.dtype(np.float32))]
+    outputs += [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]
+    out, lse, *_ = simulate(
+        compiled(key), *(np.asarray(x) for x in inputs), outputs=outputs, **how
+    )  # fmt: skip
+    np.testing.assert_allclose(out.astype(np.float32), want.out, atol=0.02, rtol=0.02)
+    np.testing.assert_allclose(lse, want.lse, atol=2e-4, rtol=1e-5)
+    empty = (np.asarray(want.out) == 0).all(-1)
+    assert (out[empty] == 0).all()
+
+
+EVERYTHING = {"batch": 3, "causal": True, "offset": True, "lengths": True}
+
+CASES = {
+    "soft_cap": sized(64, soft_cap=1.5, causal=True),
+    "bias_everything": sized(64, bias="bnts", kv_heads=2, **EVERYTHING),
+    "bias_keys": sized(64, bias="bs", batch=2),
+    "bias_heads_packed": sized(64, bias="n", group=3, seqlen_q=7),
+    "mask": sized(64, mask="nts", group=3, kv_heads=2),
+    "mask_keys_packed": sized(64, mask="bts", batch=2, group=7, seqlen_q=5, seqlen_k=140),
+    "sinks": sized(128, sinks=True, group=3, **EVERYTHING),
+    "sinks_packed": sized(64, sinks=True, group=7, seqlen_q=3, lengths=True, batch=3),
+    "everything": sized(
+        *(72, 40), **EVERYTHING, window=(90, 3), soft_cap=2.0, bias="ns", mask="bt", sinks=True
+    ),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=n) for n, c in CASES.items()])
+def test_operand(case: Case):
+    check(case)
+
+
+SMALL = sized(64, group=3, kv_heads=2, seqlen_q=70, seqlen_k=140, batch=2, offset=True)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_score(name: str):
+    check(SMALL, score_mod=SCORES[name](SMALL))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_mask(name: str):
+    check(SMALL, mask_mod=MASKS[name](SMALL))
+
+
+PACKED = sized(64, group=7, kv_heads=2, seqlen_q=5, seqlen_k=300, **EVERYTHING)
+
+
+@pytest.mark.parametrize("case", [PACKED, sized(128, seqlen_q=150, **EVERYTHING)])
+def test_together(case: Case):
+    check(case, MASKS["documents"](case), SCORES["relative_bias"](case))

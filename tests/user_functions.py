@@ -1,0 +1,174 @@
+"""Masks and scores as users write them: functions of a case that make ``mask_mod``, ``score_mod``.
+
+They close over numbers and over arrays of the case's sizes, and index some of these out of bounds.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.cases import Case
+
+
+def _array(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def _integers(seed: int, high: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(0, high, shape), jnp.int32)
+
+
+def alibi(case: Case):
+    slopes = 2.0 ** (-8 * (jnp.arange(case.q_heads) + 1.0) / case.q_heads)
+    return lambda score, b, h, q, kv: score + slopes[h] * (kv - q)
+
+
+def alibi_of_numbers(case: Case):
+    def score_mod(score, b, h, q, kv):
+        return score + jnp.exp2(-(h + 1.0) * 8 / case.q_heads) * (kv - q).astype(jnp.float32)
+
+    return score_mod
+
+
+def soft_cap(case: Case):
+    return lambda score, b, h, q, kv: 2.0 * jnp.tanh(score / 2.0)
+
+
+def soft_cap_and_bias(case: Case):
+    bias = _array(0, case.q_heads)
+    return lambda score, b, h, q, kv: 3 * jnp.tanh(score / 3) + bias[h]
+
+
+def relative_bias(case: Case):
+    table = _array(1, case.q_heads, 65)
+    return lambda score, b, h, q, kv: score + table[h, jnp.clip(kv - q, -32, 32) + 32]
+
+
+def t5_buckets(case: Case):
+    table = _array(2, 32, case.q_heads)
+
+    def score_mod(score, b, h, q, kv):
+        distance = jnp.maximum(q - kv, 0)
+        log = jnp.log(jnp.maximum(distance, 1) / 16) / math.log(128 / 16)
+        far = jnp.minimum(16 + (log * 16).astype(jnp.int32), 31)
+        return score + table[jnp.where(distance < 16, distance, far), h]
+
+    return score_mod
+
+
+def key_bias(case: Case):
+    bias = _array(3, case.batch, case.seqlen_k, dtype=jnp.bfloat16)
+    return lambda score, b, h, q, kv: score + bias[b, kv]
+
+
+def query_temperature(case: Case):
+    temperature = jnp.exp(_array(4, case.seqlen_q + case.seqlen_k) / 4)
+    return lambda score, b, h, q, kv: score * temperature[jnp.maximum(q, 0)]
+
+
+def two_dimensional_bias(case: Case):
+    bias = _array(5, case.seqlen_q, case.seqlen_k)
+    return lambda score, b, h, q, kv: score + bias[q, kv]
+
+
+def bias_with_fill(case: Case):
+    bias = _array(6, 20)
+    return lambda score, b, h, q, kv: score + bias.at[kv].get(mode="fill", fill_value=-1.0)
+
+
+def squared(case: Case):
+    return lambda score, b, h, q, kv: score * score * 0.25
+
+
+def gated(case: Case):
+    return lambda score, b, h, q, kv: score * jax.nn.sigmoid(score) + jax.nn.relu(score)
+
+
+def hidden_by_score(case: Case):
+    return lambda score, b, h, q, kv: jnp.where((q + kv) % 3 == 0, score, -jnp.inf)
+
+
+def distance_decay(case: Case):
+    def score_mod(score, b, h, q, kv):
+        return score - 0.1 * jnp.sqrt(jnp.abs(q - kv).astype(jnp.float32)) + (h % 2) * 0.5
+
+    return score_mod
+
+
+def half_precision(case: Case):
+    bias = _array(7, case.q_heads, dtype=jnp.bfloat16)
+    return lambda score, b, h, q, kv: (score.astype(jnp.bfloat16) + bias[h]) * 2
+
+
+SCORES = {
+    f.__name__: f
+    for f in (
+        *(alibi, alibi_of_numbers, soft_cap, soft_cap_and_bias, relative_bias, t5_buckets),
+        *(key_bias, query_temperature, two_dimensional_bias, bias_with_fill, squared, gated),
+        *(hidden_by_score, distance_decay, half_precision),
+    )
+}
+
+
+def documents(case: Case):
+    ids = _integers(8, 3, case.batch, max(case.seqlen_q, case.seqlen_k))
+    return lambda b, h, q, kv: ids[b, q] == ids[b, kv]
+
+
+def causal_documents(case: Case):
+    ids = jnp.arange(max(case.seqlen_q, case.seqlen_k)) // 50
+    return lambda b, h, q, kv: (q >= kv) & (ids[q] == ids[kv])
+
+
+def dilated(case: Case):
+    return lambda b, h, q, kv: ((q - kv) % 2 == 0) & (jnp.abs(q - kv) < 60)
+
+
+def block_diagonal(case: Case):
+    return lambda b, h, q, kv: q // 16 == kv // 16
+
+
+def per_head_window(case: Case):
+    widths = 1 + 20 * jnp.arange(case.q_heads)
+    return lambda b, h, q, kv: jnp.abs(q - kv) <= widths[h]
+
+
+def per_query_window(case: Case):
+    widths = _integers(9, 50, case.seqlen_q)
+    return lambda b, h, q, kv: (kv <= q) & (kv > q - widths[q])
+
+
+def from_bits(case: Case):
+    words = jnp.asarray(
+        np.random.default_rng(10).integers(0, 2**32, (case.seqlen_q, -(-case.seqlen_k // 32))),
+        jnp.uint32,
+    )
+
+    def mask_mod(b, h, q, kv):
+        return (words[q, kv >> 5] >> (kv & 31).astype(jnp.uint32)) & 1 == 1
+
+    return mask_mod
+
+
+def boolean_table(case: Case):
+    table = _array(11, case.batch, case.seqlen_k) > 0
+    return lambda b, h, q, kv: table[b, kv] | (q == kv)
+
+
+def nothing(case: Case):
+    return lambda b, h, q, kv: kv < 0
+
+
+def odd_heads_only(case: Case):
+    return lambda b, h, q, kv: (h & 1 == 1) ^ (kv < 3)
+
+
+MASKS = {
+    f.__name__: f
+    for f in (
+        *(documents, causal_documents, dilated, block_diagonal, per_head_window),
+        *(per_query_window, from_bits, boolean_table, nothing, odd_heads_only),
+    )
+}
