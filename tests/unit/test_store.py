@@ -20,6 +20,7 @@ from jax_flashcute.analysis import window_interval
 from jax_flashcute.ffi import store
 from jax_flashcute.ffi.compile import CompiledKernel
 from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.registry import KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 
@@ -295,6 +296,7 @@ CHANGES = {
     "optional": ("q_offset",),
     "config": replace(KEY.config, tile_n=112),
     "num_sms": 114,
+    "elements": ElementFunctions(soft_cap=30.0),
 }
 
 
