@@ -230,9 +230,8 @@ class BwdConfig:
       tile_m: query rows per tile.
       q_stages, do_stages: depth of the pipelines of Q and of dO.
       ds_stages: buffers of dS in shared memory; with one, the warpgroups meet once more a tile.
-      dq_split: how the warpgroups share dQ = dS K of a tile: "rows", 64 each; "columns" of K, equal
-        parts of 64 rows; "transposed", 64 columns each of any number of rows, computed as
-        dQ^T = K^T dS^T; "none", the first one alone; or "chunks" of 64 columns, in turns.
+      dq_split: how the warpgroups share dQ = dS K of a tile: "columns" of K, equal parts; "none",
+        the first one alone; or "chunks" of 64 columns, in turns.
       by_role: two warpgroups share 64 keys, for head_dims whose dK and dV do not fit in the
         registers of one: the first holds P and dV, the second dP, dS and dK.
       deterministic: blocks add to dQ in a fixed order, each waiting for those before it.
@@ -244,7 +243,7 @@ class BwdConfig:
     q_stages: int = 2
     do_stages: int = 2
     ds_stages: int = 2
-    dq_split: str = "rows"
+    dq_split: str = "none"
     by_role: bool = False
     deterministic: bool = False
     consumer_registers: int = 240
@@ -269,10 +268,8 @@ class BwdConfig:
         return min(self.dq_parts(head_dim), 2) if self.by_role else 1
 
     def dq_part_shape(self, head_dim: int) -> tuple[int, int]:
-        """Rows and columns of a part of dQ (or of dQ^T)."""
+        """Rows and columns of a part of dQ."""
         h = self.padded_head_dim(head_dim)
-        if self.dq_split == "transposed":
-            return 64, self.tile_m
         return 64, {"columns": h // self.warpgroups, "chunks": min(h, 64)}.get(self.dq_split, h)
 
     def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
@@ -299,9 +296,9 @@ class BwdConfig:
         h, hv = self.padded_head_dim(head_dim), round_up(head_dim_v, 16)
         if self.warpgroups not in (1, 2, 3):
             reasons.append(f"warpgroups must be 1, 2 or 3, got {self.warpgroups}")
-        if self.tile_m % 16 or not 16 <= self.tile_m <= 256:
-            reasons.append(f"tile_m must be a multiple of 16 from 16 to 256, got {self.tile_m}")
-        splits = ("rows", "columns", "transposed", "none", "chunks")
+        if self.tile_m != 64:
+            reasons.append(f"tile_m must be 64, got {self.tile_m}")
+        splits = ("columns", "none", "chunks")
         if self.dq_split not in splits:
             reasons.append(f"dq_split must be one of {splits}, got {self.dq_split!r}")
         if self.by_role != (self.dq_split == "chunks"):
@@ -311,15 +308,8 @@ class BwdConfig:
                 f"by_role needs warpgroups=2 and ds_stages=1, "
                 f"got {self.warpgroups} and {self.ds_stages}"
             )
-        rows = 64 * self.warpgroups if self.dq_split == "rows" else 64
-        if self.tile_m != rows and self.dq_split != "transposed":
-            reasons.append(f"dq_split={self.dq_split} needs tile_m={rows}, got {self.tile_m}")
         if self.dq_split == "columns" and h % (64 * self.warpgroups):
             reasons.append(f"dq_split=columns needs head_dim to divide into 64s, got {head_dim}")
-        if self.dq_split == "transposed" and h != 64 * self.warpgroups:
-            reasons.append(
-                f"dq_split=transposed needs head_dim={64 * self.warpgroups}, got {head_dim}"
-            )
         if max(h, hv) > 256:
             reasons.append(f"head_dims must be at most 256, got {head_dim} and {head_dim_v}")
         smem = self.smem_bytes(head_dim, head_dim_v) + 1024

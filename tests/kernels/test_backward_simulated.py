@@ -161,13 +161,6 @@ def test_deterministic(case: Case) -> None:
     check(case, config=backward_config(case.head_dim, case.head_dim_v, deterministic=True))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tile_m", [64, 80])
-def test_transposed_query_gradient(tile_m: int) -> None:
-    """dQ^T = K^T dS^T, which lets tile_m be any multiple of 16."""
-    check(sized(128, causal=True), config=BwdConfig(2, tile_m, dq_split="transposed"))
-
-
 def test_configurations_are_valid() -> None:
     for head_dim in range(8, 257, 8):
         for head_dim_v in range(8, 257, 8):

@@ -51,9 +51,17 @@ class TmaPipeline(Traced):
         """Consumer: waits until the stage is full."""
         cute.arch.mbarrier_wait(self.full + stage, phase)
 
-    def release(self, stage: Int32, warps: int, role: str = "consumer") -> None:
-        """Consumer: gives the stage back; ``warps`` warps of a role call it, each arriving once."""
+    def release(
+        self, stage: Int32, warps: int, role: str = "consumer", lanes_read: bool = False
+    ) -> None:
+        """Consumer: gives the stage back; ``warps`` warps of a role call it, each arriving once.
+
+        ``lanes_read``: lanes have loaded from the stage since the warp last met; the one that
+        arrives waits for the others, which no product or barrier has done.
+        """
         self.releasing.setdefault(role, set()).add(warps)
+        if lanes_read:
+            cute.arch.sync_warp()
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(self.empty + stage)
 

@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
@@ -90,16 +90,9 @@ class Postprocess:
             acc[i] = acc[i] * self.scale
         rdQ = cute.make_rmem_tensor(acc.layout, self.dtype)
         convert_pairs(acc, rdQ)
-        is_transposed = const_expr(cfg.dq_split == "transposed")
-        if const_expr(is_transposed):
-            sdQt = cute.make_tensor(sdQ.iterator, cute.select(sdQ.layout, mode=[1, 0]))
-            sdQ_part = cute.local_tile(sdQt, (rows, columns), (part, 0))
-        else:
-            row_part = part if const_expr(cfg.dq_split == "rows") else 0
-            column_part = part if const_expr(cfg.dq_split in ("columns", "chunks")) else 0
-            sdQ_part = cute.local_tile(sdQ, (rows, columns), (row_part, column_part))
+        sdQ_part = cute.local_tile(sdQ, (rows, columns), (0, part))
         copy = cute.make_tiled_copy_C(
-            cute.make_copy_atom(warp.StMatrix8x8x16bOp(is_transposed, 4), self.dtype), mma
+            cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), mma
         ).get_slice(thread)
         cute.copy(copy, copy.retile(rdQ), copy.partition_D(sdQ_part))
         cute.arch.fence_view_async_shared()

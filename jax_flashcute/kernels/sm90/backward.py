@@ -640,29 +640,16 @@ class BackwardSm90:
 
         tVrO = mma_dv.make_fragment_B(mma_dv.get_slice(0).partition_B(transposed(sdO)))
         tKrQ = mma_dk.make_fragment_B(mma_dk.get_slice(0).partition_B(transposed(sQ)))
-        # dQ: (64 rows, columns), or dQ^T: (64 columns, rows), over the keys of the block.
-        rows, columns = cfg.dq_part_shape(self.head_dim)
-        is_transposed = const_expr(cfg.dq_split == "transposed")
-        mma_dq = tiled_mma(
-            self.dtype,
-            columns,
-            k_major if is_transposed else mn_major,
-            smem_source,
-            mn_major if is_transposed else k_major,
-        )
+        # dQ: (64 rows, columns), over the keys of the block.
+        columns = cfg.dq_part_shape(self.head_dim)[1]
+        mma_dq = tiled_mma(self.dtype, columns, mn_major, smem_source, k_major)
         wg_dq = mma_dq.get_slice(0)
-        sKt = transposed(sK)[None, None, 0]
-        if const_expr(is_transposed):
-            sKt_part = cute.local_tile(sKt, (rows, cfg.tile_n), (slab, 0))
-            tQrA = mma_dq.make_fragment_A(wg_dq.partition_A(sKt_part))
-            tQrB = mma_dq.make_fragment_B(wg_dq.partition_B(sdS))
-        else:
-            row_part = slab if const_expr(cfg.dq_split == "rows") else 0
-            column_part = slab if const_expr(cfg.dq_split == "columns") else 0
-            sdS_part = cute.local_tile(sdS, (rows, cfg.tile_n), (row_part, 0, None))
-            sKt_part = cute.local_tile(sKt, (columns, cfg.tile_n), (column_part, 0))
-            tQrA = mma_dq.make_fragment_A(wg_dq.partition_A(sdS_part))
-            tQrB = mma_dq.make_fragment_B(wg_dq.partition_B(sKt_part))
+        column_part = slab if const_expr(cfg.dq_split == "columns") else 0
+        sKt_part = cute.local_tile(
+            transposed(sK)[None, None, 0], (columns, cfg.tile_n), (column_part, 0)
+        )
+        tQrA = mma_dq.make_fragment_A(wg_dq.partition_A(sdS))
+        tQrB = mma_dq.make_fragment_B(wg_dq.partition_B(sKt_part))
 
         acc_S = cute.make_rmem_tensor(mma_s.partition_shape_C((64, cfg.tile_m)), Float32)
         acc_P = cute.make_rmem_tensor(mma_s.partition_shape_C((64, cfg.tile_m)), Float32)
@@ -861,12 +848,7 @@ class BackwardSm90:
             warpgroup.wait_group(0)
         else:
             acc_dQ = cute.make_rmem_tensor(c.mma_dq.partition_shape_C(shape), Float32)
-            a, b = c.tQrA, c.tQrB
-            if cfg.dq_split == "transposed":
-                b = b[None, None, None, ds_stage]
-            else:
-                a = a[None, None, None, ds_stage]
-            gemm(c.mma_dq, acc_dQ, a, b, False)
+            gemm(c.mma_dq, acc_dQ, c.tQrA[None, None, None, ds_stage], c.tQrB, False)
             warpgroup.wait_group(1)
         pipeline_do.release(do_stage, warps)
         gemm(c.mma_dk, c.acc_dK, as_operand_a(rdS), c.tKrQ[None, None, None, q_stage], True)

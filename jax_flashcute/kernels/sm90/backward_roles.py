@@ -109,7 +109,7 @@ class RoleConsumers:
                         if const_expr(stretch != 1):
                             mask_tile(m)
                         self.kernel.probabilities(scores, tLSE, q_stage)
-                        pipeline_q.release(q_stage, self.kernel.consumer_warps)
+                        pipeline_q.release(q_stage, self.kernel.consumer_warps, lanes_read=True)
                         rP = cute.make_rmem_tensor(acc_S.layout, self.kernel.dtype)
                         convert_pairs(acc_S, rP)
                         cute.autovec_copy(flat, tP)
@@ -169,7 +169,7 @@ class RoleConsumers:
                 cute.arch.barrier(barrier_id=P_BARRIER, number_of_threads=256)
                 warpgroup.wait_group(0)
                 self.score_gradients(acc_P, sP[None, thread, None], tdPsum, do_stage)
-                pipeline_do.release(do_stage, self.kernel.consumer_warps)
+                pipeline_do.release(do_stage, self.kernel.consumer_warps, lanes_read=True)
                 do_stage, do_phase = pipeline_do.advance(do_stage, do_phase)
                 rdS = cute.make_rmem_tensor(acc_P.layout, self.kernel.dtype)
                 convert_pairs(acc_P, rdS)
