@@ -189,8 +189,8 @@ def paged_attention(
 
     Token s of sequence b is slot ``s % page_size`` of page ``page_table[b, s // page_size]``.
     Pages may repeat and be shared.  Unused slots and pages may hold anything, and entries of the
-    table beyond the length are never used.  On the XLA path, pages are gathered a block at a time;
-    no kernel serves paged calls yet.  It has no derivatives, but for ``"reference"``.
+    table beyond the length are never used.  The Hopper kernel reads pages where they lie; on the
+    XLA path they are gathered a block at a time.  It has no derivatives, but for ``"reference"``.
 
     Args:
       query: (B, T, N, H): the last tokens of each sequence, as far as ``q_offset`` is left out.
@@ -210,7 +210,8 @@ def paged_attention(
         for concrete arrays, through ``jax.experimental.checkify`` for traced ones.  Otherwise such
         a page reads as zeros and the length is clipped.
       return_residual: also return the LSE.
-      implementation: ``"xla"``, ``"reference"``, ``"cute"`` (refused so far) or None.
+      implementation: ``"cute"`` (Hopper, pages of at least 8 tokens), ``"xla"``, ``"reference"`` or
+        None, as for ``flash_attention``.
 
     Returns:
       out (B, T, N, Hv) in the query's dtype; with ``return_residual``, ``(out, lse)`` with lse

@@ -87,7 +87,7 @@ def _backward_lowering(ctx: mlir.LoweringRuleContext, *args, spec: AttentionSpec
 
 def _others(key: KernelKey, operands: Operands) -> list[jax.Array]:
     """The arrays besides query, key and value, in the order in which kernels take them."""
-    given = (getattr(operands, name) for name in OPTIONAL_OPERANDS)
+    given = (getattr(operands, name) for name in (*OPTIONAL_OPERANDS, "page_table"))
     elements = [] if key.elements is None else element_operands(key.elements, operands)
     return [*(x for x in given if x is not None), *elements]
 

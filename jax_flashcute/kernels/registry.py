@@ -52,8 +52,11 @@ SERVED_OPERANDS = frozenset(
     (
         *("query", "key", "value", "q_offset", "query_seq_lengths", "key_value_seq_lengths"),
         *("bias", "mask", "sinks", "batch_index", "mask_mod_arrays", "score_mod_arrays"),
+        "page_table",
     )
 )
+SMALLEST_PAGE = 8
+"""Keys of the smallest page: fewer rows are too little for a copy of their own."""
 OPTIONAL_OPERANDS = ("q_offset", "query_seq_lengths", "key_value_seq_lengths")
 """Lengths and offsets, which may be absent, in the order in which kernels take them."""
 
@@ -83,6 +86,7 @@ class KernelKey:
       num_sms: multiprocessors that persistent blocks are spread over; 0 where it does not matter.
       split_kv: a row's keys are divided among blocks; Hopper's forward only.
       elements: what is done to single scores; None where nothing.
+      page_size: keys of a page, where keys and values are paged; Hopper's forward only.
     """
 
     kernel: str
@@ -99,6 +103,7 @@ class KernelKey:
     num_sms: int
     split_kv: bool = False
     elements: ElementFunctions | None = None
+    page_size: int | None = None
 
 
 def interval_of(spec: AttentionSpec) -> Interval:
@@ -160,11 +165,15 @@ def reasons_against(
     reasons += reasons_against_elements(by_element(spec), operands)
     if arch in BLACKWELL:
         functions = element_functions(by_element(spec), operands)
-        reasons += [f"no Blackwell kernel takes {name} yet" for name in names_of(functions)]
+        names = [*names_of(functions), *(["page_table"] if is_paged(operands) else [])]
+        reasons += [f"no Blackwell kernel takes {name} yet" for name in names]
     if not (math.isfinite(spec.scale) and spec.scale >= 0):
         reasons.append(f"scale must be finite and not negative, got {spec.scale}")
-    if any(dim == 0 for array in _main(operands) for dim in array.shape):
+    arrays = [*_main(operands), *([operands.page_table] if is_paged(operands) else [])]
+    if any(dim == 0 for array in arrays for dim in array.shape):
         reasons.append("an operand is empty")
+    if is_paged(operands):
+        reasons += _reasons_against_pages(operands, direction)
     if direction == "bwd" and not reasons:
         dims = operands.query.shape[-1], operands.value.shape[-1]
         config = backward_config(*dims, spec.deterministic)
@@ -182,6 +191,21 @@ def _no_kernel_for(arch: str, direction: Direction) -> str:
     if arch.startswith("sm_12"):
         reason += ", which is a Blackwell without the tcgen05 instructions and the tensor memory"
     return reason
+
+
+def is_paged(operands: Operands) -> bool:
+    return operands.page_table is not None
+
+
+def _reasons_against_pages(operands: Operands, direction: Direction) -> list[str]:
+    if direction == "bwd":
+        return ["no kernel computes gradients of keys and values in pages"]
+    page_size = operands.key.shape[1]
+    if not isinstance(page_size, int):
+        return [f"page_size must be a number, got the symbol {page_size}"]
+    if page_size < SMALLEST_PAGE:
+        return [f"no kernel takes pages of fewer than {SMALLEST_PAGE} keys yet, got {page_size}"]
+    return []
 
 
 def _main(operands: Operands) -> tuple[Shaped, Shaped, Shaped]:
@@ -227,6 +251,7 @@ def kernel_key(
         num_sms=num_sms,
         split_kv=split_kv,
         elements=functions,
+        page_size=key.shape[1] if is_paged(operands) else None,
     )
 
 
@@ -236,7 +261,7 @@ def num_splits(interval: Interval, operands: Operands, num_sms: int) -> int:
     1 where the queries fill more than one row of tiles, or a dimension is known at run time only.
     """
     query, key, value = _main(operands)
-    sizes = (*query.shape[:3], *key.shape[1:3])
+    sizes = (*query.shape[:3], operands.kv_length, key.shape[2])
     if not all(isinstance(size, int) for size in sizes):
         return 1
     B, T, N, S, K = sizes
@@ -306,7 +331,8 @@ def _forward_arrays(key: KernelKey):
             (cutlass.Float32, (1, 1, 1, 1, key.head_dim_v)),
             (cutlass.Float32, (1, 1, 1, 1)),
         ]
-    return [qk, qk, v, *_optional_arrays(key), *_element_arrays(key), v, lse, counter, *partials]
+    inputs = [qk, qk, v, *_optional_arrays(key), *_table_arrays(key), *_element_arrays(key)]
+    return [*inputs, v, lse, counter, *partials]
 
 
 def _backward_arrays(key: KernelKey):
@@ -324,6 +350,13 @@ def _optional_arrays(key: KernelKey):
     import cutlass
 
     return [(cutlass.Int32, (1,)) if n in key.optional else None for n in OPTIONAL_OPERANDS]
+
+
+def _table_arrays(key: KernelKey):
+    """The page table, where there is one."""
+    import cutlass
+
+    return [] if key.page_size is None else [(cutlass.Int32, (1, 1))]
 
 
 def _element_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
@@ -345,15 +378,21 @@ def _element_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
     return [(element_types[dtype], (1,) * rank) for dtype, rank in types]
 
 
-def _taking_elements(launcher: Callable[..., None], key: KernelKey, first: int):
-    """``launcher``, which takes the arrays of single scores last, with these from ``first`` on."""
-    count = len(_element_arrays(key))
-    if count == 0:
+def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
+    """``launcher``, which takes the page table and the arrays of single scores by name, with
+    these from ``first`` on."""
+    elements = first + len(_table_arrays(key))
+    end = elements + len(_element_arrays(key))
+    if end == first:
         return launcher
 
     def launch(stream, *arrays):
-        others = (*arrays[:first], *arrays[first + count :])
-        launcher(stream, *others, mElements=arrays[first : first + count])
+        named = {}
+        if elements > first:
+            named["mPageTable"] = arrays[first]
+        if end > elements:
+            named["mElements"] = arrays[elements:end]
+        launcher(stream, *arrays[:first], *arrays[end:], **named)
 
     return launch
 
@@ -364,7 +403,12 @@ def _forward_builder(key: KernelKey):
     from jax_flashcute.kernels.sm100.forward import ForwardSm100
 
     forward = {
-        "sm90_forward": partial(ForwardSm90, split_kv=key.split_kv, functions=key.elements),
+        "sm90_forward": partial(
+            ForwardSm90,
+            split_kv=key.split_kv,
+            functions=key.elements,
+            page_size=key.page_size,
+        ),
         "sm100_forward": ForwardSm100,
     }[key.kernel]
 
@@ -380,7 +424,7 @@ def _forward_builder(key: KernelKey):
             IntervalMask(key.interval),
             key.num_sms,
         )
-        return _taking_elements(launcher, key, 6)
+        return _taking_named(launcher, key, 6)
 
     return build
 
@@ -410,7 +454,7 @@ def _backward_builder(key: KernelKey):
             IntervalMask(key.interval),
             key.elements,
         )
-        return _taking_elements(launcher, key, 10)
+        return _taking_named(launcher, key, 10)
 
     return build
 

@@ -121,15 +121,35 @@ def test_what_does_not_fit_is_named() -> None:
         paged_attention(query, k_pages, v_pages, table[0], lengths)
     with pytest.raises(ValueError, match="v_pages must be"):
         paged_attention(query, k_pages, v_pages[:1], table, lengths)
-    with pytest.raises(NotImplementedError, match="page_table"):
-        paged_attention(query, k_pages, v_pages, table, lengths, implementation="cute")
     with pytest.raises(NotImplementedError, match="no derivatives"):
         jax.grad(lambda q: paged_attention(q, k_pages, v_pages, table, lengths).sum())(query)
 
 
-def test_no_kernel_is_taken_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAX_FLASHCUTE_ARCH", "sm_90a")
-    arrays, _ = make(8, (9, 30))
-    arrays = [jnp.asarray(x, jnp.bfloat16 if x.dtype == np.float32 else None) for x in arrays]
+def in_bfloat16(page_size: int) -> list[jax.Array]:
+    arrays, _ = make(page_size, (9, 30))
+    return [jnp.asarray(x, jnp.bfloat16 if x.dtype == np.float32 else None) for x in arrays]
+
+
+@pytest.mark.parametrize(
+    ("arch", "page_size", "reason"),
+    [
+        ("sm_90a", 4, "no kernel takes pages of fewer than 8 keys yet, got 4"),
+        ("sm_100a", 8, "no Blackwell kernel takes page_table yet"),
+    ],
+)
+def test_what_no_kernel_serves(
+    monkeypatch: pytest.MonkeyPatch, arch: str, page_size: int, reason: str
+) -> None:
+    monkeypatch.setenv("JAX_FLASHCUTE_ARCH", arch)
+    arrays = in_bfloat16(page_size)
+    with pytest.raises(NotImplementedError, match=reason):
+        paged_attention(*arrays, implementation="cute")
     program = jax.jit(paged_attention).trace(*arrays).lower(lowering_platforms=("cuda",))
     assert "CuteDSL" not in program.as_text()
+
+
+def test_a_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_FLASHCUTE_ARCH", "sm_90a")
+    # Another page size than above: what is traced is kept.
+    traced = jax.jit(paged_attention).trace(*in_bfloat16(16))
+    assert "CuteDSL" in traced.lower(lowering_platforms=("cuda",)).as_text()

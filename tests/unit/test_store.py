@@ -297,6 +297,7 @@ CHANGES = {
     "config": replace(KEY.config, tile_n=112),
     "num_sms": 114,
     "elements": ElementFunctions(soft_cap=30.0),
+    "page_size": 16,
 }
 
 

@@ -11,6 +11,9 @@ Inside a warpgroup the product S = Q K^T of the next key tile is issued before O
 one, so softmax runs beside a product; between warpgroups named barriers make them take turns in
 issuing products, so one's softmax runs beside the other's products.
 
+Keys and values may lie in pages (common/paging.py): a tile is then several copies, of the part of
+each page that it holds.
+
 With ``split_kv``, for queries that fill one row of tiles, a tile is also one of several parts of
 its keys (common/splits.py).  Parts of one row go to scratch in float32 and a second kernel adds
 them up (extra/combine.py); where a row has one part alone, the output is written at once.
@@ -38,6 +41,7 @@ from cutlass.memory import SmemAllocator
 from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import IntervalMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
+from jax_flashcute.kernels.common.paging import PagedTiles
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
@@ -92,9 +96,11 @@ class ForwardSm90:
         num_sms: int,
         split_kv: bool = False,
         functions: ElementFunctions | None = None,
+        page_size: int | None = None,
     ):
         """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most;
-        ``split_kv``: tiles are parts of a row's keys, and queries fill one row of tiles."""
+        ``split_kv``: tiles are parts of a row's keys, and queries fill one row of tiles;
+        ``page_size``: of keys and values in pages, with a page table and lengths of keys."""
         self.config = config
         self.dtype = dtype
         self.head_dim = head_dim
@@ -107,6 +113,7 @@ class ForwardSm90:
         self.split_kv = split_kv
         self.work_fields = WORK_FIELDS + (2 if split_kv else 0)
         self.functions = functions
+        self.paging = None if page_size is None else PagedTiles(page_size, config.tile_n)
         self.smem_h = round_up(head_dim, 16)
         self.smem_hv = round_up(head_dim_v, 16)
         self.slab_tokens = 64 // self.heads_packed
@@ -122,8 +129,8 @@ class ForwardSm90:
         self,
         stream: cuda.CUstream,
         mQ: cute.Tensor,  # (B, T, N, H)
-        mK: cute.Tensor,  # (B, S, K, H)
-        mV: cute.Tensor,  # (B, S, K, Hv)
+        mK: cute.Tensor,  # (B, S, K, H), or (num_pages, page_size, K, H)
+        mV: cute.Tensor,  # (B, S, K, Hv), or (num_pages, page_size, K, Hv)
         mQOffset: cute.Tensor | None,  # (B,) int32
         mQLengths: cute.Tensor | None,  # (B,) int32
         mKVLengths: cute.Tensor | None,  # (B,) int32
@@ -133,14 +140,16 @@ class ForwardSm90:
         mOPartial: cute.Tensor | None = None,  # (splits, B, T, N, Hv) float32, scratch
         mLSEPartial: cute.Tensor | None = None,  # (splits, B, T, N) float32, scratch
         mElements: tuple = (),  # arrays of ``functions``
+        mPageTable: cute.Tensor | None = None,  # (B, max_pages) int32
     ):
-        cfg = self.config
         batch, q_length, kv_length, kv_heads = (
             mQ.shape[0],
             mQ.shape[1],
             mK.shape[1],
             mK.shape[2],
         )
+        if const_expr(self.paging is not None):
+            kv_length = mPageTable.shape[1] * self.paging.page_size
         q_tensor = by_head(mQ, self.head_dim, self.heads_packed)
         k_tensor = by_head(mK, self.head_dim, 1)
         v_tensor = by_head(mV, self.head_dim_v, 1)
@@ -152,18 +161,12 @@ class ForwardSm90:
             slab_tma_layout(self.dtype, 64, self.smem_h, self.heads_packed, self.slab_tokens),
             q_box,
         )
-        k_layout = smem_layout(self.dtype, cfg.tile_n, self.smem_h, cfg.kv_stages)
-        v_layout = smem_layout(self.dtype, cfg.tile_n, self.smem_hv, cfg.kv_stages)
-        k_tensor, v_tensor = (
-            k_tensor[0, None, None, None, None],
-            v_tensor[0, None, None, None, None],
-        )
-        tma_k = cpasync.make_tiled_tma_atom(
-            load, k_tensor, cute.select(k_layout, mode=[0, 1]), (cfg.tile_n, self.smem_h)
-        )
-        tma_v = cpasync.make_tiled_tma_atom(
-            load, v_tensor, cute.select(v_layout, mode=[0, 1]), (cfg.tile_n, self.smem_hv)
-        )
+        if const_expr(self.paging is not None):
+            tma_k = self.paging.tma_atom(self.dtype, k_tensor, self.smem_h)
+            tma_v = self.paging.tma_atom(self.dtype, v_tensor, self.smem_hv)
+        else:
+            tma_k = self.tile_atom(k_tensor, self.smem_h)
+            tma_v = self.tile_atom(v_tensor, self.smem_hv)
 
         m_blocks = cute.ceil_div(q_length, self.tile_tokens)
         kv_bytes_per_key = (self.head_dim + self.head_dim_v) * 2
@@ -190,6 +193,7 @@ class ForwardSm90:
             mOPartial,
             mLSEPartial,
             mElements,
+            mPageTable,
             m_blocks,
             section,
             q_length,
@@ -208,6 +212,16 @@ class ForwardSm90:
                 stream, (mQOffset, mQLengths, mKVLengths), kv_length, mOPartial, mLSEPartial, mO,
                 mLSE,
             )  # fmt: skip
+
+    def tile_atom(self, tensor: cute.Tensor, width: int):
+        """The copy of a tile of keys from ``by_head``'s view of an array, and what it reads."""
+        layout = smem_layout(self.dtype, self.config.tile_n, width)
+        return cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileG2SOp(),
+            tensor[0, None, None, None, None],
+            layout,
+            (self.config.tile_n, width),
+        )
 
     def shared_storage(self):
         cfg = self.config
@@ -250,6 +264,7 @@ class ForwardSm90:
         mOPartial: cute.Tensor | None,
         mLSEPartial: cute.Tensor | None,
         mElements: tuple,
+        mPageTable: cute.Tensor | None,
         m_blocks: Int32,
         section: Int32,
         q_length: Int32,
@@ -324,6 +339,7 @@ class ForwardSm90:
                     storage.tail_barrier.data_ptr(),
                     work,
                     mCounter,
+                    mPageTable,
                     order,
                     lengths,
                     mKVLengths is not None,
@@ -374,6 +390,7 @@ class ForwardSm90:
         tail_barrier,
         work: cute.Tensor,
         mCounter: cute.Tensor,
+        mPageTable: cute.Tensor | None,
         order: cutlass.Constexpr,
         lengths: cutlass.Constexpr,
         has_kv_lengths: cutlass.Constexpr[bool],
@@ -382,8 +399,7 @@ class ForwardSm90:
         cfg = self.config
         pipeline_q, pipeline_k, pipeline_v, pipeline_tile = pipelines
         tma_q, gQ, sQ = q_copy
-        tma_k, gK, sK = k_copy
-        tma_v, gV, sV = v_copy
+        sV = v_copy[2]
         q_box = (self.heads_packed, self.slab_tokens, self.smem_h)
         # (heads, tokens, columns, slab): the slabs as TMA writes them.
         slab = slab_tma_layout(self.dtype, 64, self.smem_h, self.heads_packed, self.slab_tokens)
@@ -423,26 +439,17 @@ class ForwardSm90:
             gQ_tile = cute.local_tile(
                 gQ[None, None, None, head, batch], q_box, (0, None, 0)
             )  # (heads, tokens, columns, slabs)
-            gK_tile = cute.local_tile(
-                gK[None, None, kv_head, batch], (cfg.tile_n, self.smem_h), (None, 0)
-            )
-            gV_tile = cute.local_tile(
-                gV[None, None, kv_head, batch], (cfg.tile_n, self.smem_hv), (None, 0)
-            )
             tQsQ, tQgQ = tma_partition(tma_q, sQ_tma, gQ_tile)
-            tKsK, tKgK = tma_partition(tma_k, sK, gK_tile)
-            tVsV, tVgV = tma_partition(tma_v, sV, gV_tile)
+            locate = partial(self.locate_tile, mPageTable, batch, keys)
+            load_k = self.tile_loader(k_copy, self.smem_h, kv_head, batch)
+            load_v = self.tile_loader(v_copy, self.smem_hv, kv_head, batch)
             # The consumers take K of tile n - 1 before V of tile n: load in that order, and the
             # first K before Q, whose place is given back late.
             if n_min < n_max:
+                place = locate(n_max - 1)
                 pipeline_k.acquire(k_stage, k_phase)
                 pipeline_k.expect(k_stage)
-                cute.copy(
-                    tma_k,
-                    tKgK[None, n_max - 1],
-                    tKsK[None, k_stage],
-                    tma_bar_ptr=pipeline_k.full + k_stage,
-                )
+                load_k(n_max - 1, place, k_stage, pipeline_k.full + k_stage)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
             pipeline_q.acquire(Int32(0), q_phase)
             pipeline_q.expect(Int32(0))
@@ -457,17 +464,14 @@ class ForwardSm90:
             for i in cutlass.range(n_max - n_min, unroll=1):
                 n = n_max - 1 - i
                 if n > n_min:
+                    place = locate(n - 1)
                     pipeline_k.acquire(k_stage, k_phase)
                     pipeline_k.expect(k_stage)
-                    cute.copy(
-                        tma_k,
-                        tKgK[None, n - 1],
-                        tKsK[None, k_stage],
-                        tma_bar_ptr=pipeline_k.full + k_stage,
-                    )
+                    load_k(n - 1, place, k_stage, pipeline_k.full + k_stage)
                     k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 else:
                     tile = self.draw_tile(mCounter)
+                place = locate(n)
                 pipeline_v.acquire(v_stage, v_phase)
                 is_tail = Boolean(False)
                 if const_expr(has_kv_lengths):
@@ -476,7 +480,7 @@ class ForwardSm90:
                     # What lies beyond the length may be NaN, and 0 * NaN is NaN: clear it.
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive_and_expect_tx(tail_barrier, pipeline_v.tx_bytes)
-                    cute.copy(tma_v, tVgV[None, n], tVsV[None, v_stage], tma_bar_ptr=tail_barrier)
+                    load_v(n, place, v_stage, tail_barrier)
                     cute.arch.mbarrier_wait(tail_barrier, tail_phase)
                     clear_rows(sV, self.smem_hv, v_stage, keys - n * cfg.tile_n)
                     cute.arch.fence_view_async_shared()
@@ -485,12 +489,7 @@ class ForwardSm90:
                     tail_phase ^= 1
                 else:
                     pipeline_v.expect(v_stage)
-                    cute.copy(
-                        tma_v,
-                        tVgV[None, n],
-                        tVsV[None, v_stage],
-                        tma_bar_ptr=pipeline_v.full + v_stage,
-                    )
+                    load_v(n, place, v_stage, pipeline_v.full + v_stage)
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
 
             if n_min >= n_max:
@@ -500,6 +499,29 @@ class ForwardSm90:
         pipeline_tile.acquire(t_stage, t_phase)
         self.write_work(work[None, t_stage], (Int32(-1),) * self.work_fields)
         pipeline_tile.commit(t_stage)
+
+    def locate_tile(self, mPageTable, batch: Int32, keys: Int32, n: Int32) -> Int32:
+        """What ``tile_loader``'s function needs to know of key tile n.
+
+        It comes from memory: to be asked for before the wait for an empty stage.
+        """
+        return Int32(0) if self.paging is None else self.paging.pages(mPageTable, batch, keys, n)
+
+    def tile_loader(self, copy: tuple, width: int, kv_head: Int32, batch: Int32):
+        """A function (n, place, stage, barrier) that starts the copies of key tile n."""
+        atom, gX, sX = copy
+        if self.paging is not None:
+            target, source = self.paging.partition(copy, width, self.config.kv_stages, kv_head)
+            return partial(self.paging.copy, atom, source, target)
+        tiles = cute.local_tile(
+            gX[None, None, kv_head, batch], (self.config.tile_n, width), (None, 0)
+        )
+        target, source = tma_partition(atom, sX, tiles)
+
+        def load(n: Int32, place: Int32, stage: Int32, barrier) -> None:
+            cute.copy(atom, source[None, n], target[None, stage], tma_bar_ptr=barrier)
+
+        return load
 
     @cute.jit
     def draw_tile(self, mCounter: cute.Tensor) -> Int32:
