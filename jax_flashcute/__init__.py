@@ -9,12 +9,16 @@ from jax_flashcute.api import (
     paged_attention,
 )
 from jax_flashcute.block_mask import BlockMask, make_block_mask
+from jax_flashcute.paged import OutOfPagesError, PageAllocator, PagedKVCache
 from jax_flashcute.spec import AttentionSpec
 
 __all__ = [
     "AttentionSpec",
     "BlockMask",
     "Explanation",
+    "OutOfPagesError",
+    "PageAllocator",
+    "PagedKVCache",
     "dot_product_attention",
     "explain",
     "flash_attention",

@@ -18,6 +18,7 @@ from jax_flashcute import analysis, autodiff, dispatch, masks
 from jax_flashcute.block_mask import BlockMask
 from jax_flashcute.dispatch import IMPLEMENTATIONS, Implementation
 from jax_flashcute.kernels import registry
+from jax_flashcute.paged import check_page_size
 from jax_flashcute.segments import Segments, ids_of_boundaries, make_segments
 from jax_flashcute.spec import AttentionSpec, Operands
 
@@ -276,9 +277,7 @@ def _check_pages(query, k_pages, v_pages, page_table) -> None:
                 f"{name} must be (num_pages, page_size, heads, head_dim), alike for keys and "
                 f"values; got shape {pages.shape}"
             )
-    page_size = k_pages.shape[1]
-    if page_size not in [2**i for i in range(10)]:
-        raise ValueError(f"page_size must be a power of two from 1 to 512; got {page_size}")
+    check_page_size(k_pages.shape[1])
     if page_table.ndim != 2 or page_table.shape[0] != query.shape[0]:
         raise ValueError(
             f"page_table must be (batch={query.shape[0]}, max_pages); got shape {page_table.shape}"
