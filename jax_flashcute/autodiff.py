@@ -46,7 +46,7 @@ def attention(spec: AttentionSpec, operands: Operands, implementation: Implement
     """
     if implementation == "reference":
         return _named(dispatch.dense(spec, operands))
-    operands = jax.tree.map(_reverse_mode_only, _equally_varying(operands))
+    operands = jax.tree.map(reverse_mode_only, equally_varying(operands))
     return _attention(spec, implementation, operands)
 
 
@@ -75,8 +75,8 @@ def _attention_bwd(spec: AttentionSpec, implementation: Implementation, saved, c
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _equally_varying(operands: Operands) -> Operands:
-    """Operands that all vary over the same mesh axes, inside a ``shard_map`` that checks it.
+def equally_varying[Tree](operands: Tree) -> Tree:
+    """Arrays that all vary over the same mesh axes, inside a ``shard_map`` that checks it.
 
     A gradient varies wherever any operand does, and must have its operand's type.  The cast of an
     operand that is replicated over some axis is, in reverse, the sum of its gradient over it.
@@ -139,11 +139,11 @@ def _underivable(function, reason: str = _NO_SECOND_ORDER):
 
 
 @jax.custom_jvp
-def _reverse_mode_only(x: jax.Array) -> jax.Array:
+def reverse_mode_only(x: jax.Array) -> jax.Array:
     return x
 
 
-@_reverse_mode_only.defjvp
+@reverse_mode_only.defjvp
 def _(primals, tangents):
     (x,), (tangent,) = primals, tangents
     if tangent.dtype == jax.dtypes.float0:
@@ -155,7 +155,7 @@ def _refuse_forward_mode(*_, **__):
     raise NotImplementedError(_NO_FORWARD_MODE)
 
 
-_reverse_mode_tangent_p = Primitive("flash_attention_reverse_mode_only")
+_reverse_mode_tangent_p = Primitive("flash_attentionreverse_mode_only")
 _reverse_mode_tangent_p.def_impl(_refuse_forward_mode)
 _reverse_mode_tangent_p.def_abstract_eval(lambda aval: aval)
 ad.deflinear2(_reverse_mode_tangent_p, lambda cotangent, _: [cotangent])

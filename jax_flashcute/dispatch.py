@@ -78,7 +78,7 @@ def served_by(
 @functools.partial(jax.jit, static_argnames=("spec", "served_by"))
 def forward(spec: AttentionSpec, served_by: ServedBy, operands: Operands) -> Residuals:
     """The forward pass by what ``served_by`` gave for it."""
-    return _choose(
+    return choose(
         served_by,
         functools.partial(_kernel_forward, spec),
         functools.partial(xla.forward, spec),
@@ -96,7 +96,7 @@ def backward(
     dlse: jax.Array,
 ) -> Operands:
     """The backward pass, likewise; the residuals may come from any implementation."""
-    return _choose(
+    return choose(
         served_by,
         functools.partial(_kernel_backward, spec),
         functools.partial(xla.backward, spec),
@@ -107,7 +107,8 @@ def backward(
     )
 
 
-def _choose(served_by: ServedBy, kernel, blockwise, *arguments):
+def choose(served_by: ServedBy, kernel, blockwise, *arguments):
+    """Calls what ``served_by`` names: the kernel, the XLA path, or what the platform has."""
     match served_by:
         case "cute":
             return kernel(*arguments)

@@ -1,11 +1,13 @@
 """From a call to the kernel that serves it: the target architecture and the compile key."""
 
+import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 
-from jax_flashcute.kernels import registry
+from jax_flashcute.kernels import nsa, registry
 from jax_flashcute.spec import AttentionSpec, Operands
 
 ARCH_VARIABLE = "JAX_FLASHCUTE_ARCH"
@@ -54,14 +56,32 @@ def make_plan(
       NotImplementedError: no kernel serves the call, with every reason; or there is neither a
         CUDA device nor a named architecture to compile for.
     """
+    known = _target_or_refuse(registry.ARCHITECTURES[direction])
+    reasons = registry.reasons_against(spec, operands, direction, known.arch)
+    if reasons:
+        raise NotImplementedError("no kernel serves this call:\n  - " + "\n  - ".join(reasons))
+    return registry.kernel_key(spec, operands, direction, known.arch, known.num_sms)
+
+
+def make_nsa_plan(key: nsa.NSAKernelKey) -> nsa.NSAKernelKey:
+    """The compile key with the architecture that a program is lowered for.
+
+    Raises:
+      NotImplementedError: no such kernel exists for it; or as for ``make_plan``.
+    """
+    arch = _target_or_refuse(nsa.ARCHITECTURES).arch
+    reasons = nsa.reasons_against((), (), arch)
+    if reasons:
+        raise NotImplementedError(f"no kernel {key.kernel}: {reasons[0]}")
+    return dataclasses.replace(key, arch=arch)
+
+
+def _target_or_refuse(architectures: Sequence[str]) -> Target:
     known = target()
     if known is None:
         raise NotImplementedError(
             "lowering for CUDA on a machine without a CUDA device: set "
             f"{ARCH_VARIABLE} to the architecture to compile for, one of "
-            f"{', '.join(registry.ARCHITECTURES[direction])}"
+            f"{', '.join(architectures)}"
         )
-    reasons = registry.reasons_against(spec, operands, direction, known.arch)
-    if reasons:
-        raise NotImplementedError("no kernel serves this call:\n  - " + "\n  - ".join(reasons))
-    return registry.kernel_key(spec, operands, direction, known.arch, known.num_sms)
+    return known

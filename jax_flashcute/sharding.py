@@ -128,7 +128,7 @@ class _Pass:
 
 
 def _bind(direction: Direction, spec: AttentionSpec, implementation: Implementation, *arguments):
-    left_to_xla = _axes_left_to_xla()
+    left_to_xla = axes_left_to_xla()
     if left_to_xla and implementation == "cute":
         raise NotImplementedError(
             'implementation="cute" inside a shard_map over some axes of a mesh: the axes '
@@ -140,12 +140,12 @@ def _bind(direction: Direction, spec: AttentionSpec, implementation: Implementat
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
     # The program knows nothing of the mesh around it, nor of types that vary over it.
     function = one if left_to_xla else _partitioned(one, shapes)
-    program, results = _without_mesh(jax.make_jaxpr(function, return_shape=True))(*shapes)
+    program, results = without_mesh(jax.make_jaxpr(function, return_shape=True))(*shapes)
     flat = _attention_p.bind(*leaves, one=one, program=program)
     return jax.tree.structure(results).unflatten(flat)
 
 
-def _axes_left_to_xla() -> Axes:
+def axes_left_to_xla() -> Axes:
     """The axes of a mesh over which a ``shard_map`` does not map, inside of one."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.manual_axes:
@@ -153,7 +153,7 @@ def _axes_left_to_xla() -> Axes:
     return tuple(a for a in mesh.axis_names if a not in mesh.manual_axes and mesh.shape[a] > 1)
 
 
-def _without_mesh(function):
+def without_mesh(function):
     """``function``, traced as if no mesh were around: a device's part of a program has none."""
 
     @functools.wraps(function)
@@ -333,7 +333,7 @@ def _sharding_rule(one: _Pass, shapes, mesh, argument_types, result_types):
     return rule, ({"k": K, "g": N // K} if tied else {})
 
 
-@_without_mesh
+@without_mesh
 def _on_device(one: _Pass, sharding: _Sharding, shapes, *leaves: jax.Array):
     """The pass on one device's part of the arguments, with sums over the devices where due."""
     operands, *rest = one.tree.unflatten(leaves)

@@ -5,7 +5,7 @@ CUDA and not when it is traced.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,13 @@ from jax_flashcute import plan
 from jax_flashcute.ffi import store
 from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
 from jax_flashcute.kernels.elements import element_operands
-from jax_flashcute.kernels.registry import OPTIONAL_OPERANDS, KernelKey, scratch_shapes
+from jax_flashcute.kernels.nsa import NSAKernelKey
+from jax_flashcute.kernels.registry import (
+    OPTIONAL_OPERANDS,
+    AnyKey,
+    KernelKey,
+    scratch_shapes,
+)
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 
 EXPORT_CHECKS = (jax.export.DisabledSafetyCheck.custom_call(CALL_TARGET),)
@@ -50,6 +56,19 @@ def backward(
     )
 
 
+def nsa_kernel(
+    key: NSAKernelKey, shapes: Sequence[tuple[tuple, str]], *arrays: jax.Array
+) -> list[jax.Array]:
+    """A kernel of native sparse attention, on arrays in its order; lowers for CUDA only.
+
+    Args:
+      key: the kernel, without an architecture.
+      shapes: shape and dtype name of each result.
+      arrays: its inputs.
+    """
+    return _nsa_p.bind(*arrays, key=key, shapes=tuple(shapes))
+
+
 def _forward_abstract(*avals, spec: AttentionSpec, tree):
     operands = jax.tree.unflatten(tree, avals)
     query, value = operands.query, operands.value
@@ -61,6 +80,14 @@ def _forward_abstract(*avals, spec: AttentionSpec, tree):
 def _backward_abstract(*avals, spec: AttentionSpec, tree):
     operands = jax.tree.unflatten(tree, avals)[0]
     return [x.update(weak_type=False) for x in (operands.query, operands.key, operands.value)]
+
+
+def _nsa_abstract(*avals, key: NSAKernelKey, shapes):
+    del key
+    return [
+        avals[0].update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False)
+        for shape, dtype in shapes
+    ]
 
 
 def _forward_lowering(ctx: mlir.LoweringRuleContext, *args, spec: AttentionSpec, tree):
@@ -85,6 +112,11 @@ def _backward_lowering(ctx: mlir.LoweringRuleContext, *args, spec: AttentionSpec
     return _kernel_lowering(ctx, args, tree, inputs, key, operands)
 
 
+def _nsa_lowering(ctx: mlir.LoweringRuleContext, *args, key: NSAKernelKey, shapes):
+    del shapes
+    return _call(ctx, args, plan.make_nsa_plan(key), lambda *arrays: arrays, [])
+
+
 def _others(key: KernelKey, operands: Operands) -> list[jax.Array]:
     """The arrays besides query, key and value, in the order in which kernels take them."""
     given = (getattr(operands, name) for name in (*OPTIONAL_OPERANDS, "page_table"))
@@ -94,28 +126,37 @@ def _others(key: KernelKey, operands: Operands) -> list[jax.Array]:
 
 def _kernel_lowering(ctx, args, tree, inputs: Callable, key: KernelKey, operands: Operands):
     """Lowers to one call of the plan's object; ``inputs`` orders the tree as the kernel does."""
-    kernel = store.get(key)
-    register_call_target()
-    outputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ctx.avals_out]
     scratch = [
         jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
         for shape, dtype in scratch_shapes(key, operands)
     ]
+    return _call(ctx, args, key, lambda *leaves: inputs(jax.tree.unflatten(tree, leaves)), scratch)
+
+
+def _call(ctx, args, key: AnyKey, inputs: Callable, scratch: list):
+    kernel = store.get(key)
+    register_call_target()
+    outputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ctx.avals_out]
 
     def call(*leaves):
         results = jax.ffi.ffi_call(CALL_TARGET, outputs + scratch)(
-            *inputs(jax.tree.unflatten(tree, leaves)), module=kernel.object, key=kernel.digest
+            *inputs(*leaves), module=kernel.object, key=kernel.digest
         )
         return results[: len(outputs)]
 
     return mlir.lower_fun(call, multiple_results=True)(ctx, *args)
 
 
-def _primitive(name: str, abstract_eval: Callable, lowering: Callable) -> Primitive:
+def _primitive(
+    name: str,
+    abstract_eval: Callable,
+    lowering: Callable,
+    static: tuple[str, ...] = ("spec", "tree"),
+) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_abstract_eval(abstract_eval)
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("spec", "tree")))
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames=static))
 
     def for_cuda(ctx: mlir.LoweringRuleContext, *args, **params):
         # A program for several platforms lowers each branch for all of them.  XLA drops the one
@@ -134,3 +175,6 @@ def _primitive(name: str, abstract_eval: Callable, lowering: Callable) -> Primit
 
 _forward_p = _primitive("flash_attention_forward", _forward_abstract, _forward_lowering)
 _backward_p = _primitive("flash_attention_backward", _backward_abstract, _backward_lowering)
+_nsa_p = _primitive(
+    "native_sparse_attention_kernel", _nsa_abstract, _nsa_lowering, ("key", "shapes")
+)

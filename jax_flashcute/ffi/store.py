@@ -22,7 +22,7 @@ from pathlib import Path
 
 from jax_flashcute.ffi.compile import ArrayType, CompiledKernel, compile_kernel
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.registry import KernelKey
+from jax_flashcute.kernels.registry import AnyKey
 
 CACHE_VARIABLE = "JAX_FLASHCUTE_CACHE_DIR"
 """Environment variable that names the directory of the store."""
@@ -36,7 +36,7 @@ MAGIC = b"flashcute kernel 1\n"
 SUFFIX = ".kernel"
 PART_SUFFIX = ".part"
 
-_memory: dict[KernelKey, CompiledKernel] = {}
+_memory: dict[AnyKey, CompiledKernel] = {}
 _memory_lock = threading.Lock()
 _compiles = 0
 
@@ -85,12 +85,12 @@ def _version(distribution: str) -> str:
         return "absent"
 
 
-def entry_name(key: KernelKey) -> str:
+def entry_name(key: AnyKey) -> str:
     """The content address of a kernel, without suffix."""
     return hashlib.sha256(f"{key!r}\n{toolchain()}".encode()).hexdigest()
 
 
-def get(key: KernelKey) -> CompiledKernel:
+def get(key: AnyKey) -> CompiledKernel:
     """The kernel of a plan, from memory, from disk, or compiled and stored.
 
     Raises:
@@ -104,7 +104,7 @@ def get(key: KernelKey) -> CompiledKernel:
         return kernel
 
 
-def contains(key: KernelKey) -> bool:
+def contains(key: AnyKey) -> bool:
     """Whether a plan's kernel is in memory or on disk."""
     with _memory_lock:
         if key not in _memory:
@@ -115,7 +115,7 @@ def contains(key: KernelKey) -> bool:
         return True
 
 
-def reasons_against(key: KernelKey) -> list[str]:
+def reasons_against(key: AnyKey) -> list[str]:
     """Why a plan's kernel is not to be had: in ``aot`` mode, that it was not compiled before."""
     if compile_mode() != "aot" or contains(key):
         return []
@@ -128,7 +128,7 @@ def forget() -> None:
         _memory.clear()
 
 
-def _load_or_compile(key: KernelKey) -> CompiledKernel:
+def _load_or_compile(key: AnyKey) -> CompiledKernel:
     kernel = _read(key)
     if kernel is not None:
         return kernel
@@ -146,7 +146,7 @@ def _load_or_compile(key: KernelKey) -> CompiledKernel:
     return kernel
 
 
-def _compile(key: KernelKey) -> CompiledKernel:
+def _compile(key: AnyKey) -> CompiledKernel:
     global _compiles
     arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
     kernel = compile_kernel(registry.builder(key), arrays, key.arch)
@@ -154,11 +154,11 @@ def _compile(key: KernelKey) -> CompiledKernel:
     return kernel
 
 
-def _path(key: KernelKey) -> Path:
+def _path(key: AnyKey) -> Path:
     return directory() / (entry_name(key) + SUFFIX)
 
 
-def _read(key: KernelKey) -> CompiledKernel | None:
+def _read(key: AnyKey) -> CompiledKernel | None:
     path = _path(key)
     try:
         content = path.read_bytes()
@@ -174,7 +174,7 @@ def _read(key: KernelKey) -> CompiledKernel | None:
     return CompiledKernel(zlib.decompress(payload), key.arch)
 
 
-def _write(key: KernelKey, kernel: CompiledKernel) -> None:
+def _write(key: AnyKey, kernel: CompiledKernel) -> None:
     payload = zlib.compress(kernel.object)
     path = _path(key)
     temporary = None
@@ -194,7 +194,7 @@ def _write(key: KernelKey, kernel: CompiledKernel) -> None:
 
 
 @contextlib.contextmanager
-def _locked(key: KernelKey) -> Iterator[None]:
+def _locked(key: AnyKey) -> Iterator[None]:
     """Holds the entry's lock among processes, or none where the directory cannot be written."""
     with contextlib.ExitStack() as stack:
         try:

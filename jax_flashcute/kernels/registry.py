@@ -17,6 +17,7 @@ from jax_flashcute.analysis import (
     window,
     window_interval,
 )
+from jax_flashcute.kernels import nsa
 from jax_flashcute.kernels.config import (
     BwdConfig,
     FwdConfig,
@@ -104,6 +105,10 @@ class KernelKey:
     split_kv: bool = False
     elements: ElementFunctions | None = None
     page_size: int | None = None
+
+
+AnyKey = KernelKey | nsa.NSAKernelKey
+"""The key of any kernel."""
 
 
 def interval_of(spec: AttentionSpec) -> Interval:
@@ -289,12 +294,12 @@ def packing_pays(q_length: Any, group: int, config: FwdConfig | FwdConfigSm100) 
     return packed <= 0.9 * unpacked
 
 
-def arrays_of(key: KernelKey) -> Sequence[tuple[Any, tuple[int, ...]] | None]:
+def arrays_of(key: AnyKey) -> Sequence[tuple[Any, tuple[int, ...]] | None]:
     """Element type and divisibility of each array a kernel takes, None for an absent one."""
     return KERNELS[key.kernel].arrays(key)
 
 
-def builder(key: KernelKey) -> Callable[[], Callable[..., None]]:
+def builder(key: AnyKey) -> Callable[[], Callable[..., None]]:
     """What makes the launcher; to be called while tracing."""
     return KERNELS[key.kernel].builder(key)
 
@@ -308,9 +313,9 @@ def scratch_shapes(key: KernelKey, operands: Operands) -> list[tuple[tuple[int, 
 class Kernel:
     """How a kernel is built and called; each field is a function of its key."""
 
-    arrays: Callable[[KernelKey], Sequence[tuple[Any, tuple[int, ...]] | None]]
-    builder: Callable[[KernelKey], Callable[[], Callable[..., None]]]
-    scratch: Callable[[KernelKey, Operands], list[tuple[tuple[int, ...], str]]]
+    arrays: Callable[[Any], Sequence[tuple[Any, tuple[int, ...]] | None]]
+    builder: Callable[[Any], Callable[[], Callable[..., None]]]
+    scratch: Callable[[Any, Operands], list[tuple[tuple[int, ...], str]]]
 
 
 def _element_type(key: KernelKey):
@@ -469,5 +474,6 @@ KERNELS = {
     "sm90_forward": Kernel(_forward_arrays, _forward_builder, _forward_scratch),
     "sm100_forward": Kernel(_forward_arrays, _forward_builder, _forward_scratch),
     "sm90_backward": Kernel(_backward_arrays, _backward_builder, _backward_scratch),
+    **{name: Kernel(nsa.arrays_of, nsa.builder, nsa.no_scratch) for name in nsa.KERNELS},
 }
 """Every kernel by name."""

@@ -1,7 +1,6 @@
 """The whole: compressed keys, selected blocks and a window, gated together."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,41 +10,8 @@ from jax_flashcute.api import flash_attention
 from jax_flashcute.dispatch import Implementation
 from jax_flashcute.nsa.compression import compress_kv
 from jax_flashcute.nsa.config import NSAConfig
+from jax_flashcute.nsa.gating import gate, weighted_sum
 from jax_flashcute.nsa.selection import select_blocks, to_block_mask
-
-
-def gate(
-    query: jax.Array, outputs: Sequence[jax.Array], weights: jax.Array | None = None
-) -> jax.Array:
-    """``sum_i sigmoid(query . weights[:, i]) * outputs[i]`` per row and head, in float32.
-
-    Args:
-      query: (B, T, N, H).
-      outputs: three arrays (B, T, N, Hv).
-      weights: (N, 3, H); None for the mean of the three.
-
-    Returns:
-      (B, T, N, Hv) in the outputs' dtype.
-
-    Raises:
-      ValueError: the weights' shape does not fit.
-    """
-    if weights is None:
-        gates = jnp.full((*query.shape[:3], 3), 1 / 3, jnp.float32)
-    else:
-        N, H = query.shape[2:]
-        if weights.shape != (N, 3, H):
-            raise ValueError(f"weights must be {(N, 3, H)}; got {weights.shape}")
-        dtype = jnp.promote_types(query.dtype, jnp.float32)
-        logits = jnp.einsum("btnh,nch->btnc", query.astype(dtype), weights.astype(dtype))
-        gates = jax.nn.sigmoid(logits)
-    return _weighted(gates, outputs)
-
-
-def _weighted(gates: jax.Array, outputs: Sequence[jax.Array]) -> jax.Array:
-    dtype = jnp.promote_types(outputs[0].dtype, jnp.float32)
-    parts = (gates[..., i, None].astype(dtype) * x.astype(dtype) for i, x in enumerate(outputs))
-    return sum(parts, jnp.zeros((), dtype)).astype(outputs[0].dtype)
 
 
 def native_sparse_attention(
@@ -86,14 +52,14 @@ def native_sparse_attention(
       value_weight: (K, Hv, Hv), applied to the compressed values.
       scale: factor on the scores; 1 / sqrt(H) by default.
       is_causal: see above.
-      implementation: as for ``flash_attention``, for each branch.
+      implementation: as for ``flash_attention``, for each branch, the compression and the gates.
 
     Returns:
       (B, T, N, Hv) in the query's dtype.
 
     Raises:
       ValueError: an argument does not fit; it is named.
-      NotImplementedError: the implementation asked for cannot serve a branch.
+      NotImplementedError: the implementation asked for cannot serve a part.
     """
     config = NSAConfig() if config is None else config
     _check(query, key, value, gates, gate_weights)
@@ -103,7 +69,12 @@ def native_sparse_attention(
         return jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype)
     common: dict[str, Any] = {"scale": scale, "implementation": implementation}
     compressed_key, compressed_value = compress_kv(
-        key, value, config.block, key_weight=key_weight, value_weight=value_weight
+        key,
+        value,
+        config.block,
+        key_weight=key_weight,
+        value_weight=value_weight,
+        implementation=implementation,
     )
     compressed_visibility: dict[str, Any] = {}
     if is_causal:
@@ -122,7 +93,9 @@ def native_sparse_attention(
         query, key, value, local_window_size=(side, 0 if is_causal else side), **common
     )
     branches: list[Any] = [compressed, selected, window]
-    return gate(query, branches, gate_weights) if gates is None else _weighted(gates, branches)
+    if gates is not None:
+        return weighted_sum(gates, branches)
+    return gate(query, branches, gate_weights, implementation=implementation)
 
 
 def _check(query, key, value, gates, gate_weights) -> None:
