@@ -9,6 +9,12 @@ from jax_flashcute.api import (
     paged_attention,
 )
 from jax_flashcute.block_mask import BlockMask, make_block_mask
+from jax_flashcute.context import (
+    context_parallel_attention,
+    permute_sequence,
+    permuted_positions,
+    restore_sequence,
+)
 from jax_flashcute.paged import OutOfPagesError, PageAllocator, PagedKVCache
 from jax_flashcute.spec import AttentionSpec
 
@@ -19,11 +25,15 @@ __all__ = [
     "OutOfPagesError",
     "PageAllocator",
     "PagedKVCache",
+    "context_parallel_attention",
     "dot_product_attention",
     "explain",
     "flash_attention",
     "make_block_mask",
     "masks",
     "paged_attention",
+    "permute_sequence",
+    "permuted_positions",
+    "restore_sequence",
     "scores",
 ]

@@ -136,7 +136,7 @@ def flash_attention(
       NotImplementedError: the implementation asked for cannot serve the call; every reason is
         given.
     """
-    spec, operands = _checked(
+    spec, operands = checked_call(
         query,
         key,
         value,
@@ -239,7 +239,7 @@ def paged_attention(
     if q_offset is None:
         q_offset = lengths - (T if rows is None else jnp.clip(rows, 0, T))
     # Everything but the keys and values is checked as for arrays without any key.
-    spec, operands = _checked(
+    spec, operands = checked_call(
         query,
         jnp.zeros((B, 0, *k_pages.shape[2:]), k_pages.dtype),
         jnp.zeros((B, 0, *v_pages.shape[2:]), v_pages.dtype),
@@ -479,7 +479,7 @@ def explain(
     specs = []
 
     def operands_of(shaped):
-        spec, operands = _checked(
+        spec, operands = checked_call(
             **static,
             **shaped,
             scale=scale,
@@ -532,7 +532,7 @@ def _known(implementation: Implementation) -> Implementation:
     return implementation
 
 
-def _checked(
+def checked_call(
     query,
     key,
     value,

@@ -45,7 +45,7 @@ def attention(spec: AttentionSpec, operands: Operands, implementation: Implement
         derivative was asked of anything but ``"reference"``.
     """
     if implementation == "reference":
-        return _named(dispatch.dense(spec, operands))
+        return named(dispatch.dense(spec, operands))
     operands = jax.tree.map(reverse_mode_only, equally_varying(operands))
     return _attention(spec, implementation, operands)
 
@@ -54,19 +54,19 @@ def attention(spec: AttentionSpec, operands: Operands, implementation: Implement
 def _attention(
     spec: AttentionSpec, implementation: Implementation, operands: Operands
 ) -> Residuals:
-    return _forward_pass(spec, implementation)(operands)
+    return forward_pass(spec, implementation)(operands)
 
 
 def _attention_fwd(spec: AttentionSpec, implementation: Implementation, operands: Operands):
     if implementation == "cute":
         dispatch.refuse_unless_served(spec, operands, "bwd")
-    residuals = _named(_forward_pass(spec, implementation)(operands))
+    residuals = named(forward_pass(spec, implementation)(operands))
     return residuals, (operands, residuals)
 
 
 def _attention_bwd(spec: AttentionSpec, implementation: Implementation, saved, cotangents):
     operands, residuals = saved
-    gradients = _backward_pass(spec, implementation)(
+    gradients = backward_pass(spec, implementation)(
         operands, residuals, cotangents.out, cotangents.lse
     )
     return (gradients,)
@@ -94,18 +94,18 @@ def equally_varying[Tree](operands: Tree) -> Tree:
     return jax.tree.map(cast, operands) if axes else operands
 
 
-def _named(residuals: Residuals) -> Residuals:
+def named(residuals: Residuals) -> Residuals:
     return Residuals(
         out=checkpoint_name(residuals.out, "flash_attention_out"),
         lse=checkpoint_name(residuals.lse, "flash_attention_lse"),
     )
 
 
-def _forward_pass(spec: AttentionSpec, implementation: Implementation):
+def forward_pass(spec: AttentionSpec, implementation: Implementation):
     return _underivable(fold_forward(functools.partial(sharding.forward, spec, implementation)))
 
 
-def _backward_pass(spec: AttentionSpec, implementation: Implementation):
+def backward_pass(spec: AttentionSpec, implementation: Implementation):
     return _underivable(fold_backward(functools.partial(sharding.backward, spec, implementation)))
 
 
@@ -155,7 +155,7 @@ def _refuse_forward_mode(*_, **__):
     raise NotImplementedError(_NO_FORWARD_MODE)
 
 
-_reverse_mode_tangent_p = Primitive("flash_attentionreverse_mode_only")
+_reverse_mode_tangent_p = Primitive("flash_attention_reverse_mode_only")
 _reverse_mode_tangent_p.def_impl(_refuse_forward_mode)
 _reverse_mode_tangent_p.def_abstract_eval(lambda aval: aval)
 ad.deflinear2(_reverse_mode_tangent_p, lambda cotangent, _: [cotangent])

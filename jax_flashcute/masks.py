@@ -107,6 +107,22 @@ def trace_score(
     return _trace("score_mod", function, arguments, jnp.floating, "floating-point number")
 
 
+def trace_over(
+    function: Callable[[Sequence[jax.Array], Sequence[jax.Array]], jax.Array],
+    closed_over: Sequence[jax.ShapeDtypeStruct],
+    arguments: Sequence[jax.ShapeDtypeStruct],
+) -> TracedFunction:
+    """``function(closed_over, arguments)`` as a mask or a score that closes over those arrays.
+
+    Of shapes alone; the arrays that the result is called with have a batch dimension besides.
+    """
+    closed = jax.make_jaxpr(function)(list(closed_over), list(arguments))
+    variables, count = closed.jaxpr.invars, len(closed_over)
+    jaxpr = closed.jaxpr.replace(constvars=variables[:count], invars=variables[count:])
+    # In some releases of JAX, variables are constants only where values are attached to them.
+    return _identified("function", ClosedJaxpr(jaxpr, list(closed_over)).jaxpr)
+
+
 def split_window(
     mask: TracedFunction, arrays: tuple[jax.Array, ...]
 ) -> tuple[tuple[int | None, int | None], TracedFunction | None, tuple[jax.Array, ...]]:
@@ -174,10 +190,14 @@ def _trace(name: str, function, arguments, kind, kind_name: str):
                 f"got {array.dtype}"
             )
         arrays.append(array[None])
-    jaxpr = _without_casts(closed.jaxpr)
+    return _identified(name, closed.jaxpr), tuple(arrays)
+
+
+def _identified(name: str, jaxpr: Jaxpr) -> TracedFunction:
+    jaxpr = _without_casts(jaxpr)
     # Values that stay inside nested programs are not printed with them.
     text = "\n".join([str(jaxpr), *_nested_constants(name, jaxpr)])
-    return TracedFunction(text, jaxpr), tuple(arrays)
+    return TracedFunction(text, jaxpr)
 
 
 def _without_casts(jaxpr: Jaxpr) -> Jaxpr:

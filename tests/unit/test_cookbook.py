@@ -1,12 +1,17 @@
-"""The code of docs/masks.md runs."""
+"""The code of the documentation runs, page by page, from top to bottom."""
 
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "masks.md"
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = {"docs/masks.md": 4, "docs/sharding.md": 3}
+"""Pages and how many blocks of code they have at least."""
 
 
-def test_the_cookbook_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) >= 4
-    exec(compile("\n".join(blocks), str(PAGE), "exec"), {})
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / page).read_text(), re.DOTALL)
+    assert len(blocks) >= PAGES[page]
+    exec(compile("\n".join(blocks), page, "exec"), {})

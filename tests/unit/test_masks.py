@@ -404,11 +404,11 @@ WINDOWS = {
 }
 
 
-def checked(arrays: dict, **call):
+def checked_call(arrays: dict, **call):
     """The spec and operands of a call."""
-    defaults = dict.fromkeys(inspect.signature(api._checked).parameters)
+    defaults = dict.fromkeys(inspect.signature(api.checked_call).parameters)
     defaults |= {"is_causal": False, "q_offset": 0}
-    return api._checked(**defaults | arrays | call)
+    return api.checked_call(**defaults | arrays | call)
 
 
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
@@ -418,11 +418,11 @@ def test_a_window_written_as_a_function_takes_the_kernel_of_a_window(name, direc
     arrays = {n: x.astype(jnp.bfloat16) for n, x in inputs().items()}
     keys = []
     for call in ({"mask_mod": function}, same):
-        spec, operands = checked(arrays, **call)
+        spec, operands = checked_call(arrays, **call)
         assert registry.reasons_against(spec, operands, direction, "sm_90a") == []
         keys.append(registry.kernel_key(spec, operands, direction, "sm_90a", 132))
     assert keys[0] == keys[1]
-    assert checked(arrays, mask_mod=function)[1].present() == ("query", "key", "value")
+    assert checked_call(arrays, mask_mod=function)[1].present() == ("query", "key", "value")
 
 
 def test_what_is_no_window_stays_a_function() -> None:
@@ -431,9 +431,9 @@ def test_what_is_no_window_stays_a_function() -> None:
     def mask(b, h, q, kv):
         return (unused[b, 0] > 0) & (kv <= q) & (ids[b, q] == ids[b, kv]) & (kv > q - 40)
 
-    spec, operands = checked(inputs(), mask_mod=mask, local_window_size=(50, 3))
+    spec, operands = checked_call(inputs(), mask_mod=mask, local_window_size=(50, 3))
     assert spec.local_window_size == (39, 0)
-    alone = checked(inputs(), mask_mod=lambda b, h, q, kv: mask(b, h, q, kv) | (kv < -1))[0]
+    alone = checked_call(inputs(), mask_mod=lambda b, h, q, kv: mask(b, h, q, kv) | (kv < -1))[0]
     assert spec.mask_mod is not None
     assert len(operands.mask_mod_arrays) == 2
     assert alone.local_window_size is None
@@ -453,7 +453,7 @@ def test_windows_on_one_side_of_the_diagonal(bounds) -> None:
         shown = kv >= q - left if left is not None else kv >= 0
         return shown & (kv <= q + right) if right is not None else shown
 
-    spec, _ = checked(inputs(), mask_mod=mask)
+    spec, _ = checked_call(inputs(), mask_mod=mask)
     assert (spec.local_window_size, spec.mask_mod) == (bounds, None)
     offset = jnp.asarray([7, -30])
     more = {"q_offset": offset, "local_window_size": (100, None)}
@@ -466,7 +466,7 @@ def test_windows_on_one_side_of_the_diagonal(bounds) -> None:
 
 def test_positions_too_far_for_the_analysis_keep_the_function() -> None:
     call = {"mask_mod": MASKS["causal"], "q_offset": analysis.POSITION_LIMIT}
-    spec, _ = checked(inputs(3, 5), **call)
+    spec, _ = checked_call(inputs(3, 5), **call)
     assert spec.mask_mod is not None
 
 
