@@ -16,12 +16,14 @@ from jax_flashcute.context import (
     restore_sequence,
 )
 from jax_flashcute.paged import OutOfPagesError, PageAllocator, PagedKVCache
+from jax_flashcute.show import MaskPicture, show_mask
 from jax_flashcute.spec import AttentionSpec
 
 __all__ = [
     "AttentionSpec",
     "BlockMask",
     "Explanation",
+    "MaskPicture",
     "OutOfPagesError",
     "PageAllocator",
     "PagedKVCache",
@@ -36,4 +38,5 @@ __all__ = [
     "permuted_positions",
     "restore_sequence",
     "scores",
+    "show_mask",
 ]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -393,6 +393,11 @@ class Explanation:
       elsewhere: what serves both on every other platform.
       keys: the interval of keys that a position sees by ``is_causal``, the window and ``mask_mod``,
         such as ``"q - 127 <= kv < q + 1"``; None where it is not known to be one.
+      tiles: what the forward kernel makes of that interval: ``{"tile_m", "tile_n", "full",
+        "partial", "skipped"}``, counted for one head; None where there is none, or where offsets
+        or lengths known at run time alone decide.
+      loads: the arrays that ``mask_mod`` and ``score_mod`` read, and how: ``"uniform"`` once a row,
+        ``"contiguous"`` along the keys, or ``"gather"``.
     """
 
     implementation: Implementation
@@ -402,6 +407,8 @@ class Explanation:
     backward_reasons: tuple[str, ...]
     elsewhere: str
     keys: str | None
+    tiles: dict[str, int] | None
+    loads: tuple[str, ...]
 
     def __str__(self) -> str:
         lines = [f"implementation={self.implementation!r}"]
@@ -416,6 +423,12 @@ class Explanation:
                 lines.extend(f"  - {reason}" for reason in reasons)
         lines.append(f"forward and backward on other platforms: {self.elsewhere}")
         lines.append(f"keys seen: {self.keys or 'not known to be one interval'}")
+        if self.tiles is not None:
+            tiles = dict(self.tiles)
+            size = f"{tiles.pop('tile_m')} x {tiles.pop('tile_n')}"
+            counts = ", ".join(f"{count} {name}" for name, count in tiles.items())
+            lines.append(f"tiles of {size} in a head: {counts}")
+        lines.extend(self.loads)
         return "\n".join(lines)
 
 
@@ -521,7 +534,18 @@ def explain(
         backward_reasons=reasons["bwd"],
         elsewhere={None: "xla", "cute": "refused"}.get(implementation, str(implementation)),
         keys=str(registry.interval_of(spec)) if is_interval else None,
+        tiles=registry.tile_counts(spec, operands) if not reasons["fwd"] else None,
+        loads=tuple(_loads(spec)),
     )
+
+
+def _loads(spec: AttentionSpec) -> Iterator[str]:
+    """How the arrays that a mask and a score close over are read, in words."""
+    for name, function in (("mask_mod", spec.mask_mod), ("score_mod", spec.score_mod)):
+        if function is not None:
+            for load in analysis.loads(analysis.analyse(function.jaxpr)):
+                shape = ", ".join(str(size) for size in load.shape)
+                yield f"{name} reads {load.dtype}[{shape}]: {load.kind}"
 
 
 def _known(implementation: Implementation) -> Implementation:

@@ -11,7 +11,9 @@ from typing import Any, Literal, Protocol
 
 from jax_flashcute.analysis import (
     Interval,
+    Linear,
     analyse,
+    evaluate,
     intersection,
     rising_interval,
     window,
@@ -279,6 +281,45 @@ def num_splits(interval: Interval, operands: Operands, num_sms: int) -> int:
     key_tiles = -(-max(keys, 1) // config.tile_n)
     lengths_vary = operands.key_value_seq_lengths is not None and B > 1
     return most_splits(B * (K if pack_gqa else N), key_tiles, num_sms, lengths_vary)
+
+
+def tile_counts(spec: AttentionSpec, operands: Operands) -> dict[str, int] | None:
+    """What the interval of keys makes of a head's tiles, in the forward kernel for many rows.
+
+    Keys are ``tile_m``, ``tile_n``, ``full``, ``partial`` and ``skipped``.  None where lengths, an
+    offset or pages decide at run time, or where the mask is not an interval.
+    """
+    runtime = {*OPTIONAL_OPERANDS, "page_table", "segment_ids", "block_mask"}
+    T, S = operands.query.shape[1], operands.kv_length
+    known = isinstance(T, int) and isinstance(S, int) and T * S > 0
+    if not known or runtime & set(operands.present()) or by_element(spec).mask_mod is not None:
+        return None
+    config = forward_config(operands.query.shape[3], operands.value.shape[3])
+    interval, tile_m, tile_n = interval_of(spec), config.tile_m, config.tile_n
+    total, full, visited = 0, 0, 0
+    for first in range(0, T, tile_m):
+        # Bounds rise with q, so the ends of a tile's rows bound them all.
+        ends = first, min(first + tile_m, T) - 1
+        lows = [_clipped(interval.low, q, 0, S) for q in ends]
+        highs = [_clipped(interval.high, q, S, S) for q in ends]
+        total += -(-S // tile_n)
+        if lows[0] < highs[1]:
+            visited += -(-highs[1] // tile_n) - lows[0] // tile_n
+        last = S if highs[0] == S else highs[0] // tile_n * tile_n
+        full += max(0, -(-last // tile_n) - -(-lows[1] // tile_n))
+    return {
+        "tile_m": tile_m,
+        "tile_n": tile_n,
+        "full": full,
+        "partial": visited - full,
+        "skipped": total - visited,
+    }
+
+
+def _clipped(bound: Linear | None, q: int, if_open: int, S: int) -> int:
+    if bound is None:
+        return if_open
+    return max(0, min(evaluate(bound, {"q": q}, {}, min, max), S))
 
 
 def packing_pays(q_length: Any, group: int, config: FwdConfig | FwdConfigSm100) -> bool:
