@@ -1,16 +1,19 @@
 """The whole: compressed keys, selected blocks and a window, gated together."""
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jax_flashcute.api import flash_attention
 from jax_flashcute.dispatch import Implementation
 from jax_flashcute.nsa.compression import compress_kv
 from jax_flashcute.nsa.config import NSAConfig
 from jax_flashcute.nsa.gating import gate, weighted_sum
+from jax_flashcute.nsa.packing import Packing, Tiling, of_lengths, of_packing, pack, whole
 from jax_flashcute.nsa.selection import select_blocks, to_block_mask
 
 
@@ -26,6 +29,9 @@ def native_sparse_attention(
     value_weight: jax.Array | None = None,
     scale: float | None = None,
     is_causal: bool = True,
+    segment_ids: ArrayLike | None = None,
+    max_segments: int | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
     implementation: Implementation = None,
 ) -> jax.Array:
     """Native sparse attention (Yuan et al., 2025): three branches, gated.
@@ -52,6 +58,12 @@ def native_sparse_attention(
       value_weight: (K, Hv, Hv), applied to the compressed values.
       scale: factor on the scores; 1 / sqrt(H) by default.
       is_causal: see above.
+      segment_ids: (B, T) or (T,) integers, packed sequences: each run of equal ids is a sequence of
+        its own and gets what it would get alone; blocks, query tiles and positions count from its
+        start.  A negative id is padding, which may hold NaN and gives 0.
+      max_segments: the most sequences that a batch entry can have, needed with ``segment_ids``:
+        rows are spread over up to so many query tiles more.  Rows of sequences beyond it give NaN.
+      key_value_seq_lengths: (B,) or scalar integers: rows and keys at or beyond are padding.
       implementation: as for ``flash_attention``, for each branch, the compression and the gates.
 
     Returns:
@@ -62,11 +74,50 @@ def native_sparse_attention(
       NotImplementedError: the implementation asked for cannot serve a part.
     """
     config = NSAConfig() if config is None else config
-    _check(query, key, value, gates, gate_weights)
-    T, N, H = query.shape[1:]
+    B, T, _, H = _check(query, key, value, gates, gate_weights, key_weight, value_weight)
+    lengths = _lengths(key_value_seq_lengths, B, T)
     scale = 1 / math.sqrt(H) if scale is None else scale
     if T == 0:
         return jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype)
+    weights = (gate_weights, key_weight, value_weight)
+    attend = functools.partial(_attend, config, scale, is_causal, implementation, weights)
+    if segment_ids is not None:
+        ids = _segment_ids(segment_ids, B, T, lengths)
+        packing = pack(ids, _most_segments(max_segments), config)
+        query, key, value = (packing.aligned(x) for x in (query, key, value))
+        gates = None if gates is None else packing.aligned(gates)
+        out = attend(query, key, value, gates, of_packing(config, packing), packing=packing)
+        return packing.packed(out)
+    if max_segments is not None:
+        raise ValueError("max_segments is for segment_ids, which are missing")
+    if lengths is None:
+        return attend(query, key, value, gates, whole(config, T, T))
+    is_row = (jnp.arange(T) < lengths[:, None])[..., None, None]
+    if gates is not None:
+        gates = jnp.where(is_row, gates, 0)
+    tiling = of_lengths(config, T, lengths)
+    return attend(query, key, value, gates, tiling, lengths=lengths, is_row=is_row)
+
+
+def _attend(
+    config: NSAConfig,
+    scale: float,
+    is_causal: bool,
+    implementation: Implementation,
+    weights: tuple[jax.Array | None, ...],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    gates: jax.Array | None,
+    tiling: Tiling,
+    *,
+    packing: Packing | None = None,
+    lengths: jax.Array | None = None,
+    is_row: jax.Array | None = None,
+) -> jax.Array:
+    """Sequences that begin where tiles and blocks do; ``is_row``: rows that are no padding."""
+    gate_weights, key_weight, value_weight = weights
+    T, N = query.shape[1:3]
     common: dict[str, Any] = {"scale": scale, "implementation": implementation}
     compressed_key, compressed_value = compress_kv(
         key,
@@ -74,31 +125,57 @@ def native_sparse_attention(
         config.block,
         key_weight=key_weight,
         value_weight=value_weight,
+        counts=tiling.counts,
         implementation=implementation,
     )
-    compressed_visibility: dict[str, Any] = {}
-    if is_causal:
-        compressed_visibility["compress_factor"] = config.block
-        compressed_visibility["complete_only"] = config.complete_only
-    compressed = flash_attention(
-        query, compressed_key, compressed_value, **compressed_visibility, **common
-    )
+    tokens, blocks = _visibility(config, is_causal, packing, lengths)
+    compressed = flash_attention(query, compressed_key, compressed_value, **blocks, **common)
     selection = select_blocks(
-        query, compressed_key, config, kv_length=T, scale=scale, is_causal=is_causal
+        query,
+        compressed_key,
+        config,
+        kv_length=T,
+        scale=scale,
+        is_causal=is_causal,
+        tiling=None if tiling.counts is None else tiling,
     )
-    blocks = to_block_mask(selection, config, q_heads=N, q_length=T, kv_length=T)
-    selected = flash_attention(query, key, value, is_causal=is_causal, block_mask=blocks, **common)
+    block_mask = to_block_mask(selection, config, q_heads=N, q_length=T, kv_length=T)
+    selected = flash_attention(
+        query, key, value, is_causal=is_causal, block_mask=block_mask, **tokens, **common
+    )
     side = config.window - 1 if is_causal else config.window // 2
-    window = flash_attention(
-        query, key, value, local_window_size=(side, 0 if is_causal else side), **common
-    )
-    branches: list[Any] = [compressed, selected, window]
+    window = (side, 0 if is_causal else side)
+    near = flash_attention(query, key, value, local_window_size=window, **tokens, **common)
+    branches: list[Any] = [compressed, selected, near]
     if gates is not None:
         return weighted_sum(gates, branches)
+    if is_row is not None:
+        query = jnp.where(is_row, query, 0)
     return gate(query, branches, gate_weights, implementation=implementation)
 
 
-def _check(query, key, value, gates, gate_weights) -> None:
+def _visibility(
+    config: NSAConfig, is_causal: bool, packing: Packing | None, lengths: jax.Array | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What hides tokens and blocks of other sequences and padding, for ``flash_attention``."""
+    tokens: dict[str, Any] = {}
+    blocks: dict[str, Any] = {}
+    if packing is not None:
+        tokens["segment_ids"] = packing.ids
+        # A block holds keys if its first place does.
+        blocks["segment_ids"] = packing.ids, packing.ids[:, :: config.block]
+        blocks["positions"] = "segment"
+    elif lengths is not None:
+        tokens["query_seq_lengths"] = tokens["key_value_seq_lengths"] = lengths
+        blocks["query_seq_lengths"] = lengths
+        blocks["key_value_seq_lengths"] = -(-lengths // config.block)
+    if is_causal:
+        blocks["compress_factor"] = config.block
+        blocks["complete_only"] = config.complete_only
+    return tokens, blocks
+
+
+def _check(query, key, value, gates, gate_weights, key_weight, value_weight) -> tuple[int, ...]:
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim != 4:
             raise ValueError(
@@ -108,5 +185,45 @@ def _check(query, key, value, gates, gate_weights) -> None:
         raise ValueError(f"key must have query's length, {query.shape[1]}; got {key.shape[1]}")
     if gates is not None and gate_weights is not None:
         raise ValueError("gates and gate_weights cannot be given together")
-    if gates is not None and gates.shape != (*query.shape[:3], 3):
-        raise ValueError(f"gates must be {(*query.shape[:3], 3)}; got {gates.shape}")
+    (N, H), K = query.shape[2:], key.shape[2]
+    for name, array, shape in (
+        ("gates", gates, (*query.shape[:3], 3)),
+        ("gate_weights", gate_weights, (N, 3, H)),
+        ("key_weight", key_weight, (K, H, H)),
+        ("value_weight", value_weight, (K, value.shape[3], value.shape[3])),
+    ):
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} must be {shape}; got {array.shape}")
+    return query.shape
+
+
+def _lengths(lengths: ArrayLike | None, B: int, T: int) -> jax.Array | None:
+    if lengths is None:
+        return None
+    lengths = jnp.asarray(lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer) or lengths.shape not in ((), (B,)):
+        raise ValueError(
+            f"key_value_seq_lengths must be integers of shape () or {(B,)}; got "
+            f"{lengths.dtype.name}{lengths.shape}"
+        )
+    return jnp.broadcast_to(jnp.clip(lengths, 0, T).astype(jnp.int32), (B,))
+
+
+def _segment_ids(ids: ArrayLike, B: int, T: int, lengths) -> jax.Array:
+    ids = jnp.asarray(ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.shape not in ((T,), (B, T)):
+        raise ValueError(
+            f"segment_ids must be integers of shape {(T,)} or {(B, T)}; got "
+            f"{ids.dtype.name}{ids.shape}"
+        )
+    ids = jnp.broadcast_to(ids.astype(jnp.int32), (B, T))
+    return ids if lengths is None else jnp.where(jnp.arange(T) < lengths[:, None], ids, -1)
+
+
+def _most_segments(max_segments: int | None) -> int:
+    if not isinstance(max_segments, int) or max_segments < 1:
+        raise ValueError(
+            "max_segments must be the most segments that a batch entry can have, at least 1; got "
+            f"{max_segments!r}"
+        )
+    return max_segments

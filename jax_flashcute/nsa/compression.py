@@ -82,7 +82,7 @@ def _projected(means: jax.Array, weight: jax.Array | None) -> jax.Array:
 
 def block_counts(S: int, block: int) -> jax.Array:
     """(1, ceil(S / block)) int32: the keys that each block has."""
-    first = jnp.arange(0, S, block, dtype=jnp.int32)
+    first = block * jnp.arange(-(-S // block), dtype=jnp.int32)
     return jnp.minimum(block, S - first)[None]
 
 

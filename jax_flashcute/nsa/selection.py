@@ -9,6 +9,7 @@ from jax import lax
 from jax_flashcute.block_mask import BlockMask
 from jax_flashcute.nsa.compression import block_means
 from jax_flashcute.nsa.config import NSAConfig
+from jax_flashcute.nsa.packing import Tiling, whole
 
 # Query tiles whose scores against all blocks exist at once.
 _TILES_AT_ONCE = 64
@@ -29,19 +30,22 @@ class Selection:
     indices: jax.Array
 
 
-def query_tile_means(query: jax.Array, kv_heads: int, query_tile: int) -> jax.Array:
+def query_tile_means(
+    query: jax.Array, kv_heads: int, query_tile: int, counts: jax.Array | None = None
+) -> jax.Array:
     """The mean query of a tile and of the heads that share a key/value head.
 
     Args:
       query: (B, T, N, H).
       kv_heads: K.
       query_tile: rows of a tile; the last tile's mean is over the rows that it has.
+      counts: (1|B, tiles) integers: the mean is over so many first rows of each tile; None for all.
 
     Returns:
       (B, K, tiles, H) float32.
     """
     B, _, N, H = query.shape
-    means = block_means(query, query_tile)
+    means = block_means(query, query_tile, counts)
     means = jnp.mean(means.reshape(B, -1, kv_heads, N // kv_heads, H), axis=3)
     return jnp.swapaxes(means, 1, 2)
 
@@ -77,6 +81,7 @@ def select_blocks(
     kv_length: int,
     scale: float,
     is_causal: bool = True,
+    tiling: Tiling | None = None,
 ) -> Selection:
     """The blocks of highest score for each query tile, with its own (and the first) forced in.
 
@@ -93,34 +98,45 @@ def select_blocks(
       kv_length: S.
       scale: factor on the scores.
       is_causal: whether later blocks are no candidates.
+      tiling: which rows, and keys of which sequence, a tile has; None for one of full length.  A
+        tile's candidates are blocks of its own sequence, whose first block takes block 0's place.
     """
     query, compressed_key = lax.stop_gradient((query, compressed_key))
-    T, S, tile, block = query.shape[1], kv_length, config.query_tile, config.block
-    blocks = compressed_key.shape[1]
-    means = query_tile_means(query, compressed_key.shape[2], tile)
-    # A tile of rows overlaps at most so many blocks; block 0 comes on top.
+    tile, block, blocks = config.query_tile, config.block, compressed_key.shape[1]
+    row_counts = None
+    if tiling is None:
+        tiling = whole(config, query.shape[1], kv_length)
+    else:
+        row_counts = tiling.row_counts(tile)
+    means = query_tile_means(query, compressed_key.shape[2], tile, row_counts)
+    # A tile of rows overlaps at most so many blocks; the first block comes on top.
     most_forced = -(-(tile - 1) // block) + 1 + config.force_first
     width = min(blocks, max(config.num_selected, most_forced))
+    j = jnp.arange(blocks)
 
-    def of_tile(i):
+    def of_tile(arguments):
+        i, rows_end, keys_start, keys_end = arguments
         scores = score_blocks(lax.dynamic_slice_in_dim(means, i, 1, axis=2), compressed_key, scale)
-        scores = scores[:, :, 0]
-        first, after = i * tile, jnp.minimum((i + 1) * tile, T)
-        j = jnp.arange(blocks)
-        forced = (j * block < jnp.minimum(after, S)) & ((j + 1) * block > first)
+        rows_end, keys_start, keys_end = (x[:, None] for x in (rows_end, keys_start, keys_end))
+        last = rows_end if is_causal else keys_end
+        candidate = (j * block >= keys_start) & (j * block < last) & (rows_end > i * tile)
+        forced = (j * block < jnp.minimum(rows_end, keys_end)) & ((j + 1) * block > i * tile)
         if config.force_first:
-            forced = forced | (j == 0)
-        candidate = (j * block < after) if is_causal else jnp.ones(blocks, bool)
-        scores = jnp.where(candidate, scores, -jnp.inf)
-        scores = jnp.where(forced, jnp.inf, scores)
+            forced = forced | (j * block == keys_start)
+        forced = forced & candidate
+        scores = jnp.where(candidate[:, None], scores[:, :, 0], -jnp.inf)
+        scores = jnp.where(forced[:, None], jnp.inf, scores)
         values, indices = lax.top_k(scores, width)
-        wanted = jnp.maximum(config.num_selected, jnp.sum(forced))
-        kept = (jnp.arange(width) < wanted) & (values > -jnp.inf)
+        wanted = jnp.maximum(config.num_selected, jnp.sum(forced, axis=-1))
+        kept = (jnp.arange(width) < wanted[:, None, None]) & (values > -jnp.inf)
         ascending = jnp.sort(jnp.where(kept, indices, blocks), axis=-1)
         return jnp.sum(kept, axis=-1), jnp.where(ascending < blocks, ascending, 0)
 
     tiles = means.shape[2]
-    counts, indices = lax.map(of_tile, jnp.arange(tiles), batch_size=min(_TILES_AT_ONCE, tiles))
+    ranges = (x.T for x in (tiling.rows_end, tiling.keys_start, tiling.keys_end))
+    counts, indices = lax.map(
+        of_tile, (jnp.arange(tiles), *ranges), batch_size=min(_TILES_AT_ONCE, tiles)
+    )
     return Selection(
         counts=jnp.moveaxis(counts, 0, 2).astype(jnp.int32),
         indices=jnp.moveaxis(indices, 0, 2).astype(jnp.int32),

@@ -17,6 +17,7 @@ from jax_flashcute.nsa import (
     select_blocks,
     to_block_mask,
 )
+from jax_flashcute.nsa.packing import of_packing, pack
 
 SMALL = NSAConfig(block=8, num_selected=3, window=10, query_tile=16)
 
@@ -166,6 +167,114 @@ def test_gradients_of_all_inputs(complete_only: bool) -> None:
         np.testing.assert_allclose(actual[name], want, rtol=2e-5, atol=2e-5 * scale, err_msg=name)
 
 
+# ---- packed sequences ----------------------------------------------------------------------
+
+
+def value_and_gradients(arrays: dict, **options):
+    """Output and gradients of all inputs, for cotangents that depend on the position alone."""
+
+    def attend(arrays):
+        return native_sparse_attention(**arrays, config=SMALL, implementation="xla", **options)
+
+    out, vjp = jax.vjp(attend, arrays)
+    return out, vjp(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))[0]
+
+
+def alone(arrays: dict, b: int, first: int, after: int) -> dict:
+    """Rows ``first`` to ``after`` of batch entry ``b``, as a batch of one."""
+    rows = ("query", "key", "value", "gates")
+    return {n: x[b : b + 1, first:after] if n in rows else x for n, x in arrays.items()}
+
+
+def assert_as_alone(arrays: dict, sequences: list, **options) -> None:
+    """What is packed gets what it would get alone; all else is 0, whatever it holds."""
+    B, T = arrays["query"].shape[:2]
+    is_row = np.zeros((B, T), bool)
+    for b, first, after in sequences:
+        is_row[b, first:after] = True
+    rows = [n for n in arrays if n in ("query", "key", "value", "gates")]
+    poisoned = arrays | {n: jnp.where(is_row.reshape(B, T, 1, 1), arrays[n], jnp.nan) for n in rows}
+    run = functools.partial(jax.jit, static_argnames=("max_segments", "is_causal"))
+    is_causal = options.get("is_causal", True)
+    out, gradients = run(value_and_gradients)(poisoned, **options)
+
+    # The sequences one by one, on the reference's dense attention, with the same cotangents.
+    def one_by_one(arrays):
+        whole = jnp.zeros_like(out)
+        for b, first, after in sequences:
+            part = native_sparse_attention(
+                **alone(arrays, b, first, after),
+                config=SMALL,
+                implementation="reference",
+                is_causal=is_causal,
+            )
+            whole = whole.at[b, first:after].set(part[0])
+        return whole
+
+    def expected(arrays):
+        whole, vjp = jax.vjp(one_by_one, arrays)
+        cotangent = jnp.cos(jnp.arange(whole.size, dtype=jnp.float32)).reshape(whole.shape)
+        return whole, vjp(cotangent)[0]
+
+    wanted, wanted_gradients = jax.jit(expected)(arrays)
+    np.testing.assert_allclose(out, wanted, rtol=2e-5, atol=2e-5)
+    for name, want in wanted_gradients.items():
+        scale = np.max(np.abs(want))
+        np.testing.assert_allclose(
+            gradients[name], want, rtol=2e-5, atol=2e-5 * scale, err_msg=name
+        )
+    assert not np.any(np.asarray(out)[~is_row])
+
+
+def test_packed_sequences_get_what_they_would_get_alone() -> None:
+    """Below a block, below a tile, of several tiles, with padding between them and behind."""
+    ids = np.full((2, 70), -1)
+    sequences = [(0, 0, 5), (0, 5, 46), (1, 3, 44)]
+    for i, (b, first, after) in enumerate(sequences):
+        ids[b, first:after] = 7 - i
+    assert_as_alone(inputs(70, 2, 3, 8), sequences, segment_ids=jnp.asarray(ids), max_segments=3)
+
+
+@pytest.mark.parametrize("is_causal", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_lengths(is_causal: bool) -> None:
+    arrays = inputs(40, 1, 2, 8)
+    del arrays["gate_weights"]
+    arrays["gates"] = jax.nn.sigmoid(random(8, 2, 40, 2, 3))
+    sequences = [(0, 0, 27), (1, 0, 3)]
+    lengths = jnp.asarray([27, 3])
+    assert_as_alone(arrays, sequences, key_value_seq_lengths=lengths, is_causal=is_causal)
+
+
+def test_selection_stays_within_a_sequence() -> None:
+    """Not causal, where every block of the sequence is a candidate, and nothing else."""
+    config = NSAConfig(block=8, num_selected=99, window=8, query_tile=16)
+    ids = jnp.asarray(np.repeat([[3, 1, 4]], [20, 33, 17], axis=1))
+    packing = pack(ids, 5, config)
+    tiling = of_packing(config, packing)
+
+    @jax.jit
+    def select(query):
+        query = packing.aligned(query)
+        key, _ = compress_kv(query, query, 8, counts=tiling.counts)
+        return select_blocks(
+            query, key, config, kv_length=query.shape[1], scale=1.0, is_causal=False, tiling=tiling
+        )
+
+    found = select(random(0, 1, 70, 2, 8))
+    # Sequences of 20, 33 and 17 rows take 2, 3 and 2 tiles, with 3, 5 and 3 blocks.
+    starts, blocks = [0, 0, 4, 4, 4, 10, 10], [3, 3, 5, 5, 5, 3, 3]
+    for i, (start, count) in enumerate(zip(starts, blocks, strict=True)):
+        assert list(found.indices[0, 0, i, :count]) == list(range(start, start + count))
+    assert list(found.counts[0, 0]) == blocks + [0] * (found.counts.shape[2] - 7)
+
+
+def test_more_sequences_than_there_can_be_give_nan() -> None:
+    packing = jax.jit(pack, static_argnums=(1, 2))(jnp.asarray([[0, 0, 5, 5, 2, -1]]), 2, SMALL)
+    x = jnp.arange(6.0).reshape(1, 6, 1, 1)
+    back = packing.packed(packing.aligned(x))
+    np.testing.assert_array_equal(back.ravel(), [0, 1, 2, 3, np.nan, 0])
+
+
 def test_ties_go_to_the_lowest_index() -> None:
     query, key = jnp.ones((1, 80, 1, 4)), jnp.ones((1, 10, 1, 4))
     config = NSAConfig(block=8, num_selected=5, window=8, query_tile=16)
@@ -255,6 +364,19 @@ BAD = {
     "weights must be": lambda a: native_sparse_attention(*a, gate_weights=jnp.ones((2, 8))),
     "key_weight must be": lambda a: native_sparse_attention(*a, key_weight=jnp.ones((8, 8))),
     "key must have query's length": lambda a: native_sparse_attention(a[0], a[1][:, :9], a[2]),
+    "segment_ids must be integers": lambda a: native_sparse_attention(
+        *a, segment_ids=jnp.ones((2, 9), int), max_segments=2
+    ),
+    "max_segments must be the most": lambda a: native_sparse_attention(
+        *a, segment_ids=jnp.ones((2, 20), int)
+    ),
+    "max_segments is for segment_ids": lambda a: native_sparse_attention(*a, max_segments=3),
+    "key_value_seq_lengths must be": lambda a: native_sparse_attention(
+        *a, key_value_seq_lengths=jnp.ones(2)
+    ),
+    "outputs must be three": lambda a: gate(a[0], [a[0]]),
+    "outputs must each be": lambda a: gate(a[0], [a[0], a[0], a[0][:, 1:]]),
+    "counts must be": lambda a: compress_kv(a[1], a[2], 8, counts=jnp.ones((2, 2), int)),
     "query must be \\(batch": lambda a: native_sparse_attention(a[0][0], a[1], a[2]),
 }
 
