@@ -211,8 +211,8 @@ def paged_attention(
         for concrete arrays, through ``jax.experimental.checkify`` for traced ones.  Otherwise such
         a page reads as zeros and the length is clipped.
       return_residual: also return the LSE.
-      implementation: ``"cute"`` (Hopper, pages of at least 8 tokens), ``"xla"``, ``"reference"`` or
-        None, as for ``flash_attention``.
+      implementation: ``"cute"`` (Hopper), ``"xla"``, ``"reference"`` or None, as for
+        ``flash_attention``.
 
     Returns:
       out (B, T, N, Hv) in the query's dtype; with ``return_residual``, ``(out, lse)`` with lse

@@ -109,6 +109,18 @@ def few_rows_config(head_dim: int, head_dim_v: int) -> FwdConfig:
     return config
 
 
+SMALLEST_BOX = 8
+"""Rows of a page that are worth a TMA copy of their own; smaller pages are copied by threads."""
+
+
+def paged_config(config: FwdConfig, page_size: int) -> FwdConfig:
+    """A forward configuration for keys in pages: threads that copy hold more addresses."""
+    if page_size >= SMALLEST_BOX or config.warpgroups != 2:
+        return config
+    # Of the 168 registers a thread that a block of 384 threads is launched with.
+    return dataclasses.replace(config, consumer_registers=232, producer_registers=40)
+
+
 MIN_SPLIT_TILES = 4
 """A row's keys are divided into one part for each so many key tiles, at most."""
 MAX_SPLITS = 128

@@ -29,6 +29,7 @@ from jax_flashcute.kernels.config import (
     forward_config,
     forward_config_sm100,
     most_splits,
+    paged_config,
     workspace_shapes,
 )
 from jax_flashcute.kernels.elements import (
@@ -58,8 +59,6 @@ SERVED_OPERANDS = frozenset(
         "page_table",
     )
 )
-SMALLEST_PAGE = 8
-"""Keys of the smallest page: fewer rows are too little for a copy of their own."""
 OPTIONAL_OPERANDS = ("q_offset", "query_seq_lengths", "key_value_seq_lengths")
 """Lengths and offsets, which may be absent, in the order in which kernels take them."""
 
@@ -210,8 +209,6 @@ def _reasons_against_pages(operands: Operands, direction: Direction) -> list[str
     page_size = operands.key.shape[1]
     if not isinstance(page_size, int):
         return [f"page_size must be a number, got the symbol {page_size}"]
-    if page_size < SMALLEST_PAGE:
-        return [f"no kernel takes pages of fewer than {SMALLEST_PAGE} keys yet, got {page_size}"]
     return []
 
 
@@ -240,6 +237,8 @@ def kernel_key(
         if may_split and num_splits(interval, operands, num_sms) > 1:
             config, split_kv = few_rows_config(*dims), True
             pack_gqa = packing_pays(query.shape[1], group, config)
+        if is_paged(operands):
+            config = paged_config(config, key.shape[1])
     else:
         config, pack_gqa, num_sms = backward_config(*dims, spec.deterministic), False, 0
         functions = without_sinks(functions)

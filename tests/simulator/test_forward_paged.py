@@ -18,6 +18,9 @@ from tests.simulator import simulate
 from tests.simulator.test_forward_features import compiled
 
 SPEC = AttentionSpec(0.125, is_causal=True)
+WINDOW = dataclasses.replace(SPEC, local_window_size=(40, 0))
+WIDE = AttentionSpec(0.125, local_window_size=(900, 20))
+CAPPED = dataclasses.replace(SPEC, logits_soft_cap=5.0)
 BF16 = jnp.dtype("bfloat16")
 
 
@@ -74,8 +77,11 @@ class Call:
         )
 
 
-def check(call: Call, **how) -> registry.KernelKey:
+def check(call: Call, table: jax.Array | None = None, **how) -> registry.KernelKey:
+    """Simulate the kernel that a call gets, on another ``table`` if there is one."""
     operands, spec = call.operands(), call.spec
+    if table is not None:
+        operands = dataclasses.replace(operands, page_table=table)
     assert not registry.reasons_against(spec, operands, "fwd", "sm_90a")
     key = registry.kernel_key(spec, operands, "fwd", "sm_90a", call.num_sms)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == BF16 else x, operands)
@@ -94,21 +100,70 @@ def check(call: Call, **how) -> registry.KernelKey:
 
 
 CASES = {
+    "1_prefill_128_40": Call(1, (0, 7, 157), 128, 40, seqlen_q=70, queries=(3, 1, 70), group=2),
     "8_prefill": Call(8, (0, 7, 8, 9, 157), seqlen_q=70, queries=(3, 1, 0, 70, 65)),
     "512_chunk_72_40": Call(512, (700, 257), 72, 40, seqlen_q=64, group=3, pages="shared"),
 }
+SLOW_CASES = {
+    "2_window": Call(2, (150, 3), seqlen_q=140, spec=WINDOW, kv_heads=2),
+    "4_72": Call(4, (300, 5), 72, seqlen_q=5, group=3, pages="shared"),
+    "4_256": Call(4, (0, 133, 70), 256, 256, seqlen_q=3, group=2),
+    "1_192_128": Call(1, (133, 1), 192, 128, seqlen_q=130),
+    "16_192_128": Call(16, (17, 133, 70), 192, 128, seqlen_q=150),
+    "32_repeated": Call(32, (64, 96, 32), 128, 128, seqlen_q=20, group=8, pages="repeated"),
+    "64_sinks_cap": Call(64, (65, 300), seqlen_q=9, spec=CAPPED, group=2, sinks=True),
+    "4_sinks_cap": Call(4, (65, 300), seqlen_q=9, spec=CAPPED, group=2, sinks=True),
+    "128_window": Call(128, (129, 400, 127), 128, 128, seqlen_q=200, spec=WINDOW),
+    "256_256": Call(256, (257, 600), 256, 256, seqlen_q=40),
+}
 
 
-@pytest.mark.parametrize("call", CASES.values(), ids=list(CASES))
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(pytest.param(c, id=n) for n, c in CASES.items()),
+        *(pytest.param(c, id=n, marks=pytest.mark.slow) for n, c in SLOW_CASES.items()),
+    ],
+)
 def test_prefill(call: Call) -> None:
     assert not check(call).split_kv
 
 
 SPLIT_CASES = {
-    "16_decode": Call(16, (1601, 0, 15, 700), 128, 128, group=8, num_sms=16),
+    "2_decode": Call(2, (901, 0, 15), group=8, num_sms=16),
+    "16_decode": Call(16, (1101, 0, 15), 128, 128, group=8, num_sms=16),
+}
+SLOW_SPLIT_CASES = {
+    "1_window": Call(1, (2001, 900), 72, 40, seqlen_q=2, group=7, spec=WIDE, num_sms=16),
+    "4_256": Call(4, (801, 300), 256, 256, group=3, num_sms=16),
+    "64_shared": Call(64, (1500, 1500, 90), 128, 128, seqlen_q=3, pages="shared", num_sms=32),
+    "512_192_128": Call(512, (1025, 511), 192, 128, group=16, num_sms=16),
 }
 
 
-@pytest.mark.parametrize("call", SPLIT_CASES.values(), ids=list(SPLIT_CASES))
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(pytest.param(c, id=n) for n, c in SPLIT_CASES.items()),
+        *(pytest.param(c, id=n, marks=pytest.mark.slow) for n, c in SLOW_SPLIT_CASES.items()),
+    ],
+)
 def test_split_kv(call: Call) -> None:
     assert check(call, timing="shuffled", warps="adversarial").split_kv
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("timing", "warps"), [("early", "seeded"), ("late", "adversarial")])
+@pytest.mark.parametrize("name", CASES)
+def test_prefill_under_any_timing(name: str, timing: str, warps: str) -> None:
+    check(CASES[name], timing=timing, warps=warps, seed=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page_size", [4, 16])
+def test_a_page_out_of_range_reads_as_zeros(page_size: int) -> None:
+    call = Call(page_size, (100, 37), 72, 40, seqlen_q=3)
+    table = call.operands().page_table
+    assert table is not None
+    for number in (-1, 2**31 - 1):
+        check(call, table=table.at[:, 2].set(number))

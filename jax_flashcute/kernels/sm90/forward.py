@@ -12,7 +12,8 @@ one, so softmax runs beside a product; between warpgroups named barriers make th
 issuing products, so one's softmax runs beside the other's products.
 
 Keys and values may lie in pages (common/paging.py): a tile is then several copies, of the part of
-each page that it holds.
+each page that it holds.  Pages too small for TMA are copied by the threads of four warps; the other
+three follow the producer through its tiles.
 
 With ``split_kv``, for queries that fill one row of tiles, a tile is also one of several parts of
 its keys (common/splits.py).  Parts of one row go to scratch in float32 and a second kernel adds
@@ -26,7 +27,8 @@ them up (extra/combine.py); where a row has one part alone, the output is writte
     turn[w]  warpgroup w - 1      warpgroup w                named barrier 1 + w, 256 threads
 
 Counts are arrivals; "+ tx" means that the barrier also waits for the copies' bytes; W is the
-number of consumer warpgroups, of four warps each.
+number of consumer warpgroups, of four warps each.  Where threads copy, 128 of them arrive at k and
+v, and three warps more take a tile.
 """
 
 from functools import partial
@@ -41,7 +43,7 @@ from cutlass.memory import SmemAllocator
 from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import IntervalMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
-from jax_flashcute.kernels.common.paging import PagedTiles
+from jax_flashcute.kernels.common.paging import COPYING_WARPS, paged_tiles
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
@@ -113,7 +115,8 @@ class ForwardSm90:
         self.split_kv = split_kv
         self.work_fields = WORK_FIELDS + (2 if split_kv else 0)
         self.functions = functions
-        self.paging = None if page_size is None else PagedTiles(page_size, config.tile_n)
+        self.paging = None if page_size is None else paged_tiles(page_size, config.tile_n)
+        self.copying_threads = 0 if self.paging is None else self.paging.copying_threads
         self.smem_h = round_up(head_dim, 16)
         self.smem_hv = round_up(head_dim_v, 16)
         self.slab_tokens = 64 // self.heads_packed
@@ -162,8 +165,8 @@ class ForwardSm90:
             q_box,
         )
         if const_expr(self.paging is not None):
-            tma_k = self.paging.tma_atom(self.dtype, k_tensor, self.smem_h)
-            tma_v = self.paging.tma_atom(self.dtype, v_tensor, self.smem_hv)
+            tma_k = self.paging.source(self.dtype, k_tensor, self.smem_h)
+            tma_v = self.paging.source(self.dtype, v_tensor, self.smem_hv)
         else:
             tma_k = self.tile_atom(k_tensor, self.smem_h)
             tma_v = self.tile_atom(v_tensor, self.smem_hv)
@@ -251,9 +254,9 @@ class ForwardSm90:
         self,
         tma_q: cute.CopyAtom,
         gQ: cute.Tensor,
-        tma_k: cute.CopyAtom,
+        tma_k: cute.CopyAtom | None,
         gK: cute.Tensor,
-        tma_v: cute.CopyAtom,
+        tma_v: cute.CopyAtom | None,
         gV: cute.Tensor,
         mQOffset: cute.Tensor | None,
         mQLengths: cute.Tensor | None,
@@ -290,6 +293,7 @@ class ForwardSm90:
             cfg.kv_stages,
             cfg.tile_n * h_bytes,
             self.consumer_warps,
+            self.copying_threads,
         )
         pipeline_v = TmaPipeline(
             "v",
@@ -297,14 +301,21 @@ class ForwardSm90:
             cfg.kv_stages,
             cfg.tile_n * hv_bytes,
             self.consumer_warps,
+            self.copying_threads,
         )
+        following_warps = COPYING_WARPS - 1 if self.copying_threads else 0
         pipeline_tile = TmaPipeline(
-            "tile", storage.tile_barriers.data_ptr(), TILE_STAGES, 0, self.consumer_warps
+            "tile",
+            storage.tile_barriers.data_ptr(),
+            TILE_STAGES,
+            0,
+            self.consumer_warps + following_warps,
         )
         pipelines = (pipeline_q, pipeline_k, pipeline_v, pipeline_tile)
         if warp_index == 0:
             for atom in (tma_q, tma_k, tma_v):
-                cpasync.prefetch_descriptor(atom)
+                if const_expr(atom is not None):
+                    cpasync.prefetch_descriptor(atom)
             with cute.arch.elect_one():
                 for pipeline in pipelines:
                     pipeline.init()
@@ -343,6 +354,10 @@ class ForwardSm90:
                     order,
                     lengths,
                     mKVLengths is not None,
+                )
+            elif const_expr(following_warps):
+                self.follow(
+                    warp_index, (tma_k, gK, sK), (tma_v, gV, sV), pipelines, work, mPageTable
                 )
         else:
             if const_expr(cfg.reallocates_registers):
@@ -440,16 +455,15 @@ class ForwardSm90:
                 gQ[None, None, None, head, batch], q_box, (0, None, 0)
             )  # (heads, tokens, columns, slabs)
             tQsQ, tQgQ = tma_partition(tma_q, sQ_tma, gQ_tile)
-            locate = partial(self.locate_tile, mPageTable, batch, keys)
-            load_k = self.tile_loader(k_copy, self.smem_h, kv_head, batch)
-            load_v = self.tile_loader(v_copy, self.smem_hv, kv_head, batch)
+            locate = partial(self.locate_tile, mPageTable, batch, keys, Int32(0))
+            load_k = self.tile_loader(k_copy, self.smem_h, kv_head, batch, keys, Int32(0))
+            load_v = self.tile_loader(v_copy, self.smem_hv, kv_head, batch, keys, Int32(0))
             # The consumers take K of tile n - 1 before V of tile n: load in that order, and the
             # first K before Q, whose place is given back late.
             if n_min < n_max:
                 place = locate(n_max - 1)
                 pipeline_k.acquire(k_stage, k_phase)
-                pipeline_k.expect(k_stage)
-                load_k(n_max - 1, place, k_stage, pipeline_k.full + k_stage)
+                self.fill(pipeline_k, load_k, n_max - 1, place, k_stage)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
             pipeline_q.acquire(Int32(0), q_phase)
             pipeline_q.expect(Int32(0))
@@ -466,15 +480,14 @@ class ForwardSm90:
                 if n > n_min:
                     place = locate(n - 1)
                     pipeline_k.acquire(k_stage, k_phase)
-                    pipeline_k.expect(k_stage)
-                    load_k(n - 1, place, k_stage, pipeline_k.full + k_stage)
+                    self.fill(pipeline_k, load_k, n - 1, place, k_stage)
                     k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 else:
                     tile = self.draw_tile(mCounter)
                 place = locate(n)
                 pipeline_v.acquire(v_stage, v_phase)
                 is_tail = Boolean(False)
-                if const_expr(has_kv_lengths):
+                if const_expr(has_kv_lengths and not self.copying_threads):
                     is_tail = (n + 1) * cfg.tile_n > keys
                 if is_tail:
                     # What lies beyond the length may be NaN, and 0 * NaN is NaN: clear it.
@@ -488,8 +501,7 @@ class ForwardSm90:
                     pipeline_v.commit(v_stage)
                     tail_phase ^= 1
                 else:
-                    pipeline_v.expect(v_stage)
-                    load_v(n, place, v_stage, pipeline_v.full + v_stage)
+                    self.fill(pipeline_v, load_v, n, place, v_stage)
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
 
             if n_min >= n_max:
@@ -500,19 +512,66 @@ class ForwardSm90:
         self.write_work(work[None, t_stage], (Int32(-1),) * self.work_fields)
         pipeline_tile.commit(t_stage)
 
-    def locate_tile(self, mPageTable, batch: Int32, keys: Int32, n: Int32) -> Int32:
+    @cute.jit
+    def follow(
+        self,
+        warp: Int32,
+        k_copy,
+        v_copy,
+        pipelines,
+        work: cute.Tensor,
+        mPageTable: cute.Tensor,
+    ):
+        """A warp beside the producer that copies its rows of the producer's tiles of K and V."""
+        _, pipeline_k, pipeline_v, pipeline_tile = pipelines
+        role = (COPYING_WARPS - 1, "following")
+        k_stage, k_phase, v_stage, v_phase, t_stage, t_phase = (Int32(0) for _ in range(6))
+        fields = self.take_work(work, pipeline_tile, t_stage, t_phase, *role)
+        while fields[0] >= 0:
+            t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
+            head, batch, keys, n_min, n_max = (fields[i] for i in (1, 2, 5, 6, 7))
+            kv_head = head // self.heads_per_kv
+            locate = partial(self.locate_tile, mPageTable, batch, keys, warp)
+            load_k = self.tile_loader(k_copy, self.smem_h, kv_head, batch, keys, warp)
+            load_v = self.tile_loader(v_copy, self.smem_hv, kv_head, batch, keys, warp)
+            # K of a tile goes ahead of V of the tile before.
+            for i in cutlass.range(n_max - n_min + 1, unroll=1):
+                n = n_max - 1 - i
+                if n >= n_min:
+                    place = locate(n)
+                    pipeline_k.acquire(k_stage, k_phase)
+                    self.fill(pipeline_k, load_k, n, place, k_stage)
+                    k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+                if i > 0:
+                    place = locate(n + 1)
+                    pipeline_v.acquire(v_stage, v_phase)
+                    self.fill(pipeline_v, load_v, n + 1, place, v_stage)
+                    v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
+            fields = self.take_work(work, pipeline_tile, t_stage, t_phase, *role)
+        cute.arch.cp_async_wait_group(0)
+
+    def fill(self, pipeline: TmaPipeline, load, n: Int32, place: Int32, stage: Int32) -> None:
+        """Starts the copies of key tile n into an empty stage."""
+        if not self.copying_threads:
+            pipeline.expect(stage)
+        load(n, place, stage, pipeline.full + stage)
+
+    def locate_tile(self, mPageTable, batch: Int32, keys: Int32, warp: Int32, n: Int32) -> Int32:
         """What ``tile_loader``'s function needs to know of key tile n.
 
         It comes from memory: to be asked for before the wait for an empty stage.
         """
-        return Int32(0) if self.paging is None else self.paging.pages(mPageTable, batch, keys, n)
+        if self.paging is None:
+            return Int32(0)
+        return self.paging.places(mPageTable, batch, keys, warp, n)
 
-    def tile_loader(self, copy: tuple, width: int, kv_head: Int32, batch: Int32):
+    def tile_loader(
+        self, copy: tuple, width: int, kv_head: Int32, batch: Int32, keys: Int32, warp: Int32
+    ):
         """A function (n, place, stage, barrier) that starts the copies of key tile n."""
         atom, gX, sX = copy
         if self.paging is not None:
-            target, source = self.paging.partition(copy, width, self.config.kv_stages, kv_head)
-            return partial(self.paging.copy, atom, source, target)
+            return self.paging.loader(copy, width, self.config.kv_stages, kv_head, keys, warp)
         tiles = cute.local_tile(
             gX[None, None, kv_head, batch], (self.config.tile_n, width), (None, 0)
         )
@@ -546,12 +605,20 @@ class ForwardSm90:
         cute.arch.sync_warp()
 
     @cute.jit
-    def take_work(self, work: cute.Tensor, pipeline: TmaPipeline, stage: Int32, phase: Int32):
+    def take_work(
+        self,
+        work: cute.Tensor,
+        pipeline: TmaPipeline,
+        stage: Int32,
+        phase: Int32,
+        warps: cutlass.Constexpr[int],
+        role: cutlass.Constexpr[str] = "consumer",
+    ):
         """What the producer left: m_block (negative at the end), head, batch, ..."""
         pipeline.wait(stage, phase)
         fields = [work[i, stage] for i in range(self.work_fields)]
         cute.arch.sync_warp()
-        pipeline.release(stage, self.consumer_warps)
+        pipeline.release(stage, warps, role)
         return tuple(fields)
 
     @cute.jit
@@ -606,7 +673,7 @@ class ForwardSm90:
                 self.pass_turn(slab)
 
         q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase = (Int32(0) for _ in range(7))
-        fields = self.take_work(work, pipeline_tile, t_stage, t_phase)
+        fields = self.take_work(work, pipeline_tile, t_stage, t_phase, warps)
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
             m_block, head, batch, offset, queries, keys = fields[:6]
@@ -695,7 +762,7 @@ class ForwardSm90:
             else:
                 self.store_slab(*rows, mO, mLSE, *place, thread)
 
-            fields = self.take_work(work, pipeline_tile, t_stage, t_phase)
+            fields = self.take_work(work, pipeline_tile, t_stage, t_phase, warps)
         if const_expr(self.takes_turns):
             # The turn that was passed last has to be taken, or the barrier stays half full.
             if slab == 0:

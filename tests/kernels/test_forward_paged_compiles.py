@@ -1,0 +1,68 @@
+"""The Hopper forward on pages, cross-compiled for sm_90a: no spills, the right copies."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_flashcute.ffi.resources import find_tools, report
+from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.config import SMALLEST_BOX
+from jax_flashcute.spec import AttentionSpec, Operands
+from tests.kernels.test_forward_compiles import ARCH, compile_key, main_report
+
+# (page_size, head_dim, value head_dim, queries, group)
+ALWAYS = [(1, 192, 128, 2048, 1), (4, 128, 128, 1, 8)]
+HEAD_DIMS = ((8, 8), (64, 64), (72, 40), (96, 96), (128, 128), (192, 128), (256, 256), (64, 256))
+ALL = [
+    (page_size, *dims, *rows)
+    for page_size in (1, 2, 4, 8, 16, 128, 512)
+    for dims in HEAD_DIMS
+    for rows in ((2048, 1), (1, 7))
+]
+
+
+def operands(page_size: int, head_dim: int, head_dim_v: int, queries: int, group: int) -> Operands:
+    batch, kv_heads, tokens = 8, 2, 8192
+    integers = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    pages = (batch * tokens // page_size, page_size, kv_heads)
+    query = (batch, queries, kv_heads * group, head_dim)
+    return Operands(
+        query=jax.ShapeDtypeStruct(query, jnp.bfloat16),
+        key=jax.ShapeDtypeStruct((*pages, head_dim), jnp.bfloat16),
+        value=jax.ShapeDtypeStruct((*pages, head_dim_v), jnp.bfloat16),
+        q_offset=integers,
+        query_seq_lengths=integers,
+        key_value_seq_lengths=integers,
+        page_table=jax.ShapeDtypeStruct((batch, tokens // page_size), jnp.int32),
+    )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(pytest.param(c, id="-".join(map(str, c))) for c in ALWAYS),
+        *(
+            pytest.param(c, id="-".join(map(str, c)), marks=pytest.mark.slow)
+            for c in ALL
+            if c not in ALWAYS
+        ),
+    ],
+)
+def test_code(call: tuple[int, int, int, int, int]) -> None:
+    try:
+        find_tools()
+    except ImportError as error:
+        pytest.skip(str(error))
+    spec = AttentionSpec(0.125, is_causal=True)
+    key = registry.kernel_key(spec, operands(*call), "fwd", ARCH, 132)
+    assert key.split_kv == (call[3] == 1)
+    kernel = compile_key(key)
+    assert kernel.cubin is not None
+    assert kernel.ptx is not None
+    for each in report(kernel.cubin):
+        assert (each.spill_loads, each.spill_stores) == (0, 0)
+        assert (each.stack_bytes, each.local_bytes) == (0, 0)
+    found = main_report(kernel)
+    assert found.count("HGMMA") == kernel.ptx.count("wgmma.mma_async")
+    assert found.count("WARPGROUP.DEPBAR") == kernel.ptx.count("wgmma.wait_group")
+    assert (found.count("LDGSTS") > 0) == (call[0] < SMALLEST_BOX)
