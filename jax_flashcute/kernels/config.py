@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 SMEM_BYTES = 227 * 1024
 """Shared memory one block can have on Hopper and Blackwell."""
@@ -365,8 +366,109 @@ def backward_config(head_dim: int, head_dim_v: int, deterministic: bool = False)
     return dataclasses.replace(config, deterministic=deterministic)
 
 
+@dataclass(frozen=True)
+class BwdConfigSm100:
+    """How the backward kernel on Blackwell is tiled: 128 keys, and tiles of 128 queries.
+
+    Attributes:
+      q_stages, do_stages: depth of the pipelines of Q and of dO.
+      in_turn: S, dP and dQ of a tile follow each other in one place in tensor memory, for
+        head_dims whose dK and dV leave no room for more.
+      deterministic: blocks add to dQ in a fixed order, each waiting for those before it.
+      gradient_registers, reduce_registers, other_registers: registers a thread, after
+        reallocation, of the warpgroups that compute P and dS, of the warps that add dQ, of those
+        that load and issue.
+    """
+
+    q_stages: int
+    do_stages: int
+    in_turn: bool = False
+    deterministic: bool = False
+    gradient_registers: int = 160
+    reduce_registers: int = 96
+    other_registers: int = 96
+
+    tile_m: ClassVar[int] = 128
+    tile_n: ClassVar[int] = 128
+    threads: ClassVar[int] = 512
+    dq_split: ClassVar[str] = "lanes"
+    """In the workspace, a row of dQ is a thread's."""
+
+    def padded_head_dim(self, head_dim: int) -> int:
+        """Columns of Q, K and dQ in shared and tensor memory."""
+        return round_up(head_dim, 16)
+
+    def dq_warps(self, head_dim: int) -> int:
+        """Warps that add dQ to the sum in global memory, each at its own pace."""
+        return 4
+
+    def shares_dq(self, head_dim: int, head_dim_v: int) -> bool:
+        """Whether dQ takes the columns of dP in tensor memory."""
+        h, hv = self.padded_head_dim(head_dim), round_up(head_dim_v, 16)
+        return self.in_turn or 2 * 128 + hv + 2 * h > 512
+
+    def columns(self, head_dim: int, head_dim_v: int) -> int:
+        """Columns of tensor memory: S, dP, P and dQ, then dV and dK."""
+        h, hv = self.padded_head_dim(head_dim), round_up(head_dim_v, 16)
+        if self.in_turn:
+            return 192 + hv + h
+        return 256 + hv + (h if self.shares_dq(head_dim, head_dim_v) else 2 * h)
+
+    def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
+        """Shared memory in bytes, without barriers, for 16-bit operands."""
+        h, hv = self.padded_head_dim(head_dim), round_up(head_dim_v, 16)
+        queries = self.q_stages * (2 * h + 4) + self.do_stages * (2 * hv + 4)
+        # K and V, Q and dO, dS, and two chunks of 32 float32 columns of dQ.
+        return 128 * (2 * (h + hv) + queries + 2 * 128 + 2 * 4 * 32)
+
+    def reasons_invalid(self, head_dim: int, head_dim_v: int) -> list[str]:
+        """Every reason why this configuration cannot be compiled for these head_dims."""
+        reasons = []
+        h = self.padded_head_dim(head_dim)
+        if self.q_stages < (1 if self.in_turn else 2) or self.do_stages < 1:
+            reasons.append(
+                "q_stages must be at least 2, or 1 in turn, and do_stages at least 1, "
+                f"got {self.q_stages} and {self.do_stages}"
+            )
+        if not self.in_turn and max(head_dim, head_dim_v) > 128:
+            reasons.append(
+                f"head_dims above 128 need in_turn=True, got {head_dim} and {head_dim_v}"
+            )
+        if h > 192:
+            reasons.append(
+                f"tensor memory: dQ has 192 columns on Blackwell, head_dim is {head_dim}"
+            )
+        columns = self.columns(head_dim, head_dim_v)
+        if columns > 512:
+            reasons.append(f"tensor memory: {columns} columns needed, 512 available")
+        smem = self.smem_bytes(head_dim, head_dim_v) + 2048
+        if smem > SMEM_BYTES:
+            reasons.append(f"shared memory: {smem} bytes needed, {SMEM_BYTES} available")
+        registers = 128 * (
+            2 * self.gradient_registers + self.reduce_registers + self.other_registers
+        )
+        if registers > 65536:
+            reasons.append(f"registers: {registers} needed, 65536 available")
+        return reasons
+
+
+def backward_config_sm100(
+    head_dim: int, head_dim_v: int, deterministic: bool = False
+) -> BwdConfigSm100:
+    """The backward configuration for a pair of head_dims on Blackwell.
+
+    As many stages as fit; not measured on any GPU.
+    """
+    if max(head_dim, head_dim_v) > 128:
+        return BwdConfigSm100(1, 1, in_turn=True, deterministic=deterministic)
+    config = BwdConfigSm100(2, 2, deterministic=deterministic)
+    if config.reasons_invalid(head_dim, head_dim_v):
+        config = dataclasses.replace(config, do_stages=1)
+    return config
+
+
 def workspace_shapes(
-    config: BwdConfig,
+    config: BwdConfig | BwdConfigSm100,
     batch: int,
     q_length: int,
     kv_length: int,

@@ -22,9 +22,11 @@ from jax_flashcute.analysis import (
 from jax_flashcute.kernels import nsa
 from jax_flashcute.kernels.config import (
     BwdConfig,
+    BwdConfigSm100,
     FwdConfig,
     FwdConfigSm100,
     backward_config,
+    backward_config_sm100,
     few_rows_config,
     forward_config,
     forward_config_sm100,
@@ -44,7 +46,7 @@ from jax_flashcute.spec import AttentionSpec, Operands
 
 Direction = Literal["fwd", "bwd"]
 
-ARCHITECTURES = {"fwd": ("sm_90a", "sm_100a", "sm_103a"), "bwd": ("sm_90a",)}
+ARCHITECTURES = {"fwd": ("sm_90a", "sm_100a", "sm_103a"), "bwd": ("sm_90a", "sm_100a", "sm_103a")}
 """The architectures that kernels exist for, by direction."""
 
 BLACKWELL = ("sm_100a", "sm_103a")
@@ -101,7 +103,7 @@ class KernelKey:
     scale: float
     interval: Interval
     optional: tuple[str, ...]
-    config: FwdConfig | FwdConfigSm100 | BwdConfig
+    config: FwdConfig | FwdConfigSm100 | BwdConfig | BwdConfigSm100
     num_sms: int
     split_kv: bool = False
     elements: ElementFunctions | None = None
@@ -182,18 +184,22 @@ def reasons_against(
         reasons += _reasons_against_pages(operands, direction)
     if direction == "bwd" and not reasons:
         dims = operands.query.shape[-1], operands.value.shape[-1]
-        config = backward_config(*dims, spec.deterministic)
+        config = _backward_config(arch, *dims, spec.deterministic)
         reasons += config.reasons_invalid(*dims)
-        reasons += reasons_against_gradients(by_element(spec), operands, by_role=config.by_role)
+        by_role = isinstance(config, BwdConfig) and config.by_role
+        reasons += reasons_against_gradients(by_element(spec), operands, by_role=by_role)
     return reasons
 
 
+def _backward_config(
+    arch: str | None, head_dim: int, head_dim_v: int, deterministic: bool
+) -> BwdConfig | BwdConfigSm100:
+    choose = backward_config_sm100 if arch in BLACKWELL else backward_config
+    return choose(head_dim, head_dim_v, deterministic)
+
+
 def _no_kernel_for(arch: str, direction: Direction) -> str:
-    if direction == "fwd":
-        reason = f"kernels exist for {', '.join(ARCHITECTURES['fwd'])}, not for {arch}"
-    else:
-        (only,) = ARCHITECTURES["bwd"]
-        reason = f"backward kernels exist for {only} alone, not for {arch}"
+    reason = f"kernels exist for {', '.join(ARCHITECTURES[direction])}, not for {arch}"
     if arch.startswith("sm_12"):
         reason += ", which is a Blackwell without the tcgen05 instructions and the tensor memory"
     return reason
@@ -226,7 +232,7 @@ def kernel_key(
     dims = query.shape[3], value.shape[3]
     present = operands.present()
     functions = element_functions(by_element(spec), operands)
-    config: FwdConfig | FwdConfigSm100 | BwdConfig
+    config: FwdConfig | FwdConfigSm100 | BwdConfig | BwdConfigSm100
     split_kv = False
     interval = interval_of(spec)
     if direction == "fwd":
@@ -240,7 +246,7 @@ def kernel_key(
         if is_paged(operands):
             config = paged_config(config, key.shape[1])
     else:
-        config, pack_gqa, num_sms = backward_config(*dims, spec.deterministic), False, 0
+        config, pack_gqa, num_sms = _backward_config(arch, *dims, spec.deterministic), False, 0
         functions = without_sinks(functions)
     return KernelKey(
         kernel=f"{'sm100' if arch in BLACKWELL else 'sm90'}_{passes}",
@@ -487,9 +493,15 @@ def _forward_scratch(key: KernelKey, operands: Operands):
 def _backward_builder(key: KernelKey):
     from jax_flashcute.kernels.common.intervals import IntervalMask
     from jax_flashcute.kernels.sm90.backward import BackwardSm90
+    from jax_flashcute.kernels.sm100.backward import BackwardSm100
+
+    backward = {
+        "sm90_backward": partial(BackwardSm90, functions=key.elements),
+        "sm100_backward": BackwardSm100,
+    }[key.kernel]
 
     def build():
-        launcher = BackwardSm90(
+        launcher = backward(
             key.config,
             _element_type(key),
             key.head_dim,
@@ -497,7 +509,6 @@ def _backward_builder(key: KernelKey):
             key.group,
             key.scale,
             IntervalMask(key.interval),
-            key.elements,
         )
         return _taking_named(launcher, key, 10)
 
@@ -514,6 +525,7 @@ KERNELS = {
     "sm90_forward": Kernel(_forward_arrays, _forward_builder, _forward_scratch),
     "sm100_forward": Kernel(_forward_arrays, _forward_builder, _forward_scratch),
     "sm90_backward": Kernel(_backward_arrays, _backward_builder, _backward_scratch),
+    "sm100_backward": Kernel(_backward_arrays, _backward_builder, _backward_scratch),
     **{name: Kernel(nsa.arrays_of, nsa.builder, nsa.no_scratch) for name in nsa.KERNELS},
 }
 """Every kernel by name."""

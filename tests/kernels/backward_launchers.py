@@ -6,10 +6,14 @@ import functools
 from jax_flashcute.analysis import Interval
 from jax_flashcute.ffi.compile import ArrayType, CompiledKernel, compile_kernel
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.config import BwdConfig, backward_config, workspace_shapes
+from jax_flashcute.kernels.config import (
+    BwdConfig,
+    BwdConfigSm100,
+    backward_config,
+    backward_config_sm100,
+    workspace_shapes,
+)
 from tests.cases import Case
-
-ARCH = "sm_90a"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Launcher:
     interval: Interval
     optional: tuple[str, ...]
     dtype: str
-    config: BwdConfig
+    config: BwdConfig | BwdConfigSm100
+    arch: str = "sm_90a"
 
     @functools.cache  # noqa: B019 - as many as there are cases
     def compiled(self) -> CompiledKernel:
@@ -36,7 +41,9 @@ class Launcher:
 
         from jax_flashcute.kernels.common.intervals import IntervalMask
         from jax_flashcute.kernels.sm90.backward import BackwardSm90
+        from jax_flashcute.kernels.sm100.backward import BackwardSm100
 
+        backward = BackwardSm90 if isinstance(self.config, BwdConfig) else BackwardSm100
         dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[self.dtype]
         qk, v = (ArrayType(dtype, (1, 1, 1, h)) for h in (self.head_dim, self.head_dim_v))
         rows, integers = ArrayType(cutlass.Float32, (1, 1, 1)), ArrayType(cutlass.Int32, (1,))
@@ -53,7 +60,7 @@ class Launcher:
         turns = [ArrayType(cutlass.Int32, (1, 1, 1))] if self.config.deterministic else []
 
         def build():
-            return BackwardSm90(
+            return backward(
                 self.config,
                 dtype,
                 self.head_dim,
@@ -66,18 +73,25 @@ class Launcher:
         return compile_kernel(
             build,
             [qk, qk, v, v, rows, v, *optional, qk, qk, v, rows, rows, rows, *turns],
-            ARCH,
+            self.arch,
             keep_intermediates=True,
             line_info=True,
         )
 
 
-def launcher(case: Case, dtype: str, *, config: BwdConfig | None = None) -> Launcher:
+def launcher(
+    case: Case,
+    dtype: str,
+    *,
+    config: BwdConfig | BwdConfigSm100 | None = None,
+    arch: str = "sm_90a",
+) -> Launcher:
     interval = registry.interval_of(case.spec())
     assert interval is not None
     optional = (("dlse",) if case.lengths else ()) + (("q_offset",) if case.offset else ())
     if case.lengths:
         optional += ("query_seq_lengths", "key_value_seq_lengths")
+    choose = backward_config if arch == "sm_90a" else backward_config_sm100
     return Launcher(
         case.head_dim,
         case.head_dim_v,
@@ -85,11 +99,12 @@ def launcher(case: Case, dtype: str, *, config: BwdConfig | None = None) -> Laun
         interval,
         optional,
         dtype,
-        config or backward_config(case.head_dim, case.head_dim_v),
+        config or choose(case.head_dim, case.head_dim_v),
+        arch,
     )
 
 
-def scratch_of(case: Case, config: BwdConfig) -> list[tuple[tuple[int, ...], str]]:
+def scratch_of(case: Case, config: BwdConfig | BwdConfigSm100) -> list[tuple[tuple[int, ...], str]]:
     return workspace_shapes(
         config,
         case.batch,

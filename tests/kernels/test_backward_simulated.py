@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jax_flashcute import masks, reference
-from jax_flashcute.kernels.config import BwdConfig, backward_config
+from jax_flashcute.kernels.config import BwdConfig, BwdConfigSm100, backward_config
 from jax_flashcute.spec import Operands
 from tests.cases import Case
 from tests.kernels.backward_launchers import launcher, scratch_of
@@ -65,8 +65,15 @@ def expected(case: Case, dtype: str):
     return [np.asarray(x) for x in inputs], {k: np.asarray(v) for k, v in gradients.items()}
 
 
-def check(case: Case, dtype: str = "bfloat16", *, config: BwdConfig | None = None, **how):
-    kernel = launcher(case, dtype, config=config)
+def check(
+    case: Case,
+    dtype: str = "bfloat16",
+    *,
+    config: BwdConfig | BwdConfigSm100 | None = None,
+    arch: str = "sm_90a",
+    **how,
+):
+    kernel = launcher(case, dtype, config=config, arch=arch)
     inputs, gradients = expected(case, dtype)
     lse = inputs[4]
     scratch = [(shape, np.dtype(name)) for shape, name in scratch_of(case, kernel.config)]

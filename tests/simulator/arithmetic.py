@@ -217,6 +217,23 @@ def _single(name, parts):
     return _finish32(ufunc, parts), False
 
 
+def _mixed(asm, st, name, kind):
+    """``.f32.f16`` and ``.f32.bf16``: half operands, a single addend and result."""
+    if st.parts[1:-2] not in ([], ["rn"]):
+        raise FormError("mixed-precision form")
+    dtype = np.float16 if kind == "f16" else BF16
+
+    def wide(x):
+        return np.ascontiguousarray(x).view(dtype).astype(np.float32)
+
+    function = {
+        "add": lambda a, c: wide(a) + c,
+        "sub": lambda a, c: wide(a) - c,
+        "fma": lambda a, b, c: fma32(wide(a), wide(b), c),
+    }[name]
+    return elementwise(asm, st, function, "f32", [kind] * (2 if name == "fma" else 1) + ["f32"])
+
+
 @instruction("add", "sub", "mul", "fma", "mad")
 def _arithmetic(asm, st):
     name, parts, kind = st.parts[0], st.parts, st.parts[-1]
@@ -238,8 +255,8 @@ def _arithmetic(asm, st):
         return elementwise(asm, st, function, kind, [kind] * count, ufunc=count == 2)
     half = _half_kind(kind)
     if half:
-        if len(parts) > 2 and parts[-2] in ("f32", "f16", "bf16") and parts[1] == "f32":
-            raise FormError("mixed-precision form")
+        if parts[-2] == "f32":
+            return _mixed(asm, st, name, kind)
         function = {
             "add": lambda a, b: a + b,
             "sub": lambda a, b: a - b,

@@ -367,6 +367,18 @@ def test_packed_pairs():
     np.testing.assert_array_equal(got, exact.astype(np.float16).reshape(-1))
 
 
+def test_mixed_precision():
+    """fma.f32.abtype, add.f32.atype: half operands are widened, the addend is single."""
+    a, b = (RANDOM.standard_normal(8).astype(ml_dtypes.bfloat16) for _ in range(2))
+    c = RANDOM.standard_normal(8).astype(np.float32)
+    raw = [x.view(np.uint16) for x in (a, b)]
+    got = evaluate("fma.rn.f32.bf16 d, a, b, c", *raw, c, out=np.float32)
+    exact = a.astype(np.float64) * b.astype(np.float64) + c
+    np.testing.assert_array_equal(got, exact.astype(np.float32))
+    got = evaluate("sub.f32.bf16 d, a, b", raw[0], c, out=np.float32)
+    np.testing.assert_array_equal(got, a.astype(np.float32) - c)
+
+
 # ---- Data Movement and Conversion Instructions: cvt
 
 

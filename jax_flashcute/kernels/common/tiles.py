@@ -7,6 +7,21 @@ from cutlass import Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
+CHUNK = 32
+"""Columns of a row that a thread holds at once, where it owns the row."""
+
+
+def chunks(columns: int) -> list[tuple[int, int]]:
+    """(first, size) of the pieces that cover some columns, each a power of two."""
+    found, first = [], 0
+    while first < columns:
+        size = CHUNK
+        while size > columns - first:
+            size //= 2
+        found.append((first, size))
+        first += size
+    return found
+
 
 def smem_layout(dtype, rows: int, columns: int, stages: int | None = None):
     """Row-major tile(s) in shared memory with the widest swizzle that divides the columns."""
@@ -94,3 +109,19 @@ def round_pair(dtype, low: Float32, high: Float32) -> Uint32:
         write_only_types=[Uint32],
         read_only_args=[high, low],
     )
+
+
+def store_rounded(tile: cute.Tensor, row: Int32, first, values: cute.Tensor) -> None:
+    """Rounds a thread's float32 values to the type of a ``smem_layout`` tile and stores them there.
+
+    ``first``: where they begin in the row, in vectors of 8; 16 bytes are stored at a time.
+    """
+    for v in range(cute.size(values) // 8):
+        vector = cute.make_rmem_tensor((1, 8), tile.element_type)
+        words = cute.make_tensor(
+            cute.recast_ptr(vector.iterator, dtype=Uint32), cute.make_layout(4)
+        )
+        for i in range(4):
+            pair = 8 * v + 2 * i
+            words[i] = round_pair(tile.element_type, values[pair], values[pair + 1])
+        cute.autovec_copy(vector, cute.local_tile(tile, (1, 8), (row, first + v)))

@@ -6,8 +6,8 @@ from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
-from jax_flashcute.kernels.common.tiles import smem_layout, tma_partition
-from jax_flashcute.kernels.config import BwdConfig
+from jax_flashcute.kernels.common.tiles import chunks, smem_layout, store_rounded, tma_partition
+from jax_flashcute.kernels.config import BwdConfig, BwdConfigSm100
 from jax_flashcute.kernels.sm90.fragments import (
     convert_pairs,
     tiled_mma,
@@ -17,13 +17,14 @@ from jax_flashcute.kernels.sm90.fragments import (
 class Postprocess:
     """Compiles to one kernel; a block serves one query tile of one head."""
 
-    def __init__(self, config: BwdConfig, dtype, head_dim: int, scale: float):
+    def __init__(self, config: BwdConfig | BwdConfigSm100, dtype, head_dim: int, scale: float):
         self.config = config
+        self.by_lanes = config.dq_split == "lanes"
         self.dtype = dtype
         self.head_dim = head_dim
         self.scale = scale
         self.smem_h = config.padded_head_dim(head_dim)
-        self.parts = config.dq_parts(head_dim)
+        self.parts = 1 if isinstance(config, BwdConfigSm100) else config.dq_parts(head_dim)
 
     def launch(self, stream, m_blocks: Int32, mdQAccum: cute.Tensor, mdQ: cute.Tensor) -> None:
         cfg = self.config
@@ -73,18 +74,56 @@ class Postprocess:
         storage = SmemAllocator().allocate(SharedStorage)
         sdQ = storage.sdQ.get_tensor(dq_layout.outer, swizzle=dq_layout.inner)
 
+        first = (Int64(entry) * m_blocks + m_block) * (cfg.tile_m * self.smem_h)
+        tile = (mdQAccum.iterator + first).align(16)
+        # The accumulation is finished by the kernel before this one.
+        cute.arch.griddepcontrol_wait()
+        if const_expr(self.by_lanes):
+            self.round_row(tile, sdQ, thread)
+        else:
+            self.round_part(tile, sdQ, thread, part)
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_threads()
+        if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 0:
+            target = cute.local_tile(
+                gdQ[None, None, head, batch], (cfg.tile_m, self.smem_h), (None, 0)
+            )
+            tQsQ, tQgQ = tma_partition(tma_dq, sdQ, target)
+            cute.copy(tma_dq, tQsQ, tQgQ[None, m_block])
+            cute.arch.cp_async_bulk_commit_group()
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def round_row(self, tile: cute.Pointer, sdQ: cute.Tensor, thread: Int32) -> None:
+        """A thread's row; 32 rows lie together, four columns of each at a time."""
+        source = cute.make_tensor(
+            tile,
+            cute.make_layout(
+                (4, (32, 4), self.smem_h // 4), stride=(1, (4, 32 * self.smem_h), 128)
+            ),
+        )
+        for first, size in chunks(self.smem_h):
+            values = cute.make_rmem_tensor(size, Float32)
+            cute.autovec_copy(
+                cute.local_tile(source[None, thread, None], (4, size // 4), (0, first // size)),
+                cute.make_tensor(values.iterator, cute.make_layout((4, size // 4))),
+            )
+            for i in range(size):
+                values[i] = values[i] * self.scale
+            store_rounded(sdQ, thread, first // 8, values)
+
+    @cute.jit
+    def round_part(self, tile: cute.Pointer, sdQ: cute.Tensor, thread: Int32, part: Int32):
+        """A warpgroup's part, in the order of the registers of the product that made it."""
+        cfg = self.config
         rows, columns = cfg.dq_part_shape(self.head_dim)
         values = rows * columns // 128
         mma = tiled_mma(self.dtype, columns, OperandMajorMode.MN, warpgroup.OperandSource.SMEM)
         acc = cute.make_rmem_tensor(mma.partition_shape_C((rows, columns)), Float32)
-        first = (Int64(entry) * m_blocks + m_block) * (cfg.tile_m * self.smem_h)
         source = cute.make_tensor(
-            (mdQAccum.iterator + first).align(16),
+            tile,
             cute.make_layout((4, 128, values // 4, self.parts), stride=(1, 4, 512, rows * columns)),
         )
         target = cute.make_tensor(acc.iterator, cute.make_layout((4, values // 4), stride=(1, 4)))
-        # The accumulation is finished by the kernel before this one.
-        cute.arch.griddepcontrol_wait()
         cute.autovec_copy(source[None, thread, None, part], target)
         for i in cutlass.range_constexpr(values):
             acc[i] = acc[i] * self.scale
@@ -95,13 +134,3 @@ class Postprocess:
             cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), mma
         ).get_slice(thread)
         cute.copy(copy, copy.retile(rdQ), copy.partition_D(sdQ_part))
-        cute.arch.fence_view_async_shared()
-        cute.arch.sync_threads()
-        if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 0:
-            tile = cute.local_tile(
-                gdQ[None, None, head, batch], (cfg.tile_m, self.smem_h), (None, 0)
-            )
-            tQsQ, tQgQ = tma_partition(tma_dq, sdQ, tile)
-            cute.copy(tma_dq, tQsQ, tQgQ[None, m_block])
-            cute.arch.cp_async_bulk_commit_group()
-            cute.arch.cp_async_bulk_wait_group(0, read=True)

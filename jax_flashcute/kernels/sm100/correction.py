@@ -4,10 +4,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 
-from jax_flashcute.kernels.common.tiles import round_pair
+from jax_flashcute.kernels.common.tiles import chunks, round_pair
 from jax_flashcute.kernels.sm100.pipeline import take_work
 from jax_flashcute.kernels.sm100.tensor_memory import (
-    chunks,
     fence_after_sync,
     fence_before_sync,
     load_row,

@@ -11,19 +11,25 @@ from cutlass import Float32, Int32, Uint32
 from cutlass._mlir.dialects import nvvm
 from cutlass.cute.nvgpu import OperandMajorMode, tcgen05
 
+from jax_flashcute.kernels.common.tiles import chunks
+
 ROWS = 128
 COLUMNS = 512
 LANE_STRIDE = 1 << 16
-CHUNK = 32
-"""Columns of one load or store."""
 
 
-def tiled_mma(dtype, n: int, b_major: OperandMajorMode, a_source: tcgen05.OperandSource):
-    """One block's 128 x n product with float32 accumulation; A is K-major."""
+def tiled_mma(
+    dtype,
+    n: int,
+    b_major: OperandMajorMode,
+    a_source: tcgen05.OperandSource,
+    a_major: OperandMajorMode = OperandMajorMode.K,
+):
+    """One block's 128 x n product with float32 accumulation."""
     return blackwell.make_trivial_tiled_mma(
         dtype,
         dtype,
-        OperandMajorMode.K,
+        a_major,
         b_major,
         Float32,
         tcgen05.CtaGroup.ONE,
@@ -46,29 +52,27 @@ def operand_a(mma: cute.TiledMma, n: int, k: int, dtype, pointer: cute.Pointer) 
     return cute.make_tensor(cute.recast_ptr(pointer, dtype=dtype), fragment.layout)
 
 
-def gemm(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, accumulate) -> None:
-    """Issues acc (+)= a @ b over all k blocks of the fragments; one warp, asynchronous."""
+def gemm(
+    mma: cute.TiledMma,
+    acc: cute.Tensor,
+    a: cute.Tensor,
+    b: cute.Tensor,
+    accumulate,
+    first_b: int = 0,
+) -> None:
+    """Issues acc (+)= a @ b over all k blocks of a, and b's from ``first_b`` on.
+
+    One warp, asynchronous.
+    """
     atom = cute.make_mma_atom(mma.op)
     atom.set(tcgen05.Field.ACCUMULATE, accumulate)
     for k in range(cute.size(a, mode=[2])):
-        cute.gemm(atom, acc, a[None, None, k], b[None, None, k], acc)
+        cute.gemm(atom, acc, a[None, None, k], b[None, None, first_b + k], acc)
         atom.set(tcgen05.Field.ACCUMULATE, True)
 
 
 def _column_tile(pointer: cute.Pointer, columns: int) -> cute.Tensor:
     return cute.make_tensor(pointer, cute.make_layout((ROWS, columns), stride=(LANE_STRIDE, 1)))
-
-
-def chunks(columns: int) -> list[tuple[int, int]]:
-    """(first, size) of the pieces that cover some columns, each a power of two."""
-    found, first = [], 0
-    while first < columns:
-        size = CHUNK
-        while size > columns - first:
-            size //= 2
-        found.append((first, size))
-        first += size
-    return found
 
 
 def load_row(pointer: cute.Pointer, registers: cute.Tensor, thread: Int32) -> None:

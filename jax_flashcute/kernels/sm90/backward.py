@@ -43,6 +43,7 @@ from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import section_size
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
 from jax_flashcute.kernels.common.tiles import clear_rows, smem_layout, tma_partition
+from jax_flashcute.kernels.common.turns import bulk_add, pass_turn, take_turn, turn_of
 from jax_flashcute.kernels.config import BwdConfig, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.postprocess import Postprocess
@@ -570,13 +571,9 @@ class BackwardSm90:
                         barrier_id=DQ_FULL_BARRIER + buffer, number_of_threads=threads
                     )
                     if const_expr(cfg.deterministic and i == 0):
-                        # Blocks of keys before the window of the tile's first row are not counted.
-                        turn = n_block
-                        if const_expr(self.mask.low is not None):
-                            lower = self.mask.lower(m * cfg.tile_m + offset)
-                            turn = n_block - cutlass.max(lower, Int32(0)) // cfg.tile_n
+                        turn = turn_of(self.mask, n_block, m, offset, cfg.tile_m, cfg.tile_n)
                         index = (entry * m_blocks + m) * dq_warps + mine[0]
-                        self.take_turn(mTurns.iterator + index, turn)
+                        take_turn(mTurns.iterator + index, turn)
                     if cute.arch.lane_idx() == 0:
                         bulk_add(
                             mdQAccum.iterator + (first + part * part_values),
@@ -585,24 +582,8 @@ class BackwardSm90:
                         )
                         cute.arch.cp_async_bulk_commit_group()
                 if const_expr(cfg.deterministic):
-                    cute.arch.cp_async_bulk_wait_group(0)
-                    if cute.arch.lane_idx() == 0:
-                        turns = mTurns.iterator + (entry * m_blocks + m) * dq_warps + mine[0]
-                        cute.arch.red(
-                            turns, Int32(1), op="add", dtype="s32", sem="release", scope="gpu"
-                        )
+                    pass_turn(mTurns.iterator + (entry * m_blocks + m) * dq_warps + mine[0])
         cute.arch.cp_async_bulk_wait_group(0)
-
-    @cute.jit
-    def take_turn(self, turns: cute.Pointer, turn: Int32):
-        """Waits until ``turn`` blocks have added to a tile's dQ; one warp."""
-        if cute.arch.lane_idx() == 0:
-            done = cute.arch.load(turns, Int32, sem="acquire", scope="gpu")
-            while done != turn:
-                done = cute.arch.load(turns, Int32, sem="acquire", scope="gpu")
-            # The additions before were the asynchronous proxy's, and so is the one that follows.
-            cute.arch.fence_proxy("async.global")
-        cute.arch.sync_warp()
 
     @cute.jit
     def consume(self, smem, dk_copy, dv_copy, barriers, block, tiles, lengths, elements):
@@ -946,11 +927,3 @@ class BackwardSm90:
         cute.autovec_copy(flat, sdQ[None, thread, None, part])
         cute.arch.fence_view_async_shared()
         cute.arch.barrier_arrive(barrier_id=DQ_FULL_BARRIER + part, number_of_threads=threads)
-
-
-def bulk_add(target, source, size: int) -> None:
-    """Adds ``size`` bytes of float32 in shared memory to global memory; one thread."""
-    cute.arch.inline_ptx(
-        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{$r0}], [{$r1}], {$r2};",
-        read_only_args=[target.toint(), source.toint(), Int32(size)],
-    )

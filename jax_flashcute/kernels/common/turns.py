@@ -1,0 +1,44 @@
+"""Blocks that add to one sum in global memory, by bulk reductions, in turns where order matters."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+
+
+def bulk_add(target, source, size: int) -> None:
+    """Adds ``size`` bytes of float32 in shared memory to global memory; one thread."""
+    cute.arch.inline_ptx(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{$r0}], [{$r1}], {$r2};",
+        read_only_args=[target.toint(), source.toint(), Int32(size)],
+    )
+
+
+def turn_of(mask, n_block: Int32, m: Int32, offset: Int32, tile_m: int, tile_n: int) -> Int32:
+    """How many blocks of keys add to a query tile's dQ before one does, in the order of keys.
+
+    Blocks of keys before the window of the tile's first row are not counted.
+    """
+    if mask.low is None:
+        return n_block
+    lower = mask.lower(m * tile_m + offset)
+    return n_block - cutlass.max(lower, Int32(0)) // tile_n
+
+
+@cute.jit
+def take_turn(turns: cute.Pointer, turn: Int32):
+    """Waits until ``turn`` blocks have added to a tile's dQ; one warp."""
+    if cute.arch.lane_idx() == 0:
+        done = cute.arch.load(turns, Int32, sem="acquire", scope="gpu")
+        while done != turn:
+            done = cute.arch.load(turns, Int32, sem="acquire", scope="gpu")
+        # The additions before were the asynchronous proxy's, and so is the one that follows.
+        cute.arch.fence_proxy("async.global")
+    cute.arch.sync_warp()
+
+
+@cute.jit
+def pass_turn(turns: cute.Pointer):
+    """Lets the next block add, once this warp's own additions are done; one warp."""
+    cute.arch.cp_async_bulk_wait_group(0)
+    if cute.arch.lane_idx() == 0:
+        cute.arch.red(turns, Int32(1), op="add", dtype="s32", sem="release", scope="gpu")

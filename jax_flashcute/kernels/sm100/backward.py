@@ -1,0 +1,379 @@
+"""The backward kernel on Blackwell: dQ, dK and dV in one pass over the keys.
+
+No Blackwell GPU has run it: it is compiled for sm_100a and sm_103a and run in simulation.
+
+A block owns 128 keys of one key/value head and goes over the tiles of 128 queries that see them,
+of every query head of the group:
+
+    S^T = K Q^T      P^T = exp2(scale log2(e) S^T - LSE2)      dV += P^T dO
+    dP^T = V dO^T    dS^T = P^T (dP^T - dPsum)                 dK += dS^T Q      dQ = dS K
+
+All products accumulate in tensor memory.  The scores are computed transposed: a thread of the two
+gradient warpgroups owns a key and half of a tile's queries.  P^T goes back to tensor memory, in 16
+bits over S^T, where the product dV takes it; dS^T goes to shared memory, which dK reads by rows and
+dQ by columns.  Four warps read dQ and add it in float32 to the sum in global memory by bulk
+reductions (extra/postprocess.py turns it into 16 bits).
+
+Each role has its file; the edges between them:
+
+    edge    producer            consumer                     stages     full      empty
+    k, v    TMA, load warp      product warp                 1 each     1 + tx    used once
+    q       TMA, load warp      products, gradients (LSE2)   q_stages   1 + tx    products + 8
+    dO      TMA, load warp      products, gradients (dPsum)  do_stages  1 + tx    products + 8
+    s       product warp        gradient warpgroups          1          products  8: P is stored
+    dp      product warp        gradient warpgroups          1          products  8: dS is stored
+    dq      product warp        dQ warps                     1          products  4: dQ is read
+    done    product warp        gradient warpgroups          1          products  used once
+
+Counts are arrivals of warps; "+ tx" means that the barrier also waits for the copies' bytes;
+"products", one arrival that tcgen05.commit makes once the products before it are done.  Products
+of one thread are done in order, so a full dp also says that the dK and dQ before it have read dS.
+
+Columns of tensor memory, for head_dims up to 128 (dQ has its own where they suffice):
+
+    0: S, then P    128: dP, then dQ    256: dV    256 + Hv: dK
+
+and in turn, where a head_dim is above 128 and dP can only follow S:
+
+    0: S, then dP    128: P    0: dQ, over both    192: dV    192 + Hv: dK
+"""
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync
+from cutlass.memory import SmemAllocator
+
+from jax_flashcute.kernels.common.intervals import IntervalMask
+from jax_flashcute.kernels.common.lengths import entry_lengths
+from jax_flashcute.kernels.common.scheduler import section_size
+from jax_flashcute.kernels.common.tiles import CHUNK, by_head, smem_layout
+from jax_flashcute.kernels.config import BwdConfigSm100, round_up
+from jax_flashcute.kernels.extra.postprocess import Postprocess
+from jax_flashcute.kernels.extra.preprocess import Preprocess
+from jax_flashcute.kernels.sm100.backward_gradients import GradientWarpgroups
+from jax_flashcute.kernels.sm100.backward_load import KEY_BARRIERS, LoadWarp
+from jax_flashcute.kernels.sm100.backward_products import ProductWarp
+from jax_flashcute.kernels.sm100.backward_reduce import DQ_BUFFERS, ReduceWarps
+from jax_flashcute.kernels.sm100.pipeline import TensorPipeline
+from jax_flashcute.kernels.sm100.tensor_memory import COLUMNS, ROWS
+
+GRADIENT_WARPS, DQ_WARPS = 8, 4
+LOAD_WARP = GRADIENT_WARPS + DQ_WARPS
+PRODUCT_WARP = LOAD_WARP + 1
+
+DETERMINISTIC_SECTION = 16
+"""Key/value heads that are worked on together at least, where blocks take turns in adding dQ."""
+
+
+class BackwardSm100:
+    """Compiles to one launcher (three kernels) for all batch sizes, lengths and head counts."""
+
+    def __init__(
+        self,
+        config: BwdConfigSm100,
+        dtype,
+        head_dim: int,
+        head_dim_v: int,
+        group: int,
+        scale: float,
+        mask: IntervalMask,
+    ):
+        """``group``: query heads a key/value head serves."""
+        self.config = config
+        self.dtype = dtype
+        self.head_dim = head_dim
+        self.head_dim_v = head_dim_v
+        self.group = group
+        self.scale = scale
+        self.mask = mask
+        self.smem_h = config.padded_head_dim(head_dim)
+        self.smem_hv = round_up(head_dim_v, 16)
+        # First columns in tensor memory.
+        self.s_column = 0
+        self.p_columns = (128, 160) if config.in_turn else (0, 64)
+        self.dp_column = 0 if config.in_turn else 128
+        self.dv_column = 192 if config.in_turn else 256
+        self.dk_column = self.dv_column + self.smem_hv
+        self.dq_column = (
+            self.dp_column
+            if config.shares_dq(head_dim, head_dim_v)
+            else self.dk_column + self.smem_h
+        )
+
+    # ---- host side -------------------------------------------------------------------------
+
+    @cute.jit
+    def __call__(
+        self,
+        stream: cuda.CUstream,
+        mQ: cute.Tensor,  # (B, T, N, H)
+        mK: cute.Tensor,  # (B, S, K, H)
+        mV: cute.Tensor,  # (B, S, K, Hv)
+        mO: cute.Tensor,  # (B, T, N, Hv)
+        mLSE: cute.Tensor,  # (B, T, N) float32
+        mdO: cute.Tensor,  # (B, T, N, Hv)
+        mdLSE: cute.Tensor | None,  # (B, T, N) float32
+        mQOffset: cute.Tensor | None,  # (B,) int32
+        mQLengths: cute.Tensor | None,  # (B,) int32
+        mKVLengths: cute.Tensor | None,  # (B,) int32
+        mdQ: cute.Tensor,  # (B, T, N, H)
+        mdK: cute.Tensor,  # (B, S, K, H)
+        mdV: cute.Tensor,  # (B, S, K, Hv)
+        mdQAccum: cute.Tensor,  # (B, N, m_blocks * 128 * smem_h) float32, scratch
+        mLSE2: cute.Tensor,  # (B, N, m_blocks * 128) float32, scratch
+        mdPsum: cute.Tensor,  # (B, N, m_blocks * 128) float32, scratch
+        mTurns: cute.Tensor | None = None,  # (B, N, m_blocks * 4) int32, scratch
+    ):
+        cfg = self.config
+        batch, q_length, heads = mQ.shape[0], mQ.shape[1], mQ.shape[2]
+        kv_length, kv_heads = mK.shape[1], mK.shape[2]
+        m_blocks = cute.ceil_div(q_length, cfg.tile_m)
+        n_blocks = cute.ceil_div(kv_length, cfg.tile_n)
+        Preprocess(self.dtype, self.head_dim_v, cfg.tile_m, self.smem_h, DQ_WARPS).launch(
+            stream, m_blocks, mO, mdO, mLSE, mdLSE, mQLengths, (mLSE2, mdPsum, mdQAccum, mTurns)
+        )
+
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+
+        def tma(op, x, width, smem_width):
+            return cpasync.make_tiled_tma_atom(
+                op,
+                by_head(x, width, 1)[0, None, None, None, None],
+                smem_layout(self.dtype, ROWS, smem_width),
+                (ROWS, smem_width),
+            )
+
+        # As on Hopper: queries, dO and dQ of the heads in flight should stay in L2, and where
+        # blocks take turns, those of one head should not follow each other.
+        bytes_per_query = self.group * (6 * self.head_dim + 2 * self.head_dim_v)
+        section = section_size(q_length, bytes_per_query, kv_heads, batch)
+        if const_expr(cfg.deterministic):
+            section = cutlass.min(
+                cutlass.max(section, Int32(DETERMINISTIC_SECTION)), kv_heads * batch
+            )
+        self.kernel(
+            *tma(load, mQ, self.head_dim, self.smem_h),
+            *tma(load, mdO, self.head_dim_v, self.smem_hv),
+            *tma(load, mK, self.head_dim, self.smem_h),
+            *tma(load, mV, self.head_dim_v, self.smem_hv),
+            *tma(store, mdK, self.head_dim, self.smem_h),
+            *tma(store, mdV, self.head_dim_v, self.smem_hv),
+            mQOffset,
+            mQLengths,
+            mKVLengths,
+            mLSE2,
+            mdPsum,
+            mdQAccum,
+            mTurns,
+            m_blocks,
+            n_blocks,
+            section,
+            q_length,
+            kv_length,
+            heads,
+            kv_heads,
+            batch,
+        ).launch(
+            grid=[n_blocks * kv_heads * batch, 1, 1],
+            block=[cfg.threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=True,
+        )
+        Postprocess(cfg, self.dtype, self.head_dim, self.scale).launch(
+            stream, m_blocks, mdQAccum, mdQ
+        )
+
+    def shared_storage(self):
+        cfg = self.config
+
+        def aligned(dtype, elements):
+            return cute.struct.Align[cute.struct.MemRange[dtype, elements], 1024]
+
+        def statistics(stages):
+            return cute.struct.Align[cute.struct.MemRange[Float32, stages * ROWS], 128]
+
+        @cute.struct
+        class SharedStorage:
+            key_barriers: cute.struct.MemRange[Int64, KEY_BARRIERS]
+            q_barriers: cute.struct.MemRange[Int64, 2 * cfg.q_stages]
+            do_barriers: cute.struct.MemRange[Int64, 2 * cfg.do_stages]
+            s_barriers: cute.struct.MemRange[Int64, 2]
+            dp_barriers: cute.struct.MemRange[Int64, 2]
+            dq_barriers: cute.struct.MemRange[Int64, 2]
+            done_barrier: cute.struct.MemRange[Int64, 1]
+            tensor_memory: cute.struct.MemRange[Int32, 1]
+            sLSE: statistics(cfg.q_stages)
+            sdPsum: statistics(cfg.do_stages)
+            sK: aligned(self.dtype, ROWS * self.smem_h)
+            sV: aligned(self.dtype, ROWS * self.smem_hv)
+            sQ: aligned(self.dtype, cfg.q_stages * ROWS * self.smem_h)
+            sdO: aligned(self.dtype, cfg.do_stages * ROWS * self.smem_hv)
+            sdS: aligned(self.dtype, ROWS * ROWS)
+            sdQ: aligned(Float32, DQ_BUFFERS * ROWS * CHUNK)
+
+        return SharedStorage
+
+    def pipelines(self, storage) -> tuple[TensorPipeline, ...]:
+        """The edges q, dO, s, dp and dq of the table above."""
+        cfg = self.config
+        readers = GRADIENT_WARPS + 1
+        q_bytes, do_bytes = ROWS * (self.smem_h * 2 + 4), ROWS * (self.smem_hv * 2 + 4)
+        return (
+            TensorPipeline("q", storage.q_barriers.data_ptr(), cfg.q_stages, q_bytes, readers),
+            TensorPipeline("dO", storage.do_barriers.data_ptr(), cfg.do_stages, do_bytes, readers),
+            TensorPipeline("s", storage.s_barriers.data_ptr(), 1, 0, GRADIENT_WARPS),
+            TensorPipeline("dp", storage.dp_barriers.data_ptr(), 1, 0, GRADIENT_WARPS),
+            TensorPipeline("dq", storage.dq_barriers.data_ptr(), 1, 0, DQ_WARPS),
+        )
+
+    # ---- device side -----------------------------------------------------------------------
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        gQ: cute.Tensor,
+        tma_do: cute.CopyAtom,
+        gdO: cute.Tensor,
+        tma_k: cute.CopyAtom,
+        gK: cute.Tensor,
+        tma_v: cute.CopyAtom,
+        gV: cute.Tensor,
+        tma_dk: cute.CopyAtom,
+        gdK: cute.Tensor,
+        tma_dv: cute.CopyAtom,
+        gdV: cute.Tensor,
+        mQOffset: cute.Tensor | None,
+        mQLengths: cute.Tensor | None,
+        mKVLengths: cute.Tensor | None,
+        mLSE2: cute.Tensor,
+        mdPsum: cute.Tensor,
+        mdQAccum: cute.Tensor,
+        mTurns: cute.Tensor | None,
+        m_blocks: Int32,
+        n_blocks: Int32,
+        section: Int32,
+        q_length: Int32,
+        kv_length: Int32,
+        heads: Int32,
+        kv_heads: Int32,
+        batch_size: Int32,
+    ):
+        cfg = self.config
+        warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        storage = SmemAllocator().allocate(self.shared_storage())
+        pipelines = self.pipelines(storage)
+        key_barriers = storage.key_barriers.data_ptr()
+        done_barrier = storage.done_barrier.data_ptr()
+        if warp_index == LOAD_WARP:
+            for atom in (tma_q, tma_do, tma_k, tma_v, tma_dk, tma_dv):
+                cpasync.prefetch_descriptor(atom)
+            with cute.arch.elect_one():
+                for pipeline in pipelines:
+                    pipeline.init()
+                for i in range(KEY_BARRIERS):
+                    cute.arch.mbarrier_init(key_barriers + i, 1)
+                cute.arch.mbarrier_init(done_barrier, 1)
+            cute.arch.mbarrier_init_fence()
+        if warp_index == PRODUCT_WARP:
+            cute.arch.alloc_tmem(COLUMNS, storage.tensor_memory.data_ptr())
+            cute.arch.relinquish_tmem_alloc_permit()
+        cute.arch.sync_threads()
+        tensor_memory = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tensor_memory.data_ptr())
+
+        def staged(storage_member, width, stages):
+            layout = smem_layout(self.dtype, ROWS, width, stages)
+            return storage_member.get_tensor(layout.outer, swizzle=layout.inner)
+
+        sQ = staged(storage.sQ, self.smem_h, cfg.q_stages)
+        sdO = staged(storage.sdO, self.smem_hv, cfg.do_stages)
+        sK = staged(storage.sK, self.smem_h, 1)
+        sV = staged(storage.sV, self.smem_hv, 1)
+        sdS = staged(storage.sdS, ROWS, 1)
+        sLSE = storage.sLSE.get_tensor(cute.make_layout((ROWS, cfg.q_stages)))
+        sdPsum = storage.sdPsum.get_tensor(cute.make_layout((ROWS, cfg.do_stages)))
+        sdQ = storage.sdQ.get_tensor(
+            cute.make_layout(
+                (4, 32, CHUNK // 4, DQ_WARPS, DQ_BUFFERS),
+                stride=(1, 4, 128, 32 * CHUNK, ROWS * CHUNK),
+            )
+        )
+
+        # Longest first: with a causal mask the first keys are seen by most queries.
+        per_section = section * n_blocks
+        tile = cute.arch.block_idx()[0]
+        first_entry = tile // per_section * section
+        within = tile - tile // per_section * per_section
+        width = cutlass.min(section, kv_heads * batch_size - first_entry)
+        n_block = within // width
+        entry = first_entry + within - n_block * width
+        batch = entry // kv_heads
+        kv_head = entry - batch * kv_heads
+
+        offset, queries, keys = entry_lengths(
+            mQOffset, mQLengths, mKVLengths, q_length, kv_length, batch
+        )
+        first_key = n_block * cfg.tile_n
+        last_key = cutlass.min(first_key + cfg.tile_n, keys) - 1
+        m_min, m_max, full_min, full_max = self.mask.query_range(
+            first_key, last_key, offset, queries, cfg.tile_m
+        )
+        m_max = m_max if first_key < keys else Int32(0)
+        # Where keys beyond the length share the block they are hidden in every tile.
+        full_min = full_min if first_key + cfg.tile_n <= keys else m_max
+        block = (n_block, kv_head, batch)
+        num_tiles = cutlass.max(m_max - m_min, Int32(0)) * self.group
+
+        if warp_index >= LOAD_WARP:
+            cute.arch.setmaxregister_decrease(cfg.other_registers)
+            if warp_index == LOAD_WARP and num_tiles > 0:
+                LoadWarp(self).load_tiles(
+                    (tma_q, gQ, sQ),
+                    (tma_do, gdO, sdO),
+                    ((tma_k, gK, sK), (tma_v, gV, sV)),
+                    ((mLSE2, sLSE), (mdPsum, sdPsum)),
+                    pipelines,
+                    key_barriers,
+                    block,
+                    (m_min, m_max, m_blocks),
+                    (queries, keys),
+                    (mQLengths is not None, mKVLengths is not None),
+                )
+            if warp_index == PRODUCT_WARP and num_tiles > 0:
+                ProductWarp(self).issue_products(
+                    (sQ, sdO, sK, sV, sdS),
+                    tensor_memory,
+                    pipelines,
+                    (key_barriers, done_barrier),
+                    num_tiles,
+                )
+        if warp_index < GRADIENT_WARPS:
+            cute.arch.setmaxregister_increase(cfg.gradient_registers)
+            GradientWarpgroups(self).differentiate(
+                tensor_memory,
+                (sLSE, sdPsum, sdS),
+                ((tma_dv, gdV, sV), (tma_dk, gdK, sK)),
+                pipelines,
+                done_barrier,
+                block,
+                (m_min, m_max, full_min, full_max),
+                (offset, queries, keys),
+            )
+        if warp_index >= GRADIENT_WARPS and warp_index < LOAD_WARP:
+            cute.arch.setmaxregister_decrease(cfg.reduce_registers)
+            ReduceWarps(self).add_query_gradients(
+                tensor_memory,
+                sdQ,
+                (mdQAccum, mTurns),
+                pipelines,
+                (*block, heads),
+                (m_min, m_max, m_blocks, offset),
+            )
+        for pipeline in pipelines:
+            pipeline.check_arrivals()
+        cute.arch.sync_threads()
+        if warp_index == PRODUCT_WARP:
+            cute.arch.dealloc_tmem(tensor_memory, COLUMNS)

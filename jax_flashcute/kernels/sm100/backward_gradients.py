@@ -1,0 +1,222 @@
+"""The gradient warpgroups of the Blackwell backward: S to P, dP to dS, and the stores of dK, dV."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32, const_expr
+
+from jax_flashcute.kernels.common.intervals import low_bits
+from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
+from jax_flashcute.kernels.common.tiles import (
+    CHUNK,
+    chunks,
+    round_pair,
+    store_rounded,
+    tma_partition,
+)
+from jax_flashcute.kernels.sm100.tensor_memory import (
+    ROWS,
+    fence_after_sync,
+    fence_before_sync,
+    hide_outside,
+    load_row,
+    store_row,
+)
+
+WARPS = 8
+HALF = ROWS // 2
+"""Queries of a tile that a warpgroup works on."""
+STORE_BARRIER = 1
+"""Named barrier of the first warpgroup; the second has the one after it."""
+
+
+class GradientWarpgroups:
+    """Two; a thread owns one of the 128 keys and, by its warpgroup, half of a tile's queries."""
+
+    def __init__(self, kernel):
+        """``kernel``: the ``BackwardSm100`` that this is a part of."""
+        self.kernel = kernel
+
+    @cute.jit
+    def differentiate(
+        self,
+        tensor_memory: cute.Pointer,
+        smem,
+        stores,
+        pipelines,
+        done_barrier: cute.Pointer,
+        block,
+        tiles,
+        lengths,
+    ):
+        """P and dS of every tile of every head; then dV by one warpgroup, dK by the other."""
+        kernel = self.kernel
+        n_block, _, _ = block
+        m_min, m_max, full_min, full_max = tiles
+        thread = cute.arch.thread_idx()[0] % 128
+        half = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128)
+        p_step = kernel.p_columns[1] - kernel.p_columns[0]
+        places = (
+            tensor_memory + (kernel.s_column + half * HALF),
+            tensor_memory + (kernel.p_columns[0] + half * p_step),
+            tensor_memory + (kernel.dp_column + half * HALF),
+        )
+        own = (thread, half, n_block * ROWS + thread, lengths)
+
+        # Stages and phases of Q and of dO, and the phase of S and of dP.
+        state = tuple(Int32(0) for _ in range(5))
+        full_begin = cutlass.min(cutlass.max(full_min, m_min), m_max)
+        full_end = cutlass.max(cutlass.min(full_max, m_max), full_begin)
+        for _ in cutlass.range(kernel.group, unroll=1):
+            # Three stretches: boundary tiles, full tiles, boundary tiles.
+            for stretch in cutlass.range_constexpr(3 if kernel.mask.low is not None else 2):
+                begin, end = ((m_min, full_begin), (full_begin, full_end), (full_end, m_max))[
+                    stretch
+                ]
+                for m in cutlass.range(begin, end, unroll=1):
+                    state = self.step(places, smem, pipelines, own, m, state, stretch != 1)
+
+        is_empty = m_min >= m_max
+        if not is_empty:
+            cute.arch.mbarrier_wait(done_barrier, 0)
+            fence_after_sync()
+        for i in cutlass.range_constexpr(2):
+            if half == i:
+                column, scale = ((kernel.dv_column, 1.0), (kernel.dk_column, kernel.scale))[i]
+                self.store_gradient(
+                    stores[i], tensor_memory + column, (thread, i), block, scale, is_empty
+                )
+
+    @cute.jit
+    def step(
+        self,
+        places,
+        smem,
+        pipelines,
+        own,
+        m: Int32,
+        state,
+        is_masked: cutlass.Constexpr[bool],
+    ):
+        """One query tile; returns the next state."""
+        kernel = self.kernel
+        s_place, p_place, dp_place = places
+        sLSE, sdPsum, sdS = smem
+        pipeline_q, pipeline_do, pipeline_s, pipeline_dp, _ = pipelines
+        thread, half, key, lengths = own
+        q_stage, q_phase, do_stage, do_phase, phase = state
+        first = half * HALF
+
+        scores = cute.make_rmem_tensor((1, HALF), Float32)
+        pipeline_s.wait(0, phase)
+        fence_after_sync()
+        load_row(s_place, cute.make_tensor(scores.iterator, cute.make_layout(HALF)), thread)
+        pipeline_q.wait(q_stage, q_phase)
+        cute.arch.fence_view_async_tmem_load()
+        if const_expr(is_masked):
+            self.hide_unseen(scores, key, m * ROWS + first, lengths)
+        self.probabilities(scores, quads(sLSE, q_stage, first))
+        pairs = cute.make_rmem_tensor(HALF // 2, Float32)
+        words = cute.make_tensor(
+            cute.recast_ptr(pairs.iterator, dtype=Uint32), cute.make_layout(HALF // 2)
+        )
+        for i in cutlass.range_constexpr(HALF // 2):
+            words[i] = round_pair(kernel.dtype, scores[0, 2 * i], scores[0, 2 * i + 1])
+        store_row(p_place, pairs, thread)
+        cute.arch.fence_view_async_tmem_store()
+        fence_before_sync()
+        cute.arch.sync_warp()
+        pipeline_s.release(0, WARPS, "gradients")
+        pipeline_q.release(q_stage, WARPS, "gradients")
+
+        pipeline_do.wait(do_stage, do_phase)
+        pipeline_dp.wait(0, phase)
+        fence_after_sync()
+        tdPsum = quads(sdPsum, do_stage, first)
+        for c in cutlass.range_constexpr(0, HALF, CHUNK):
+            dscores = cute.make_rmem_tensor(CHUNK, Float32)
+            load_row(dp_place + c, dscores, thread)
+            cute.arch.fence_view_async_tmem_load()
+            self.score_gradients(scores, dscores, tdPsum, c)
+            store_rounded(sdS[None, None, 0], thread, half * (HALF // 8) + c // 8, dscores)
+        cute.arch.fence_view_async_shared()
+        fence_before_sync()
+        cute.arch.sync_warp()
+        pipeline_dp.release(0, WARPS, "gradients")
+        pipeline_do.release(do_stage, WARPS, "gradients")
+        following_q = pipeline_q.advance(q_stage, q_phase)
+        return *following_q, *pipeline_do.advance(do_stage, do_phase), phase ^ 1
+
+    @cute.jit
+    def hide_unseen(self, scores: cute.Tensor, key: Int32, start: Int32, lengths):
+        """Hides the scores, of queries from ``start`` on, that do not see a key."""
+        offset, queries, keys = lengths
+        mask = self.kernel.mask
+        spans = range(HALF // 32)
+        end = mask.end_query(key, offset, queries)
+        end = end - start if key < keys else Int32(0)
+        words = [low_bits(end - 32 * w) for w in spans]
+        if const_expr(mask.high is not None):
+            begin = mask.first_query(key, offset) - start
+            words = [words[w] & ~low_bits(begin - 32 * w) for w in spans]
+        hide_outside(scores, words)
+
+    @cute.jit
+    def probabilities(self, scores: cute.Tensor, tLSE: cute.Tensor):
+        """exp2(scale log2(e) S - LSE2), in place."""
+        quad = cute.make_rmem_tensor(4, Float32)
+        for j in cutlass.range_constexpr(HALF // 4):
+            cute.autovec_copy(tLSE[None, j], quad)
+            for i in cutlass.range_constexpr(4):
+                c = 4 * j + i
+                scores[0, c] = exp2(scores[0, c] * (self.kernel.scale * LOG2_E) - quad[i])
+
+    @cute.jit
+    def score_gradients(
+        self,
+        probabilities: cute.Tensor,
+        dscores: cute.Tensor,
+        tdPsum: cute.Tensor,
+        first: cutlass.Constexpr[int],
+    ):
+        """P (dP - dPsum), in place of a chunk of dP that begins at column ``first``."""
+        quad = cute.make_rmem_tensor(4, Float32)
+        for j in cutlass.range_constexpr(CHUNK // 4):
+            cute.autovec_copy(tdPsum[None, first // 4 + j], quad)
+            for i in cutlass.range_constexpr(4):
+                c = 4 * j + i
+                dscores[c] = probabilities[0, first + c] * (dscores[c] - quad[i])
+
+    @cute.jit
+    def store_gradient(self, store, place: cute.Pointer, own, block, scale, is_empty):
+        """Scales and rounds dK or dV and stores it, through the place of K or V; one warpgroup."""
+        tma, target, smem = store
+        thread, half = own
+        n_block, kv_head, batch = block
+        width = cute.size(smem, mode=[1])
+        for first, size in chunks(width):
+            values = cute.make_rmem_tensor(size, Float32)
+            if is_empty:
+                values.fill(0.0)
+            else:
+                load_row(place + first, values, thread)
+                cute.arch.fence_view_async_tmem_load()
+            if const_expr(scale != 1.0):
+                for c in cutlass.range_constexpr(size):
+                    values[c] = values[c] * scale
+            store_rounded(smem[None, None, 0], thread, Int32(first // 8), values)
+        fence_before_sync()
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=STORE_BARRIER + half, number_of_threads=128)
+        if cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0:
+            tiles = cute.local_tile(target[None, None, kv_head, batch], (ROWS, width), (None, 0))
+            tXsX, tXgX = tma_partition(tma, smem, tiles)
+            cute.copy(tma, tXsX[None, 0], tXgX[None, n_block])
+            cute.arch.cp_async_bulk_commit_group()
+            # Shared memory must outlive the stores that read it.
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+
+def quads(statistics: cute.Tensor, stage: Int32, first: Int32) -> cute.Tensor:
+    """Half a tile's statistics from row ``first`` on, as (4, rows / 4)."""
+    row = cute.domain_offset((first, stage), statistics).iterator.align(16)
+    return cute.make_tensor(row, cute.make_layout((4, HALF // 4)))
