@@ -384,15 +384,13 @@ class BwdConfigSm100:
     do_stages: int
     in_turn: bool = False
     deterministic: bool = False
-    gradient_registers: int = 160
+    gradient_registers: int = 152
     reduce_registers: int = 96
-    other_registers: int = 96
+    other_registers: int = 112
 
     tile_m: ClassVar[int] = 128
     tile_n: ClassVar[int] = 128
     threads: ClassVar[int] = 512
-    dq_split: ClassVar[str] = "lanes"
-    """In the workspace, a row of dQ is a thread's."""
 
     def padded_head_dim(self, head_dim: int) -> int:
         """Columns of Q, K and dQ in shared and tensor memory."""
@@ -441,7 +439,7 @@ class BwdConfigSm100:
         columns = self.columns(head_dim, head_dim_v)
         if columns > 512:
             reasons.append(f"tensor memory: {columns} columns needed, 512 available")
-        smem = self.smem_bytes(head_dim, head_dim_v) + 2048
+        smem = self.smem_bytes(head_dim, head_dim_v) + 1024
         if smem > SMEM_BYTES:
             reasons.append(f"shared memory: {smem} bytes needed, {SMEM_BYTES} available")
         registers = 128 * (
@@ -460,7 +458,11 @@ def backward_config_sm100(
     As many stages as fit; not measured on any GPU.
     """
     if max(head_dim, head_dim_v) > 128:
-        return BwdConfigSm100(1, 1, in_turn=True, deterministic=deterministic)
+        # The product warp keeps the addresses of all operands, which have one stage, in registers.
+        config = BwdConfigSm100(1, 1, in_turn=True, deterministic=deterministic)
+        return dataclasses.replace(
+            config, gradient_registers=144, reduce_registers=72, other_registers=152
+        )
     config = BwdConfigSm100(2, 2, deterministic=deterministic)
     if config.reasons_invalid(head_dim, head_dim_v):
         config = dataclasses.replace(config, do_stages=1)
@@ -479,7 +481,7 @@ def workspace_shapes(
 ) -> list[tuple[tuple[int, ...], str]]:
     """Shapes and dtypes of the backward launcher's scratch outputs, in its argument order.
 
-    dQ in float32, tile by tile in the order of the registers that computed it; the log-sum-exp in
+    dQ in float32, tile by tile in the order of the registers that held it; the log-sum-exp in
     base 2 and the row sums of dO * O, both padded to whole query tiles; where the configuration is
     deterministic, how many blocks have added to each tile's dQ.  None needs initialising.
     """

@@ -15,6 +15,7 @@ from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import (
     SMEM_BYTES,
     BwdConfig,
+    BwdConfigSm100,
     FwdConfig,
     FwdConfigSm100,
     backward_config,
@@ -102,22 +103,25 @@ def test_each_reason_alone(reason: str, direction: registry.Direction) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_120a"])
 def test_an_architecture_without_kernels(arch: str) -> None:
-    (forward,) = reasons_against("fwd", arch)
-    assert forward.startswith(f"kernels exist for sm_90a, sm_100a, sm_103a, not for {arch}")
-    (backward,) = reasons_against("bwd", arch)
-    assert backward.startswith(f"backward kernels exist for sm_90a alone, not for {arch}")
-    assert ("without the tcgen05 instructions" in forward) == (arch == "sm_120a")
+    for direction in ("fwd", "bwd"):
+        (reason,) = reasons_against(direction, arch)
+        assert reason.startswith(f"kernels exist for sm_90a, sm_100a, sm_103a, not for {arch}")
+        assert ("without the tcgen05 instructions" in reason) == (arch == "sm_120a")
 
 
 @pytest.mark.parametrize("arch", ["sm_100a", "sm_103a"])
-def test_blackwell_has_a_forward_alone(arch: str) -> None:
-    assert reasons_against("fwd", arch) == []
-    assert reasons_against("bwd", arch) == [
-        f"backward kernels exist for sm_90a alone, not for {arch}"
-    ]
-    key = registry.kernel_key(SPEC, shapes(), "fwd", arch, 148)
-    assert (key.kernel, key.arch) == ("sm100_forward", arch)
-    assert isinstance(key.config, FwdConfigSm100)
+def test_blackwell_has_kernels_of_its_own(arch: str) -> None:
+    for direction, name, config in (
+        ("fwd", "sm100_forward", FwdConfigSm100),
+        ("bwd", "sm100_backward", BwdConfigSm100),
+    ):
+        assert reasons_against(direction, arch) == []
+        key = registry.kernel_key(SPEC, shapes(), direction, arch, 148)
+        assert (key.kernel, key.arch) == (name, arch)
+        assert isinstance(key.config, config)
+    assert reasons_against("bwd", arch, H=192, Hv=128) == []
+    reasons = reasons_against("bwd", arch, H=256, Hv=256)
+    assert any(r.startswith("tensor memory: 704 columns needed") for r in reasons)
 
 
 @pytest.mark.parametrize(

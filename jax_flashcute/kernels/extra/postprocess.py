@@ -1,8 +1,11 @@
-"""After the backward: dQ from float32, in the order of the main kernel's registers, to 16 bits."""
+"""After the backward: dQ from float32, in the order of the main kernel's registers, to 16 bits.
+
+On Hopper these are a warpgroup product's; on Blackwell a thread has a row.
+"""
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
@@ -19,12 +22,12 @@ class Postprocess:
 
     def __init__(self, config: BwdConfig | BwdConfigSm100, dtype, head_dim: int, scale: float):
         self.config = config
-        self.by_lanes = config.dq_split == "lanes"
+        self.by_rows = isinstance(config, BwdConfigSm100)
         self.dtype = dtype
         self.head_dim = head_dim
         self.scale = scale
         self.smem_h = config.padded_head_dim(head_dim)
-        self.parts = 1 if isinstance(config, BwdConfigSm100) else config.dq_parts(head_dim)
+        self.parts = config.dq_parts(head_dim) if isinstance(config, BwdConfig) else 1
 
     def launch(self, stream, m_blocks: Int32, mdQAccum: cute.Tensor, mdQ: cute.Tensor) -> None:
         cfg = self.config
@@ -78,7 +81,7 @@ class Postprocess:
         tile = (mdQAccum.iterator + first).align(16)
         # The accumulation is finished by the kernel before this one.
         cute.arch.griddepcontrol_wait()
-        if const_expr(self.by_lanes):
+        if const_expr(self.by_rows):
             self.round_row(tile, sdQ, thread)
         else:
             self.round_part(tile, sdQ, thread, part)

@@ -62,6 +62,8 @@ from jax_flashcute.kernels.sm100.tensor_memory import COLUMNS, ROWS
 GRADIENT_WARPS, DQ_WARPS = 8, 4
 LOAD_WARP = GRADIENT_WARPS + DQ_WARPS
 PRODUCT_WARP = LOAD_WARP + 1
+LAUNCH_REGISTERS = 128
+"""A thread's, before reallocation: a quarter of them for each of four warpgroups."""
 
 DETERMINISTIC_SECTION = 16
 """Key/value heads that are worked on together at least, where blocks take turns in adding dQ."""
@@ -328,7 +330,10 @@ class BackwardSm100:
         num_tiles = cutlass.max(m_max - m_min, Int32(0)) * self.group
 
         if warp_index >= LOAD_WARP:
-            cute.arch.setmaxregister_decrease(cfg.other_registers)
+            if const_expr(cfg.other_registers > LAUNCH_REGISTERS):
+                cute.arch.setmaxregister_increase(cfg.other_registers)
+            else:
+                cute.arch.setmaxregister_decrease(cfg.other_registers)
             if warp_index == LOAD_WARP and num_tiles > 0:
                 LoadWarp(self).load_tiles(
                     (tma_q, gQ, sQ),

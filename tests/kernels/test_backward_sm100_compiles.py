@@ -1,0 +1,112 @@
+"""Every Blackwell backward configuration, cross-compiled: what ptxas made of it.
+
+No GPU is needed, and none has run these kernels.
+"""
+
+import shutil
+
+import pytest
+
+from jax_flashcute.ffi.resources import find_tools, report
+from jax_flashcute.kernels.config import SMEM_BYTES, backward_config_sm100, workspace_shapes
+from tests.cases import Case
+from tests.kernels.backward_launchers import launcher
+from tests.simulator.simulation import record_launches
+
+BATCH, LENGTH, KV_HEADS = 2, 3000, 2
+SPILL_BYTES = {(64, 256): 16}
+"""Bytes a thread that are spilled where a window hides both ends; nothing elsewhere."""
+
+FEATURES = {
+    "full": {},
+    "causal": {"causal": True},
+    "everything": {"causal": True, "offset": True, "lengths": True, "group": 7},
+    "window": {"window": (300, 20), "offset": True, "lengths": True},
+}
+HEAD_DIMS = [(8, 8), (64, 64), (72, 40), (96, 96), (64, 128), (128, 128)]
+HEAD_DIMS += [(192, 128), (160, 160), (64, 256)]
+
+
+def call(head_dim: int, head_dim_v: int, features: str) -> Case:
+    shape = {"group": 1} | FEATURES[features]
+    return Case(BATCH, LENGTH, LENGTH, KV_HEADS, head_dim=head_dim, head_dim_v=head_dim_v, **shape)
+
+
+ALWAYS = [(128, 128, "everything", "sm_103a", False), (64, 64, "window", "sm_100a", True)]
+ALL = [
+    (h, hv, features, arch, deterministic)
+    for h, hv in HEAD_DIMS
+    for features in FEATURES
+    for arch in ("sm_100a", "sm_103a")
+    for deterministic in (False, True)
+    if (h, hv, features, arch, deterministic) not in ALWAYS
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tools() -> None:
+    try:
+        find_tools()
+    except ImportError as error:
+        pytest.skip(str(error))
+    if shutil.which("cc") is None:
+        pytest.skip("recording a launch needs a C compiler")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "features", "arch", "deterministic"),
+    [*ALWAYS, *(pytest.param(*c, marks=pytest.mark.slow) for c in ALL)],
+)
+def test_code(head_dim: int, head_dim_v: int, features: str, arch: str, deterministic: bool):
+    case = call(head_dim, head_dim_v, features)
+    config = backward_config_sm100(head_dim, head_dim_v, deterministic)
+    kernel = launcher(case, "bfloat16", config=config, arch=arch)
+    compiled = kernel.compiled()
+    assert compiled.cubin is not None
+    assert compiled.ptx is not None
+    reports = report(compiled.cubin)
+    (found,) = (r for r in reports if r.count("UTCHMMA"))
+    registers = {config.gradient_registers, config.reduce_registers, config.other_registers}
+    assert set(found.reallocated_registers) == registers
+    assert found.highest_register < max(registers)
+    assert config.threads * found.registers <= 65536
+    allowed = SPILL_BYTES.get((head_dim, head_dim_v), 0) if features == "window" else 0
+    for each in reports:
+        assert each.stack_bytes + each.local_bytes <= (allowed if each is found else 0)
+        if not allowed:
+            assert (each.spill_loads, each.spill_stores) == (0, 0)
+    # A product in the code for each that was written; tensor memory read and written; Q, dO, K and
+    # V by TMA, dK and dV too; dQ by bulk reductions, and nothing added element by element.
+    assert found.count("UTCHMMA") == compiled.ptx.count("tcgen05.mma.")
+    assert found.count("LDTM") >= 6
+    assert found.count("STTM") >= 2
+    assert found.count("UTMALDG") >= 4
+    assert found.count("UTMASTG") >= 2
+    assert found.count("UBLKRED") >= 1
+    turns = 1 if deterministic else 0
+    assert found.count("RED") + found.count("REDG") + found.count("ATOMG") == turns
+    check_launches(kernel, case)
+
+
+def check_launches(kernel, case: Case) -> None:
+    """Grids and blocks, and shared memory within its limit."""
+    config = kernel.config
+    q, o = ((BATCH, LENGTH, case.q_heads, h) for h in (case.head_dim, case.head_dim_v))
+    k, v = ((BATCH, LENGTH, KV_HEADS, h) for h in (case.head_dim, case.head_dim_v))
+    rows = (BATCH, LENGTH, case.q_heads)
+    optional = [rows if name == "dlse" else (BATCH,) for name in kernel.optional]
+    scratch = workspace_shapes(
+        config, BATCH, LENGTH, LENGTH, case.q_heads, KV_HEADS, case.head_dim, case.head_dim_v
+    )
+    dims = [q, k, v, o, rows, o, *optional, q, k, v, *(shape for shape, _ in scratch)]
+    buffers = [(256 * (i + 1) << 32, dim) for i, dim in enumerate(dims)]
+    before, main, after = record_launches(kernel.compiled(), buffers, num_sms=148)
+    blocks = -(-LENGTH // 128)
+    assert before.grid == after.grid == (blocks * case.q_heads * BATCH, 1, 1)
+    assert main.grid == (blocks * KV_HEADS * BATCH, 1, 1)
+    assert main.block == (config.threads, 1, 1)
+    # Barriers and alignment come on top.
+    smem = config.smem_bytes(case.head_dim, case.head_dim_v)
+    assert smem < main.shared_bytes <= smem + 1024
+    assert main.shared_bytes <= SMEM_BYTES
+    assert config.columns(case.head_dim, case.head_dim_v) <= 512

@@ -1,0 +1,87 @@
+"""The Blackwell backward in simulation, on what the Hopper one is tested with.
+
+No Blackwell GPU has run it: this is where it has been seen right.
+"""
+
+import dataclasses
+
+import pytest
+
+from jax_flashcute.kernels.config import backward_config_sm100
+from tests.cases import Case
+from tests.kernels import test_backward_simulated as hopper
+from tests.kernels.test_backward_simulated import CASES, EVERYTHING, SLOW_CASES, sized, slowly
+
+ARCH = "sm_100a"
+MANY_TILES = sized(128, group=3, seqlen_q=300, seqlen_k=260, **EVERYTHING)
+"""Several tiles of queries and of keys, tails of both, empty rows, an odd group."""
+FAST = {"128_many_tiles": MANY_TILES, "72_40_lengths": CASES["72_40_lengths"]}
+REFUSED = {n: c for n, c in (CASES | SLOW_CASES).items() if c.head_dim > 192}
+SLOW = {n: c for n, c in (CASES | SLOW_CASES).items() if n not in FAST | REFUSED}
+SLOW["136_184_causal"] = sized(136, 184, causal=True, group=2)
+TIMINGS = [("early", "adversarial"), ("shuffled", "seeded")]
+
+
+def check(case: Case, dtype: str = "bfloat16", arch: str = ARCH, **how) -> None:
+    hopper.check(case, dtype, arch=arch, **how)
+
+
+@pytest.mark.parametrize("case", [*(pytest.param(c, id=n) for n, c in FAST.items()), *slowly(SLOW)])
+def test_gradients(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize(("timing", "warps"), TIMINGS)
+def test_any_timing(timing: str, warps: str) -> None:
+    check(MANY_TILES, timing=timing, warps=warps, seed=3)
+
+
+@pytest.mark.parametrize("case", slowly(SLOW))
+@pytest.mark.parametrize(("timing", "warps"), TIMINGS)
+def test_gradients_under_any_timing(case: Case, timing: str, warps: str) -> None:
+    check(case, timing=timing, warps=warps, seed=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warps", ["adversarial", "seeded"])
+@pytest.mark.parametrize("seed", range(20))
+def test_any_seed(seed: int, warps: str) -> None:
+    check(MANY_TILES, timing="shuffled", warps=warps, seed=seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["64", "128_everything", "72_40_lengths", "192_128_everything"])
+def test_half_precision_on_the_other_blackwell(name: str) -> None:
+    check(CASES[name], "float16", arch="sm_103a")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(sized(64, window=(100, 20), seqlen_k=500, offset=True, group=2), id="64"),
+        *slowly({name: CASES[name] for name in ("128_everything", "192_128_everything")}),
+        *slowly({"long": sized(128, seqlen_q=300, seqlen_k=600, causal=True, offset=True)}),
+    ],
+)
+def test_deterministic(case: Case) -> None:
+    """A block that waits for a turn that never comes, or has passed, is a deadlock."""
+    config = backward_config_sm100(case.head_dim, case.head_dim_v, deterministic=True)
+    check(case, config=config)
+
+
+@pytest.mark.slow
+def test_more_stages() -> None:
+    """dQ with columns of its own, and rings that are longer than two."""
+    config = dataclasses.replace(backward_config_sm100(64, 64), q_stages=3, do_stages=3)
+    check(sized(64, seqlen_q=700, causal=True), config=config)
+
+
+def test_configurations() -> None:
+    """All head_dims up to 128, those of 192/128, and a sentence for what does not fit."""
+    for head_dim in range(8, 257, 8):
+        for head_dim_v in range(8, 257, 8):
+            config = backward_config_sm100(head_dim, head_dim_v)
+            fits = head_dim <= 192 and -(-head_dim // 16) + -(-head_dim_v // 16) <= 20
+            assert (config.reasons_invalid(head_dim, head_dim_v) == []) == fits
+    reasons = backward_config_sm100(192, 192).reasons_invalid(192, 192)
+    assert "tensor memory: 576 columns needed, 512 available" in reasons
