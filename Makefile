@@ -1,25 +1,31 @@
 # make demo   trains a small language model through the library (CPU or GPU)
+# make serve  serves that model over HTTP (trains it first where there is none)
 # make test   linters, type checker, tests
-# Both make their own virtual environment first; they need Python >= 3.12 and nothing else.
+# All make their own virtual environment first; they need Python >= 3.12 and nothing else.
 #
 # CUDA=1       installs JAX with CUDA 13, for a machine with an NVIDIA GPU
 # JAX=0.11.2   takes that release of JAX, in a virtual environment of its own
-# ARGS="..."   goes to the demo (make demo ARGS="--steps 1000") or to pytest
+# ARGS="..."   goes to the demo (make demo ARGS="--steps 1000"), the server or pytest
 
 VENV := .venv$(if $(JAX),-jax-$(JAX))$(if $(CUDA),-cuda)
 BIN := $(VENV)/bin
 comma := ,
 EXTRAS := demo$(if $(CUDA),$(comma)cuda)
 WORKERS ?= 2
+MODEL ?= demo_output/model.safetensors
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs clean
+.PHONY: help demo serve test lint docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/train_byte_lm.py $(ARGS)
+
+serve: $(VENV)/.installed-demo
+	test -e $(MODEL) || $(BIN)/python examples/train_byte_lm.py --save $(MODEL)
+	$(BIN)/python examples/serve.py --model $(MODEL) $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

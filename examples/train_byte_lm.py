@@ -4,12 +4,12 @@
     python examples/train_byte_lm.py --size base --seq-len 2048 --batch 16 --steps 2000    # a GPU
     python examples/train_byte_lm.py --implementation reference --out demo_output/reference
 
-A decoder in Flax NNX (grouped-query attention, rotary positions, RMSNorm, SwiGLU) whose attention
-is `jax_flashcute.flash_attention`.  The text is what the running Python has on disk; every
-twentieth file is held out.  At the end the model's bits per byte on held-out text stand beside
-those of a bigram model counted on the same training text; the program fails where the loss did not
-fall or the model is not clearly better.  It leaves `loss.png` and `log.json` in the output folder;
-`examples/plot_losses.py` draws several logs into one picture.
+The model is `byte_decoder.py`, whose attention is `jax_flashcute.flash_attention`.  The text is
+what the running Python has on disk; every twentieth file is held out.  At the end the model's bits
+per byte on held-out text stand beside those of a bigram model counted on the same training text;
+the program fails where the loss did not fall or the model is not clearly better.  It leaves
+`loss.png` and `log.json` in the output folder; `examples/plot_losses.py` draws several logs into
+one picture.  With `--save` it leaves the model as well, for `examples/serve.py`.
 """
 
 import argparse
@@ -25,129 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from byte_decoder import SIZES, VOCABULARY, ByteDecoder, save_model
 from flax import nnx
 from plot_losses import plot_losses
 from tqdm import tqdm
 
-from jax_flashcute import flash_attention
-
-VOCABULARY = 256  # bytes
 HOLD_OUT_EVERY = 20  # one file in twenty
 HELD_OUT_WINDOWS = 96
 CLEARLY_BETTER = 0.9  # of the bigram model's bits per byte
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Sizes of the decoder; query heads share key/value heads in groups."""
-
-    layers: int
-    width: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-
-
-SIZES = {
-    "tiny": ModelConfig(layers=3, width=128, q_heads=4, kv_heads=2, head_dim=32, hidden=384),
-    "small": ModelConfig(layers=6, width=384, q_heads=6, kv_heads=2, head_dim=64, hidden=1024),
-    "base": ModelConfig(layers=12, width=768, q_heads=12, kv_heads=4, head_dim=64, hidden=2048),
-    "large": ModelConfig(layers=16, width=1536, q_heads=12, kv_heads=4, head_dim=128, hidden=4096),
-}
-
-
-def rotate(x: jax.Array) -> jax.Array:
-    """Rotary embedding of (B, T, N, H): pair (i, i + H/2) turns by position / 10000^(2i/H)."""
-    half = x.shape[-1] // 2
-    frequency = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
-
-
-class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, dtype, implementation: str | None, *, rngs: nnx.Rngs):
-        def linear(width_in, width_out):
-            return nnx.Linear(width_in, width_out, use_bias=False, dtype=dtype, rngs=rngs)
-
-        q_width, kv_width = config.q_heads * config.head_dim, config.kv_heads * config.head_dim
-        self.query = linear(config.width, q_width)
-        self.key = linear(config.width, kv_width)
-        self.value = linear(config.width, kv_width)
-        self.out = linear(q_width, config.width)
-        self.head_dim = config.head_dim
-        self.implementation = implementation
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        def heads(projected):
-            return projected.reshape(*x.shape[:2], -1, self.head_dim)
-
-        attention, implementation = flash_attention, self.implementation
-        if implementation == "jax_nn_cudnn":
-            attention, implementation = jax.nn.dot_product_attention, "cudnn"
-        attended = attention(
-            rotate(heads(self.query(x))),
-            rotate(heads(self.key(x))),
-            heads(self.value(x)),
-            is_causal=True,
-            implementation=implementation,
-        )
-        return self.out(attended.reshape(*x.shape[:2], -1))
-
-
-class FeedForward(nnx.Module):
-    def __init__(self, config: ModelConfig, dtype, *, rngs: nnx.Rngs):
-        def linear(width_in, width_out):
-            return nnx.Linear(width_in, width_out, use_bias=False, dtype=dtype, rngs=rngs)
-
-        self.gate = linear(config.width, config.hidden)
-        self.up = linear(config.width, config.hidden)
-        self.down = linear(config.hidden, config.width)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(nnx.silu(self.gate(x)) * self.up(x))
-
-
-class Block(nnx.Module):
-    def __init__(self, config: ModelConfig, dtype, implementation: str | None, *, rngs: nnx.Rngs):
-        self.attention_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
-        self.attention = Attention(config, dtype, implementation, rngs=rngs)
-        self.feed_forward_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
-        self.feed_forward = FeedForward(config, dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.feed_forward(self.feed_forward_norm(x))
-
-
-class ByteDecoder(nnx.Module):
-    """(B, T) bytes -> (B, T, 256) float32 logits of the next byte."""
-
-    def __init__(self, config: ModelConfig, dtype, implementation: str | None, *, rngs: nnx.Rngs):
-        # As a product, because the gradient of a look-up is a scatter, and on a GPU a scatter of
-        # thousands of bytes into 256 rows is slow.
-        self.embedding = nnx.Linear(
-            VOCABULARY,
-            config.width,
-            use_bias=False,
-            dtype=dtype,
-            kernel_init=nnx.initializers.normal(stddev=config.width**-0.5),
-            rngs=rngs,
-        )
-        self.blocks = nnx.List(
-            [Block(config, dtype, implementation, rngs=rngs) for _ in range(config.layers)]
-        )
-        self.norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
-        self.logits = nnx.Linear(config.width, VOCABULARY, use_bias=False, dtype=dtype, rngs=rngs)
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.embedding(jax.nn.one_hot(tokens, VOCABULARY))
-        for block in self.blocks:
-            x = block(x)
-        return self.logits(self.norm(x)).astype(jnp.float32)
 
 
 def cross_entropy(model: ByteDecoder, windows: jax.Array) -> jax.Array:
@@ -225,6 +110,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo_output"))
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the model: .safetensors")
     return parser.parse_args()
 
 
@@ -305,6 +191,9 @@ def main() -> int:
         "held_out_bits_per_byte": round(held_out_bits, 5),
         "bigram_bits_per_byte": round(bigram, 5),
     }
+    if args.save:
+        save_model(args.save, model)
+        print(f"\nWrote {args.save}")
     (args.out / "log.json").write_text(json.dumps(log) + "\n")
     plot_losses([log], args.out / "loss.png")
 

@@ -1,23 +1,29 @@
 """The example that trains: it runs, and its loss does not depend on the implementation."""
 
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from byte_decoder import load_model
+from train_byte_lm import cross_entropy, cut, read_standard_library
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+MODEL = "model.safetensors"
 SHORT = ["--steps", "12", "--seq-len", "48", "--batch", "2"]
 
 
 def train(out: Path, *arguments: str) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
     script = REPOSITORY / "examples" / "train_byte_lm.py"
     result = subprocess.run(
-        [sys.executable, script, "--out", out, *SHORT, *arguments],
+        [sys.executable, script, "--out", out, "--save", out / MODEL, *SHORT, *arguments],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
@@ -55,6 +61,17 @@ def test_too_few_steps_fail_with_the_reason(logs) -> None:
 def test_losses_agree_between_implementations(logs) -> None:
     ours, reference = (logs[name][0]["bits_per_byte"] for name in ("xla", "reference"))
     np.testing.assert_allclose(ours, reference, rtol=2e-3)
+
+
+def test_the_saved_model_has_learned(logs) -> None:
+    """What comes back predicts text as well as the log says, not as one that was never trained."""
+    log, _ = logs["xla"]
+    model = load_model(Path(log["arguments"]["save"]), "float32", "xla")
+    assert dataclasses.asdict(model.config) == log["model"]
+    _, held_out = read_standard_library()
+    windows = cut(held_out, np.linspace(0, len(held_out) - 49, 24).astype(np.int64), 49)
+    bits = float(cross_entropy(model, jnp.asarray(windows))) / math.log(2)
+    assert bits < np.mean(log["bits_per_byte"][:3]) - 0.5
 
 
 def test_several_logs_make_one_picture(logs, tmp_path: Path) -> None:

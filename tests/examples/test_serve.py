@@ -1,0 +1,248 @@
+"""The server: every output is that of greedy generation without a cache, whatever else it serves.
+
+Two ways of computing the same logits differ by rounding (here by less than 1e-5), so prompts are
+drawn until on every byte of their output the best logit leads the runner-up by `LEAD`: no outcome
+then rests on a tie, on any machine.
+"""
+
+import dataclasses
+import http.client
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import serve
+from byte_decoder import ByteDecoder, ModelConfig, generate_greedily, load_model, save_model
+from flax import nnx
+from serving.endpoint import Worker, make_server
+from serving.engine import Engine, next_tokens
+from serving.load import post
+from serving.prefixes import PrefixIndex
+from serving.scheduler import Request, Scheduler
+
+LEAD = 1e-3
+MAX_TOKENS, NEW_TOKENS, NUM_PAGES = 48, 16, 14
+CONFIG = ModelConfig(layers=2, width=32, q_heads=6, kv_heads=2, head_dim=8, hidden=48)
+
+
+@pytest.fixture(scope="module")
+def model() -> ByteDecoder:
+    model = ByteDecoder(CONFIG, jnp.float32, "xla", rngs=nnx.Rngs(0))
+    for block in model.blocks:
+        # At random, attention would hardly matter: let it decide which byte follows.
+        block.attention.out.kernel[...] *= 8
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompts(model) -> dict[bytes, bytes]:
+    """Sixteen prompts, most of which begin alike, and what follows them."""
+    rng = np.random.default_rng(0)
+    beginnings = [rng.bytes(length) for length in (9, 16, 20)]
+    found: dict[bytes, bytes] = {}
+    for _ in range(200):
+        prompt = beginnings[rng.integers(3)] * int(rng.integers(2)) + rng.bytes(rng.integers(1, 12))
+        output, leads = generate_greedily(model, prompt, NEW_TOKENS, padded_to=MAX_TOKENS)
+        if leads.min() >= LEAD:
+            found[prompt] = output
+        if len(found) == 16:
+            return found
+    raise AssertionError(f"of 200 prompts only {len(found)} lead to no near tie")
+
+
+@pytest.fixture(scope="module")
+def engine(model) -> Engine:
+    engine = Engine(
+        model,
+        num_pages=NUM_PAGES,
+        page_size=4,
+        max_tokens=MAX_TOKENS,
+        max_batch=4,
+        chunk_sizes=[4, 8],
+    )
+    # Pages that nobody has written must not matter.
+    poisoned = {
+        name: tuple(jnp.full_like(pages, jnp.nan) for pages in getattr(engine.cache, name))
+        for name in ("k_pages", "v_pages")
+    }
+    engine.cache = dataclasses.replace(engine.cache, **poisoned)
+    engine.warm_up()
+    return engine
+
+
+def run_schedule(engine: Engine, prompts: dict[bytes, bytes], seed: int) -> list[Request]:
+    """Random requests that arrive at random steps, one or none of them cancelled on the way."""
+    rng = np.random.default_rng(seed)
+    scheduler = Scheduler(engine)
+    requests = [
+        Request(list(prompts)[rng.integers(len(prompts))], int(rng.integers(1, NEW_TOKENS + 1)))
+        for _ in range(rng.integers(2, 9))
+    ]
+    arrivals = sorted(rng.integers(0, 25, len(requests)).tolist())
+    cancelled_at = int(rng.integers(0, 60))
+    arriving = list(zip(arrivals, requests, strict=True))
+    for step in range(1000):
+        while arriving and arriving[0][0] <= step:
+            scheduler.submit(arriving.pop(0)[1])
+        if step == cancelled_at and scheduler.active:
+            scheduler.active[rng.integers(len(scheduler.active))].is_cancelled = True
+        if scheduler.is_idle and not arriving:
+            break
+        scheduler.step()
+    scheduler.prefixes.evict(NUM_PAGES)
+    assert engine.allocator.num_free == NUM_PAGES  # no page was lost
+    return requests
+
+
+def is_right(request: Request, prompts: dict[bytes, bytes]) -> bool:
+    want = prompts[request.prompt][: request.max_new_tokens]
+    return want.startswith(request.output) if request.is_cancelled else request.output == want
+
+
+def test_fifty_schedules_give_what_no_cache_gives(engine, prompts) -> None:
+    compiled = next_tokens._cache_size()
+    served = []
+    for seed in range(50):
+        requests = run_schedule(engine, prompts, seed)
+        assert all(is_right(request, prompts) for request in requests), f"schedule {seed}"
+        served += requests
+    # All that could go wrong has happened.
+    assert sum(request.shared_tokens > 0 for request in served) > 50
+    assert sum(request.preemptions for request in served) > 20
+    assert sum(request.is_cancelled for request in served) > 5
+    assert next_tokens._cache_size() == compiled
+
+
+def test_a_wrong_page_would_be_noticed(engine, prompts, monkeypatch) -> None:
+    """Prefixes known by their length alone share pages of other texts."""
+
+    def digests(self, tokens):
+        return [bytes([n]) for n in range(len(tokens) // self._allocator.page_size)]
+
+    monkeypatch.setattr(PrefixIndex, "_digests", digests)
+    requests = [request for seed in range(5) for request in run_schedule(engine, prompts, seed)]
+    assert not all(is_right(request, prompts) for request in requests)
+
+
+def test_requests_that_could_never_end_are_refused(engine) -> None:
+    scheduler = Scheduler(engine)
+    for prompt, max_new_tokens, message in [
+        (b"", 4, "at least one byte"),
+        (b"a", 0, "max_tokens must be at least 1; got 0"),
+        (b"a" * 40, 9, "at most 48 in sum; got 49"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            scheduler.submit(Request(prompt, max_new_tokens))
+    assert scheduler.is_idle
+
+
+@pytest.fixture
+def server(engine):
+    worker = Worker(Scheduler(engine))
+    server = make_server(worker, "127.0.0.1", 0)
+    worker.start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server, worker
+    server.shutdown()
+    server.server_close()
+    worker.stop()
+    worker.scheduler.prefixes.evict(NUM_PAGES)
+    assert engine.allocator.num_free == NUM_PAGES
+
+
+def ask(server, method: str, path: str, body: str | None = None):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection.request(method, path, body)
+    return connection, connection.getresponse()
+
+
+def test_bytes_are_streamed_over_http(server, model) -> None:
+    server, _ = server
+    want, _ = generate_greedily(model, b"def f", NEW_TOKENS, padded_to=MAX_TOKENS)
+    assert post("127.0.0.1", server.server_port, b"def f", NEW_TOKENS) == want
+    body = json.dumps({"prompt": "def f", "max_tokens": 5})
+    _, response = ask(server, "POST", "/generate", body)
+    assert [response.read(1) for _ in range(5)] == [bytes([byte]) for byte in want[:5]]
+    assert response.read() == b""
+    _, response = ask(server, "GET", "/metrics")
+    figures = json.loads(response.read())
+    assert figures["requests"] == 2
+    assert figures["shared_tokens"] == 4
+
+
+def test_bad_http_requests_are_answered(server) -> None:
+    for method, path, body, status, message in [
+        ("GET", "/", None, 404, "POST /generate"),
+        ("POST", "/", "{}", 404, "POST /generate"),
+        ("POST", "/generate", "{", 400, "Expecting"),
+        ("POST", "/generate", '{"prompt": 1}', 400, "the body must be"),
+        ("POST", "/generate", '{"prompt": ""}', 400, "at least one byte"),
+        ("POST", "/generate", '{"prompt": "a", "max_tokens": "b"}', 400, "must be an integer"),
+        ("POST", "/generate", '{"prompt": "a", "max_tokens": 99}', 400, "at most 48 in sum"),
+    ]:
+        _, response = ask(server[0], method, path, body)
+        assert response.status == status
+        assert message in json.loads(response.read())["error"]
+
+
+def test_a_worker_that_fails_lets_nobody_wait(server, monkeypatch) -> None:
+    server, worker = server
+
+    def fail(*arguments):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(worker.scheduler.engine, "prefill", fail)
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    body = json.dumps({"prompt": "def f", "max_tokens": 5})
+    _, response = ask(server, "POST", "/generate", body)
+    with pytest.raises(http.client.IncompleteRead):
+        response.read()
+    worker.join(10)
+    _, response = ask(server, "POST", "/generate", body)
+    assert response.status == 503
+    assert "broken" in json.loads(response.read())["error"]
+    for request in worker.scheduler.active:
+        worker.scheduler.allocator.free(request.pages)
+
+
+def test_who_hangs_up_is_dropped(server, monkeypatch) -> None:
+    server, worker = server
+    step = worker.scheduler.step
+    monkeypatch.setattr(worker.scheduler, "step", lambda: (time.sleep(0.05), step()))
+    connection, response = ask(
+        server, "POST", "/generate", json.dumps({"prompt": "a", "max_tokens": 47})
+    )
+    response.read(1)
+    response.close()
+    connection.close()
+    deadline = time.monotonic() + 30
+    while not worker.scheduler.telemetry.requests and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (request,) = worker.scheduler.telemetry.requests
+    assert request.is_cancelled
+    assert len(request.output) < 47
+
+
+def test_a_saved_model_is_served_and_plotted(model, tmp_path: Path, monkeypatch, capsys) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model(path, model)
+    loaded = load_model(path, jnp.float32, "xla")
+    assert loaded.config == CONFIG
+    for saved, again in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, loaded)), strict=True):
+        np.testing.assert_array_equal(saved, again)
+    options = {"model": path, "out": tmp_path, "load": 6, "max-tokens": MAX_TOKENS, "pages": 24}
+    options |= {"max-batch": 2, "chunks": 8, "port": 0, "rate": 100, "dtype": "float32"}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--check", *words])
+    assert serve.main() == 0
+    printed = capsys.readouterr().out
+    assert "6 requests in" in printed
+    assert "Time to first token" in printed
+    assert (tmp_path / "serving.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "serving.json").read_text())["requests"] == 6
