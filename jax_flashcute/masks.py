@@ -213,7 +213,7 @@ def _without_casts(jaxpr: Jaxpr) -> Jaxpr:
                 return ClosedJaxpr(_without_casts(parameter.jaxpr), parameter.consts)
             case Jaxpr():
                 return _without_casts(parameter)
-            case tuple() | list():
+            case tuple() | list() if not hasattr(parameter, "_fields"):
                 return type(parameter)(of_parameter(p) for p in parameter)
             case _:
                 return parameter

@@ -11,7 +11,8 @@ from jax_flashcute.kernels import nsa, registry
 from jax_flashcute.spec import AttentionSpec, Operands
 
 ARCH_VARIABLE = "JAX_FLASHCUTE_ARCH"
-"""Environment variable that names the architecture to compile for, such as ``sm_90a``."""
+"""Environment variable that names the architecture to compile for, such as ``sm_90a``, and after a
+colon the number of multiprocessors, as ``sm_90a:114``; without it, ``DEFAULT_NUM_SMS``."""
 
 DEFAULT_NUM_SMS = 132
 """Multiprocessors assumed where no device tells: H100 SXM and H200."""
@@ -24,12 +25,21 @@ class Target:
     arch: str
     num_sms: int
 
+    def __str__(self) -> str:
+        return f"{self.arch}:{self.num_sms}"
+
 
 def target() -> Target | None:
     """The target that ``JAX_FLASHCUTE_ARCH`` names, else the first CUDA device, else None."""
     named = os.environ.get(ARCH_VARIABLE)
     if named:
-        return Target(named, DEFAULT_NUM_SMS)
+        arch, _, num_sms = named.partition(":")
+        if num_sms and not (num_sms.isdecimal() and int(num_sms)):
+            raise ValueError(
+                f"{ARCH_VARIABLE} must be an architecture, and after a colon a number of "
+                f"multiprocessors where they are not {DEFAULT_NUM_SMS}; got {named!r}"
+            )
+        return Target(arch, int(num_sms or DEFAULT_NUM_SMS))
     try:
         device = jax.local_devices(backend="cuda")[0]
     except RuntimeError:

@@ -14,6 +14,7 @@ from jax.interpreters import mlir
 
 from jax_flashcute import plan
 from jax_flashcute.ffi import store
+from jax_flashcute.ffi.compile import CompiledKernel
 from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
 from jax_flashcute.kernels.elements import element_operands
 from jax_flashcute.kernels.nsa import NSAKernelKey
@@ -23,6 +24,7 @@ from jax_flashcute.kernels.registry import (
     KernelKey,
     scratch_shapes,
 )
+from jax_flashcute.recording import plans
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 
 EXPORT_CHECKS = (jax.export.DisabledSafetyCheck.custom_call(CALL_TARGET),)
@@ -97,7 +99,8 @@ def _forward_lowering(ctx: mlir.LoweringRuleContext, *args, spec: AttentionSpec,
     def inputs(operands: Operands):
         return [operands.query, operands.key, operands.value, *_others(key, operands)]
 
-    return _kernel_lowering(ctx, args, tree, inputs, key, operands)
+    call = plans.Call(spec, operands, "fwd")
+    return _kernel_lowering(ctx, args, tree, inputs, key, call)
 
 
 def _backward_lowering(ctx: mlir.LoweringRuleContext, *args, spec: AttentionSpec, tree):
@@ -109,12 +112,14 @@ def _backward_lowering(ctx: mlir.LoweringRuleContext, *args, spec: AttentionSpec
         main = [operands.query, operands.key, operands.value]
         return [*main, residuals.out, residuals.lse, dout, dlse, *_others(key, operands)]
 
-    return _kernel_lowering(ctx, args, tree, inputs, key, operands)
+    call = plans.Call(spec, operands, "bwd")
+    return _kernel_lowering(ctx, args, tree, inputs, key, call)
 
 
 def _nsa_lowering(ctx: mlir.LoweringRuleContext, *args, key: NSAKernelKey, shapes):
     del shapes
-    return _call(ctx, args, plan.make_nsa_plan(key), lambda *arrays: arrays, [])
+    kernel = _kernel(plan.make_nsa_plan(key), key)
+    return _call(ctx, args, kernel, lambda *arrays: arrays, [])
 
 
 def _others(key: KernelKey, operands: Operands) -> list[jax.Array]:
@@ -124,18 +129,28 @@ def _others(key: KernelKey, operands: Operands) -> list[jax.Array]:
     return [*(x for x in given if x is not None), *elements]
 
 
-def _kernel_lowering(ctx, args, tree, inputs: Callable, key: KernelKey, operands: Operands):
+def _kernel_lowering(ctx, args, tree, inputs: Callable, key: KernelKey, call: plans.Call):
     """Lowers to one call of the plan's object; ``inputs`` orders the tree as the kernel does."""
     scratch = [
         jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-        for shape, dtype in scratch_shapes(key, operands)
+        for shape, dtype in scratch_shapes(key, call.operands)
     ]
-    return _call(ctx, args, key, lambda *leaves: inputs(jax.tree.unflatten(tree, leaves)), scratch)
+    kernel = _kernel(key, call)
+    return _call(
+        ctx, args, kernel, lambda *leaves: inputs(jax.tree.unflatten(tree, leaves)), scratch
+    )
 
 
-def _call(ctx, args, key: AnyKey, inputs: Callable, scratch: list):
+def _kernel(key: AnyKey, wanted: plans.Wanted) -> CompiledKernel:
+    """The kernel of a plan, noted where plans are; an empty one where they are only collected."""
+    if plans.note(key, wanted):
+        return CompiledKernel(b"", key.arch)
     kernel = store.get(key)
     register_call_target()
+    return kernel
+
+
+def _call(ctx, args, kernel: CompiledKernel, inputs: Callable, scratch: list):
     outputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ctx.avals_out]
 
     def call(*leaves):

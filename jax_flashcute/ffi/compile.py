@@ -8,6 +8,7 @@ kernel relies on is declared.  Compiling needs no GPU.
 
 import contextlib
 import hashlib
+import platform
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,13 @@ ENTRY_PREFIX = "cutlass_call"
 
 XLA_ALIGNMENT = 256
 """Bytes to which XLA aligns every buffer."""
+
+HOST_TARGETS = {
+    "x86_64": "'llvm -mtriple=x86_64-unknown-linux-gnu -mcpu=x86-64-v2'",
+    "aarch64": "linux-aarch64",
+}
+"""What launchers are compiled for: any processor of a kind, not the one that compiles, which may
+have instructions that others lack."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ def compile_kernel(
     arrays: Sequence[ArrayType | None],
     arch: str,
     *,
+    machine: str | None = None,
     keep_intermediates: bool = False,
     line_info: bool = False,
 ) -> CompiledKernel:
@@ -71,12 +80,19 @@ def compile_kernel(
         tensor for each entry of ``arrays``.
       arrays: the types of the arrays; ``None`` where the launcher gets ``None``.
       arch: ``sm_90a``, ``sm_100a`` or ``sm_103a``.
+      machine: the processor of the host that launches it, a key of ``HOST_TARGETS``; by default
+        this one's.
       keep_intermediates: keep the PTX and the cubin in the result.
       line_info: put the Python lines into them.
 
     Raises:
       ImportError: the CuTe DSL compiler is not installed.
+      ValueError: there is no such machine.
     """
+    machine = machine or platform.machine()
+    if machine not in HOST_TARGETS:
+        raise ValueError(f"machine must be one of {', '.join(HOST_TARGETS)}, got {machine!r}")
+
     import cuda.bindings.driver as cuda
     import cutlass.cute as cute
     from cutlass import AddressSpace
@@ -102,7 +118,7 @@ def compile_kernel(
         if a is not None
     ]
     with contextlib.ExitStack() as stack:
-        options = [f"--gpu-arch {arch}"]
+        options = [f"--gpu-arch {arch}", f"--host-target {HOST_TARGETS[machine]}"]
         if keep_intermediates:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             options += [f"--dump-dir={folder}", "--keep-ptx", "--keep-cubin"]

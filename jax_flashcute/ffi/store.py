@@ -1,26 +1,24 @@
 """Compiled kernels on disk: each compiled once, shared by all processes, checked when read.
 
 An entry's name is the SHA-256 of everything its bytes depend on: the plan, the versions of the
-toolchain, and the sources of the kernels.  A file holds a magic word, the SHA-256 of what follows,
-and the compressed object.  Files are written aside and renamed, so that a reader sees a whole one
-or none; a lock per entry lets one process compile while the others wait.  Where the disk is full,
-read-only or broken, kernels are compiled for this process alone, with one warning.
+toolchain, and the sources of the kernels.  Files are written aside and renamed, so that a reader
+sees a whole one or none; a lock per entry lets one process compile while the others wait.  Where
+the disk is full, read-only or broken, kernels are compiled for this process alone, with one
+warning.  Bundles are looked into first; nothing is written to them.
 """
 
 import contextlib
 import fcntl
-import functools
-import hashlib
 import os
-import tempfile
 import threading
 import warnings
-import zlib
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
+from jax_flashcute.ffi import bundle, kernel_file
 from jax_flashcute.ffi.compile import ArrayType, CompiledKernel, compile_kernel
+from jax_flashcute.ffi.kernel_file import PART_SUFFIX, SUFFIX
+from jax_flashcute.ffi.toolchain import toolchain
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.registry import AnyKey
 
@@ -32,9 +30,6 @@ COMPILE_VARIABLE = "JAX_FLASHCUTE_COMPILE"
 the rest to the XLA path; ``error`` makes a compile an error."""
 
 MODES = ("jit", "aot", "error")
-MAGIC = b"flashcute kernel 1\n"
-SUFFIX = ".kernel"
-PART_SUFFIX = ".part"
 
 _memory: dict[AnyKey, CompiledKernel] = {}
 _memory_lock = threading.Lock()
@@ -67,27 +62,9 @@ def compiles() -> int:
     return _compiles
 
 
-@functools.cache
-def toolchain() -> str:
-    """Versions of everything that decides a kernel's bytes besides its plan."""
-    package = Path(registry.__file__).parent.parent
-    sources = hashlib.sha256()
-    for folder in (package / "kernels", package / "ffi"):
-        for path in sorted(folder.rglob("*.py")):
-            sources.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
-    return f"nvidia-cutlass-dsl {_version('nvidia-cutlass-dsl')}; sources {sources.hexdigest()}"
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "absent"
-
-
 def entry_name(key: AnyKey) -> str:
     """The content address of a kernel, without suffix."""
-    return hashlib.sha256(f"{key!r}\n{toolchain()}".encode()).hexdigest()
+    return kernel_file.entry_name(key, toolchain())
 
 
 def get(key: AnyKey) -> CompiledKernel:
@@ -119,7 +96,17 @@ def reasons_against(key: AnyKey) -> list[str]:
     """Why a plan's kernel is not to be had: in ``aot`` mode, that it was not compiled before."""
     if compile_mode() != "aot" or contains(key):
         return []
-    return [f"{COMPILE_VARIABLE}=aot and {directory()} has no compiled kernel for {key}"]
+    return [_not_compiled(key)]
+
+
+def _not_compiled(key: AnyKey) -> str:
+    places = [str(b.path) for b in (*bundle.named(), *bundle.installed()[0])] + [str(directory())]
+    has = "has" if len(places) == 1 else "have"
+    refused = "".join(f"; {reason}" for reason in bundle.installed()[1])
+    return (
+        f"{COMPILE_VARIABLE}={compile_mode()} and {', '.join(places)} {has} no compiled kernel for "
+        f"{key}{refused}"
+    )
 
 
 def forget() -> None:
@@ -133,10 +120,7 @@ def _load_or_compile(key: AnyKey) -> CompiledKernel:
     if kernel is not None:
         return kernel
     if compile_mode() != "jit":
-        raise KernelNotCompiledError(
-            f"{COMPILE_VARIABLE}={compile_mode()} and {directory()} has no compiled kernel for "
-            f"{key}"
-        )
+        raise KernelNotCompiledError(_not_compiled(key))
     with _locked(key):
         # Another process may have compiled it while this one waited.
         kernel = _read(key)
@@ -148,10 +132,15 @@ def _load_or_compile(key: AnyKey) -> CompiledKernel:
 
 def _compile(key: AnyKey) -> CompiledKernel:
     global _compiles
-    arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
-    kernel = compile_kernel(registry.builder(key), arrays, key.arch)
+    kernel = compile_key(key, toolchain().machine)
     _compiles += 1
     return kernel
+
+
+def compile_key(key: AnyKey, machine: str) -> CompiledKernel:
+    """Compiles a kernel, whatever the store has, to be launched by an x86_64 or aarch64 host."""
+    arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
+    return compile_kernel(registry.builder(key), arrays, key.arch, machine=machine)
 
 
 def _path(key: AnyKey) -> Path:
@@ -159,38 +148,34 @@ def _path(key: AnyKey) -> Path:
 
 
 def _read(key: AnyKey) -> CompiledKernel | None:
-    path = _path(key)
+    """The kernel of a plan from a bundle or from the store, None where none has it."""
+    installed, refused = bundle.installed()
+    for reason in refused:
+        _warn_once(reason, "")
+    for found in (*bundle.named(), *installed):
+        kernel = _read_file(found.file(key))
+        if kernel is not None:
+            return kernel
+    return _read_file(_path(key))
+
+
+def _read_file(path: Path) -> CompiledKernel | None:
     try:
-        content = path.read_bytes()
+        return kernel_file.unpack(path.read_bytes())[1]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        _warn_once(f"{directory()} cannot be read", f"({error}); kernels are compiled anew")
-        return None
-    checksum, payload = content[len(MAGIC) :][:32], content[len(MAGIC) + 32 :]
-    if not content.startswith(MAGIC) or hashlib.sha256(payload).digest() != checksum:
+        _warn_once(f"{path.parent} cannot be read", f"({error}); kernels are compiled anew")
+    except kernel_file.DamagedKernelError:
         _warn_once(f"{path} is damaged", "and taken for absent")
-        return None
-    return CompiledKernel(zlib.decompress(payload), key.arch)
+    return None
 
 
 def _write(key: AnyKey, kernel: CompiledKernel) -> None:
-    payload = zlib.compress(kernel.object)
-    path = _path(key)
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f"{path.stem}.", suffix=PART_SUFFIX, delete=False
-        ) as file:
-            temporary = file.name
-            file.write(MAGIC + hashlib.sha256(payload).digest() + payload)
-        os.replace(temporary, path)
+        kernel_file.write(_path(key), kernel_file.pack(key, kernel, toolchain()))
     except OSError as error:
         _warn_not_kept(error)
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
 
 
 @contextlib.contextmanager

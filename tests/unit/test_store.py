@@ -17,7 +17,7 @@ import pytest
 
 from jax_flashcute import explain, flash_attention, plan
 from jax_flashcute.analysis import window_interval
-from jax_flashcute.ffi import store
+from jax_flashcute.ffi import kernel_file, store, toolchain
 from jax_flashcute.ffi.compile import CompiledKernel
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.elements import ElementFunctions
@@ -130,13 +130,13 @@ def flip(content: bytearray, where: int) -> bytearray:
 
 DAMAGE = {
     "first byte": lambda c: flip(c, 0),
-    "checksum": lambda c: flip(c, len(store.MAGIC)),
-    "first byte of the payload": lambda c: flip(c, len(store.MAGIC) + 32),
+    "checksum": lambda c: flip(c, len(kernel_file.MAGIC)),
+    "first byte of the payload": lambda c: flip(c, len(kernel_file.MAGIC) + 32),
     "middle": lambda c: flip(c, len(c) // 2),
     "last byte": lambda c: flip(c, len(c) - 1),
     "cut by a byte": lambda c: c[:-1],
     "cut in half": lambda c: c[: len(c) // 2],
-    "cut in the checksum": lambda c: c[: len(store.MAGIC) + 7],
+    "cut in the checksum": lambda c: c[: len(kernel_file.MAGIC) + 7],
     "empty": lambda c: c[:0],
     "lengthened": lambda c: c + b"\0",
 }
@@ -210,7 +210,7 @@ def test_a_read_only_directory_serves_what_it_has(
         raise PermissionError(30, "Read-only file system")
 
     monkeypatch.setattr("builtins.open", refuse_writing)
-    monkeypatch.setattr(store.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(kernel_file.tempfile, "NamedTemporaryFile", refuse)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert store.get(KEY).object == object_of(KEY)
@@ -310,13 +310,13 @@ def test_a_name_says_the_whole_plan() -> None:
 
 def test_a_name_changes_with_the_toolchain(monkeypatch: pytest.MonkeyPatch) -> None:
     before = store.entry_name(KEY)
-    monkeypatch.setattr(store, "_version", lambda name: "99.0")
-    store.toolchain.cache_clear()
+    monkeypatch.setattr(toolchain, "version", lambda name: "99.0")
+    toolchain.toolchain.cache_clear()
     try:
         assert store.entry_name(KEY) != before
     finally:
         monkeypatch.undo()
-        store.toolchain.cache_clear()
+        toolchain.toolchain.cache_clear()
 
 
 @pytest.mark.parametrize("change", ["edited", "added", "renamed"])
@@ -330,7 +330,7 @@ def test_a_name_changes_with_the_kernels_sources(
     source.write_text("x = 1\n")
 
     def name() -> str:
-        store.toolchain.cache_clear()
+        toolchain.toolchain.cache_clear()
         return store.entry_name(KEY)
 
     monkeypatch.setattr(registry, "__file__", str(package / "kernels" / "registry.py"))
@@ -347,7 +347,7 @@ def test_a_name_changes_with_the_kernels_sources(
         assert name() != before
     finally:
         monkeypatch.undo()
-        store.toolchain.cache_clear()
+        toolchain.toolchain.cache_clear()
 
 
 def test_the_directory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +369,7 @@ store._compile = t.stand_in_compile
 def rename(*_):
     print("written", flush=True)
     time.sleep(600)
-store.os.replace = rename
+t.kernel_file.os.replace = rename
 store.get(t.KEY)
 """
 
@@ -391,7 +391,7 @@ def test_a_process_killed_while_writing(compiler, directory: Path) -> None:
     assert not list(directory.glob(f"*{store.PART_SUFFIX}"))
 
 
-EIGHT = """
+SIXTEEN = """
 import os, sys, time
 from tests.unit import test_store as t
 store = t.store
@@ -403,7 +403,7 @@ def compile(key):
 store._compile = compile
 begin = time.time() + 0.5
 children = []
-for _ in range(8):
+for _ in range(16):
     child = os.fork()
     if child == 0:
         time.sleep(max(0, begin - time.time()))
@@ -414,10 +414,10 @@ print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 """
 
 
-def test_eight_processes_at_once_compile_once(tmp_path: Path, directory: Path) -> None:
+def test_sixteen_processes_at_once_compile_once(tmp_path: Path, directory: Path) -> None:
     log = tmp_path / "log"
-    code = EIGHT.replace("sys.argv[1]", repr(str(log)))
-    assert finish(start_python(code, directory)) == f"{[0] * 8}\n"
+    code = SIXTEEN.replace("sys.argv[1]", repr(str(log)))
+    assert finish(start_python(code, directory)) == f"{[0] * 16}\n"
     assert log.read_text() == "compiled\n"
     assert entry(directory).exists()
 

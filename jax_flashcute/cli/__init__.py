@@ -1,0 +1,1 @@
+"""``jax-flashcute``: kernels compiled ahead of time, listed, inspected and cleared away."""
