@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
+from jax_flashcute.analysis import POSITION_LIMIT
 from jax_flashcute.kernels.lower_jaxpr import SCALAR_DTYPES, ElementProgram, derivative
 from jax_flashcute.masks import TracedFunction
 from jax_flashcute.spec import AttentionSpec, Operands
@@ -29,6 +31,8 @@ class ElementFunctions:
     """Everything that changes or hides single scores; the attributes are those of a call.
 
     The scaled score goes through ``score_mod``, the soft cap and the bias, in this order.
+
+    ``keys``: there are at most so many, which saves looking up arrays of that length with care.
     """
 
     score_mod: TracedFunction | None = None
@@ -37,6 +41,7 @@ class ElementFunctions:
     bias: ElementArray | None = None
     mask: ElementArray | None = None
     sinks: bool = False
+    keys: int = POSITION_LIMIT
 
     @property
     def changes_scores(self) -> bool:
@@ -71,16 +76,24 @@ class ElementFunctions:
 
 
 @functools.cache
-def derivative_of(function: TracedFunction) -> ElementProgram:
+def derivative_of(function: TracedFunction, keys: int = POSITION_LIMIT) -> ElementProgram:
     """The transposed derivative of a score, of ``("cotangent", "score", *INDICES)``."""
-    return derivative(function.jaxpr, ("score", *INDICES))
+    return derivative(function.jaxpr, ("score", *INDICES), keys)
 
 
 @functools.cache
-def program_of(function: TracedFunction) -> ElementProgram:
-    """The program of a mask or of a score."""
+def program_of(function: TracedFunction, keys: int = POSITION_LIMIT) -> ElementProgram:
+    """The program of a mask or of a score, for so many keys at most."""
     inputs = len(function.jaxpr.invars)
-    return ElementProgram(function.jaxpr, ("score", *INDICES)[-inputs:])
+    return ElementProgram(function.jaxpr, ("score", *INDICES)[-inputs:], keys)
+
+
+def _most_keys(functions: Sequence[TracedFunction | None], keys: int) -> int:
+    """The least length of an array that the functions close over and that all keys fit in."""
+    shapes = [shape for f in functions if f is not None for _, shape in program_of(f).array_types]
+    lengths = [n for shape in shapes for n in shape if isinstance(n, int)]
+    known = isinstance(keys, int)
+    return min((n for n in lengths if known and keys <= n), default=POSITION_LIMIT)
 
 
 def element_functions(spec: AttentionSpec, operands: Operands) -> ElementFunctions | None:
@@ -95,6 +108,7 @@ def element_functions(spec: AttentionSpec, operands: Operands) -> ElementFunctio
         _element_array(operands.bias),
         _element_array(operands.mask),
         operands.sinks is not None,
+        _most_keys((spec.mask_mod, score_mod), operands.kv_length),
     )
     return found if found.by_element or found.sinks else None
 

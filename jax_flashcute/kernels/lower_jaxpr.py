@@ -5,6 +5,9 @@ what cannot be lowered and where the user wrote it.  A kernel evaluates a progra
 depends on the head or the row alone is computed when these are known, once, and the rest for each
 element.
 
+Along the columns of a tile an index is ``Affine``: a base and a step.  What is affine in it is
+computed once a tile, and each column adds a constant.
+
 Scalars are CuTe numbers: Boolean, Int32 (also narrower signed integers), Uint32 (likewise) and
 Float32 (also bfloat16 and float16, rounded after each operation, as XLA does).  A few values that
 are vectors on the way, as the indices of a gather are, are numpy arrays of such numbers.  Arrays
@@ -22,6 +25,10 @@ import jax
 import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
+
+from jax_flashcute.analysis import POSITION_LIMIT
+from jax_flashcute.kernels.affine import AFFINE_RULES, Affine
+from jax_flashcute.kernels.limits import INDEX_LIMITS, LIMIT_RULES, Limits, holds
 
 LARGEST_VECTOR = 16
 """Elements of a value that is no view of an array."""
@@ -64,12 +71,20 @@ class Equation:
     shapes: tuple[tuple[int, ...], ...]
     source: str
 
+    @property
+    def inputs_known(self) -> list[int]:
+        """The inputs that are no constants."""
+        return [x for x in self.inputs if isinstance(x, int)]
+
 
 class ElementProgram:
     """A scalar function of named arguments, and of the arrays that it closes over."""
 
-    def __init__(self, jaxpr: Jaxpr, arguments: Sequence[str]):
-        """``jaxpr``: its last inputs are the arguments; constants and inputs before are arrays."""
+    def __init__(self, jaxpr: Jaxpr, arguments: Sequence[str], keys: int = POSITION_LIMIT):
+        """``jaxpr``: its last inputs are the arguments; constants and inputs before are arrays.
+
+        ``keys``: ``kv_idx`` is below it.
+        """
         variables = [*jaxpr.constvars, *jaxpr.invars]
         arrays = variables[: len(variables) - len(arguments)]
         self.arguments = tuple(arguments)
@@ -84,6 +99,9 @@ class ElementProgram:
         constants = numbers[: len(jaxpr.constvars)]
         (self._result,) = self._inline(jaxpr, constants, numbers[len(constants) :])
         self._equations = self._needed()
+        self._limits = self._limits_of_values(INDEX_LIMITS | {"kv_idx": (0, keys - 1)})
+        self._equations = self._without_decided()
+        self._continuous = self._reaching_result_continuously()
 
     def _new_value(self) -> int:
         self._count += 1
@@ -138,7 +156,7 @@ class ElementProgram:
         for equation in reversed(self._equations):
             if equation.output in needed:
                 kept.append(equation)
-                needed |= {i for i in equation.inputs if isinstance(i, int)}
+                needed.update(equation.inputs_known)
         return kept[::-1]
 
     @property
@@ -167,9 +185,20 @@ class ElementProgram:
         return self._completed(dict(zip(self._arrays, arrays, strict=True)))
 
     def given(self, known: Mapping[int, Any], **arguments: Any) -> dict[int, Any]:
-        """``known`` with more arguments, CuTe numbers, and all values that follow from them."""
+        """``known`` with more arguments, CuTe numbers or ``Affine``, and all that follows."""
         added = {self._inputs[name]: value for name, value in arguments.items()}
         return self._completed({**known, **added})
+
+    def at_column(self, known: Mapping[int, Any], column: int) -> dict[int, Any]:
+        """``known`` for one column of the tile: nothing is ``Affine`` any more."""
+        wanted = {i for e in self._equations if e.output not in known for i in e.inputs_known}
+        wanted.add(self._result if isinstance(self._result, int) else -1)
+        at = {
+            number: value.at(column) if isinstance(value, Affine) else value
+            for number, value in known.items()
+            if number in wanted or not isinstance(value, Affine)
+        }
+        return self._completed(at)
 
     def value(self, known: Mapping[int, Any]) -> Any:
         """The result, a CuTe number, once all arguments that it depends on are known."""
@@ -177,14 +206,108 @@ class ElementProgram:
 
     def _completed(self, known: dict[int, Any]) -> dict[int, Any]:
         for equation in self._equations:
-            if equation.output in known:
+            if equation.output in known or not all(i in known for i in equation.inputs_known):
                 continue
-            if all(i in known for i in equation.inputs if isinstance(i, int)):
+            if any(isinstance(known[i], Affine) for i in equation.inputs_known):
+                value = self._affine(equation, known)
+                if value is not None:
+                    known[equation.output] = value
+            else:
                 known[equation.output] = _evaluate(equation, known)
         return known
 
+    # ---- what is known of values beforehand ------------------------------------------------------
 
-def derivative(jaxpr: Jaxpr, arguments: Sequence[str]) -> ElementProgram:
+    def _limits_of_values(self, of_inputs: Mapping[str, Limits]) -> dict[int, Limits]:
+        """The least and the greatest of each integer and boolean about which that is known."""
+        numbers = self._inputs.items()
+        limits = {number: of_inputs[name] for name, number in numbers if name in of_inputs}
+        for equation in self._equations:
+            given = [self._limits_of(x, limits) for x in equation.inputs]
+            rule = LIMIT_RULES.get(equation.primitive)
+            found = rule(*given) if rule is not None and None not in given else None
+            if found is not None and holds(equation.dtypes[-1], found):
+                limits[equation.output] = found
+        return limits
+
+    @staticmethod
+    def _limits_of(source: int | np.ndarray, limits: Mapping[int, Limits]) -> Limits | None:
+        if isinstance(source, int):
+            return limits.get(source)
+        if source.dtype.kind in "iub" and source.size:
+            return int(source.min()), int(source.max())
+        return None
+
+    def _without_decided(self) -> list[Equation]:
+        """The equations without choices that always fall the same way, and bounds never met."""
+        same: dict[int, int | np.ndarray] = {}
+        kept = []
+        for equation in self._equations:
+            inputs = tuple(same.get(x, x) if isinstance(x, int) else x for x in equation.inputs)
+            equation = dataclasses.replace(equation, inputs=inputs)
+            if equation.primitive == "select_n":
+                limits = self._limits_of(inputs[0], self._limits)
+                if limits is not None and limits[0] == limits[1]:
+                    same[equation.output] = inputs[1 + limits[0]]
+                    continue
+            inside = self._is_inside(equation)
+            kept.append(dataclasses.replace(equation, params={**equation.params, "inside": inside}))
+        if isinstance(self._result, int):
+            self._result = same.get(self._result, self._result)
+        self._equations = kept
+        return self._needed()
+
+    def _is_inside(self, equation: Equation) -> bool:
+        """Whether the indices of a gather or a slice always lie within the array."""
+        if equation.primitive not in ("gather", "dynamic_slice"):
+            return False
+        sizes, indices = equation.params["slice_sizes"], equation.inputs[1:]
+        lasts = [length - size for length, size in zip(equation.shapes[0], sizes, strict=True)]
+        if equation.primitive == "gather":
+            axes = equation.params["dimension_numbers"].start_index_map
+            lasts = [min((lasts[axis] for axis in axes), default=0)]
+        limits = [self._limits_of(x, self._limits) for x in indices]
+        pairs = zip(limits, lasts, strict=True)
+        return all(found is not None and 0 <= found[0] and found[1] <= n for found, n in pairs)
+
+    def _reaching_result_continuously(self) -> set[int]:
+        """Values that go into the result by sums and products alone.
+
+        Their rounding may differ by what a sum's does; elsewhere, as before a comparison, a
+        value is what its own operations give.
+        """
+        reaching: set[Any] = {self._result} if isinstance(self._result, int) else set()
+        elsewhere: set[int] = set()
+        for equation in reversed(self._equations):
+            passes = equation.primitive in AFFINE_RULES
+            passes = passes and equation.output in reaching - elsewhere
+            (reaching if passes else elsewhere).update(equation.inputs_known)
+        return reaching - elsewhere
+
+    def _affine(self, equation: Equation, known: Mapping[int, Any]) -> "Affine | None":
+        """What an operation makes of ``Affine`` inputs; None where that is not ``Affine``."""
+        name, result = equation.primitive, equation.dtypes[-1]
+        if any(equation.shapes) or not {"int32", "float32"}.issuperset(equation.dtypes):
+            return None
+        values = [
+            _as_number(x, known, dtype)
+            for x, dtype in zip(equation.inputs, equation.dtypes[:-1], strict=True)
+        ]
+        if name == "convert_element_type":
+            # Exact up to 2**24, and rounded once beyond, as the sum would be.
+            limits = self._limits_of(equation.inputs[0], self._limits)
+            is_small = limits is not None and max(map(abs, limits)) <= 2 * POSITION_LIMIT
+            return values[0].converted(number_type(result)) if is_small else None
+        if name not in AFFINE_RULES:
+            return None
+        if result == "float32" and equation.output not in self._continuous:
+            return None
+        return AFFINE_RULES[name](*values)
+
+
+def derivative(
+    jaxpr: Jaxpr, arguments: Sequence[str], keys: int = POSITION_LIMIT
+) -> ElementProgram:
     """The transposed derivative of a score in its first argument.
 
     Returns:
@@ -204,7 +327,7 @@ def derivative(jaxpr: Jaxpr, arguments: Sequence[str]) -> ElementProgram:
     closed = jax.make_jaxpr(pulled_back)(arrays, given[0], *given)
     if closed.consts:
         raise NotImplementedError("the derivative of score_mod closes over arrays of its own")
-    return ElementProgram(closed.jaxpr, ("cotangent", *arguments))
+    return ElementProgram(closed.jaxpr, ("cotangent", *arguments), keys)
 
 
 CALLS = ("jit", "closed_call", "core_call", "checkpoint", "custom_jvp_call", "custom_vjp_call")
@@ -654,12 +777,18 @@ def _slice(equation: Equation, x):
 
 
 def _dynamic_slice(equation: Equation, x, *starts):
+    import cutlass
+
     sizes = equation.params["slice_sizes"]
     if not isinstance(x, View):
         x = _view_of_numbers(_array_of(x))
     offset = x.offset
     for axis, (start, dtype) in enumerate(zip(starts, equation.dtypes[1:-1], strict=True)):
-        offset = offset + _bounded(start, dtype, x.shape[axis] - sizes[axis]) * x.strides[axis]
+        if equation.params["inside"]:
+            start = cutlass.Int32(start)
+        else:
+            start = _bounded(start, dtype, x.shape[axis] - sizes[axis])
+        offset = offset + start * x.strides[axis]
     return dataclasses.replace(x, offset=offset, shape=tuple(sizes))
 
 
@@ -688,6 +817,8 @@ def _bounded(index, dtype: str, last: int):
 
 
 def _gather(equation: Equation, x, indices):
+    import cutlass
+
     numbers, mode = equation.params["dimension_numbers"], str(equation.params["mode"])
     if not isinstance(x, View):
         x = _view_of_numbers(_array_of(x))
@@ -699,6 +830,9 @@ def _gather(equation: Equation, x, indices):
         offset, inside = x.offset, None
         for i, axis in enumerate(numbers.start_index_map):
             index, last = indices[(*place, i)], x.shape[axis] - 1
+            if equation.params["inside"]:
+                offset = offset + cutlass.Int32(index) * x.strides[axis]
+                continue
             near = _bounded(index, index_dtype, last)
             offset = offset + near * x.strides[axis]
             hit = near == type(near)(index)

@@ -1,18 +1,33 @@
 """Scores one by one in registers: ``score_mod``, soft cap, bias, and masks that are no intervals.
 
-What depends on a row alone, or on a column alone, is computed once for it.  "Row" and "column" are
-those of a thread's registers: rows are queries in the forward, keys in the backward.
+What depends on a row alone, or on a column alone, is computed once for it, and what is affine in
+the column once a tile.  "Row" and "column" are those of a thread's registers: rows are queries in
+the forward, keys in the backward.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint8
 
+from jax_flashcute.kernels.affine import Affine
+from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
 from jax_flashcute.kernels.elements import ElementArray, ElementFunctions, derivative_of, program_of
-from jax_flashcute.kernels.lower_jaxpr import arrays_as_views, convert, select, tanh
+from jax_flashcute.kernels.lower_jaxpr import (
+    arrays_as_views,
+    convert,
+    select,
+    tanh,
+)
+
+
+def capped(score: Float32, scale: float, cap: float) -> Float32:
+    """``cap * tanh(scale * score / cap)``, within ``2**-22 cap``."""
+    grown = exp2(score * (2 * LOG2_E * scale / cap))
+    return cap - (2 * cap) * cute.arch.rcp_approx(Float32(1.0) + grown)
 
 
 class Elements:
@@ -28,7 +43,7 @@ class Elements:
         self.batch_index = rest.pop(0) if any(f is not None for f in mods.values()) else None
         for name, function in mods.items():
             if function is not None:
-                program = self.programs[name] = program_of(function)
+                program = self.programs[name] = program_of(function, functions.keys)
                 count = len(program.array_types)
                 self.arrays[name], rest = rest[:count], rest[count:]
         self.bias = rest.pop(0) if functions.bias is not None else None
@@ -74,39 +89,76 @@ class EntryElements:
         """What follows from a query row of a head; beyond the last row, the last row's."""
         return self.known_of(head=head, token=cutlass.min(token, Int32(self.q_length) - 1))
 
-    def keys(self, key: Int32, *, may_be_beyond: bool = True) -> dict[str, Any]:
+    def keys(self, key: Int32) -> dict[str, Any]:
         """What follows from a key, likewise."""
-        if may_be_beyond:
-            key = cutlass.min(key, Int32(self.kv_length) - 1)
-        return self.known_of(key=key)
+        return self.known_of(key=cutlass.min(key, Int32(self.kv_length) - 1))
 
-    def element(self, query: dict[str, Any], key: dict[str, Any], score: Float32, scale: float):
+    def both(self, query: dict[str, Any], key: dict[str, Any]) -> dict[str, Any]:
+        """What follows from a query and a key together."""
+        programs = self.elements.programs.items()
+        found = {name: program.given({**query[name], **key[name]}) for name, program in programs}
+        place = {d: query[d] if query[d] is not None else key[d] for d in "nts"}
+        return query | key | found | place
+
+    def at_column(self, known: dict[str, Any], column: int) -> dict[str, Any]:
+        """What is known of one of a tile's columns."""
+        programs = self.elements.programs.items()
+        found = {name: program.at_column(known[name], column) for name, program in programs}
+        return known | found | {"column": column}
+
+    def along_keys(
+        self, queries: list[dict[str, Any]], first: Int32, may_be_beyond: bool
+    ) -> Callable[[int], list[dict[str, Any]]]:
+        """A function of a column: what is known of its key with each query.
+
+        Args:
+          queries: of ``queries``.
+          first: the key of column 0.
+          may_be_beyond: a column's key may lie beyond the last one.
+        """
+
+        def bounded(column: int):
+            key = self.keys(first + column)
+            return [self.both(query, key) for query in queries]
+
+        if may_be_beyond:
+            return bounded
+        tile = self.known_of(key=Affine(first, Int32(1)))
+        rows = [self.both(query, tile) for query in queries]
+
+        def stepped(column: int):
+            key = self.at_column(tile, column)
+            return [self.both(self.at_column(row, column), key) for row in rows]
+
+        return stepped
+
+    def element(self, known: dict[str, Any], score: Float32, scale: float) -> Float32:
         """The score of a query and a key, -inf where it is hidden; in units of ``scale`` 1.
 
         Args:
-          query, key: of ``queries`` and ``keys``.
+          known: of ``both``.
           score: the product, not scaled.
           scale: of the call.
         """
         functions, programs = self.elements.functions, self.elements.programs
-        place = {d: query[d] if query[d] is not None else key[d] for d in "nts"}
-        known = {name: {**query[name], **key[name]} for name in programs}
-        score = self.modified(known, score * scale)
-        if functions.soft_cap is not None:
-            score = functions.soft_cap * tanh(score * (1.0 / functions.soft_cap))
+        if functions.soft_cap is None:
+            score = self.modified(known, score * scale)
+        elif functions.score_mod is None:
+            score = capped(score, scale, functions.soft_cap)
+        else:
+            score = capped(self.modified(known, score * scale), 1.0, functions.soft_cap)
         if functions.bias is not None:
-            score = score + Float32(self.load(self.elements.bias, functions.bias, place))
+            score = score + Float32(self.load(self.elements.bias, functions.bias, known))
         if functions.mask is not None:
-            byte = self.load(self.elements.mask, functions.mask, place)
+            byte = self.load(self.elements.mask, functions.mask, known)
             score = select(byte != Uint8(0), score, Float32(-math.inf))
         if "mask_mod" in programs:
-            program = programs["mask_mod"]
-            seen = program.value(program.given(known["mask_mod"]))
+            seen = programs["mask_mod"].value(known["mask_mod"])
             score = select(Boolean(seen), score, Float32(-math.inf))
         return score
 
     def modified(self, known: dict[str, Any], score: Float32) -> Float32:
-        """``score_mod`` of a scaled score."""
+        """``score_mod`` of a scaled score; ``known``: of ``both``."""
         program = self.elements.programs.get("score_mod")
         if program is None:
             return score
@@ -114,41 +166,45 @@ class EntryElements:
         return convert(value, program.result_dtype, "float32")
 
     def gradient(
-        self, query: dict[str, Any], key: dict[str, Any], score: Float32, d_score: Float32, scale
+        self, known: dict[str, Any], score: Float32, d_score: Float32, scale: float
     ) -> Float32:
         """The gradient of the scaled score from that of what ``element`` made of it."""
         functions = self.elements.functions
         score = score * scale
         if functions.soft_cap is not None:
-            known = {n: {**query[n], **key[n]} for n in self.elements.programs}
             bounded = tanh(self.modified(known, score) * (1.0 / functions.soft_cap))
             d_score = d_score * (Float32(1.0) - bounded * bounded)
         if functions.score_mod is not None:
             # A program of its own numbers; what is known of row and column is made again.
-            program = derivative_of(functions.score_mod)
+            program = derivative_of(functions.score_mod, functions.keys)
             views = arrays_as_views(program, self.elements.arrays["score_mod"], self.entry)
             known = program.given(
                 program.start(views),
                 b=self.elements.batch_index[self.entry],
-                h=query["n"],
-                q_idx=query["t"] + self.offset,
-                kv_idx=key["s"],
+                h=known["n"],
+                q_idx=known["t"] + self.offset,
+                kv_idx=known["s"],
                 score=score,
                 cotangent=d_score,
             )
             d_score = program.value(known)
         return d_score
 
-    def load(self, tensor: cute.Tensor, array: ElementArray, place: dict[str, Int32]):
-        """An element of a (1|B, 1|N, 1|T, 1|S) array."""
+    def load(self, tensor: cute.Tensor, array: ElementArray, known: dict[str, Any]):
+        """An element of a (1|B, 1|N, 1|T, 1|S) array; ``known``: of ``both``."""
         index = Int64(0)
         lengths = [Int64(tensor.shape[axis]) for axis in range(4)]
         if "b" in array.full:
             index = Int64(cutlass.min(self.entry, Int32(tensor.shape[0]) - 1)) * math.prod(
                 lengths[1:], start=Int64(1)
             )
+        step = 0
         for axis, letter in enumerate("nts", 1):
             if letter in array.full:
-                step = math.prod(lengths[axis + 1 :], start=Int64(1))
-                index = index + Int64(place[letter]) * step
-        return cute.make_tensor(tensor.iterator + index, cute.make_layout(1))[0]
+                place = known[letter]
+                stride = math.prod(lengths[axis + 1 :], start=Int64(1))
+                if isinstance(place, Affine):
+                    # Keys are the last axis: columns lie at constant distances.
+                    place, step = place.base, known["column"]
+                index = index + Int64(place) * stride
+        return cute.make_tensor(tensor.iterator + index + step, cute.make_layout(1))[0]

@@ -767,15 +767,15 @@ class BackwardSm90:
             for c in range(cute.size(scores, mode=[1])):
                 query = queries(m, c)
                 for r in range(ROWS_PER_THREAD):
-                    scores[r, c] = entry.element(query, keys[r], scores[r, c], scale)
+                    known = entry.both(query, keys[r])
+                    scores[r, c] = entry.element(known, scores[r, c], scale)
 
         def differentiate(m: Int32, products: cute.Tensor, dscores: cute.Tensor) -> None:
             for c in range(cute.size(dscores, mode=[1])):
                 query = queries(m, c)
                 for r in range(ROWS_PER_THREAD):
-                    dscores[r, c] = entry.gradient(
-                        query, keys[r], products[r, c], dscores[r, c], scale
-                    )
+                    known = entry.both(query, keys[r])
+                    dscores[r, c] = entry.gradient(known, products[r, c], dscores[r, c], scale)
 
         return modify, None if self.functions.keeps_gradients else differentiate
 

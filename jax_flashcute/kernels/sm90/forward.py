@@ -796,11 +796,11 @@ class ForwardSm90:
         ]
 
         def modify(n: Int32, may_be_beyond: bool) -> None:
-            start = n * self.config.tile_n + first_column(thread)
+            first = n * self.config.tile_n + first_column(thread)
+            column = elements.along_keys(queries, first, may_be_beyond)
             for c in range(cute.size(scores, mode=[1])):
-                key = elements.keys(start + column_step(c), may_be_beyond=may_be_beyond)
-                for r in range(ROWS_PER_THREAD):
-                    scores[r, c] = elements.element(queries[r], key, scores[r, c], self.scale)
+                for r, known in enumerate(column(column_step(c))):
+                    scores[r, c] = elements.element(known, scores[r, c], self.scale)
 
         return modify
 
