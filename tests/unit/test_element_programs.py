@@ -1,0 +1,101 @@
+"""Element programs before they are lowered: limits of integers, columns by base and step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jax_flashcute.kernels.affine import AFFINE_RULES, Affine
+from jax_flashcute.kernels.elements import INDICES
+from jax_flashcute.kernels.lower_jaxpr import ElementProgram
+from tests.unit.test_analysis import GRID, INDEX, random_mask, random_number
+
+PROGRAMS = 400
+INDEX_ARRAYS = [x.astype(np.int32) for x in GRID]
+
+
+def program_of(function) -> tuple[ElementProgram, str]:
+    closed = jax.make_jaxpr(lambda *i: jnp.asarray(function(jnp, *i)))(*[INDEX] * 4)
+    return ElementProgram(closed.jaxpr, INDICES), str(closed)
+
+
+def limits_of_result(program: ElementProgram):
+    return program._limits_of(program._result, program._limits)
+
+
+def test_limits_hold_for_random_programs() -> None:
+    rng = np.random.default_rng(7)
+    known = 0
+    for i in range(PROGRAMS):
+        make = random_mask if i % 2 else random_number
+        function = make(rng, int(rng.integers(0, 4)))
+        program, text = program_of(function)
+        limits = limits_of_result(program)
+        if limits is None:
+            continue
+        with np.errstate(over="ignore"):
+            values = np.asarray(function(np, *INDEX_ARRAYS)).astype(np.int64)
+        found = int(values.min()), int(values.max())
+        assert limits == (min(limits[0], found[0]), max(limits[1], found[1])), text
+        known += limits not in ((0, 1), (-(2**31), 2**31 - 1))
+    assert known > PROGRAMS // 20
+
+
+def test_a_choice_that_is_decided_is_made() -> None:
+    array = jnp.arange(10, dtype=jnp.float32)
+    program, _ = program_of(lambda m, b, h, q, kv: array[kv])
+    names = [e.primitive for e in program._equations]
+    # JAX adds the length to a negative index; a key is never one.
+    assert not {"select_n", "lt"} & set(names)
+
+
+def test_an_index_below_the_length_needs_no_bounds() -> None:
+    array = jnp.zeros(10)
+    closed = jax.make_jaxpr(lambda b, h, q, kv: array[kv] + array[q])(*[INDEX] * 4)
+    for keys, inside in ((10, 1), (11, 0)):
+        program = ElementProgram(closed.jaxpr, INDICES, keys)
+        found = [e.params["inside"] for e in program._equations if e.primitive == "dynamic_slice"]
+        assert sorted(found) == [False, bool(inside)]
+
+
+UFUNCS = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative}
+INTEGERS = st.integers(-1000, 1000)
+EXPRESSIONS = st.recursive(
+    st.one_of(INTEGERS, st.tuples(INTEGERS, INTEGERS)),
+    lambda inner: st.one_of(
+        st.tuples(st.just("neg"), inner),
+        st.tuples(st.sampled_from(["add", "sub", "mul"]), inner, inner),
+    ),
+    max_leaves=6,
+)
+
+
+@given(EXPRESSIONS, st.integers(0, 255))
+def test_affine_arithmetic(expression, column: int) -> None:
+    """Base and step in 32 bits, against the same arithmetic at the column."""
+
+    def evaluate(node):
+        """(by base and step, at the column)"""
+        if isinstance(node, int):
+            return np.int32(node), np.int32(node)
+        if not isinstance(node[0], str):
+            base, step = map(np.int32, node)
+            return Affine(base, step), base + step * np.int32(column)
+        name, *operands = node
+        parts, numbers = zip(*map(evaluate, operands), strict=True)
+        direct = getattr(
+            np, {"neg": "negative", "sub": "subtract", "mul": "multiply"}.get(name, name)
+        )
+        whole = direct(*numbers)
+        if None in parts:
+            return None, whole
+        if any(isinstance(x, Affine) for x in parts):
+            return AFFINE_RULES[name](*parts), whole
+        return direct(*parts), whole
+
+    with np.errstate(over="ignore"):
+        found, expected = evaluate(expression)
+        if isinstance(found, Affine):
+            found = found.at(column)
+    assert found is None or found == expected
