@@ -178,7 +178,7 @@ class EntryElements:
             # A program of its own numbers; what is known of row and column is made again.
             program = derivative_of(functions.score_mod, functions.keys)
             views = arrays_as_views(program, self.elements.arrays["score_mod"], self.entry)
-            known = program.given(
+            values = program.given(
                 program.start(views),
                 b=self.elements.batch_index[self.entry],
                 h=known["n"],
@@ -187,7 +187,7 @@ class EntryElements:
                 score=score,
                 cotangent=d_score,
             )
-            d_score = program.value(known)
+            d_score = program.value(values)
         return d_score
 
     def load(self, tensor: cute.Tensor, array: ElementArray, known: dict[str, Any]):
