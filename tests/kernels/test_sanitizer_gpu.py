@@ -60,6 +60,21 @@ for T, S, N, K, H, Hv, lengths, deterministic in (
 print("calls done")
 """
 
+PAGED_CALLS = """
+from jax_flashcute import paged_attention
+for page_size, T, H in ((1, 1, 64), (4, 70, 72), (16, 1, 128), (512, 5, 64)):
+    most = 1100 // page_size + 2
+    pages = [rng.standard_normal((most, page_size, 2, H)).astype(bf16) for _ in range(2)]
+    q = rng.standard_normal((2, T, 6, H)).astype(bf16)
+    lengths = np.array([1000, 3], np.int32)
+    table = np.full((2, most), -1, np.int32)
+    for row, length in zip(table, lengths):
+        used = -(-length // page_size)
+        row[:used] = most - 1 - np.arange(used)
+    np.asarray(paged_attention(q, *pages, table, lengths, implementation="cute"))
+print("paged calls done")
+"""
+
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer_finds_nothing(tool: str, tmp_path: Path) -> None:
@@ -68,7 +83,10 @@ def test_sanitizer_finds_nothing(tool: str, tmp_path: Path) -> None:
     sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:{toolkit}/bin")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is neither on PATH nor in the CUDA toolkit")
-    program = (EVERY_LANE_ARRIVES if tool == "racecheck" else "") + SMALL_CALLS
+    program = {
+        "memcheck": SMALL_CALLS + PAGED_CALLS,
+        "racecheck": EVERY_LANE_ARRIVES + SMALL_CALLS,
+    }[tool]
     result = subprocess.run(
         [
             sanitizer,
@@ -93,6 +111,7 @@ def test_sanitizer_finds_nothing(tool: str, tmp_path: Path) -> None:
     report = result.stdout + result.stderr
     assert result.returncode == 0, report[-5000:]
     assert "calls done" in result.stdout
+    assert tool == "racecheck" or "paged calls done" in result.stdout
     expected = {
         "memcheck": "ERROR SUMMARY: 0 errors",
         "racecheck": "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",

@@ -1,0 +1,204 @@
+"""``paged_attention`` on a GPU: equal to attention over gathered pages.
+
+Slots that no sequence uses hold NaN, and entries of the table beyond a length are no pages.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flashcute import flash_attention, paged_attention, plan
+from jax_flashcute.kernels.registry import KernelKey
+from jax_flashcute.spec import AttentionSpec, Operands
+from tests.kernels.gpu_cases import compile_in_parallel
+
+pytestmark = pytest.mark.gpu
+
+PAGE_SIZES = [2**i for i in range(10)]
+GROUPS = (1, 3, 8, 16)
+QUERIES = (1, 2, 5, 64, 300)
+KV_HEADS = 2
+# Tokens that a table has room for: whole pages of every size.
+ROOM = 17 * 512
+DIMS = (64, 64)
+
+
+class Pages:
+    """Keys and values in pages for sequences of given lengths, and the same without pages."""
+
+    def __init__(self, page_size: int, lengths: Sequence[int], kind: str, dims=DIMS, dtype="f4"):
+        rng = np.random.default_rng(page_size)
+        B, most = len(lengths), ROOM // page_size
+        num_pages = B * most + 3
+        table = rng.permutation(num_pages)[: B * most].reshape(B, most)
+        if kind == "shared":
+            table[:] = table[0]
+        elif kind == "repeated":
+            table[:] = table[:, :1]
+        rows = np.arange(ROOM)
+        used = np.zeros((num_pages, page_size), bool)
+        for entry, length in zip(table, lengths, strict=True):
+            used[entry[rows[:length] // page_size], rows[:length] % page_size] = True
+
+        def pages(width: int) -> np.ndarray:
+            x = rng.standard_normal((num_pages, page_size, KV_HEADS, width), np.float32)
+            x[~used] = np.nan
+            return x.astype(dtype)
+
+        self.k_pages, self.v_pages = (pages(width) for width in dims)
+        at = table[:, rows // page_size], rows % page_size
+        self.dense = self.k_pages[at], self.v_pages[at]
+        self.lengths = np.asarray(lengths, np.int32)
+        self.table = table.astype(np.int32)
+        for entry, length in zip(self.table, lengths, strict=True):
+            entry[-(-length // page_size) :] = rng.choice([-1, num_pages, 2**31 - 1])
+
+    @property
+    def paged(self):
+        return self.k_pages, self.v_pages, self.table, self.lengths
+
+
+def query_of(pages: Pages, seqlen_q: int, group: int) -> np.ndarray:
+    rng = np.random.default_rng(seqlen_q)
+    shape = (len(pages.lengths), seqlen_q, KV_HEADS * group, pages.k_pages.shape[-1])
+    return rng.standard_normal(shape, np.float32).astype(pages.k_pages.dtype)
+
+
+def compare(pages: Pages, query: np.ndarray, *, q_lengths=None, is_causal=True, **features) -> None:
+    """Close to the reference in float32, and equal to the kernel on gathered pages."""
+    features |= {"is_causal": is_causal, "return_residual": True}
+    paged = functools.partial(paged_attention, implementation="cute", **features)
+    out, lse = jax.jit(paged)(query, *pages.paged, q_lengths=q_lengths)
+    place = {
+        "q_offset": pages.lengths - (query.shape[1] if q_lengths is None else q_lengths),
+        "query_seq_lengths": q_lengths,
+        "key_value_seq_lengths": pages.lengths,
+    }
+    dense = functools.partial(flash_attention, **features)
+    wide = (x.astype(np.float32) for x in (query, *pages.dense))
+    want, want_lse = jax.jit(functools.partial(dense, implementation="reference"))(*wide, **place)
+    np.testing.assert_allclose(out.astype(np.float32), want, atol=0.02, rtol=0.02)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-3, rtol=1e-5)
+    same = jax.jit(functools.partial(dense, implementation="cute"))(query, *pages.dense, **place)
+    np.testing.assert_array_equal(out, same[0])
+    np.testing.assert_array_equal(lse, same[1])
+
+
+def edge_lengths(page_size: int) -> tuple[int, ...]:
+    return (0, 1, page_size - 1, page_size, page_size + 1, 257, 8191)
+
+
+def grid_key(page_size: int, group: int, seqlen_q: int) -> KernelKey:
+    B = len(edge_lengths(page_size))
+    integers = jax.ShapeDtypeStruct((B,), jnp.int32)
+    most = ROOM // page_size
+    pages = jax.ShapeDtypeStruct((B * most + 3, page_size, KV_HEADS, DIMS[0]), jnp.bfloat16)
+    query = (B, seqlen_q, KV_HEADS * group, DIMS[0])
+    operands = Operands(
+        query=jax.ShapeDtypeStruct(query, jnp.bfloat16),
+        key=pages,
+        value=pages,
+        q_offset=integers,
+        key_value_seq_lengths=integers,
+        page_table=jax.ShapeDtypeStruct((B, most), jnp.int32),
+    )
+    return plan.make_plan(AttentionSpec(DIMS[0] ** -0.5, is_causal=True), operands)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    compile_in_parallel(
+        grid_key(page_size, group, seqlen_q)
+        for page_size in PAGE_SIZES
+        for group in GROUPS
+        for seqlen_q in QUERIES
+    )
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("kind", ["permuted", "shared", "repeated"])
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_grid(page_size: int, kind: str) -> None:
+    pages = Pages(page_size, edge_lengths(page_size), kind, dtype=jnp.bfloat16)
+    for group in GROUPS:
+        for seqlen_q in QUERIES:
+            compare(pages, query_of(pages, seqlen_q, group))
+
+
+FEATURES = {
+    "half": {"dtype": np.float16},
+    "256": {"dims": (256, 256)},
+    "192_128": {"dims": (192, 128)},
+    "72_40": {"dims": (72, 40), "dtype": np.float16},
+    "128_window": {"dims": (128, 128), "local_window_size": (300, 0)},
+    "128_two_sided": {"dims": (128, 128), "local_window_size": (70, 30), "is_causal": False},
+    "cap": {"logits_soft_cap": 5.0},
+    "sinks": {"sinks": np.linspace(-1, 1, 3 * KV_HEADS, dtype=np.float32)},
+    "full": {"is_causal": False},
+}
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16, 128, 512])
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name: str, page_size: int) -> None:
+    features = dict(FEATURES[name])
+    dims, dtype = features.pop("dims", DIMS), features.pop("dtype", jnp.bfloat16)
+    pages = Pages(page_size, (0, 31, 1000, 8191), "permuted", dims, dtype)
+    for seqlen_q in (1, 100):
+        query = query_of(pages, seqlen_q, 3)
+        compare(pages, query, **features)
+        q_lengths = np.array([0, 1, seqlen_q // 2, seqlen_q], np.int32)
+        compare(pages, query, q_lengths=q_lengths, **features)
+
+
+@pytest.mark.parametrize("page_size", [2, 64])
+def test_skewed_lengths(page_size: int) -> None:
+    lengths = (8, 8000, *(8,) * 30)
+    pages = Pages(page_size, lengths, "permuted", (128, 128), jnp.bfloat16)
+    compare(pages, query_of(pages, 1, 8))
+
+
+@pytest.mark.parametrize("page_size", [4, 32])
+def test_a_page_out_of_range_reads_as_zeros(page_size: int) -> None:
+    pages = Pages(page_size, (100, 700), "permuted", dtype=jnp.bfloat16)
+    for number in (-1, len(pages.k_pages), 2**31 - 1):
+        pages.table[:, 1] = number
+        query = query_of(pages, 5, 3)
+        out, want = (
+            jax.jit(functools.partial(paged_attention, implementation=i))(query, *pages.paged)
+            for i in ("cute", "xla")
+        )
+        np.testing.assert_allclose(
+            out.astype(np.float32), want.astype(np.float32), atol=0.02, rtol=0.02
+        )
+
+
+@pytest.mark.parametrize("page_size", [4, 64])
+def test_pages_beyond_four_gibibytes(page_size: int) -> None:
+    """The pages in use lie at the far end of six GiB of keys and as many of values."""
+    heads, width, length = 8, 128, 500
+    num_pages = 6 * 2**30 // (page_size * heads * width * 2)
+    used = -(-length // page_size)
+    rng = np.random.default_rng(0)
+
+    def pages(seed: int) -> tuple[jax.Array, jax.Array]:
+        few = jax.random.normal(jax.random.key(seed), (used, page_size, heads, width))
+        few = few.astype(jnp.bfloat16)
+        far = jnp.zeros((num_pages, page_size, heads, width), jnp.bfloat16)
+        return few, jax.jit(lambda x, few: x.at[num_pages - used :].set(few), donate_argnums=0)(
+            far, few
+        )
+
+    (keys, k_pages), (values, v_pages) = pages(0), pages(1)
+    query = rng.standard_normal((1, 3, heads, width)).astype(jnp.bfloat16)
+    order = rng.permutation(used)
+    lengths = np.array([length], np.int32)
+    call = jax.jit(functools.partial(paged_attention, implementation="cute"))
+    far = (num_pages - used + order)[None].astype(np.int32)
+    out = call(query, k_pages, v_pages, far, lengths)
+    want = call(query, keys, values, order[None].astype(np.int32), lengths)
+    np.testing.assert_array_equal(out, want)
