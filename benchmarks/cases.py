@@ -7,6 +7,8 @@ saved residuals.
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 Pass = Literal["fwd", "bwd"]
 PASSES: tuple[Pass, ...] = ("fwd", "bwd")
 
@@ -17,7 +19,8 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 class Case:
     """One attention call: query (B, T, N, H), key (B, S, K, H), value (B, S, K, Hv).
 
-    ``kv_lengths``: keys of each batch entry, where they differ.
+    ``kv_lengths``: keys of each batch entry, where they differ; ``page_size``: keys and values lie
+    in pages of so many, in random order.  A causal mask aligns queries and keys at their ends.
     """
 
     name: str
@@ -31,6 +34,15 @@ class Case:
     causal: bool = False
     dtype: str = "bfloat16"
     kv_lengths: tuple[int, ...] | None = None
+    page_size: int | None = None
+
+    def page_table(self) -> np.ndarray:
+        """(B, pages of an entry) int32: every page of the batch once."""
+        if self.page_size is None:
+            raise ValueError(f"{self.name} has no pages")
+        pages = self.seqlen_k // self.page_size
+        order = np.random.default_rng(0).permutation(self.batch * pages)
+        return order.reshape(self.batch, pages).astype(np.int32)
 
     @property
     def label(self) -> str:
@@ -44,6 +56,7 @@ class Case:
             dims += f"/{self.head_dim_v}"
         mask = "causal" if self.causal else "full"
         mask += " skewed" if self.kv_lengths else ""
+        mask += f" pages of {self.page_size}" if self.page_size else ""
         return f"hd{dims} {lengths} {self.q_heads}/{self.kv_heads} {mask}"
 
     @property
@@ -55,12 +68,12 @@ class Case:
         """Floating-point operations of the products, by the field's convention.
 
         Two products forward; five backward, three of them over head_dim.  A causal mask counts
-        for half of the scores.
+        for half of the scores where there are as many queries as keys.
         """
         keys = sum(self.kv_lengths) if self.kv_lengths else self.batch * self.seqlen_k
         scores = self.q_heads * self.seqlen_q * keys
         if self.causal:
-            scores /= 2
+            scores *= 1 - self.seqlen_q / (2 * self.seqlen_k)
         if pass_ == "fwd":
             return 2.0 * scores * (self.head_dim + self.head_dim_v)
         return 2.0 * scores * (3 * self.head_dim + 2 * self.head_dim_v)
@@ -123,10 +136,31 @@ DECODE = tuple(
 SKEWED_LENGTHS = tuple(round(64 * 2048 ** (5 * i % 16 / 15)) for i in range(16))
 DECODE += (Case("decode_skewed", 16, 1, 131072, 32, 8, 128, 128, kv_lengths=SKEWED_LENGTHS),)
 
+PAGE_SIZES = tuple(2**i for i in range(10))
+# "paged<size>" beside "not_paged": decode, and a prefill of the last queries of longer sequences.
+PAGED = tuple(
+    Case(
+        f"paged{page_size}" if page_size else "not_paged",
+        *(batch, seqlen_q, seqlen_k, q_heads, kv_heads, 128, 128),
+        causal=seqlen_q > 1,
+        page_size=page_size,
+    )
+    for batch, seqlen_q, seqlen_k, q_heads, kv_heads in [
+        (32, 1, 8192, 32, 8),
+        (4, 2048, 8192, 32, 8),
+    ]
+    for page_size in (None, *PAGE_SIZES)
+)
+
 # Small enough for a CPU: shows that the harness works, and nothing about speed.
 TINY = (
     square("tiny", 32, 1, 64, 4, 2, causal=True),
     square("tiny", 64, 2, 128, 2, 2, causal=False),
 )
 
-SUITES: dict[str, tuple[Case, ...]] = {"dense": DENSE, "decode": DECODE, "tiny": TINY}
+SUITES: dict[str, tuple[Case, ...]] = {
+    "dense": DENSE,
+    "decode": DECODE,
+    "paged": PAGED,
+    "tiny": TINY,
+}

@@ -182,6 +182,8 @@ def paged_attention(
     local_window_size: Window = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    score_mod: Callable[..., Any] | None = None,
     checked: bool = False,
     return_residual: bool = False,
     implementation: Implementation = None,
@@ -207,6 +209,8 @@ def paged_attention(
       local_window_size: as for ``flash_attention``.
       logits_soft_cap: as for ``flash_attention``.
       sinks: as for ``flash_attention``.
+      mask_mod: as for ``flash_attention``; ``kv_idx`` is a token's number in its sequence.
+      score_mod: as for ``flash_attention``, likewise.
       checked: raise where a page in use is out of range or a length does not fit the table: at once
         for concrete arrays, through ``jax.experimental.checkify`` for traced ones.  Otherwise such
         a page reads as zeros and the length is clipped.
@@ -258,8 +262,8 @@ def paged_attention(
         cu_seqlens_q=None,
         cu_seqlens_k=None,
         positions=None,
-        mask_mod=None,
-        score_mod=None,
+        mask_mod=mask_mod,
+        score_mod=score_mod,
         deterministic=None,
     )
     table = page_table.astype(jnp.int32)

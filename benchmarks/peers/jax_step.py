@@ -23,19 +23,30 @@ def jax_step(
     dtype: str | None = None,
     *,
     takes_lengths: bool = False,
+    takes_pages: bool = False,
+    aligns_ends: bool = False,
 ) -> Step:
     """One jitted pass of an attention function over random normal inputs.
 
     ``takes_lengths``: the function observes ``case.kv_lengths``; others refuse such a case.
+    ``takes_pages``: likewise ``case.page_size``; it is given (num_pages, page_size, K, H).
+    ``aligns_ends``: its causal mask aligns queries and keys at their ends.
 
     The backward pass is a jitted call of the function that ``jax.vjp`` gives, whose residuals are
     computed once, outside.
     """
     if case.kv_lengths is not None and not takes_lengths:
         raise NotImplementedError("this peer is not given lengths of keys")
+    if case.page_size is not None and not takes_pages:
+        raise NotImplementedError("this peer is not given a page table")
+    if case.causal and case.seqlen_q != case.seqlen_k and not aligns_ends:
+        raise NotImplementedError("this peer's causal mask aligns queries and keys at the start")
     dtype = dtype or case.dtype
     query_shape = (case.batch, case.seqlen_q, case.q_heads, case.head_dim)
-    key_shape = (case.batch, case.seqlen_k, case.kv_heads, case.head_dim)
+    rows = (case.batch, case.seqlen_k)
+    if case.page_size is not None:
+        rows = (case.batch * case.seqlen_k // case.page_size, case.page_size)
+    key_shape = (*rows, case.kv_heads, case.head_dim)
     value_shape = (*key_shape[:-1], case.head_dim_v)
     out_shape = (*query_shape[:-1], case.head_dim_v)
 

@@ -17,10 +17,21 @@ def torch_step(
     attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     case: Case,
     pass_: Pass,
+    *,
+    takes_pages: bool = False,
+    aligns_ends: bool = False,
 ) -> Step:
-    """One pass of an attention function on (batch, length, heads, head_dim) tensors."""
+    """One pass of an attention function on (batch, length, heads, head_dim) tensors.
+
+    ``takes_pages``: the function observes ``case.page_size``, and is given (num_pages, page_size,
+    heads, head_dim); others refuse such a case.  ``aligns_ends``: its causal mask does.
+    """
     if case.kv_lengths is not None:
         raise NotImplementedError("this peer is not given lengths of keys")
+    if case.page_size is not None and not takes_pages:
+        raise NotImplementedError("this peer is not given a page table")
+    if case.causal and case.seqlen_q != case.seqlen_k and not aligns_ends:
+        raise NotImplementedError("this peer's causal mask aligns queries and keys at the start")
     dtype = getattr(torch, case.dtype)
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -28,8 +39,11 @@ def torch_step(
         return torch.randn(*shape, device="cuda", dtype=dtype, generator=generator)
 
     query = normal(case.batch, case.seqlen_q, case.q_heads, case.head_dim)
-    key = normal(case.batch, case.seqlen_k, case.kv_heads, case.head_dim)
-    value = normal(case.batch, case.seqlen_k, case.kv_heads, case.head_dim_v)
+    rows = (case.batch, case.seqlen_k)
+    if case.page_size is not None:
+        rows = (case.batch * case.seqlen_k // case.page_size, case.page_size)
+    key = normal(*rows, case.kv_heads, case.head_dim)
+    value = normal(*rows, case.kv_heads, case.head_dim_v)
 
     def wait(_result: object) -> None:
         torch.cuda.synchronize()

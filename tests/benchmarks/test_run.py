@@ -21,6 +21,9 @@ def test_flops_follow_the_convention() -> None:
     assert case.flops("bwd") == 2.5 * case.flops("fwd")
     causal = Case("dense", 2, 1024, 1024, 16, 4, 128, 128, causal=True)
     assert causal.flops("fwd") == case.flops("fwd") / 2
+    prefill = Case("paged8", 4, 2048, 8192, 32, 8, 128, 128, causal=True, page_size=8)
+    assert prefill.flops("fwd") == 4 * 4 * 32 * 2048 * (8192 - 1024) * 128
+    assert sorted(prefill.page_table().ravel()) == list(range(4 * 1024))
 
 
 def test_decode_counts_bytes() -> None:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flashcute import reference
+from jax_flashcute import masks, reference
 from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.elements import element_operands
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.simulator import simulate
 from tests.simulator.test_forward_features import compiled
@@ -20,6 +21,7 @@ from tests.simulator.test_forward_features import compiled
 SPEC = AttentionSpec(0.125, is_causal=True)
 WINDOW = dataclasses.replace(SPEC, local_window_size=(40, 0))
 WIDE = AttentionSpec(0.125, local_window_size=(900, 20))
+DILATED = dataclasses.replace(SPEC, mask_mod=masks.trace_mask(masks.dilated(90, 3))[0])
 CAPPED = dataclasses.replace(SPEC, logits_soft_cap=5.0)
 BF16 = jnp.dtype("bfloat16")
 
@@ -73,6 +75,7 @@ class Call:
             query_seq_lengths=jnp.asarray(rows, jnp.int32) if self.queries else None,
             key_value_seq_lengths=jnp.asarray(lengths),
             page_table=jnp.asarray(table, jnp.int32),
+            batch_index=jnp.arange(B) if self.spec.mask_mod is not None else None,
             sinks=jnp.linspace(-1.0, 1.0, K * self.group)[None] if self.sinks else None,
         )
 
@@ -89,7 +92,8 @@ def check(call: Call, table: jax.Array | None = None, **how) -> registry.KernelK
     inputs = [operands.query, operands.key, operands.value]
     given = (getattr(operands, name) for name in registry.OPTIONAL_OPERANDS)
     inputs += [x for x in given if x is not None]
-    inputs += [x for x in (operands.page_table, operands.sinks) if x is not None]
+    inputs += [operands.page_table]
+    inputs += [] if key.elements is None else element_operands(key.elements, operands)
     rows = operands.query.shape[:3]
     outputs = [((*rows, call.head_dim_v), BF16), (rows, np.dtype(np.float32))]
     outputs += [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]
@@ -113,6 +117,7 @@ SLOW_CASES = {
     "32_repeated": Call(32, (64, 96, 32), 128, 128, seqlen_q=20, group=8, pages="repeated"),
     "64_sinks_cap": Call(64, (65, 300), seqlen_q=9, spec=CAPPED, group=2, sinks=True),
     "4_sinks_cap": Call(4, (65, 300), seqlen_q=9, spec=CAPPED, group=2, sinks=True),
+    "16_dilated": Call(16, (65, 300), seqlen_q=9, spec=DILATED, group=2),
     "128_window": Call(128, (129, 400, 127), 128, 128, seqlen_q=200, spec=WINDOW),
     "256_256": Call(256, (257, 600), 256, 256, seqlen_q=40),
 }

@@ -85,6 +85,17 @@ def test_windows_caps_and_sinks() -> None:
     check(arrays, dense, is_causal=False)
 
 
+def test_masks_and_scores_see_numbers_of_tokens() -> None:
+    arrays, dense = make(8, (5, 100, 77), seqlen_q=4)
+    slopes = jnp.linspace(0.1, 0.5, 6)
+    check(
+        arrays,
+        dense,
+        mask_mod=lambda b, h, q, kv: (q - kv) % 3 != 1,
+        score_mod=lambda score, b, h, q, kv: score + slopes[h] * (kv - q),
+    )
+
+
 def test_vmap() -> None:
     (query, k_pages, v_pages, table, lengths), _ = make(8, (9, 30))
     attend = functools.partial(paged_attention, implementation="xla")
