@@ -4,7 +4,7 @@ import dataclasses
 import functools
 
 from jax_flashcute.analysis import Interval
-from jax_flashcute.ffi.compile import ArrayType, CompiledKernel, compile_kernel
+from jax_flashcute.ffi.compile import ArrayType
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import (
     BwdConfig,
@@ -14,6 +14,7 @@ from jax_flashcute.kernels.config import (
     workspace_shapes,
 )
 from tests.cases import Case
+from tests.simulator.compiled import SimulatedKernel, compile_to_simulate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Launcher:
     arch: str = "sm_90a"
 
     @functools.cache  # noqa: B019 - as many as there are cases
-    def compiled(self) -> CompiledKernel:
+    def compiled(self) -> SimulatedKernel:
         import cutlass
 
         from jax_flashcute.kernels.common.intervals import IntervalMask
@@ -70,12 +71,11 @@ class Launcher:
                 IntervalMask(self.interval),
             )
 
-        return compile_kernel(
+        return compile_to_simulate(
             build,
             [qk, qk, v, v, rows, v, *optional, qk, qk, v, rows, rows, rows, *turns],
             self.arch,
-            keep_intermediates=True,
-            line_info=True,
+            repr(self),
         )
 
 

@@ -60,7 +60,8 @@ def simulate(
 
     Args:
       kernel: has ``object``, ``ptx`` and ``arch``, as ``ffi.compile_kernel`` returns them with the
-        intermediates kept.
+        intermediates kept.  Where it has ``with_lines``, that is called for a kernel with line
+        information once a finding or a trace needs it.
       inputs: the input arrays, in the kernel's order; copied, never written.
       outputs: (shape, dtype) of each output; they start as poison (NaN for floats).
       timing: when asynchronous copies complete: "late", "early" or "shuffled".
@@ -80,6 +81,25 @@ def simulate(
       SimulationError: the program misbehaved; its ``findings`` say how.
       PtxError: the PTX has something that the simulator does not know.
     """
+    how = {
+        "outputs": outputs, "timing": timing, "warps": warps, "seed": seed, "num_sms": num_sms,
+        "check": check, "log": log, "trace": trace, "coverage": coverage, "ignore": ignore,
+    }  # fmt: skip
+    with_lines = getattr(kernel, "with_lines", None)
+    if with_lines is None or log is not None:
+        return _simulate(kernel, *inputs, **how)
+    if trace is not None:
+        return _simulate(with_lines(), *inputs, **how)
+    try:
+        return _simulate(kernel, *inputs, **how)
+    except SimulationError:
+        _simulate(with_lines(), *inputs, **how)  # raises the same, and names the Python lines
+        raise
+
+
+def _simulate(
+    kernel, *inputs, outputs, timing, warps, seed, num_sms, check, log, trace, coverage, ignore
+):
     own_log = log is None
     log = FindingLog() if own_log else log
     random = np.random.default_rng(seed)

@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.simulator import SimulationError, mutation, reference, simulate
+from jax_flashcute.ffi.compile import CompiledKernel
+from tests.simulator import SimulationError, compiled, mutation, reference, simulate
 from tests.simulator.compiled import forward
 
 BF16 = ml_dtypes.bfloat16
@@ -63,10 +64,50 @@ def test_packed_heads_in_half_precision():
 
 
 def test_a_dependent_launch_must_wait_for_the_one_before():
-    """Without griddepcontrol.wait the tile counter may be drawn from before it is reset."""
+    """Without griddepcontrol.wait the tile counter may be drawn from before it is reset.
+
+    Only then is the kernel compiled with line information, for the finding to name the Python line.
+    """
+
+    def without_wait(kernel):
+        wait = next(m for m in mutation.mutants(kernel.ptx) if "griddepcontrol.wait" in m.what)
+        return dataclasses.replace(kernel, ptx=wait.apply(kernel.ptx))
+
     kernel = forward()
-    wait = next(m for m in mutation.mutants(kernel.ptx) if m.what == "remove griddepcontrol.wait")
-    broken = dataclasses.replace(kernel, ptx=wait.apply(kernel.ptx))
+    assert ".loc" not in kernel.ptx
+    broken = without_wait(kernel)
+    assert broken.with_lines is None
+    object.__setattr__(broken, "with_lines", lambda: without_wait(kernel.with_lines()))
     with pytest.raises(SimulationError) as raised:
         run(broken, (1, 128, 1, 128, 1, 128))
-    assert [f.kind for f in raised.value.findings] == ["missing griddepcontrol.wait"]
+    (finding,) = raised.value.findings
+    assert finding.kind == "missing griddepcontrol.wait"
+    assert ".py:" in finding.where
+
+
+def test_a_damaged_file_is_compiled_again(tmp_path, monkeypatch):
+    made = []
+
+    def compile_kernel(build, arrays, arch, **options):
+        made.append(arch)
+        return CompiledKernel(b"object", arch, "ptx", b"cubin")
+
+    monkeypatch.setattr(compiled, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(compiled, "FOLDER", tmp_path / "kernels")
+    monkeypatch.setattr(compiled, "_folder", compiled._folder.__wrapped__)
+    (tmp_path / "kernels" / "of_other_sources").mkdir(parents=True)
+
+    def get(identity="one"):
+        return compiled.compile_to_simulate(lambda: None, [], "sm_90a", identity)
+
+    first = get()
+    assert (first.object, first.ptx, first.cubin) == (b"object", "ptx", b"cubin")
+    assert get() == first
+    assert len(made) == 1
+    get("two")
+    assert len(made) == 2
+    for file in (tmp_path / "kernels").rglob("*.npz"):
+        file.write_bytes(file.read_bytes()[:-40])
+    assert get() == first
+    assert len(made) == 3
+    assert not (tmp_path / "kernels" / "of_other_sources").exists()

@@ -1,7 +1,6 @@
 """The Hopper forward in simulation on every feature: the edges that the GPU tests run, smaller."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +8,13 @@ import numpy as np
 import pytest
 
 from jax_flashcute import masks, reference
-from jax_flashcute.ffi.compile import ArrayType, compile_kernel
 from jax_flashcute.kernels import registry
 from jax_flashcute.spec import Operands
 from tests.cases import Case
 from tests.simulator import simulate
+from tests.simulator.compiled import kernel_of as compiled
 
 NUM_SMS = 2
-
-
-@functools.cache
-def compiled(key: registry.KernelKey):
-    arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
-    return compile_kernel(
-        registry.builder(key), arrays, key.arch, keep_intermediates=True, line_info=True
-    )
 
 
 def check(

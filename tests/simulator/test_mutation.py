@@ -33,7 +33,7 @@ UNUSED_BARRIERS = 1
 @pytest.fixture(scope="module")
 def case():
     """(kernel, inputs, outputs, the unmutated results): six tiles for each block."""
-    kernel = forward(group=2, window=WINDOW)
+    kernel = forward(group=2, window=WINDOW).with_lines()
     b, t, n, s, heads, h = 1, 300, 4, 500, 2, 128
     random = np.random.default_rng(0)
     q = random.standard_normal((b, t, n, h)).astype(BF16)
