@@ -1,27 +1,16 @@
 """The kernels of native sparse attention: in simulation against float64, and what ptxas made."""
 
-import functools
-
 import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_flashcute.ffi.compile import ArrayType, compile_kernel
 from jax_flashcute.ffi.resources import find_tools, report
-from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.nsa import KERNELS, NSAKernelKey
 from tests.simulator import simulate
+from tests.simulator.compiled import kernel_of as compiled
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-22}
-
-
-@functools.cache
-def compiled(key: NSAKernelKey):
-    arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
-    return compile_kernel(
-        registry.builder(key), arrays, key.arch, keep_intermediates=True, line_info=True
-    )
 
 
 def random(seed: int, dtype: str, *shape: int) -> np.ndarray:

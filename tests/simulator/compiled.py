@@ -111,7 +111,7 @@ def _write(path: Path, kernel: SimulatedKernel) -> None:
 
 
 @functools.cache
-def kernel_of(key: registry.KernelKey) -> SimulatedKernel:
+def kernel_of(key: registry.AnyKey) -> SimulatedKernel:
     """The kernel of a plan."""
     arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
     return compile_to_simulate(registry.builder(key), arrays, key.arch, repr(key))
