@@ -27,21 +27,19 @@ from serving.prefixes import PrefixIndex
 from serving.scheduler import Request, Scheduler
 
 LEAD = 1e-3
-MAX_TOKENS, NEW_TOKENS, NUM_PAGES = 48, 16, 14
+MAX_TOKENS, NEW_TOKENS, TOKENS_IN_PAGES = 48, 16, 56
 CONFIG = ModelConfig(layers=2, width=32, q_heads=6, kv_heads=2, head_dim=8, hidden=48)
 
 
-@pytest.fixture(scope="module")
-def model() -> ByteDecoder:
-    model = ByteDecoder(CONFIG, jnp.float32, "xla", rngs=nnx.Rngs(0))
+def make_model(dtype: str) -> ByteDecoder:
+    model = ByteDecoder(CONFIG, jnp.dtype(dtype), "xla", rngs=nnx.Rngs(0))
     for block in model.blocks:
         # At random, attention would hardly matter: let it decide which byte follows.
         block.attention.out.kernel[...] *= 8
     return model
 
 
-@pytest.fixture(scope="module")
-def prompts(model) -> dict[bytes, bytes]:
+def find_prompts(model: ByteDecoder, lead: float) -> dict[bytes, bytes]:
     """Sixteen prompts, most of which begin alike, and what follows them."""
     rng = np.random.default_rng(0)
     beginnings = [rng.bytes(length) for length in (9, 16, 20)]
@@ -49,22 +47,22 @@ def prompts(model) -> dict[bytes, bytes]:
     for _ in range(200):
         prompt = beginnings[rng.integers(3)] * int(rng.integers(2)) + rng.bytes(rng.integers(1, 12))
         output, leads = generate_greedily(model, prompt, NEW_TOKENS, padded_to=MAX_TOKENS)
-        if leads.min() >= LEAD:
+        if leads.min() >= lead:
             found[prompt] = output
         if len(found) == 16:
             return found
     raise AssertionError(f"of 200 prompts only {len(found)} lead to no near tie")
 
 
-@pytest.fixture(scope="module")
-def engine(model) -> Engine:
+def make_engine(model: ByteDecoder, page_size: int, implementation: str | None = None) -> Engine:
     engine = Engine(
         model,
-        num_pages=NUM_PAGES,
-        page_size=4,
+        num_pages=TOKENS_IN_PAGES // page_size,
+        page_size=page_size,
         max_tokens=MAX_TOKENS,
         max_batch=4,
         chunk_sizes=[4, 8],
+        implementation=implementation,
     )
     # Pages that nobody has written must not matter.
     poisoned = {
@@ -74,6 +72,21 @@ def engine(model) -> Engine:
     engine.cache = dataclasses.replace(engine.cache, **poisoned)
     engine.warm_up()
     return engine
+
+
+@pytest.fixture(scope="module")
+def model() -> ByteDecoder:
+    return make_model("float32")
+
+
+@pytest.fixture(scope="module")
+def prompts(model) -> dict[bytes, bytes]:
+    return find_prompts(model, LEAD)
+
+
+@pytest.fixture(scope="module")
+def engine(model) -> Engine:
+    return make_engine(model, page_size=4)
 
 
 def run_schedule(engine: Engine, prompts: dict[bytes, bytes], seed: int) -> list[Request]:
@@ -95,9 +108,13 @@ def run_schedule(engine: Engine, prompts: dict[bytes, bytes], seed: int) -> list
         if scheduler.is_idle and not arriving:
             break
         scheduler.step()
-    scheduler.prefixes.evict(NUM_PAGES)
-    assert engine.allocator.num_free == NUM_PAGES  # no page was lost
+    check_no_page_is_lost(scheduler)
     return requests
+
+
+def check_no_page_is_lost(scheduler: Scheduler) -> None:
+    scheduler.prefixes.evict(scheduler.allocator.num_pages)
+    assert scheduler.allocator.num_free == scheduler.allocator.num_pages
 
 
 def is_right(request: Request, prompts: dict[bytes, bytes]) -> bool:
@@ -117,6 +134,20 @@ def test_fifty_schedules_give_what_no_cache_gives(engine, prompts) -> None:
     assert sum(request.preemptions for request in served) > 20
     assert sum(request.is_cancelled for request in served) > 5
     assert next_tokens._cache_size() == compiled
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "implementation", "lead"), [("float32", "xla", LEAD), ("float16", "cute", 0.02)]
+)
+def test_schedules_on_a_gpu(dtype: str, implementation: str, lead: float) -> None:
+    with jax.default_matmul_precision("highest"):
+        model = make_model(dtype)
+        prompts = find_prompts(model, lead)
+        engine = make_engine(model, page_size=8, implementation=implementation)
+        for seed in range(20):
+            requests = run_schedule(engine, prompts, seed)
+            assert all(is_right(request, prompts) for request in requests), f"schedule {seed}"
 
 
 def test_a_wrong_page_would_be_noticed(engine, prompts, monkeypatch) -> None:
@@ -152,8 +183,7 @@ def server(engine):
     server.shutdown()
     server.server_close()
     worker.stop()
-    worker.scheduler.prefixes.evict(NUM_PAGES)
-    assert engine.allocator.num_free == NUM_PAGES
+    check_no_page_is_lost(worker.scheduler)
 
 
 def ask(server, method: str, path: str, body: str | None = None):
