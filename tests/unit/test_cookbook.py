@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = {"docs/masks.md": 4, "docs/serving.md": 1, "docs/sharding.md": 3}
+PAGES = {"docs/flax.md": 3, "docs/masks.md": 4, "docs/serving.md": 1, "docs/sharding.md": 3}
 """Pages and how many blocks of code they have at least."""
 
 

@@ -1,0 +1,206 @@
+"""Flax's modules through ``flash_attention``, against their own attention functions."""
+
+import functools
+import subprocess
+import sys
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_flashcute import nn
+
+B, T, FEATURES, HEADS = 2, 13, 24, 3
+
+close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def padding_mask() -> jax.Array:
+    """(B, 1, T, T) in float32, as Flax makes masks; every row sees a key."""
+    tokens = jnp.arange(T)[None] < jnp.asarray([[9], [T]])
+    padding = linen.make_attention_mask(jnp.ones_like(tokens), tokens)
+    return linen.combine_masks(padding, linen.make_causal_mask(tokens))
+
+
+def linen_module(attention_fn=None, **options) -> linen.Module:
+    if attention_fn is not None:
+        options["attention_fn"] = attention_fn
+    return linen.MultiHeadDotProductAttention(num_heads=HEADS, **options)
+
+
+def nnx_module(attention_fn=None, **options) -> nnx.Module:
+    if attention_fn is not None:
+        options["attention_fn"] = attention_fn
+    options = {"decode": False, **options}
+    return nnx.MultiHeadAttention(HEADS, FEATURES, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize("batch", [(B,), (), (B, 3)])
+def test_linen(batch: tuple[int, ...]) -> None:
+    """Value and gradients, with a mask of floats."""
+    x = normal(0, *batch, T, FEATURES)
+    mask = padding_mask() if batch == (B,) else linen.make_causal_mask(x[..., 0])
+    own, ours = linen_module(), linen_module(nn.make_attention_fn())
+    variables = own.init(jax.random.key(1), x)
+
+    def loss(module, variables):
+        return jnp.sum(jnp.sin(module.apply(variables, x, mask=mask)))
+
+    close(ours.apply(variables, x, mask=mask), own.apply(variables, x, mask=mask))
+    gradients = [jax.grad(functools.partial(loss, module))(variables) for module in (ours, own)]
+    jax.tree.map(close, *gradients)
+
+
+def test_linen_decodes() -> None:
+    x = normal(0, B, T, FEATURES)
+    outs = []
+    for attention_fn in (None, nn.make_attention_fn()):
+        module = linen_module(attention_fn, decode=True)
+        variables = module.init(jax.random.key(1), x)
+        params, cache = variables["params"], variables["cache"]
+        steps = []
+        for i in range(4):
+            out, updated = module.apply(
+                {"params": params, "cache": cache}, x[:, i : i + 1], mutable=["cache"]
+            )
+            cache = updated["cache"]
+            steps.append(out)
+        outs.append(jnp.concatenate(steps, axis=1))
+    close(outs[1], outs[0])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_nnx(causal: bool) -> None:
+    x, mask = normal(0, B, T, FEATURES), padding_mask()
+    own, ours = nnx_module(), nnx_module(nn.make_attention_fn())
+
+    def loss(module):
+        return jnp.sum(jnp.sin(module(x, mask=mask, is_causal=causal)))
+
+    close(ours(x, mask=mask, is_causal=causal), own(x, mask=mask, is_causal=causal))
+    gradients = [nnx.state(nnx.grad(loss)(module), nnx.Param) for module in (ours, own)]
+    jax.tree.map(close, *gradients)
+
+
+def test_nnx_decodes() -> None:
+    x = normal(0, B, T, FEATURES)
+    own, ours = nnx_module(decode=True), nnx_module(nn.make_attention_fn(), decode=True)
+    for module in (own, ours):
+        module.init_cache(x.shape)
+    for i in range(4):
+        close(ours(x[:, i : i + 1], is_causal=True), own(x[:, i : i + 1], is_causal=True))
+
+
+def test_options_of_the_function() -> None:
+    """A window for every call, beside the module's own mask."""
+    x = normal(0, B, T, FEATURES)
+    window = jnp.abs(jnp.arange(T)[:, None] - jnp.arange(T)) <= 3
+    own = nnx_module()
+    ours = nnx_module(nn.make_attention_fn(local_window_size=3, is_causal=True))
+    close(ours(x), own(x, mask=window & jnp.tri(T, dtype=bool)))
+    with pytest.raises(ValueError, match="options: mask cannot be given for every call"):
+        nn.make_attention_fn(mask=window)
+
+
+def test_what_it_refuses() -> None:
+    x = normal(0, B, T, FEATURES)
+    fn = nn.make_attention_fn()
+    dropout = nnx_module(fn, dropout_rate=0.5)
+    with pytest.raises(NotImplementedError, match="dropout_rate=0.5"):
+        dropout(x, deterministic=False, rngs=nnx.Rngs(0))
+    close(dropout(x, deterministic=True), nnx_module()(x))
+    with pytest.raises(NotImplementedError, match="sow_weights"):
+        nnx_module(fn)(x, sow_weights=True)
+    module = linen_module(fn, dropout_rate=0.5, deterministic=False, precision="highest")
+    with pytest.raises(NotImplementedError, match=r"dropout_rate=0.5\n.*precision=highest"):
+        module.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x)
+    with pytest.raises(NotImplementedError, match="sow_weights"):
+        linen_module(fn).init(jax.random.key(0), x, sow_weights=True)
+
+
+# ---- the module ----------------------------------------------------------------------------
+
+
+def make_module(**options) -> nn.FlashAttention:
+    defaults = {"num_kv_heads": 2, "head_dim": 8, "rope_theta": 100.0, "is_causal": True}
+    module = nn.FlashAttention(FEATURES, 6, rngs=nnx.Rngs(0), **(defaults | options))
+    if module.sinks is not None:
+        module.sinks[...] = normal(3, 6)
+    return module
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"local_window_size": (4, 0), "sinks": True}, {"logits_soft_cap": 2.0}]
+)
+def test_decoding_gives_what_one_call_gives(options: dict) -> None:
+    """A prompt, then token by token under jit; sequences of several lengths share the cache."""
+    module, x = make_module(**options), normal(0, B, T, FEATURES)
+    whole = module(x)
+    reference = make_module(**options, implementation="reference")
+    close(whole, reference(x))
+
+    cache = module.init_cache(B, T + 3, jnp.float32)
+    out, cache = module(x[:, :5], cache=cache)
+    outs, step = [out], nnx.jit(lambda module, x, cache: module(x, cache=cache))
+    for i in range(5, T):
+        out, cache = step(module, x[:, i : i + 1], cache)
+        outs.append(out)
+    close(jnp.concatenate(outs, axis=1), whole)
+    np.testing.assert_array_equal(cache.lengths, [T, T])
+
+
+def test_a_full_cache() -> None:
+    """Said where the lengths are known; NaN, for that sequence alone, where they are traced."""
+    module, x = make_module(), normal(0, B, 2, FEATURES)
+    cache = module.init_cache(B, 8, jnp.float32)
+    with pytest.raises(ValueError, match="room for 8 tokens, got 9 at once"):
+        module(normal(0, B, 9, FEATURES), cache=cache)
+    _, cache = module(normal(1, B, 6, FEATURES), cache=cache)
+    cache = nn.KVCache(cache.key, cache.value, jnp.asarray([7, 6], jnp.int32))
+    with pytest.raises(ValueError, match="room for 8 tokens, got 7 and 2 more"):
+        module(x, cache=cache)
+    step = nnx.jit(lambda module, x, cache: module(x, cache=cache))
+    for _ in range(2):
+        out, after = step(module, x, cache)
+        assert np.isnan(out[0]).all()
+        assert np.isfinite(out[1]).all()
+    assert after.lengths[0] < 0
+    assert np.isnan(step(module, x[:, :1], after)[0][0]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_kv_heads": 4}, "num_heads must be a multiple of 4 kv heads, got 6"),
+        ({"head_dim": 7}, "head_dim must be even"),
+        ({"head_dim": None, "num_kv_heads": 1}, None),
+    ],
+)
+def test_sizes(options: dict, message: str | None) -> None:
+    if message is None:
+        assert make_module(**options).head_dim == FEATURES // 6
+        return
+    with pytest.raises(ValueError, match=message):
+        make_module(**options)
+
+
+def test_packed_sequences_do_not_see_each_other() -> None:
+    module, x = make_module(), normal(0, 1, T, FEATURES)
+    packed = module(x, segment_ids=jnp.asarray([[0] * 5 + [1] * (T - 5)]))
+    close(packed[:, :5], module(x[:, :5]))
+    close(packed[:, 5:], module(x[:, 5:]))  # rotary positions are relative
+
+
+def test_attention_functions_need_no_flax() -> None:
+    code = (
+        "import sys; from jax_flashcute import nn; nn.make_attention_fn(); "
+        "assert 'flax' not in sys.modules; nn.FlashAttention; assert 'flax' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
