@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -104,5 +104,5 @@ def _of_batches(query, key, value, bias, mask, options: dict[str, Any]) -> jax.A
     bias, mask = elementwise(bias), elementwise(mask)
     if mask is not None:
         mask = mask.astype(jnp.bool_)
-    out = flash_attention(*one_batch, bias=bias, mask=mask, **options)
+    out = cast(jax.Array, flash_attention(*one_batch, bias=bias, mask=mask, **options))
     return out.reshape(*batch, *rows[:-1], value.shape[-1])

@@ -1,7 +1,7 @@
 """A Flax NNX module of attention with grouped heads, rotary positions and a cache."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -156,9 +156,9 @@ class FlashAttention(nnx.Module):
         if self.sinks is not None:
             options["sinks"] = self.sinks[...]
         if cache is None:
-            return self.out(flash_attention(query, key, value, **options))
+            return self.out(cast(jax.Array, flash_attention(query, key, value, **options)))
         cache = cache.append(key, value)
-        out = flash_attention(
+        attended = flash_attention(
             query.astype(cache.key.dtype),
             cache.key,
             cache.value,
@@ -166,6 +166,7 @@ class FlashAttention(nnx.Module):
             key_value_seq_lengths=jnp.maximum(cache.lengths, 0),
             **options,
         )
+        out = cast(jax.Array, attended)
         out = jnp.where((cache.lengths < 0)[:, None, None, None], jnp.nan, out)
         return self.out(out.astype(query.dtype)), cache
 
