@@ -184,6 +184,7 @@ def paged_attention(
     sinks: ArrayLike | None = None,
     mask_mod: Callable[..., Any] | None = None,
     score_mod: Callable[..., Any] | None = None,
+    batch_invariant: bool = False,
     checked: bool = False,
     return_residual: bool = False,
     implementation: Implementation = None,
@@ -211,6 +212,9 @@ def paged_attention(
       sinks: as for ``flash_attention``.
       mask_mod: as for ``flash_attention``; ``kv_idx`` is a token's number in its sequence.
       score_mod: as for ``flash_attention``, likewise.
+      batch_invariant: a sequence's result does not depend on what else is in the batch, nor on the
+        number of sequences, bit for bit, among calls with one query length T.  For
+        ``implementation="cute"`` alone; decode is somewhat slower.
       checked: raise where a page in use is out of range or a length does not fit the table: at once
         for concrete arrays, through ``jax.experimental.checkify`` for traced ones.  Otherwise such
         a page reads as zeros and the length is clipped.
@@ -266,6 +270,12 @@ def paged_attention(
         score_mod=score_mod,
         deterministic=None,
     )
+    if batch_invariant and implementation != "cute":
+        raise NotImplementedError(
+            f'batch_invariant needs implementation="cute"; got {implementation!r}, in which XLA '
+            "chooses how sums are ordered by the size of the batch"
+        )
+    spec = dataclasses.replace(spec, batch_invariant=bool(batch_invariant))
     table = page_table.astype(jnp.int32)
     operands = dataclasses.replace(operands, key=k_pages, value=v_pages, page_table=table)
     residuals = autodiff.paged_attention(spec, operands, _known(implementation))

@@ -34,6 +34,7 @@ class AttentionSpec:
       logits_soft_cap: ``c`` in ``c * tanh(score / c)``, applied to the scaled score before the
         bias; ``None`` for none.
       deterministic: gradients are bit-identical between runs.
+      batch_invariant: a batch entry's result does not depend on the number of entries, bit for bit.
       mask_mod: traced ``(b, h, q_idx, kv_idx) -> bool``; False hides a key.
       score_mod: traced ``(score, b, h, q_idx, kv_idx) -> score``, applied to the scaled score
         before the soft cap.
@@ -47,6 +48,7 @@ class AttentionSpec:
     local_window_size: tuple[int | None, int | None] | None = None
     logits_soft_cap: float | None = None
     deterministic: bool = False
+    batch_invariant: bool = False
     mask_mod: TracedFunction | None = None
     score_mod: TracedFunction | None = None
 

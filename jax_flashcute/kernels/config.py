@@ -152,6 +152,11 @@ def most_splits(tiles: int, key_tiles: int, num_sms: int, lengths_vary: bool) ->
     return splits
 
 
+def batch_invariant_splits(key_tiles: int) -> int:
+    """``most_splits`` by the keys of a row alone: parts of ``MIN_SPLIT_TILES`` where they fit."""
+    return max(1, min(-(-key_tiles // MIN_SPLIT_TILES), MAX_SPLITS))
+
+
 @dataclass(frozen=True)
 class FwdConfigSm100:
     """How the forward kernel on Blackwell is tiled.

@@ -27,6 +27,7 @@ from jax_flashcute.kernels.config import (
     FwdConfigSm100,
     backward_config,
     backward_config_sm100,
+    batch_invariant_splits,
     few_rows_config,
     forward_config,
     forward_config_sm100,
@@ -91,6 +92,7 @@ class KernelKey:
       split_kv: a row's keys are divided among blocks; Hopper's forward only.
       elements: what is done to single scores; None where nothing.
       page_size: keys of a page, where keys and values are paged; Hopper's forward only.
+      batch_invariant: the parts of a row's keys do not follow from the number of batch entries.
     """
 
     kernel: str
@@ -108,6 +110,7 @@ class KernelKey:
     split_kv: bool = False
     elements: ElementFunctions | None = None
     page_size: int | None = None
+    batch_invariant: bool = False
 
 
 AnyKey = KernelKey | nsa.NSAKernelKey
@@ -240,7 +243,8 @@ def kernel_key(
         pack_gqa = packing_pays(query.shape[1], group, config)
         # A sink belongs to a row and not to each part of it; masks by element are not tried yet.
         may_split = arch not in BLACKWELL and functions is None
-        if may_split and num_splits(interval, operands, num_sms) > 1:
+        splits = partial(num_splits, batch_invariant=spec.batch_invariant)
+        if may_split and splits(interval, operands, num_sms) > 1:
             config, split_kv = few_rows_config(*dims), True
             pack_gqa = packing_pays(query.shape[1], group, config)
         if is_paged(operands):
@@ -264,13 +268,17 @@ def kernel_key(
         split_kv=split_kv,
         elements=functions,
         page_size=key.shape[1] if is_paged(operands) else None,
+        batch_invariant=spec.batch_invariant and split_kv,
     )
 
 
-def num_splits(interval: Interval, operands: Operands, num_sms: int) -> int:
+def num_splits(
+    interval: Interval, operands: Operands, num_sms: int, *, batch_invariant: bool = False
+) -> int:
     """Parts into which the forward kernel divides a row's keys at most; by shapes alone.
 
-    1 where the queries fill more than one row of tiles, or a dimension is known at run time only.
+    With ``batch_invariant``, whatever the number of batch entries.  1 where the queries fill more
+    than one row of tiles, or a dimension is known at run time only.
     """
     query, key, value = _main(operands)
     sizes = (*query.shape[:3], operands.kv_length, key.shape[2])
@@ -284,6 +292,8 @@ def num_splits(interval: Interval, operands: Operands, num_sms: int) -> int:
     left, right = window((interval,)) or (None, None)
     keys = S if left is None or right is None else min(S, left + right + T + config.tile_n)
     key_tiles = -(-max(keys, 1) // config.tile_n)
+    if batch_invariant:
+        return batch_invariant_splits(key_tiles)
     lengths_vary = operands.key_value_seq_lengths is not None and B > 1
     return most_splits(B * (K if pack_gqa else N), key_tiles, num_sms, lengths_vary)
 
@@ -485,7 +495,10 @@ def _forward_scratch(key: KernelKey, operands: Operands):
     shapes: list[tuple[tuple[int, ...], str]] = [((1,), "int32")]
     if key.split_kv:
         B, T, N, _ = operands.query.shape
-        rows = (num_splits(key.interval, operands, key.num_sms), B, T, N)
+        splits = num_splits(
+            key.interval, operands, key.num_sms, batch_invariant=key.batch_invariant
+        )
+        rows = (splits, B, T, N)
         shapes += [((*rows, key.head_dim_v), "float32"), (rows, "float32")]
     return shapes
 

@@ -162,6 +162,19 @@ def test_skewed_lengths(page_size: int) -> None:
     compare(pages, query_of(pages, 1, 8))
 
 
+@pytest.mark.parametrize("seqlen_q", [1, 100])
+@pytest.mark.parametrize("page_size", [2, 16])
+def test_a_sequence_does_not_depend_on_the_batch(page_size: int, seqlen_q: int) -> None:
+    pages = Pages(page_size, (8000, 3, 700, 0, 5000), "permuted", dtype=jnp.bfloat16)
+    query = query_of(pages, seqlen_q, 8)
+    call = functools.partial(paged_attention, implementation="cute", batch_invariant=True)
+    out = jax.jit(call)(query, *pages.paged)
+    for some in ([0], [2, 4], [4, 1, 2, 0]):
+        k_pages, v_pages, table, lengths = pages.paged
+        part = jax.jit(call)(query[some], k_pages, v_pages, table[some], lengths[some])
+        np.testing.assert_array_equal(part, out[np.array(some)])
+
+
 @pytest.mark.parametrize("page_size", [4, 32])
 def test_a_page_out_of_range_reads_as_zeros(page_size: int) -> None:
     pages = Pages(page_size, (100, 700), "permuted", dtype=jnp.bfloat16)

@@ -82,9 +82,15 @@ class Call:
 
 def check(call: Call, table: jax.Array | None = None, **how) -> registry.KernelKey:
     """Simulate the kernel that a call gets, on another ``table`` if there is one."""
-    operands, spec = call.operands(), call.spec
+    operands = call.operands()
     if table is not None:
         operands = dataclasses.replace(operands, page_table=table)
+    return check_operands(call, operands, **how)[0]
+
+
+def check_operands(call: Call, operands: Operands, **how):
+    """The kernel of a call on these operands, and O and LSE as it leaves them."""
+    spec = call.spec
     assert not registry.reasons_against(spec, operands, "fwd", "sm_90a")
     key = registry.kernel_key(spec, operands, "fwd", "sm_90a", call.num_sms)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == BF16 else x, operands)
@@ -100,7 +106,7 @@ def check(call: Call, table: jax.Array | None = None, **how) -> registry.KernelK
     out, lse, *_ = simulate(compiled(key), *(np.asarray(x) for x in inputs), outputs=outputs, **how)
     np.testing.assert_allclose(out.astype(np.float32), want.out, atol=0.02, rtol=0.02)
     np.testing.assert_allclose(lse, want.lse, atol=2e-4, rtol=1e-5)
-    return key
+    return key, out, lse
 
 
 CASES = {
@@ -172,3 +178,21 @@ def test_a_page_out_of_range_reads_as_zeros(page_size: int) -> None:
     assert table is not None
     for number in (-1, 2**31 - 1):
         check(call, table=table.at[:, 2].set(number))
+
+
+@pytest.mark.slow
+def test_a_sequence_does_not_depend_on_the_batch() -> None:
+    spec = AttentionSpec(0.125, is_causal=True, batch_invariant=True)
+    call = Call(16, (1300, 90, 700), group=8, kv_heads=2, num_sms=16, spec=spec)
+    operands = call.operands()
+    key, out, lse = check_operands(call, operands)
+    assert key.split_kv
+    batched = ("query", "q_offset", "key_value_seq_lengths", "page_table")
+    for b in range(3):
+        alone = {name: getattr(operands, name)[b : b + 1] for name in batched}
+        alone_key, alone_out, alone_lse = check_operands(
+            call, dataclasses.replace(operands, **alone)
+        )
+        assert alone_key == key
+        np.testing.assert_array_equal(alone_out[0], out[b])
+        np.testing.assert_array_equal(alone_lse[0], lse[b])

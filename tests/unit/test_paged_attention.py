@@ -132,6 +132,8 @@ def test_what_does_not_fit_is_named() -> None:
         paged_attention(query, k_pages, v_pages, table[0], lengths)
     with pytest.raises(ValueError, match="v_pages must be"):
         paged_attention(query, k_pages, v_pages[:1], table, lengths)
+    with pytest.raises(NotImplementedError, match='batch_invariant needs implementation="cute"'):
+        paged_attention(query, k_pages, v_pages, table, lengths, batch_invariant=True)
     with pytest.raises(NotImplementedError, match="no derivatives"):
         jax.grad(lambda q: paged_attention(q, k_pages, v_pages, table, lengths).sum())(query)
 

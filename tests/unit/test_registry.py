@@ -376,3 +376,16 @@ def test_few_rows_have_a_configuration(head_dim: int, head_dim_v: int) -> None:
     config = few_rows_config(head_dim, head_dim_v)
     assert config.tile_m == 64
     assert not config.reasons_invalid(head_dim, head_dim_v)
+
+
+def test_batch_invariant_splits_do_not_follow_from_the_batch() -> None:
+    spec = dataclasses.replace(SPEC, batch_invariant=True)
+    for S in (1000, 100_000):
+        splits = set()
+        for B in (1, 3, 500):
+            operands = shapes(B, 1, S, N=16, present=("key_value_seq_lengths",))
+            key = registry.kernel_key(spec, operands, "fwd", "sm_90a", 132)
+            assert key.split_kv
+            assert key.batch_invariant
+            splits.add(registry.scratch_shapes(key, operands)[1][0][0])
+        assert splits == {min(-(-S // 512), 128)}

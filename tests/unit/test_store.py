@@ -298,6 +298,7 @@ CHANGES = {
     "num_sms": 114,
     "elements": ElementFunctions(soft_cap=30.0),
     "page_size": 16,
+    "batch_invariant": True,
 }
 
 
