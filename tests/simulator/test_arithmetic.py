@@ -1,6 +1,6 @@
 """Arithmetic, logic and conversions, against the statements of the PTX ISA.
 
-Each test names the section it holds to: "Integer Arithmetic Instructions" and so on.
+Each heading names the section, by its number in PTX ISA 9.0.
 """
 
 import math
@@ -40,7 +40,7 @@ def words(values):
     return np.array([v & 0xFFFFFFFF for v in values], np.uint32)
 
 
-# ---- Integer Arithmetic Instructions
+# ---- 9.7.1 Integer Arithmetic Instructions
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_bit_fields():
     np.testing.assert_array_equal(got, [0x230, 0, 0x230, 0x230, 0xFFF81230, 0x230])
 
 
-# ---- Logic and Shift Instructions
+# ---- 9.7.8 Logic and Shift Instructions
 
 
 def test_shift_amounts_are_clamped():
@@ -195,7 +195,7 @@ def test_lop3(table):
     np.testing.assert_array_equal(got, expected)
 
 
-# ---- Comparison and Selection Instructions
+# ---- 9.7.6 Comparison and Selection Instructions
 
 
 @pytest.mark.parametrize("name", ["eq", "ne", "lt", "le", "gt", "ge"])
@@ -222,7 +222,7 @@ def test_signed_and_unsigned_comparisons():
     np.testing.assert_array_equal(got, WORDS < OTHERS)
 
 
-# ---- Floating-Point Instructions
+# ---- 9.7.3 to 9.7.5 Floating-Point Instructions, of half and of mixed precision too
 
 
 def test_fma_rounds_once():
@@ -379,7 +379,7 @@ def test_mixed_precision():
     np.testing.assert_array_equal(got, a.astype(np.float32) - c)
 
 
-# ---- Data Movement and Conversion Instructions: cvt
+# ---- 9.7.9 Data Movement and Conversion Instructions: cvt
 
 
 def test_float_to_integer_rounds_and_clamps():

@@ -1,4 +1,4 @@
-"""TMA tensor copies and clusters: PTX ISA, "Asynchronous Copy" and "Tensors"."""
+"""TMA tensor copies and clusters: PTX ISA 9.0, 9.7.9 "Asynchronous Copy" and 5.5 "Tensors"."""
 
 import ml_dtypes
 import numpy as np
@@ -134,7 +134,7 @@ def test_a_tensor_map_survives_encoding():
     assert found.dtype == ml_dtypes.bfloat16
 
 
-# ---- clusters
+# ---- clusters: 9.7.9 mapa, 9.7.13 barrier.cluster and mbarrier
 
 EXCHANGE = """
   mov.u32 %r1, smem;

@@ -1,5 +1,6 @@
 """The Hopper forward with masks and scores by element, in simulation, against the reference."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from jax_flashcute import masks, reference
 from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.config import FwdConfig
 from jax_flashcute.kernels.elements import element_operands
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
@@ -48,12 +50,27 @@ def widened(operands: Operands) -> Operands:
     )
 
 
-def check(case: Case, mask_mod=None, score_mod=None, dtype: str = "bfloat16", **how):
-    """Simulate the kernel that a call gets and compare with the dense reference."""
+def check(
+    case: Case,
+    mask_mod=None,
+    score_mod=None,
+    dtype: str = "bfloat16",
+    *,
+    config: FwdConfig | None = None,
+    **how,
+):
+    """Simulate the kernel that a call gets and compare with the dense reference.
+
+    Args:
+      config: instead of the configuration that a call gets.
+    """
     spec, operands = operands_of(case, dtype, mask_mod, score_mod)
     assert not registry.reasons_against(spec, operands, "fwd", "sm_90a")
     key = registry.kernel_key(spec, operands, "fwd", "sm_90a", NUM_SMS)
     assert key.elements is not None
+    if config is not None:
+        assert not config.reasons_invalid(case.head_dim, case.head_dim_v)
+        key = dataclasses.replace(key, config=config)
     wide = Operands(
         **{n: x for n, x in vars(widened(operands)).items() if n not in ("score_mod_arrays",)},
         score_mod_arrays=operands.score_mod_arrays,
@@ -96,17 +113,20 @@ def test_operand(case: Case):
     check(case)
 
 
+# Code for each element of a tile is most of a compile: a function that users write is tried with
+# half the elements a thread.  The other tests have the tiles that calls get.
+SMALL_TILES = FwdConfig(2, 64, 2, takes_turns=False)
 SMALL = sized(64, group=3, kv_heads=2, seqlen_q=70, seqlen_k=140, batch=2, offset=True)
 
 
 @pytest.mark.parametrize("name", SCORES)
 def test_score(name: str):
-    check(SMALL, score_mod=SCORES[name](SMALL))
+    check(SMALL, score_mod=SCORES[name](SMALL), config=SMALL_TILES)
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_mask(name: str):
-    check(SMALL, mask_mod=MASKS[name](SMALL))
+    check(SMALL, mask_mod=MASKS[name](SMALL), config=SMALL_TILES)
 
 
 PACKED = sized(64, group=7, kv_heads=2, seqlen_q=5, seqlen_k=300, **EVERYTHING)

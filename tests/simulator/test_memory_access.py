@@ -1,6 +1,7 @@
 """State spaces, generic addresses, vectors, control flow and register reallocation.
 
-Each test names the section of the PTX ISA it holds to.
+Sections by their number in PTX ISA 9.0: 9.7.9 ld, st, cvta, isspacep; 9.7.12 control flow and
+9.3 guards; 9.7.2 carries; 9.7.13 match, vote; 9.7.19 setmaxnreg; 10 special registers.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """Barriers, mbarriers, shuffles, copies and matrix instructions, and what the simulator reports.
 
-Each test names the section of the PTX ISA it holds to.
+Each heading names the section, by its number in PTX ISA 9.0.
 """
 
 import ml_dtypes
@@ -31,7 +31,7 @@ def per_thread(body, *, threads=32, **how):
     return execute(body, np.zeros(threads, np.uint32), threads=threads, **how)[0]
 
 
-# ---- shfl.sync, vote.sync, redux.sync, elect.sync
+# ---- 9.7.9 shfl.sync; 9.7.13 vote.sync, redux.sync, elect.sync
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_loops_of_different_lengths():
     np.testing.assert_array_equal(got, n * (n + 1) // 2)
 
 
-# ---- bar, barrier
+# ---- 9.7.13 bar, barrier
 
 EXCHANGE = """
   mov.u32 %r1, smem;
@@ -234,7 +234,7 @@ def test_deadlock_names_every_warp_and_what_it_waits_for():
     assert "barrier 2 (32 of 96 threads arrived)" in text
 
 
-# ---- mbarrier
+# ---- 9.7.13 mbarrier
 
 SETUP = """
   mov.u32 %r1, smem;
@@ -320,7 +320,7 @@ def test_initialisation_must_be_ordered_before_use():
     )  # fmt: skip
 
 
-# ---- asynchronous copies
+# ---- 9.7.9 asynchronous copies
 
 BULK_LOAD = (
     SETUP.format(count=1)
@@ -460,7 +460,7 @@ def test_cp_async_zero_fills():
     np.testing.assert_array_equal(got, 8 * np.arange(32) + 1)
 
 
-# ---- matrices
+# ---- 9.7.14 ldmatrix, stmatrix
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -496,7 +496,7 @@ def test_matrix_fragments(transposed):
     np.testing.assert_array_equal(back, matrices)
 
 
-# ---- wgmma
+# ---- 9.7.15 wgmma
 
 WGMMA = """
   mov.u32 %r1, smem;
@@ -584,7 +584,7 @@ def test_wgmma_needs_every_step(changes, kind):
     assert kind in [f.kind for f in raised.value.findings]
 
 
-# ---- atomics
+# ---- 9.7.13 atom, red
 
 
 def test_atomics():
@@ -624,7 +624,7 @@ def test_compare_and_swap():
     assert cell == [32]
 
 
-# ---- within a warp
+# ---- 9.7.13 bar.warp.sync; 8 Memory Consistency Model
 
 
 def test_threads_of_a_warp_need_a_warp_barrier():

@@ -1,4 +1,4 @@
-"""tcgen05: PTX ISA, "TensorCore 5th Generation Family Instructions"."""
+"""tcgen05: PTX ISA 9.0, 9.7.16 "TensorCore 5th Generation Family Instructions"."""
 
 import ml_dtypes
 import numpy as np
