@@ -111,17 +111,26 @@ def round_pair(dtype, low: Float32, high: Float32) -> Uint32:
     )
 
 
-def store_rounded(tile: cute.Tensor, row: Int32, first, values: cute.Tensor) -> None:
-    """Rounds a thread's float32 values to the type of a ``smem_layout`` tile and stores them there.
+def round_pairs(dtype, values: cute.Tensor) -> cute.Tensor:
+    """A thread's float32 values as 16-bit pairs, in half as many float32 registers."""
+    count = cute.size(values)
+    pairs = cute.make_rmem_tensor(count // 2, Float32)
+    words = cute.make_tensor(
+        cute.recast_ptr(pairs.iterator, dtype=Uint32), cute.make_layout(count // 2)
+    )
+    for i in range(count // 2):
+        words[i] = round_pair(dtype, values[2 * i], values[2 * i + 1])
+    return pairs
 
-    ``first``: where they begin in the row, in vectors of 8; 16 bytes are stored at a time.
+
+def store_pairs(tile: cute.Tensor, row: Int32, first, pairs: cute.Tensor) -> None:
+    """Stores ``round_pairs`` to a row of a ``smem_layout`` tile, 16 bytes at a time.
+
+    ``first``: where they begin in the row, in vectors of 8.
     """
-    for v in range(cute.size(values) // 8):
-        vector = cute.make_rmem_tensor((1, 8), tile.element_type)
-        words = cute.make_tensor(
-            cute.recast_ptr(vector.iterator, dtype=Uint32), cute.make_layout(4)
+    for v in range(cute.size(pairs) // 4):
+        vector = cute.make_tensor(
+            cute.recast_ptr(pairs.iterator + 4 * v, dtype=tile.element_type),
+            cute.make_layout((1, 8)),
         )
-        for i in range(4):
-            pair = 8 * v + 2 * i
-            words[i] = round_pair(tile.element_type, values[pair], values[pair + 1])
         cute.autovec_copy(vector, cute.local_tile(tile, (1, 8), (row, first + v)))

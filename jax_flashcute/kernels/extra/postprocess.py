@@ -9,7 +9,13 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
-from jax_flashcute.kernels.common.tiles import chunks, smem_layout, store_rounded, tma_partition
+from jax_flashcute.kernels.common.tiles import (
+    chunks,
+    round_pairs,
+    smem_layout,
+    store_pairs,
+    tma_partition,
+)
 from jax_flashcute.kernels.config import BwdConfig, BwdConfigSm100
 from jax_flashcute.kernels.sm90.fragments import (
     convert_pairs,
@@ -112,7 +118,7 @@ class Postprocess:
             )
             for i in range(size):
                 values[i] = values[i] * self.scale
-            store_rounded(sdQ, thread, first // 8, values)
+            store_pairs(sdQ, thread, first // 8, round_pairs(self.dtype, values))
 
     @cute.jit
     def round_part(self, tile: cute.Pointer, sdQ: cute.Tensor, thread: Int32, part: Int32):

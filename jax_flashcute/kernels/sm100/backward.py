@@ -9,10 +9,10 @@ of every query head of the group:
     dP^T = V dO^T    dS^T = P^T (dP^T - dPsum)                 dK += dS^T Q      dQ = dS K
 
 All products accumulate in tensor memory.  The scores are computed transposed: a thread of the two
-gradient warpgroups owns a key and half of a tile's queries.  P^T goes back to tensor memory, in 16
-bits over S^T, where the product dV takes it; dS^T goes to shared memory, which dK reads by rows and
-dQ by columns.  Four warps read dQ and add it in float32 to the sum in global memory by bulk
-reductions (extra/postprocess.py turns it into 16 bits).
+gradient warpgroups owns a key and half of a tile's queries.  P^T and dS^T go back to tensor memory,
+in 16 bits over S^T and dP^T, where the products dV and dK take them; dS^T also goes to shared
+memory, where dQ reads it by columns.  Four warps read dQ and add it in float32 to the sum in global
+memory by bulk reductions (extra/postprocess.py turns it into 16 bits).
 
 Each role has its file; the edges between them:
 
@@ -27,15 +27,16 @@ Each role has its file; the edges between them:
 
 Counts are arrivals of warps; "+ tx" means that the barrier also waits for the copies' bytes;
 "products", one arrival that tcgen05.commit makes once the products before it are done.  Products
-of one thread are done in order, so a full dp also says that the dK and dQ before it have read dS.
+of one thread are done in order, so a full dp also says that the dQ before it has read dS, and dQ
+may overwrite what dK takes.
 
 Columns of tensor memory, for head_dims up to 128 (dQ has its own where they suffice):
 
-    0: S, then P    128: dP, then dQ    256: dV    256 + Hv: dK
+    0: S, then P    128: dP, dS, dQ    256: dV    256 + Hv: dK
 
 and in turn, where a head_dim is above 128 and dP can only follow S:
 
-    0: S, then dP    128: P    0: dQ, over both    192: dV    192 + Hv: dK
+    0: S, dP, dS    128: P    0: dQ, over both    192: dV    192 + Hv: dK
 """
 
 import cuda.bindings.driver as cuda
@@ -96,6 +97,7 @@ class BackwardSm100:
         self.s_column = 0
         self.p_columns = (128, 160) if config.in_turn else (0, 64)
         self.dp_column = 0 if config.in_turn else 128
+        self.ds_columns = (self.dp_column, self.dp_column + 64)
         self.dv_column = 192 if config.in_turn else 256
         self.dk_column = self.dv_column + self.smem_hv
         self.dq_column = (

@@ -2,15 +2,15 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from jax_flashcute.kernels.common.intervals import low_bits
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
 from jax_flashcute.kernels.common.tiles import (
     CHUNK,
     chunks,
-    round_pair,
-    store_rounded,
+    round_pairs,
+    store_pairs,
     tma_partition,
 )
 from jax_flashcute.kernels.sm100.tensor_memory import (
@@ -109,19 +109,14 @@ class GradientWarpgroups:
         scores = cute.make_rmem_tensor((1, HALF), Float32)
         pipeline_s.wait(0, phase)
         fence_after_sync()
-        load_row(s_place, cute.make_tensor(scores.iterator, cute.make_layout(HALF)), thread)
+        flat = cute.make_tensor(scores.iterator, cute.make_layout(HALF))
+        load_row(s_place, flat, thread)
         pipeline_q.wait(q_stage, q_phase)
         cute.arch.fence_view_async_tmem_load()
         if const_expr(is_masked):
             self.hide_unseen(scores, key, m * ROWS + first, lengths)
         self.probabilities(scores, quads(sLSE, q_stage, first))
-        pairs = cute.make_rmem_tensor(HALF // 2, Float32)
-        words = cute.make_tensor(
-            cute.recast_ptr(pairs.iterator, dtype=Uint32), cute.make_layout(HALF // 2)
-        )
-        for i in cutlass.range_constexpr(HALF // 2):
-            words[i] = round_pair(kernel.dtype, scores[0, 2 * i], scores[0, 2 * i + 1])
-        store_row(p_place, pairs, thread)
+        store_row(p_place, round_pairs(kernel.dtype, flat), thread)
         cute.arch.fence_view_async_tmem_store()
         fence_before_sync()
         cute.arch.sync_warp()
@@ -137,7 +132,11 @@ class GradientWarpgroups:
             load_row(dp_place + c, dscores, thread)
             cute.arch.fence_view_async_tmem_load()
             self.score_gradients(scores, dscores, tdPsum, c)
-            store_rounded(sdS[None, None, 0], thread, half * (HALF // 8) + c // 8, dscores)
+            pairs = round_pairs(kernel.dtype, dscores)
+            # Over what this thread has read of dP.
+            store_row(dp_place + c // 2, pairs, thread)
+            store_pairs(sdS[None, None, 0], thread, half * (HALF // 8) + c // 8, pairs)
+        cute.arch.fence_view_async_tmem_store()
         cute.arch.fence_view_async_shared()
         fence_before_sync()
         cute.arch.sync_warp()
@@ -163,12 +162,16 @@ class GradientWarpgroups:
     @cute.jit
     def probabilities(self, scores: cute.Tensor, tLSE: cute.Tensor):
         """exp2(scale log2(e) S - LSE2), in place."""
+        scale = Float32(self.kernel.scale * LOG2_E)
         quad = cute.make_rmem_tensor(4, Float32)
         for j in cutlass.range_constexpr(HALF // 4):
             cute.autovec_copy(tLSE[None, j], quad)
-            for i in cutlass.range_constexpr(4):
+            for i in cutlass.range_constexpr(0, 4, 2):
                 c = 4 * j + i
-                scores[0, c] = exp2(scores[0, c] * (self.kernel.scale * LOG2_E) - quad[i])
+                pair = cute.arch.fma_packed_f32x2(
+                    (scores[0, c], scores[0, c + 1]), (scale, scale), (-quad[i], -quad[i + 1])
+                )
+                scores[0, c], scores[0, c + 1] = exp2(pair[0]), exp2(pair[1])
 
     @cute.jit
     def score_gradients(
@@ -182,9 +185,14 @@ class GradientWarpgroups:
         quad = cute.make_rmem_tensor(4, Float32)
         for j in cutlass.range_constexpr(CHUNK // 4):
             cute.autovec_copy(tdPsum[None, first // 4 + j], quad)
-            for i in cutlass.range_constexpr(4):
+            for i in cutlass.range_constexpr(0, 4, 2):
                 c = 4 * j + i
-                dscores[c] = probabilities[0, first + c] * (dscores[c] - quad[i])
+                pair = cute.arch.sub_packed_f32x2(
+                    (dscores[c], dscores[c + 1]), (quad[i], quad[i + 1])
+                )
+                dscores[c], dscores[c + 1] = cute.arch.mul_packed_f32x2(
+                    (probabilities[0, first + c], probabilities[0, first + c + 1]), pair
+                )
 
     @cute.jit
     def store_gradient(self, store, place: cute.Pointer, own, block, scale, is_empty):
@@ -203,7 +211,8 @@ class GradientWarpgroups:
             if const_expr(scale != 1.0):
                 for c in cutlass.range_constexpr(size):
                     values[c] = values[c] * scale
-            store_rounded(smem[None, None, 0], thread, Int32(first // 8), values)
+            pairs = round_pairs(self.kernel.dtype, values)
+            store_pairs(smem[None, None, 0], thread, Int32(first // 8), pairs)
         fence_before_sync()
         cute.arch.fence_view_async_shared()
         cute.arch.barrier(barrier_id=STORE_BARRIER + half, number_of_threads=128)

@@ -47,8 +47,8 @@ class ProductWarp:
         place = tensor_memory
         scores = self.scores(sK, sQ, place + kernel.s_column)
         dscores = self.scores(sV, sdO, place + kernel.dp_column)
-        values = self.value_gradient(sdO, place)
-        keys = self.key_gradient(sdS, sQ, place + kernel.dk_column)
+        values = self.key_gradient(kernel.p_columns, sdO, place, kernel.dv_column)
+        keys = self.key_gradient(kernel.ds_columns, sQ, place, kernel.dk_column)
         queries = self.query_gradient(sdS, sK, place + kernel.dq_column)
 
         q_stage, q_phase, do_stage, do_phase, phase = (Int32(0) for _ in range(5))
@@ -77,7 +77,7 @@ class ProductWarp:
             if const_expr(not in_turn):
                 pipeline_s.acquire(0, phase ^ 1)
                 fence_after_sync()
-            self.issue_values(values, do_stage, accumulate)
+            self.issue_halves(values, do_stage, accumulate)
             pipeline_do.release_products(do_stage)
             do_stage, do_phase = pipeline_do.advance(do_stage, do_phase)
             next_stage, next_phase = pipeline_q.advance(q_stage, q_phase)
@@ -86,10 +86,10 @@ class ProductWarp:
                     pipeline_q.wait(next_stage, next_phase)
                     self.issue(scores, 0, next_stage, False)
                     pipeline_s.commit_products(0)
-            # dS is stored, and dP is read.
+            # dS is stored, over dP as well.
             pipeline_dp.acquire(0, phase ^ 1)
             fence_after_sync()
-            self.issue(keys, 0, q_stage, accumulate)
+            self.issue_halves(keys, q_stage, accumulate)
             pipeline_q.release_products(q_stage)
             if const_expr(not shares_dq):
                 pipeline_dq.acquire(0, phase)
@@ -103,12 +103,12 @@ class ProductWarp:
             tcgen05.commit(done_barrier)
 
     def issue(self, product, a_stage, b_stage, accumulate) -> None:
-        """Issues a product of ``scores``, ``key_gradient`` or ``query_gradient``."""
+        """Issues a product of ``scores`` or of ``query_gradient``."""
         mma, acc, a, b = product
         gemm(mma, acc, a[None, None, None, a_stage], b[None, None, None, b_stage], accumulate)
 
-    def issue_values(self, product, stage, accumulate) -> None:
-        """dV += P^T dO, the queries of the two gradient warpgroups one after the other."""
+    def issue_halves(self, product, stage, accumulate) -> None:
+        """Issues a ``key_gradient``, the two gradient warpgroups' queries one after the other."""
         mma, acc, halves, b = product
         first = 0
         for a in halves:
@@ -126,25 +126,13 @@ class ProductWarp:
         b = mma.make_fragment_B(part.partition_B(rows))
         return mma, accumulator(mma, ROWS, place), a, b
 
-    def value_gradient(self, sdO: cute.Tensor, place: cute.Pointer):
-        """dV += P^T dO; P^T is in two places, one for each gradient warpgroup."""
-        kernel, n = self.kernel, self.kernel.smem_hv
-        mma = tiled_mma(kernel.dtype, n, MN_MAJOR, TMEM)
-        halves = [
-            operand_a(mma, n, ROWS // 2, kernel.dtype, place + column)
-            for column in kernel.p_columns
-        ]
-        b = mma.make_fragment_B(mma.get_slice(0).partition_B(transposed(sdO)))
-        return mma, accumulator(mma, n, place + kernel.dv_column), halves, b
-
-    def key_gradient(self, sdS: cute.Tensor, sQ: cute.Tensor, place: cute.Pointer):
-        """dK += dS^T Q."""
-        n = self.kernel.smem_h
-        mma = tiled_mma(self.kernel.dtype, n, MN_MAJOR, SMEM)
-        part = mma.get_slice(0)
-        a = mma.make_fragment_A(part.partition_A(sdS))
-        b = mma.make_fragment_B(part.partition_B(transposed(sQ)))
-        return mma, accumulator(mma, n, place), a, b
+    def key_gradient(self, columns, rows: cute.Tensor, place: cute.Pointer, column: int):
+        """dV += P^T dO, or dK += dS^T Q; A is in tensor memory, half by half."""
+        n = cute.size(rows, mode=[1])
+        mma = tiled_mma(self.kernel.dtype, n, MN_MAJOR, TMEM)
+        halves = [operand_a(mma, n, ROWS // 2, self.kernel.dtype, place + c) for c in columns]
+        b = mma.make_fragment_B(mma.get_slice(0).partition_B(transposed(rows)))
+        return mma, accumulator(mma, n, place + column), halves, b
 
     def query_gradient(self, sdS: cute.Tensor, sK: cute.Tensor, place: cute.Pointer):
         """dQ = dS K."""

@@ -2,11 +2,11 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from jax_flashcute.kernels.common.intervals import low_bits
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
-from jax_flashcute.kernels.common.tiles import round_pair
+from jax_flashcute.kernels.common.tiles import round_pairs
 from jax_flashcute.kernels.sm100.pipeline import take_work
 from jax_flashcute.kernels.sm100.tensor_memory import (
     fence_after_sync,
@@ -144,13 +144,8 @@ class SoftmaxWarpgroups:
         """Stores exp2 of a row's scores as P over S and hands them to the products."""
         pipeline_s, slab, place, thread = turn
         softmax.exponentiate(scores, 0, base, factor, is_first)
-        columns = self.kernel.config.tile_n // 2
-        pairs = cute.make_rmem_tensor(columns, Float32)
-        words = cute.make_tensor(
-            cute.recast_ptr(pairs.iterator, dtype=Uint32), cute.make_layout(columns)
-        )
-        for i in cutlass.range_constexpr(columns):
-            words[i] = round_pair(self.kernel.dtype, scores[0, 2 * i], scores[0, 2 * i + 1])
+        flat = cute.make_tensor(scores.iterator, cute.make_layout(cute.size(scores)))
+        pairs = round_pairs(self.kernel.dtype, flat)
         store_row(place, pairs, thread)
         cute.arch.fence_view_async_tmem_store()
         fence_before_sync()
