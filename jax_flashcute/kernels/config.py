@@ -389,8 +389,8 @@ class BwdConfigSm100:
     do_stages: int
     in_turn: bool = False
     deterministic: bool = False
-    gradient_registers: int = 152
-    reduce_registers: int = 96
+    gradient_registers: int = 160
+    reduce_registers: int = 80
     other_registers: int = 112
 
     tile_m: ClassVar[int] = 128

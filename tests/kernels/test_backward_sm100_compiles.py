@@ -14,9 +14,6 @@ from tests.kernels.backward_launchers import launcher
 from tests.simulator.simulation import record_launches
 
 BATCH, LENGTH, KV_HEADS = 2, 3000, 2
-SPILL_BYTES = {(64, 256): 16}
-"""Bytes a thread that are spilled where a window hides both ends; nothing elsewhere."""
-
 FEATURES = {
     "full": {},
     "causal": {"causal": True},
@@ -70,19 +67,20 @@ def test_code(head_dim: int, head_dim_v: int, features: str, arch: str, determin
     assert set(found.reallocated_registers) == registers
     assert found.highest_register < max(registers)
     assert config.threads * found.registers <= 65536
-    allowed = SPILL_BYTES.get((head_dim, head_dim_v), 0) if features == "window" else 0
     for each in reports:
-        assert each.stack_bytes + each.local_bytes <= (allowed if each is found else 0)
-        if not allowed:
-            assert (each.spill_loads, each.spill_stores) == (0, 0)
+        assert (each.spill_loads, each.spill_stores) == (0, 0), each.kernel
+        assert (each.stack_bytes, each.local_bytes) == (0, 0), each.kernel
     # A product in the code for each that was written; tensor memory read and written; Q, dO, K and
-    # V by TMA, dK and dV too; dQ by bulk reductions, and nothing added element by element.
+    # V by TMA, dK and dV too; mask bits eight at once; arithmetic in pairs; dQ by bulk reductions,
+    # and nothing added element by element.
     assert found.count("UTCHMMA") == compiled.ptx.count("tcgen05.mma.")
     assert found.count("LDTM") >= 6
-    assert found.count("STTM") >= 2
+    assert found.count("STTM") >= 3
     assert found.count("UTMALDG") >= 4
     assert found.count("UTMASTG") >= 2
     assert found.count("UBLKRED") >= 1
+    assert found.count("R2P") >= 8
+    assert found.count("FFMA2") >= 32
     turns = 1 if deterministic else 0
     assert found.count("RED") + found.count("REDG") + found.count("ATOMG") == turns
     check_launches(kernel, case)

@@ -16,8 +16,14 @@ ARCH = "sm_100a"
 MANY_TILES = sized(128, group=3, seqlen_q=300, seqlen_k=260, **EVERYTHING)
 """Several tiles of queries and of keys, tails of both, empty rows, an odd group."""
 FAST = {"128_many_tiles": MANY_TILES, "72_40_lengths": CASES["72_40_lengths"]}
-REFUSED = {n: c for n, c in (CASES | SLOW_CASES).items() if c.head_dim > 192}
-SLOW = {n: c for n, c in (CASES | SLOW_CASES).items() if n not in FAST | REFUSED}
+SLOW = {
+    n: c
+    for n, c in (CASES | SLOW_CASES).items()
+    if n not in FAST
+    and not backward_config_sm100(c.head_dim, c.head_dim_v).reasons_invalid(
+        c.head_dim, c.head_dim_v
+    )
+}
 SLOW["136_184_causal"] = sized(136, 184, causal=True, group=2)
 TIMINGS = [("early", "adversarial"), ("shuffled", "seeded")]
 
