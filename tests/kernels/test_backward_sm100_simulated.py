@@ -24,7 +24,7 @@ SLOW = {
         c.head_dim, c.head_dim_v
     )
 }
-SLOW["136_184_causal"] = sized(136, 184, causal=True, group=2)
+SLOW["136_168_causal"] = sized(136, 168, causal=True, group=2)
 TIMINGS = [("early", "adversarial"), ("shuffled", "seeded")]
 
 
