@@ -20,12 +20,13 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from byte_decoder import SIZES, VOCABULARY, ByteDecoder, save_model
+from byte_decoder import SIZES, VOCABULARY, ByteDecoder, ModelConfig, save_model
 from flax import nnx
 from plot_losses import plot_losses
 from tqdm import tqdm
@@ -114,41 +115,33 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    args = parse_arguments()
-    config = SIZES[args.size]
-    device = jax.devices()[0]
-    dtype = args.dtype or ("bfloat16" if device.platform == "gpu" else "float32")
-    learning_rate = args.learning_rate or 3e-3 * math.sqrt(128 / config.width)
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A training run: bits per byte of each step, and how long it took."""
 
-    train, held_out = read_standard_library()
-    starts = np.linspace(0, len(held_out) - args.seq_len - 1, HELD_OUT_WINDOWS).astype(np.int64)
-    held_out_windows = cut(held_out, starts, args.seq_len + 1)
-    bigram = bigram_bits_per_byte(train, held_out_windows)
+    bits: list[float]
+    tokens_per_second: float
+    compile_seconds: float
 
+
+def fit(model: ByteDecoder, text: np.ndarray, learning_rate: float, args) -> Fit:
+    """Train on windows of `text` drawn in an order that the seed alone decides."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, max(1, args.steps // 20), args.steps, learning_rate / 20
     )
-    model = ByteDecoder(config, jnp.dtype(dtype), args.implementation, rngs=nnx.Rngs(args.seed))
     optimizer = nnx.Optimizer(
         model,
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98)),
         wrt=nnx.Param,
     )
-    parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    print(
-        f"{device.device_kind} · {parameters / 1e6:.2f} M parameters in {dtype} · "
-        f"{len(train) / 1e6:.1f} MB of training text, {len(held_out) / 1e6:.1f} MB held out"
-    )
-
     order = np.random.default_rng(args.seed)
     losses: list[jax.Array] = []
     start = time.perf_counter()
     interval = 0.1 if sys.stderr.isatty() else 5.0  # seconds; a log file wants fewer lines
     with tqdm(total=args.steps, unit="step", desc="training", mininterval=interval) as bar:
         for step in range(args.steps):
-            positions = order.integers(0, len(train) - args.seq_len - 1, args.batch)
-            losses.append(train_step(model, optimizer, cut(train, positions, args.seq_len + 1)))
+            positions = order.integers(0, len(text) - args.seq_len - 1, args.batch)
+            losses.append(train_step(model, optimizer, cut(text, positions, args.seq_len + 1)))
             if step == 0:
                 losses[0].block_until_ready()
                 compiled = time.perf_counter()
@@ -160,10 +153,70 @@ def main() -> int:
     seconds = time.perf_counter() - compiled
     tokens_per_second = (args.steps - 1) * args.batch * args.seq_len / seconds if seconds else 0.0
     bits = [float(loss) / math.log(2) for loss in losses]
+    return Fit(bits, tokens_per_second, compiled - start)
 
-    batches = np.array_split(held_out_windows, math.ceil(HELD_OUT_WINDOWS / args.batch))
-    total = sum(float(evaluate(model, batch)) * len(batch) for batch in batches)
-    held_out_bits = total / HELD_OUT_WINDOWS / math.log(2)
+
+def bits_per_byte(model: ByteDecoder, windows: np.ndarray, batch: int) -> float:
+    """The model's loss on windows of held-out text."""
+    batches = np.array_split(windows, math.ceil(len(windows) / batch))
+    total = sum(float(evaluate(model, each)) * len(each) for each in batches)
+    return total / len(windows) / math.log(2)
+
+
+def number_of_parameters(model: ByteDecoder) -> int:
+    return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def held_out_windows_of(text: np.ndarray, seq_len: int) -> np.ndarray:
+    starts = np.linspace(0, len(text) - seq_len - 1, HELD_OUT_WINDOWS).astype(np.int64)
+    return cut(text, starts, seq_len + 1)
+
+
+def default_dtype() -> str:
+    return "bfloat16" if jax.devices()[0].platform == "gpu" else "float32"
+
+
+def default_learning_rate(config: ModelConfig) -> float:
+    return 3e-3 * math.sqrt(128 / config.width)
+
+
+def log_of(
+    name: str, model: ByteDecoder, dtype: str, fitted: Fit, held_out: float, bigram: float, args
+) -> dict[str, Any]:
+    """What is kept of a run, and drawn by `plot_losses`."""
+    return {
+        "implementation": name,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "model": dataclasses.asdict(model.config),
+        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "dtype": dtype,
+        "parameters": number_of_parameters(model),
+        "tokens_per_step": args.batch * args.seq_len,
+        "tokens_per_second": round(fitted.tokens_per_second, 1),
+        "compile_seconds": round(fitted.compile_seconds, 2),
+        "bits_per_byte": [round(x, 5) for x in fitted.bits],
+        "held_out_bits_per_byte": round(held_out, 5),
+        "bigram_bits_per_byte": round(bigram, 5),
+    }
+
+
+def main() -> int:
+    args = parse_arguments()
+    config = SIZES[args.size]
+    device = jax.devices()[0]
+    dtype = args.dtype or default_dtype()
+    train, held_out = read_standard_library()
+    held_out_windows = held_out_windows_of(held_out, args.seq_len)
+    bigram = bigram_bits_per_byte(train, held_out_windows)
+
+    model = ByteDecoder(config, jnp.dtype(dtype), args.implementation, rngs=nnx.Rngs(args.seed))
+    print(
+        f"{device.device_kind} · {number_of_parameters(model) / 1e6:.2f} M parameters in {dtype} · "
+        f"{len(train) / 1e6:.1f} MB of training text, {len(held_out) / 1e6:.1f} MB held out"
+    )
+    fitted = fit(model, train, args.learning_rate or default_learning_rate(config), args)
+    held_out_bits = bits_per_byte(model, held_out_windows, args.batch)
 
     prompt = np.frombuffer(b"def ", np.uint8)
     text = np.zeros(min(args.seq_len, 256), np.int32)
@@ -176,34 +229,23 @@ def main() -> int:
     )
 
     args.out.mkdir(parents=True, exist_ok=True)
-    log = {
-        "implementation": args.implementation or "default",
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "model": dataclasses.asdict(config),
-        "arguments": {name: str(value) for name, value in vars(args).items()},
-        "dtype": dtype,
-        "parameters": parameters,
-        "tokens_per_step": args.batch * args.seq_len,
-        "tokens_per_second": round(tokens_per_second, 1),
-        "compile_seconds": round(compiled - start, 2),
-        "bits_per_byte": [round(x, 5) for x in bits],
-        "held_out_bits_per_byte": round(held_out_bits, 5),
-        "bigram_bits_per_byte": round(bigram, 5),
-    }
-    if args.save:
-        save_model(args.save, model)
-        print(f"\nWrote {args.save}")
+    name = args.implementation or "default"
+    log = log_of(name, model, dtype, fitted, held_out_bits, bigram, args)
     (args.out / "log.json").write_text(json.dumps(log) + "\n")
     plot_losses([log], args.out / "loss.png")
 
+    if args.save:
+        save_model(args.save, model)
+        print(f"\nWrote {args.save}")
+
+    bits = fitted.bits
     window = max(1, min(20, args.steps // 4))
     first, last = np.mean(bits[:window]), np.mean(bits[-window:])
     print(f"\nTraining loss: {first:.3f} -> {last:.3f} bits per byte")
     print(f"Held-out text: {held_out_bits:.3f} bits per byte; a bigram model: {bigram:.3f}")
     print(
-        f"Speed: {tokens_per_second:,.0f} tokens per second, "
-        f"after {compiled - start:.1f} s of compiling"
+        f"Speed: {fitted.tokens_per_second:,.0f} tokens per second, "
+        f"after {fitted.compile_seconds:.1f} s of compiling"
     )
     print(f"Wrote {args.out / 'loss.png'} and {args.out / 'log.json'}")
     if not last < first:
