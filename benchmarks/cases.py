@@ -14,6 +14,10 @@ PASSES: tuple[Pass, ...] = ("fwd", "bwd")
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
+NSA_STAGES = ("nsa", "nsa_compress", "nsa_select", "nsa_gate")
+"""Native sparse attention with its default sizes, and its stages, as names of cases."""
+NSA_BLOCK, NSA_SELECTED, NSA_WINDOW, NSA_TILE = 64, 16, 512, 256
+
 
 @dataclass(frozen=True)
 class Case:
@@ -57,7 +61,18 @@ class Case:
         mask = "causal" if self.causal else "full"
         mask += " skewed" if self.kv_lengths else ""
         mask += f" pages of {self.page_size}" if self.page_size else ""
-        return f"hd{dims} {lengths} {self.q_heads}/{self.kv_heads} {mask}"
+        stage = f"{self.name} " if self.is_nsa else ""
+        return f"{stage}hd{dims} {lengths} {self.q_heads}/{self.kv_heads} {mask}"
+
+    @property
+    def is_nsa(self) -> bool:
+        """Whether native sparse attention or a stage of it is measured, not dense attention."""
+        return self.name in NSA_STAGES
+
+    @property
+    def is_memory_bound(self) -> bool:
+        """Whether its bytes are what it is measured by."""
+        return self.is_decode or self.name in ("nsa_compress", "nsa_gate")
 
     @property
     def is_decode(self) -> bool:
@@ -68,18 +83,39 @@ class Case:
         """Floating-point operations of the products, by the field's convention.
 
         Two products forward; five backward, three of them over head_dim.  A causal mask counts
-        for half of the scores where there are as many queries as keys.
+        for half of the scores where there are as many queries as keys.  Of native sparse attention,
+        the keys that a late row sees count; of its selection, the products of tile means with half
+        of the blocks.
         """
+        if self.name == "nsa_select":
+            tiles, blocks = self.seqlen_q / NSA_TILE, self.seqlen_k / NSA_BLOCK
+            return self.batch * self.kv_heads * tiles * blocks * self.head_dim
         keys = sum(self.kv_lengths) if self.kv_lengths else self.batch * self.seqlen_k
         scores = self.q_heads * self.seqlen_q * keys
         if self.causal:
             scores *= 1 - self.seqlen_q / (2 * self.seqlen_k)
+        if self.is_nsa:
+            near = min(NSA_WINDOW, self.seqlen_k) + min(NSA_BLOCK * NSA_SELECTED, self.seqlen_k)
+            scores = scores / NSA_BLOCK + self.batch * self.q_heads * self.seqlen_q * near
         if pass_ == "fwd":
             return 2.0 * scores * (self.head_dim + self.head_dim_v)
         return 2.0 * scores * (3 * self.head_dim + 2 * self.head_dim_v)
 
-    def bytes(self, dtype: str) -> float:
-        """Bytes of the three inputs and the output, each once."""
+    def bytes(self, dtype: str, pass_: Pass = "fwd") -> float:
+        """Bytes of the three inputs and the output, each once.
+
+        Of the gates and the compression of native sparse attention: all that they read and write.
+        """
+        rows = self.batch * self.seqlen_q * self.q_heads * BYTES[dtype]
+        tokens = self.batch * self.seqlen_k * self.kv_heads * BYTES[dtype]
+        widths = self.head_dim + self.head_dim_v
+        if self.name == "nsa_gate":
+            branches = 4 if pass_ == "fwd" else 7
+            return float(
+                rows * (self.head_dim * (1 + (pass_ == "bwd")) + branches * self.head_dim_v)
+            )
+        if self.name == "nsa_compress":
+            return float(tokens * widths * (1 + 1 / NSA_BLOCK))
         query_and_out = self.batch * self.seqlen_q * self.q_heads
         keys = sum(self.kv_lengths) if self.kv_lengths else self.batch * self.seqlen_k
         key_and_value = keys * self.kv_heads
@@ -88,9 +124,9 @@ class Case:
         )
 
     def rate(self, pass_: Pass, dtype: str, ms: float) -> dict[str, float]:
-        """The rate that a time amounts to: ``gbs`` for a decode call, else ``tflops``."""
-        if self.is_decode:
-            return {"gbs": self.bytes(dtype) / ms / 1e6}
+        """The rate that a time amounts to: ``gbs`` where memory sets the pace, else ``tflops``."""
+        if self.is_memory_bound:
+            return {"gbs": self.bytes(dtype, pass_) / ms / 1e6}
         return {"tflops": self.flops(pass_) / ms / 1e9}
 
 
@@ -152,15 +188,26 @@ PAGED = tuple(
     for page_size in (None, *PAGE_SIZES)
 )
 
+# From 4K to 1M tokens; the dense forward beside it is a case of its own, of the same lengths.
+NSA = tuple(
+    square(name, 128, 1, 2**log2, 32, 8, causal=True)
+    for log2 in range(12, 21)
+    for name in (*NSA_STAGES, "dense_causal")
+)
+
 # Small enough for a CPU: shows that the harness works, and nothing about speed.
 TINY = (
     square("tiny", 32, 1, 64, 4, 2, causal=True),
     square("tiny", 64, 2, 128, 2, 2, causal=False),
 )
+TINY_NSA = tuple(square(name, 32, 1, 300, 4, 2, causal=True) for name in NSA_STAGES)
+TINY_NSA += (square("dense_causal", 32, 1, 300, 4, 2, causal=True),)
 
 SUITES: dict[str, tuple[Case, ...]] = {
     "dense": DENSE,
     "decode": DECODE,
     "paged": PAGED,
+    "nsa": NSA,
     "tiny": TINY,
+    "tiny_nsa": TINY_NSA,
 }

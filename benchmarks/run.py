@@ -140,6 +140,8 @@ def build_steps(names: list[str], case: Case, pass_: Pass, skip: "SkipLog") -> d
     for name in names:
         start = time.perf_counter()
         try:
+            if case.is_nsa and name not in peers.NSA:
+                raise NotImplementedError("measures dense attention alone")
             step = peers.load(name).build(case, pass_)
             step.run(2)
         except Exception as error:  # a peer's failure must not stop the others

@@ -25,6 +25,9 @@ NAMES = (
     "torch_sdpa_cudnn",
 )
 
+NSA = ("jax_flashcute", "copy")
+"""Those that measure native sparse attention and its stages; the others are dense attention."""
+
 
 def load(name: str) -> ModuleType:
     """The module of a peer."""

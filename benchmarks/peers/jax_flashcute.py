@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from benchmarks import nsa
 from benchmarks.cases import Case, Pass
 from benchmarks.measure import Step
 from benchmarks.peers.jax_step import jax_step
@@ -18,6 +19,8 @@ def available() -> str | None:
 def build(case: Case, pass_: Pass) -> Step:
     # By name, so that a case without a kernel is refused and not measured as something else.
     implementation = "cute" if jax.default_backend() == "gpu" else "xla"
+    if case.is_nsa:
+        return nsa.build(case, pass_, implementation)
     if case.page_size is not None:
         table = jnp.asarray(case.page_table())
         lengths = jnp.full((case.batch,), case.seqlen_k, jnp.int32)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import peers, report, run, tables
-from benchmarks.cases import DECODE, DENSE, SUITES, Case
+from benchmarks import nsa, peers, report, run, tables
+from benchmarks.cases import DECODE, DENSE, NSA_STAGES, SUITES, Case
 
 FIELDS = {
     "run", "commit", "date", "gpu", "clock", "command", "case", "pass", "implementation", "batch",
@@ -43,6 +43,37 @@ def test_every_peer_says_whether_it_can_run() -> None:
     for name in peers.NAMES:
         reason = peers.load(name).available()
         assert reason is None or isinstance(reason, str)
+
+
+@pytest.mark.slow
+def test_native_sparse_attention_by_stages(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "nsa.json"
+    arguments = ["--cases", "tiny_nsa", "--allow-cpu", "--rounds", "1", "--clock", "host"]
+    assert run.main([*arguments, "--peers", "jax_flashcute,jax_nn_xla", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert [(row["case"], row["implementation"]) for row in rows] == [
+        *((name, "jax_flashcute") for name in NSA_STAGES),
+        ("dense_causal", "jax_flashcute"),
+        ("dense_causal", "jax_nn_xla"),
+    ]
+    assert ["gbs" in row for row in rows] == [False, True, False, True, False, False]
+    lines = nsa.shares(rows, "fwd").splitlines()
+    ms = {row["case"]: row["ms"] for row in rows if row["implementation"] == "jax_flashcute"}
+    assert len(lines) == 3
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert cells[0] == "300"
+    assert float(cells[3]) == pytest.approx(ms["dense_causal"] / ms["nsa"], abs=0.01)
+    assert cells[4] == f"{ms['nsa_compress'] / ms['nsa']:.0%}"
+
+
+def test_bytes_of_the_stages() -> None:
+    """Gates read query and three branches and write one; backward they read dO and write four."""
+    gates = Case("nsa_gate", 1, 4096, 4096, 32, 8, 128, 64, causal=True)
+    rows = 4096 * 32 * 2
+    assert gates.bytes("bfloat16") == rows * (128 + 4 * 64)
+    assert gates.bytes("bfloat16", "bwd") == rows * (2 * 128 + 7 * 64)
+    compress = Case("nsa_compress", 1, 4096, 4096, 32, 8, 128, 64, causal=True)
+    assert compress.bytes("bfloat16", "bwd") == (4096 + 64) * 8 * (128 + 64) * 2
 
 
 def test_run_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
