@@ -24,6 +24,9 @@ from jax.extend.core import Literal as JaxprLiteral
 POSITION_LIMIT = 2**24
 """Positions, key numbers, batch entries and heads are below this; 64 times it fits int32."""
 
+FAR = 2**29
+"""Further than any position, and small enough to add to one."""
+
 MAX_INTERVALS = 8
 """A mask of more pieces than this is not worth their bounds."""
 
@@ -253,6 +256,32 @@ def evaluate(
                 x = functools.reduce(pick, [again(o) for o in _ordered(atom.operands)])
         total = total + (x if coefficient == 1 else x * coefficient)
     return total
+
+
+def first_reaching(
+    value: Linear,
+    target: Any,
+    minimum: Callable[[Any, Any], Any],
+    maximum: Callable[[Any, Any], Any],
+):
+    """The least q at which a bound of ``rising_interval`` is at least ``target``, in int32.
+
+    Where the bound is constant: -``FAR`` if it is, ``FAR`` if it never is.
+    """
+    if not value.terms:
+        return minimum(maximum(target - value.constant, 0), 1) * (2 * FAR) - FAR
+    ((atom, coefficient),) = value.terms
+    target = target - value.constant
+    if coefficient != 1:
+        target = (target + (coefficient - 1)) // coefficient
+    match atom:
+        case Quotient():
+            return first_reaching(atom.dividend, target * atom.divisor, minimum, maximum)
+        case Extreme():
+            pick = minimum if atom.kind == "max" else maximum
+            ends = [first_reaching(x, target, minimum, maximum) for x in _ordered(atom.operands)]
+            return functools.reduce(pick, ends)
+    return target
 
 
 def _ordered(values):

@@ -833,7 +833,9 @@ def _checked_segments(
         q_ids, kv_ids = _ids_of_cu_seqlens(pair, (B, T, S))
     if any(isinstance(length, int) and length == 0 for length in (T, S)):
         return None
-    return make_segments(q_ids, kv_ids, per_segment=positions == "segment")
+    return make_segments(
+        q_ids, kv_ids, per_segment=positions == "segment", are_stretches=segment_ids is None
+    )
 
 
 def _ids(name: str, array, B: int, length: int) -> jax.Array:

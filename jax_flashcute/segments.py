@@ -26,6 +26,9 @@ class Segments:
       q_positions: (B, T) int32: how many rows of its segment stand before a row; None where
         positions count from the start of the sequence.
       kv_positions: (B, S) int32, likewise; both or neither.
+      kv_scattered: (B, T) bool: not all keys in a row's ``kv_start <= kv < kv_end`` are of its
+        segment; None where every segment is known to be one stretch.
+      q_scattered: (B, S) bool, likewise for the rows of a key's segment; both or neither.
     """
 
     q_ids: jax.Array
@@ -36,18 +39,23 @@ class Segments:
     q_end: jax.Array
     q_positions: jax.Array | None = None
     kv_positions: jax.Array | None = None
+    kv_scattered: jax.Array | None = None
+    q_scattered: jax.Array | None = None
 
 
-def make_segments(q_ids: jax.Array, kv_ids: jax.Array, *, per_segment: bool) -> Segments:
+def make_segments(
+    q_ids: jax.Array, kv_ids: jax.Array, *, per_segment: bool, are_stretches: bool = False
+) -> Segments:
     """Metadata from ids (B, T) and (B, S), in O(T log T) time.
 
     Args:
       q_ids: (B, T) int32.
       kv_ids: (B, S) int32.
       per_segment: positions start at 0 in every segment.
+      are_stretches: equal ids are known to stand side by side.
     """
-    kv_start, kv_end = key_ranges(q_ids, kv_ids)
-    q_start, q_end = key_ranges(kv_ids, q_ids)
+    kv_start, kv_end, kv_scattered = key_ranges(q_ids, kv_ids)
+    q_start, q_end, q_scattered = key_ranges(kv_ids, q_ids)
     return Segments(
         q_ids=q_ids,
         kv_ids=kv_ids,
@@ -57,20 +65,22 @@ def make_segments(q_ids: jax.Array, kv_ids: jax.Array, *, per_segment: bool) -> 
         q_end=q_end,
         q_positions=positions_within(q_ids) if per_segment else None,
         kv_positions=positions_within(kv_ids) if per_segment else None,
+        kv_scattered=None if are_stretches else kv_scattered,
+        q_scattered=None if are_stretches else q_scattered,
     )
 
 
-def key_ranges(q_ids: jax.Array, kv_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first key with each row's id, and one past the last: ``(start, end)``, (B, T) int32.
+def key_ranges(q_ids: jax.Array, kv_ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The first key with each row's id, and one past the last: ``(start, end, is_scattered)``.
 
     Where equal ids of ``kv_ids`` (B, S) stand side by side (sorted ids, or any order of whole
-    documents), a row's keys are exactly ``start <= kv < end``; else they lie within.  A row that
-    is padding or has no key gets 0 and 0.
+    documents), a row's keys are exactly ``start <= kv < end``; else they lie within, and the row
+    ``is_scattered``.  A row that is padding or has no key gets 0 and 0.  All are (B, T).
     """
 
     def of_one(q_ids, kv_ids):
         if kv_ids.shape[0] == 0:
-            return jnp.zeros_like(q_ids), jnp.zeros_like(q_ids)
+            return jnp.zeros_like(q_ids), jnp.zeros_like(q_ids), jnp.zeros_like(q_ids, bool)
         order = jnp.argsort(kv_ids, stable=True).astype(jnp.int32)
         ids = kv_ids[order]
         first = jnp.searchsorted(ids, q_ids, side="left")
@@ -79,7 +89,8 @@ def key_ranges(q_ids: jax.Array, kv_ids: jax.Array) -> tuple[jax.Array, jax.Arra
         # A stable sort keeps the keys of an id in order.
         start = order.at[first].get(mode="clip")
         end = order.at[jnp.maximum(after - 1, 0)].get(mode="clip") + 1
-        return jnp.where(found, start, 0), jnp.where(found, end, 0)
+        is_scattered = found & (end - start != after - first)
+        return jnp.where(found, start, 0), jnp.where(found, end, 0), is_scattered
 
     return jax.vmap(of_one)(q_ids, kv_ids)
 

@@ -13,6 +13,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_flashcute import plan
+from jax_flashcute.bounds import key_bound_arrays, query_bound_arrays
 from jax_flashcute.ffi import store
 from jax_flashcute.ffi.compile import CompiledKernel
 from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
@@ -97,7 +98,7 @@ def _forward_lowering(ctx: mlir.LoweringRuleContext, *args, spec: AttentionSpec,
     key = plan.make_plan(spec, operands)
 
     def inputs(operands: Operands):
-        return [operands.query, operands.key, operands.value, *_others(key, operands)]
+        return [operands.query, operands.key, operands.value, *other_inputs(key, operands)]
 
     call = plans.Call(spec, operands, "fwd")
     return _kernel_lowering(ctx, args, tree, inputs, key, call)
@@ -110,7 +111,7 @@ def _backward_lowering(ctx: mlir.LoweringRuleContext, *args, spec: AttentionSpec
     def inputs(saved):
         operands, residuals, dout, dlse = saved
         main = [operands.query, operands.key, operands.value]
-        return [*main, residuals.out, residuals.lse, dout, dlse, *_others(key, operands)]
+        return [*main, residuals.out, residuals.lse, dout, dlse, *other_inputs(key, operands)]
 
     call = plans.Call(spec, operands, "bwd")
     return _kernel_lowering(ctx, args, tree, inputs, key, call)
@@ -122,11 +123,15 @@ def _nsa_lowering(ctx: mlir.LoweringRuleContext, *args, key: NSAKernelKey, shape
     return _call(ctx, args, kernel, lambda *arrays: arrays, [])
 
 
-def _others(key: KernelKey, operands: Operands) -> list[jax.Array]:
-    """The arrays besides query, key and value, in the order in which kernels take them."""
+def other_inputs(key: KernelKey, operands: Operands) -> list[jax.Array]:
+    """The arrays besides those of the products, in the order in which kernels take them."""
     given = (getattr(operands, name) for name in (*OPTIONAL_OPERANDS, "page_table"))
     elements = [] if key.elements is None else element_operands(key.elements, operands)
-    return [*(x for x in given if x is not None), *elements]
+    bounds = []
+    if key.row_bounds is not None:
+        arrays = query_bound_arrays if key.direction == "bwd" else key_bound_arrays
+        bounds = arrays(key.interval, operands, *key.tile)
+    return [*(x for x in given if x is not None), *elements, *bounds]
 
 
 def _kernel_lowering(ctx, args, tree, inputs: Callable, key: KernelKey, call: plans.Call):

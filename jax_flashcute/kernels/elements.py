@@ -33,6 +33,7 @@ class ElementFunctions:
     The scaled score goes through ``score_mod``, the soft cap and the bias, in this order.
 
     ``keys``: there are at most so many, which saves looking up arrays of that length with care.
+    ``positions``: the functions read positions from arrays, not from the numbers of rows and keys.
     """
 
     score_mod: TracedFunction | None = None
@@ -42,6 +43,7 @@ class ElementFunctions:
     mask: ElementArray | None = None
     sinks: bool = False
     keys: int = POSITION_LIMIT
+    positions: bool = False
 
     @property
     def changes_scores(self) -> bool:
@@ -62,6 +64,7 @@ class ElementFunctions:
         functions = (self.mask_mod, self.score_mod)
         if any(f is not None for f in functions):
             types.append(("int32", 1))
+        types += [("int32", 2)] * (2 * self.positions)
         for function in functions:
             if function is not None:
                 types += [(d, len(shape) + 1) for d, shape in program_of(function).array_types]
@@ -109,6 +112,7 @@ def element_functions(spec: AttentionSpec, operands: Operands) -> ElementFunctio
         _element_array(operands.mask),
         operands.sinks is not None,
         _most_keys((spec.mask_mod, score_mod), operands.kv_length),
+        _has_positions(operands) and not (spec.mask_mod is None and score_mod is None),
     )
     return found if found.by_element or found.sinks else None
 
@@ -140,6 +144,8 @@ def element_operands(functions: ElementFunctions, operands: Operands) -> list:
     arrays = []
     if functions.mask_mod is not None or functions.score_mod is not None:
         arrays.append(operands.batch_index)
+    if functions.positions:
+        arrays += [operands.segment_ids.q_positions, operands.segment_ids.kv_positions]
     if functions.mask_mod is not None:
         arrays += operands.mask_mod_arrays
     if functions.score_mod is not None:
@@ -188,6 +194,10 @@ def reasons_against_elements(spec: AttentionSpec, operands: Operands) -> list[st
         if array is not None and str(array.dtype) not in SCALAR_DTYPES:
             reasons.append(f"{name} must have a dtype of 32 bits or less, got {array.dtype}")
     return reasons
+
+
+def _has_positions(operands: Operands) -> bool:
+    return operands.segment_ids is not None and operands.segment_ids.q_positions is not None
 
 
 def _element_array(array) -> ElementArray | None:

@@ -19,6 +19,7 @@ from jax_flashcute.analysis import (
     window,
     window_interval,
 )
+from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels import nsa
 from jax_flashcute.kernels.config import (
     BwdConfig,
@@ -60,6 +61,7 @@ SERVED_OPERANDS = frozenset(
         *("query", "key", "value", "q_offset", "query_seq_lengths", "key_value_seq_lengths"),
         *("bias", "mask", "sinks", "batch_index", "mask_mod_arrays", "score_mod_arrays"),
         "page_table",
+        "segment_ids",
     )
 )
 OPTIONAL_OPERANDS = ("q_offset", "query_seq_lengths", "key_value_seq_lengths")
@@ -93,6 +95,7 @@ class KernelKey:
       elements: what is done to single scores; None where nothing.
       page_size: keys of a page, where keys and values are paged; Hopper's forward only.
       batch_invariant: the parts of a row's keys do not follow from the number of batch entries.
+      row_bounds: each row's keys stand in arrays; None where they follow from its position.
     """
 
     kernel: str
@@ -111,6 +114,20 @@ class KernelKey:
     elements: ElementFunctions | None = None
     page_size: int | None = None
     batch_invariant: bool = False
+    row_bounds: RowBounds | None = None
+
+    @property
+    def direction(self) -> Direction:
+        return "bwd" if isinstance(self.config, BwdConfig) else "fwd"
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Query rows (of each head) and keys of a tile; for the backward, keys and query rows."""
+        if isinstance(self.config, BwdConfig):
+            return self.config.tile_n, self.config.tile_m
+        slab = self.config.slab_rows
+        tokens = slab // self.group if self.pack_gqa else slab
+        return tokens * (self.config.tile_m // slab), self.config.tile_n
 
 
 AnyKey = KernelKey | nsa.NSAKernelKey
@@ -176,7 +193,9 @@ def reasons_against(
     reasons += reasons_against_elements(by_element(spec), operands)
     if arch in BLACKWELL:
         functions = element_functions(by_element(spec), operands)
-        names = [*names_of(functions), *(["page_table"] if is_paged(operands) else [])]
+        names = names_of(functions)
+        names += ["page_table"] if is_paged(operands) else []
+        names += ["segment_ids"] if operands.segment_ids is not None else []
         reasons += [f"no Blackwell kernel takes {name} yet" for name in names]
     if not (math.isfinite(spec.scale) and spec.scale >= 0):
         reasons.append(f"scale must be finite and not negative, got {spec.scale}")
@@ -185,6 +204,8 @@ def reasons_against(
         reasons.append("an operand is empty")
     if is_paged(operands):
         reasons += _reasons_against_pages(operands, direction)
+    if direction == "bwd" and operands.segment_ids is not None:
+        reasons.append("no backward kernel takes segment_ids yet")
     if direction == "bwd" and not reasons:
         dims = operands.query.shape[-1], operands.value.shape[-1]
         config = _backward_config(arch, *dims, spec.deterministic)
@@ -238,11 +259,13 @@ def kernel_key(
     config: FwdConfig | FwdConfigSm100 | BwdConfig | BwdConfigSm100
     split_kv = False
     interval = interval_of(spec)
+    row_bounds = RowBounds.of(operands.segment_ids)
     if direction == "fwd":
         config = forward_config_sm100(*dims) if arch in BLACKWELL else forward_config(*dims)
         pack_gqa = packing_pays(query.shape[1], group, config)
-        # A sink belongs to a row and not to each part of it; masks by element are not tried yet.
-        may_split = arch not in BLACKWELL and functions is None
+        # A sink belongs to a row and not to each part of it; masks by element and bounds from
+        # arrays are not tried yet.
+        may_split = arch not in BLACKWELL and functions is None and row_bounds is None
         splits = partial(num_splits, batch_invariant=spec.batch_invariant)
         if may_split and splits(interval, operands, num_sms) > 1:
             config, split_kv = few_rows_config(*dims), True
@@ -269,6 +292,7 @@ def kernel_key(
         elements=functions,
         page_size=key.shape[1] if is_paged(operands) else None,
         batch_invariant=spec.batch_invariant and split_kv,
+        row_bounds=row_bounds,
     )
 
 
@@ -392,7 +416,8 @@ def _forward_arrays(key: KernelKey):
             (cutlass.Float32, (1, 1, 1, 1, key.head_dim_v)),
             (cutlass.Float32, (1, 1, 1, 1)),
         ]
-    inputs = [qk, qk, v, *_optional_arrays(key), *_table_arrays(key), *_element_arrays(key)]
+    inputs = [qk, qk, v, *_optional_arrays(key), *_table_arrays(key)]
+    inputs += [*_element_arrays(key), *_bound_arrays(key)]
     return [*inputs, v, lse, counter, *partials]
 
 
@@ -403,8 +428,8 @@ def _backward_arrays(key: KernelKey):
     v = (_element_type(key), (1, 1, 1, key.head_dim_v))
     rows = (cutlass.Float32, (1, 1, 1))
     turns = [(cutlass.Int32, (1, 1, 1))] if key.config.deterministic else []
-    inputs = [qk, qk, v, v, rows, v, rows, *_optional_arrays(key), *_element_arrays(key)]
-    return [*inputs, qk, qk, v, rows, rows, rows, *turns]
+    others = [*_optional_arrays(key), *_element_arrays(key), *_bound_arrays(key)]
+    return [qk, qk, v, v, rows, v, rows, *others, qk, qk, v, rows, rows, rows, *turns]
 
 
 def _optional_arrays(key: KernelKey):
@@ -439,21 +464,28 @@ def _element_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
     return [(element_types[dtype], (1,) * rank) for dtype, rank in types]
 
 
+def _bound_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
+    import cutlass
+
+    ranks = key.row_bounds.array_ranks() if key.row_bounds is not None else []
+    return [(cutlass.Int32, (1,) * rank) for rank in ranks]
+
+
 def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
-    """``launcher``, which takes the page table and the arrays of single scores by name, with
-    these from ``first`` on."""
-    elements = first + len(_table_arrays(key))
-    end = elements + len(_element_arrays(key))
-    if end == first:
+    """``launcher``, which takes the page table and groups of arrays by name, with these from
+    ``first`` on."""
+    paged = len(_table_arrays(key))
+    groups = {"mElements": len(_element_arrays(key)), "mBounds": len(_bound_arrays(key))}
+    groups = {name: count for name, count in groups.items() if count}
+    if not groups and not paged:
         return launcher
 
     def launch(stream, *arrays):
-        named = {}
-        if elements > first:
-            named["mPageTable"] = arrays[first]
-        if end > elements:
-            named["mElements"] = arrays[elements:end]
-        launcher(stream, *arrays[:first], *arrays[end:], **named)
+        named: dict[str, Any] = {"mPageTable": arrays[first]} if paged else {}
+        rest = arrays[first + paged :]
+        for name, count in groups.items():
+            named[name], rest = rest[:count], rest[count:]
+        launcher(stream, *arrays[:first], *rest, **named)
 
     return launch
 
@@ -469,6 +501,7 @@ def _forward_builder(key: KernelKey):
             split_kv=key.split_kv,
             functions=key.elements,
             page_size=key.page_size,
+            row_bounds=key.row_bounds,
         ),
         "sm100_forward": ForwardSm100,
     }[key.kernel]

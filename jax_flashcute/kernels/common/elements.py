@@ -41,6 +41,9 @@ class Elements:
         self.arrays: dict[str, Any] = {}
         mods = {"mask_mod": functions.mask_mod, "score_mod": functions.score_mod}
         self.batch_index = rest.pop(0) if any(f is not None for f in mods.values()) else None
+        self.positions = None
+        if functions.positions:
+            self.positions, rest = rest[:2], rest[2:]
         for name, function in mods.items():
             if function is not None:
                 program = self.programs[name] = program_of(function, functions.keys)
@@ -77,13 +80,23 @@ class EntryElements:
     def known_of(self, *, head=None, token=None, key=None) -> dict[str, Any]:
         """What follows from some of a query head, a row and a key; rows and keys within bounds."""
         given = {} if head is None else {"h": head}
-        given |= {} if token is None else {"q_idx": token + self.offset}
-        given |= {} if key is None else {"kv_idx": key}
+        given |= {} if token is None else {"q_idx": self.position(token)}
+        given |= {} if key is None else {"kv_idx": self.key_position(key)}
         found = {
             name: program.given(self.known[name], **given)
             for name, program in self.elements.programs.items()
         }
         return found | {"n": head, "t": token, "s": key}
+
+    def position(self, token: Int32) -> Int32:
+        """What a mask or a score sees as ``q_idx``."""
+        positions = self.elements.positions
+        return (token if positions is None else positions[0][self.entry, token]) + self.offset
+
+    def key_position(self, key: Int32) -> Int32:
+        """What a mask or a score sees as ``kv_idx``."""
+        positions = self.elements.positions
+        return key if positions is None else positions[1][self.entry, key]
 
     def queries(self, head: Int32, token: Int32) -> dict[str, Any]:
         """What follows from a query row of a head; beyond the last row, the last row's."""
@@ -121,7 +134,7 @@ class EntryElements:
             key = self.keys(first + column)
             return [self.both(query, key) for query in queries]
 
-        if may_be_beyond:
+        if may_be_beyond or self.elements.positions is not None:
             return bounded
         tile = self.known_of(key=Affine(first, Int32(1)))
         rows = [self.both(query, tile) for query in queries]
@@ -182,8 +195,8 @@ class EntryElements:
                 program.start(views),
                 b=self.elements.batch_index[self.entry],
                 h=known["n"],
-                q_idx=known["t"] + self.offset,
-                kv_idx=known["s"],
+                q_idx=self.position(known["t"]),
+                kv_idx=self.key_position(known["s"]),
                 score=score,
                 cotangent=d_score,
             )

@@ -4,15 +4,11 @@ A query at position p sees the keys lo(p) <= kv < hi(p); both bounds grow with p
 the last row of a tile of queries bound what the whole tile sees.
 """
 
-import functools
-
 import cutlass
-from cutlass import Int32, Uint32, const_expr
+from cutlass import Boolean, Int32, Uint32, const_expr
 
-from jax_flashcute.analysis import Index, Interval, Linear, Quotient, evaluate
-
-FAR = 2**29
-"""Further than any position, and small enough to add to one."""
+from jax_flashcute import analysis
+from jax_flashcute.analysis import Interval, Linear, evaluate
 
 
 class IntervalMask:
@@ -40,6 +36,11 @@ class IntervalMask:
         if const_expr(self.high is None):
             return kv_length
         return cutlass.min(kv_length, at_position(self.high, position))
+
+    def limits(self, position: Int32) -> tuple[Int32 | None, Int32 | None]:
+        """The first key seen from a position and one past the last; None where that is open."""
+        low, high = (None if b is None else at_position(b, position) for b in (self.low, self.high))
+        return low, high
 
     def block_range(
         self, first: Int32, last: Int32, kv_length: Int32, tile_n: cutlass.Constexpr[int]
@@ -110,23 +111,26 @@ def at_position(bound: Linear, position: Int32) -> Int32:
     return Int32(found) if isinstance(found, int) else found
 
 
+def within(key: Int32, low: Int32 | None, high: Int32 | None, seen: Boolean) -> Boolean:
+    """Whether ``seen`` holds and a key lies within limits, of which None is open."""
+    if low is not None:
+        seen = seen & (key >= low)
+    if high is not None:
+        seen = seen & (key < high)
+    return seen
+
+
 def first_reaching(value: Linear, target: Int32) -> Int32:
     """The least position at which a rising ``value`` is at least ``target``."""
-    if not value.terms:
-        return Int32(target > value.constant) * (2 * FAR) - FAR
-    ((atom, coefficient),) = value.terms
-    target = target - value.constant
-    if coefficient != 1:
-        target = (target + (coefficient - 1)) // coefficient
-    match atom:
-        case Index():
-            return target
-        case Quotient():
-            return first_reaching(atom.dividend, target * atom.divisor)
-        case _:
-            pick = cutlass.min if atom.kind == "max" else cutlass.max
-            ends = [first_reaching(x, target) for x in sorted(atom.operands, key=repr)]
-            return functools.reduce(pick, ends)
+    return Int32(analysis.first_reaching(value, target, minimum, maximum))
+
+
+def minimum(a, b) -> Int32:
+    return cutlass.min(Int32(a), Int32(b))
+
+
+def maximum(a, b) -> Int32:
+    return cutlass.max(Int32(a), Int32(b))
 
 
 def low_bits(count: Int32) -> Uint32:

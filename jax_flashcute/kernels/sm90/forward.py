@@ -31,6 +31,7 @@ number of consumer warpgroups, of four warps each.  Where threads copy, 128 of t
 v, and three warps more take a tile.
 """
 
+import math
 from functools import partial
 
 import cuda.bindings.driver as cuda
@@ -40,8 +41,9 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
+from jax_flashcute.bounds import TILE_FIELDS, RowBounds
 from jax_flashcute.kernels.common.elements import Elements
-from jax_flashcute.kernels.common.intervals import IntervalMask
+from jax_flashcute.kernels.common.intervals import IntervalMask, within
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.paging import COPYING_WARPS, paged_tiles
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
@@ -79,7 +81,8 @@ TURN_BARRIER = 1
 TILE_STAGES = 2
 WORK_FIELDS = 10
 """Numbers that describe a tile: its coordinates, its lengths and its range of key tiles.  With
-``split_kv`` two more: which part of a row's keys it is, and of how many."""
+``split_kv`` two more: which part of a row's keys it is, and of how many; where ids are compared,
+one more: whether this tile's have to be."""
 
 
 class ForwardSm90:
@@ -99,10 +102,12 @@ class ForwardSm90:
         split_kv: bool = False,
         functions: ElementFunctions | None = None,
         page_size: int | None = None,
+        row_bounds: RowBounds | None = None,
     ):
         """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most;
         ``split_kv``: tiles are parts of a row's keys, and queries fill one row of tiles;
-        ``page_size``: of keys and values in pages, with a page table and lengths of keys."""
+        ``page_size``: of keys and values in pages, with a page table and lengths of keys;
+        ``row_bounds``: each row's keys stand in arrays, ``mask`` among what they hold."""
         self.config = config
         self.dtype = dtype
         self.head_dim = head_dim
@@ -113,7 +118,10 @@ class ForwardSm90:
         self.mask = mask
         self.num_sms = num_sms
         self.split_kv = split_kv
-        self.work_fields = WORK_FIELDS + (2 if split_kv else 0)
+        self.row_bounds = row_bounds
+        self.compares_ids = row_bounds is not None and row_bounds.compares_ids
+        self.work_fields = WORK_FIELDS + 2 * split_kv + self.compares_ids
+        self.has_low = mask.low is not None or row_bounds is not None
         self.functions = functions
         self.paging = None if page_size is None else paged_tiles(page_size, config.tile_n)
         self.copying_threads = 0 if self.paging is None else self.paging.copying_threads
@@ -144,6 +152,7 @@ class ForwardSm90:
         mLSEPartial: cute.Tensor | None = None,  # (splits, B, T, N) float32, scratch
         mElements: tuple = (),  # arrays of ``functions``
         mPageTable: cute.Tensor | None = None,  # (B, max_pages) int32
+        mBounds: tuple = (),  # arrays of ``bounds.key_bound_arrays``
     ):
         batch, q_length, kv_length, kv_heads = (
             mQ.shape[0],
@@ -197,6 +206,7 @@ class ForwardSm90:
             mLSEPartial,
             mElements,
             mPageTable,
+            mBounds,
             m_blocks,
             section,
             q_length,
@@ -268,6 +278,7 @@ class ForwardSm90:
         mLSEPartial: cute.Tensor | None,
         mElements: tuple,
         mPageTable: cute.Tensor | None,
+        mBounds: tuple,
         m_blocks: Int32,
         section: Int32,
         q_length: Int32,
@@ -354,6 +365,7 @@ class ForwardSm90:
                     order,
                     lengths,
                     mKVLengths is not None,
+                    mBounds,
                 )
             elif const_expr(following_warps):
                 self.follow(
@@ -374,9 +386,21 @@ class ForwardSm90:
                 work,
                 (q_length, kv_length),
                 mElements,
+                mBounds,
             )
         for pipeline in pipelines:
             pipeline.check_arrivals()
+
+    @cute.jit
+    def visited_tiles(self, m_block: Int32, batch: Int32, lengths, mBounds: tuple):
+        """The key tiles that a query tile visits, as ``IntervalMask.block_range`` has them.
+
+        One number more where ids are compared: whether those of this tile's rows have to be.
+        """
+        if const_expr(self.row_bounds is None):
+            return self.key_tiles(m_block, *lengths)
+        fields = [mBounds[2][batch, m_block, i] for i in range(TILE_FIELDS)]
+        return tuple(fields if self.compares_ids else fields[:-1])
 
     @cute.jit
     def key_tiles(self, m_block: Int32, offset: Int32, queries: Int32, keys: Int32):
@@ -409,6 +433,7 @@ class ForwardSm90:
         order: cutlass.Constexpr,
         lengths: cutlass.Constexpr,
         has_kv_lengths: cutlass.Constexpr[bool],
+        mBounds: tuple,
     ):
         """The producer warp: draws tiles and loads their Q, K and V."""
         cfg = self.config
@@ -443,11 +468,12 @@ class ForwardSm90:
             else:
                 m_block, head, kv_head, batch = order.coordinates(tile)
             offset, queries, keys = lengths(batch)
-            n_min, n_max, full_min, full_max = self.key_tiles(m_block, offset, queries, keys)
+            visited = self.visited_tiles(m_block, batch, (offset, queries, keys), mBounds)
+            n_min, n_max = visited[:2]
             if const_expr(self.split_kv):
                 n_min, n_max = split_range(n_min, n_max, *part)
             pipeline_tile.acquire(t_stage, t_phase)
-            fields = (m_block, head, batch, offset, queries, keys, n_min, n_max, full_min, full_max)
+            fields = (m_block, head, batch, offset, queries, keys, n_min, n_max, *visited[2:])
             self.write_work(work[None, t_stage], fields + part)
             pipeline_tile.commit(t_stage)
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
@@ -635,6 +661,7 @@ class ForwardSm90:
         work: cute.Tensor,
         array_lengths: tuple,
         mElements: tuple,
+        mBounds: tuple,
     ):
         """A consumer warpgroup: products, softmax and output of its slab of every tile."""
         cfg = self.config
@@ -679,7 +706,17 @@ class ForwardSm90:
             m_block, head, batch, offset, queries, keys = fields[:6]
             n_min, n_max, full_min, full_max = fields[6:10]
             first_token = (m_block * cfg.warpgroups + slab) * self.slab_tokens
-            mask_tile = partial(self.apply_mask, scores, thread, first_token + offset, keys)
+            row_limits = partial(self.row_limits, thread, first_token + offset, keys)
+            compare = None
+            if const_expr(self.row_bounds is not None):
+                tokens = self.clamped_tokens(thread, first_token, q_length)
+                row_limits = self.listed_limits(mBounds, batch, tokens)
+                if const_expr(self.compares_ids):
+                    compare = (
+                        fields[WORK_FIELDS],
+                        self.comparison(mBounds, thread, batch, tokens, array_lengths, offset),
+                    )
+            mask_tile = partial(self.apply_mask, scores, thread, row_limits, compare)
             modify = self.element_step(
                 mElements, scores, thread, (batch, offset, array_lengths, first_token, head)
             )
@@ -704,13 +741,13 @@ class ForwardSm90:
                 full_end = cutlass.max(cutlass.min(full_max, n_max - 1), n_min)
                 full_begin = cutlass.min(cutlass.max(full_min, n_min), full_end)
                 accumulate = Boolean(False)
-                for stretch in cutlass.range_constexpr(3 if self.mask.low is not None else 2):
+                for stretch in cutlass.range_constexpr(3 if self.has_low else 2):
                     begin, end = (
                         (full_end, n_max - 1),
                         (full_begin, full_end),
                         (n_min, full_begin),
                     )[stretch]
-                    if const_expr(stretch == 1 and self.mask.low is None):
+                    if const_expr(stretch == 1 and not self.has_low):
                         begin = n_min
                     for i in cutlass.range(end - begin, unroll=1):
                         n = end - 1 - i
@@ -754,7 +791,7 @@ class ForwardSm90:
             rows = (out, row_scale, lse)
             place = (batch, head, first_token, queries, q_length)
             if const_expr(self.split_kv):
-                split, splits = fields[10:]
+                split, splits = fields[WORK_FIELDS:]
                 if splits > 1:
                     self.store_partial(*rows, mOPartial, mLSEPartial, split, *place, thread)
                 else:
@@ -804,18 +841,78 @@ class ForwardSm90:
 
         return modify
 
+    def row_limits(self, thread: Int32, position: Int32, keys: Int32, r: int):
+        """A thread's row's first key (None: the first of all) and one past the last, by position.
+
+        ``position`` is that of the slab's first row.
+        """
+        row_position = position + row_in_slab(thread, r) // self.heads_packed
+        low = None if self.mask.low is None else self.mask.lower(row_position)
+        return low, self.mask.upper(row_position, keys)
+
+    def clamped_tokens(self, thread: Int32, first_token: Int32, q_length: Int32) -> list[Int32]:
+        """The tokens of a thread's rows; beyond the last one, that one."""
+        last = Int32(q_length) - 1
+        return [
+            cutlass.min(first_token + row_in_slab(thread, r) // self.heads_packed, last)
+            for r in range(ROWS_PER_THREAD)
+        ]
+
+    def listed_limits(self, mBounds: tuple, batch: Int32, tokens: list[Int32]):
+        """``row_limits`` from arrays."""
+        limits = [(mBounds[0][batch, token], mBounds[1][batch, token]) for token in tokens]
+        return lambda r: limits[r]
+
+    def comparison(self, mBounds: tuple, thread: Int32, batch: Int32, tokens, lengths, offset):
+        """What hides the scores of tile n whose key is of another segment than their row.
+
+        Scattered segments with positions of their own are compared with the window here too.
+        """
+        q_ids, kv_ids, *positions = mBounds[3:]
+        _, kv_length = lengths
+        ids = [q_ids[batch, token] for token in tokens]
+        window = [(None, None)] * ROWS_PER_THREAD
+        if positions:
+            q_positions, kv_positions = positions
+            window = [self.mask.limits(q_positions[batch, token] + offset) for token in tokens]
+
+        def compare(scores: cute.Tensor, n: Int32) -> None:
+            start = n * self.config.tile_n + first_column(thread)
+            for c in range(cute.size(scores, mode=[1])):
+                key = cutlass.min(start + column_step(c), Int32(kv_length) - 1)
+                kv_id = kv_ids[batch, key]
+                kv_position = kv_positions[batch, key] if positions else Int32(0)
+                for r in range(ROWS_PER_THREAD):
+                    seen = within(kv_position, *window[r], kv_id == ids[r])
+                    scores[r, c] = select(seen, scores[r, c], Float32(-math.inf))
+
+        return compare
+
     @cute.jit
     def apply_mask(
-        self, scores: cute.Tensor, thread: Int32, position: Int32, keys: Int32, n: Int32
+        self,
+        scores: cute.Tensor,
+        thread: Int32,
+        row_limits: cutlass.Constexpr,
+        compare: cutlass.Constexpr,
+        n: Int32,
     ):
-        """Hides keys of tile n outside each row's interval; ``position`` is the slab's first."""
+        """Hides keys of tile n outside each row's interval.
+
+        Args:
+          row_limits: gives a thread's row's first key (or None) and one past the last.
+          compare: where ids may have to be compared, whether they have, and what does it.
+        """
         tile_n = self.config.tile_n
+        if const_expr(compare is not None):
+            if compare[0] != 0:
+                compare[1](scores, n)
         for r in cutlass.range_constexpr(ROWS_PER_THREAD):
-            row_position = position + row_in_slab(thread, r) // self.heads_packed
+            low, high = row_limits(r)
             start = n * tile_n
-            words = column_words(self.mask.upper(row_position, keys) - start, thread, tile_n)
-            if const_expr(self.mask.low is not None):
-                hidden = column_words(self.mask.lower(row_position) - start, thread, tile_n)
+            words = column_words(high - start, thread, tile_n)
+            if const_expr(low is not None):
+                hidden = column_words(low - start, thread, tile_n)
                 words = [w & ~h for w, h in zip(words, hidden, strict=True)]
             hide_outside(scores, r, words)
 

@@ -88,8 +88,9 @@ def lines_of_quads(words: list[Uint32], thread: Int32) -> list[list[Uint32]]:
     return lines
 
 
-def select(condition: Boolean, yes: Uint32, no: Uint32) -> Uint32:
-    return Uint32(arith.select(condition.ir_value(), yes.ir_value(), no.ir_value()))
+def select(condition: Boolean, yes, no):
+    """``yes`` where ``condition`` holds, else ``no``, without a branch."""
+    return type(yes)(arith.select(condition.ir_value(), yes.ir_value(), no.ir_value()))
 
 
 def row_in_slab(thread: Int32, r: int) -> Int32:

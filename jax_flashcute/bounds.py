@@ -1,0 +1,190 @@
+"""Packed sequences as kernels take them: for each row, the interval of keys that it sees.
+
+The segments, the window and the lengths are intersected here, once for each call, in O(T).  A tile
+of rows visits the keys between the least and the greatest bound of its rows, and needs no mask
+where all of them agree.  The backward has the same the other way round: for each key, its rows.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jax_flashcute.analysis import FAR, Interval, evaluate, first_reaching
+from jax_flashcute.segments import Segments
+from jax_flashcute.spec import Operands
+
+
+@dataclass(frozen=True)
+class RowBounds:
+    """That bounds stand in arrays, as a part of a kernel's key.
+
+    Attributes:
+      compares_ids: segments may be scattered; there ids are compared, element by element.
+      has_positions: positions start at 0 in every segment.
+    """
+
+    compares_ids: bool
+    has_positions: bool
+
+    @staticmethod
+    def of(segments: Segments | None) -> "RowBounds | None":
+        """For the segments of a call."""
+        if segments is None:
+            return None
+        return RowBounds(segments.kv_scattered is not None, segments.q_positions is not None)
+
+    def array_ranks(self) -> list[int]:
+        """Of ``key_bound_arrays`` and ``query_bound_arrays``, which are int32."""
+        pairs = self.compares_ids + (self.compares_ids and self.has_positions)
+        return [2, 2, 3] + [2, 2] * pairs
+
+
+TILE_FIELDS = 5
+"""Numbers about a tile: its first column tile and one past the last; the first that needs no mask
+and one past the last; and whether ids are to be compared in the others."""
+
+
+def key_bound_arrays(
+    interval: Interval, operands: Operands, tile_rows: int, tile_n: int
+) -> list[jax.Array]:
+    """What the forward kernel takes.
+
+    Args:
+      interval: the keys seen by position alone.
+      operands: of a call with segments.
+      tile_rows: query rows of a tile.
+      tile_n: keys of a tile.
+
+    Returns:
+      The first key of each row and one past the last, (B, T); ``TILE_FIELDS`` for each tile, (B,
+      tiles, TILE_FIELDS); and, where ids are compared, the ids and the positions that there are.
+    """
+    segments = _segments(operands)
+    row = jnp.arange(operands.query.shape[1], dtype=jnp.int32)[None]
+    position, origin, scattered = row, 0, segments.kv_scattered
+    if segments.q_positions is not None:
+        position, origin = segments.q_positions, segments.kv_start
+    position = position + _offset(operands)
+
+    def of_window(bound, open_side):
+        """A bound by position; where segments have their own, scattered ones have none."""
+        found = evaluate(bound, {"q": position}, {}, jnp.minimum, jnp.maximum) + origin
+        if segments.q_positions is None or scattered is None:
+            return found
+        return jnp.where(scattered, open_side, found)
+
+    low, high = segments.kv_start, segments.kv_end
+    if interval.low is not None:
+        low = jnp.maximum(low, of_window(interval.low, low))
+    if interval.high is not None:
+        high = jnp.minimum(high, of_window(interval.high, high))
+    if operands.key_value_seq_lengths is not None:
+        high = jnp.minimum(high, operands.key_value_seq_lengths[:, None])
+    low, high = _emptied(low, high, high > low)
+    counts = jnp.ones_like(low, bool)
+    if operands.query_seq_lengths is not None:
+        counts = row < operands.query_seq_lengths[:, None]
+    tiles = _tile_fields(low, high, scattered, counts, tile_rows, tile_n)
+    return [low, high, tiles, *_compared(segments)]
+
+
+def query_bound_arrays(
+    interval: Interval, operands: Operands, tile_n: int, tile_m: int
+) -> list[jax.Array]:
+    """What the backward kernel takes: the same by keys, (B, S), with bounds of rows."""
+    segments = _segments(operands)
+    T, S = operands.query.shape[1], operands.key.shape[1]
+    key = jnp.arange(S, dtype=jnp.int32)[None]
+    position, origin, scattered = key, 0, segments.q_scattered
+    if segments.kv_positions is not None:
+        position, origin = segments.kv_positions, segments.q_start
+    offset = _offset(operands)
+
+    def of_window(bound, open_side):
+        found = first_reaching(bound - 1, position, jnp.minimum, jnp.maximum) - offset + origin
+        if segments.kv_positions is None or scattered is None:
+            return found
+        return jnp.where(scattered, open_side, found)
+
+    low, high = segments.q_start, segments.q_end
+    if interval.high is not None:
+        low = jnp.maximum(low, of_window(interval.high, low))
+    if interval.low is not None:
+        high = jnp.minimum(high, of_window(interval.low, high))
+    length = jnp.full((1, 1), T, jnp.int32)
+    if operands.query_seq_lengths is not None:
+        length = operands.query_seq_lengths[:, None]
+        high = jnp.minimum(high, length)
+    is_seen = high > low
+    if operands.key_value_seq_lengths is not None:
+        is_seen &= key < operands.key_value_seq_lengths[:, None]
+    low, high = _emptied(low, high, is_seen)
+    counts = jnp.ones_like(low, bool)
+    tiles = _tile_fields(low, high, scattered, counts, tile_n, tile_m, length=length)
+    return [low, high, tiles, *_compared(segments)]
+
+
+def _segments(operands: Operands) -> Segments:
+    if operands.segment_ids is None:
+        raise ValueError("operands must have segment_ids")
+    return operands.segment_ids
+
+
+def _offset(operands: Operands):
+    return 0 if operands.q_offset is None else operands.q_offset[:, None]
+
+
+def _emptied(low, high, is_seen) -> tuple[jax.Array, jax.Array]:
+    """Empty intervals at 0."""
+    low, high = jnp.broadcast_arrays(low, high)
+    return jnp.where(is_seen, low, 0), jnp.where(is_seen, high, 0)
+
+
+def _compared(segments: Segments) -> list[jax.Array]:
+    if segments.kv_scattered is None:
+        return []
+    arrays = [segments.q_ids, segments.kv_ids]
+    if segments.q_positions is not None and segments.kv_positions is not None:
+        arrays += [segments.q_positions, segments.kv_positions]
+    return arrays
+
+
+def _tile_fields(low, high, scattered, counts, rows: int, columns: int, *, length=None):
+    """``TILE_FIELDS`` of tiles of ``rows``, as (B, tiles, TILE_FIELDS) int32.
+
+    Args:
+      low, high: (B, length) bounds; 0 and 0 where empty.
+      scattered: (B, length) bool: not all within the bounds is seen; None for nowhere.
+      counts: (B, length) bool: rows that matter; the tile may do anything to the others.
+      rows: of a tile.
+      columns: of the tiles that are visited.
+      length: (1|B, 1) columns there are, where what lies beyond needs no mask.
+    """
+    B, total = low.shape
+    tiles = -(-total // rows)
+
+    def reduced(reduce, array, identity):
+        padding = ((0, 0), (0, tiles * rows - total))
+        array = jnp.pad(array, padding, constant_values=identity)
+        return reduce(array.reshape(B, tiles, rows), axis=2)
+
+    above = -(-high // columns)
+    full = high // columns
+    if length is not None:
+        full = jnp.where(high >= length, above, full)
+    if scattered is None:
+        scattered = jnp.zeros_like(counts)
+    is_seen = counts & (high > low)
+    n_max = reduced(jnp.max, jnp.where(is_seen, above, 0), 0)
+    n_min = reduced(jnp.min, jnp.where(is_seen, low // columns, FAR), FAR)
+    full_min = reduced(jnp.max, jnp.where(counts, -(-low // columns), 0), 0)
+    # Without a row beyond the end: those of an array's last tile are as good as absent, but for
+    # keys, whose gradients are sums over a tile.
+    beyond = FAR if length is None else 0
+    full_max = reduced(
+        jnp.min, jnp.where(counts, jnp.where(scattered, 0, full), FAR), beyond
+    )
+    compares = reduced(jnp.max, (counts & scattered).astype(jnp.int32), 0)
+    fields = (jnp.minimum(n_min, n_max), n_max, full_min, jnp.minimum(full_max, n_max), compares)
+    return jnp.stack(fields, axis=2).astype(jnp.int32)

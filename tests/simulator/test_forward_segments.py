@@ -1,0 +1,120 @@
+"""The Hopper forward over packed sequences, in simulation, against the reference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flashcute import api, masks, reference
+from jax_flashcute.ffi.call import other_inputs
+from jax_flashcute.kernels import registry
+from tests.simulator import simulate
+from tests.simulator.test_forward_elements import widened
+from tests.simulator.test_forward_features import NUM_SMS, compiled
+
+rng = np.random.default_rng(0)
+
+
+def call_of(lengths, heads=(1, 1), head_dim=64, seed=0, **arguments):
+    """The spec and the operands of a call; ``lengths``: batch, T, S."""
+    draw = np.random.default_rng(seed).standard_normal
+    (B, T, S), (N, K) = lengths, heads
+    defaults = {
+        "bias": None, "mask": None, "scale": None, "is_causal": False, "q_offset": 0,
+        "query_seq_lengths": None, "key_value_seq_lengths": None, "local_window_size": None,
+        "logits_soft_cap": None, "sinks": None, "mask_mod": None, "score_mod": None,
+        "block_mask": None, "segment_ids": None, "cu_seqlens_q": None, "cu_seqlens_k": None,
+        "positions": None, "deterministic": False,
+    }  # fmt: skip
+    main = [
+        jnp.asarray(draw((B, rows, heads, head_dim)), jnp.bfloat16)
+        for rows, heads in ((T, N), (S, K), (S, K))
+    ]
+    return api._checked(*main, **defaults | arguments)
+
+
+def check_forward(spec, operands, **how):
+    """Simulate the kernel that a call gets and compare with the dense reference."""
+    assert not registry.reasons_against(spec, operands, "fwd", "sm_90a")
+    key = registry.kernel_key(spec, operands, "fwd", "sm_90a", NUM_SMS)
+    want = jax.jit(functools.partial(reference.attention, spec))(widened(operands))
+    main = [operands.query, operands.key, operands.value]
+    outputs = [(want.out.shape, jnp.dtype(jnp.bfloat16)), (want.lse.shape, np.dtype(np.float32))]
+    outputs += [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]
+    arrays = [*main, *other_inputs(key, operands)]
+    out, lse, *_ = simulate(
+        compiled(key), *(np.asarray(x) for x in arrays), outputs=outputs, **how
+    )  # fmt: skip
+    np.testing.assert_allclose(out.astype(np.float32), want.out, atol=0.02, rtol=0.02)
+    np.testing.assert_allclose(lse, want.lse, atol=2e-4, rtol=1e-5)
+    empty = (np.asarray(want.out) == 0).all(-1)
+    assert (out[empty] == 0).all()
+    return out, lse
+
+
+# Segments of unequal lengths, empty ones and a tail of padding.
+PACKED = {"cu_seqlens_q": [[0, 0, 1, 90, 90, 230, 290], [0, 64, 64, 128, 300, 300, 300]]}
+PAIR = {
+    "cu_seqlens_q": [0, 3, 3, 100, 333],
+    "cu_seqlens_k": [0, 130, 150, 150, 262],
+}
+
+
+def scattered(shape, segments, padding=0.1):
+    ids = rng.integers(0, segments, shape)
+    return np.where(rng.random(shape) < padding, -1, ids)
+
+
+CASES = {
+    "causal": ((2, 300, 300), {"is_causal": True, **PACKED}),
+    "pair_window": (
+        (1, 340, 270),
+        {**PAIR, "positions": "segment", "local_window_size": (40, 60), "q_offset": jnp.array([7])},
+    ),
+    "groups_lengths": (
+        (2, 300, 300),
+        {
+            **PACKED, "heads": (3, 1), "head_dim": 128, "mask_mod": masks.chunked(70),
+            "key_value_seq_lengths": jnp.array([100, 300]),
+            "query_seq_lengths": jnp.array([250, 131]),
+        },
+    ),
+    "packed_heads": (
+        (1, 9, 260),
+        {
+            "heads": (7, 1), "positions": "sequence",
+            "segment_ids": (np.repeat([0, 1, 5], 3)[None], np.repeat([0, 1, -1, 5], 65)[None]),
+        },
+    ),
+    "scattered": (
+        (1, 150, 290),
+        {
+            "segment_ids": (scattered((1, 150), 3), scattered((1, 290), 3)),
+            "positions": "segment", "is_causal": True, "q_offset": jnp.array([3]),
+        },
+    ),
+    "elements": (
+        (1, 260, 260),
+        {
+            "segment_ids": np.repeat([[4, 2, 9, -1]], 65, axis=1), "positions": "segment",
+            "score_mod": lambda s, b, h, q, kv: s - 0.1 * jnp.abs(q - kv),
+            "mask_mod": lambda b, h, q, kv: (kv <= q) & ((q + kv) % 3 != 0),
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_segments(name: str):
+    lengths, arguments = CASES[name]
+    check_forward(*call_of(lengths, **arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("timing", "warps"), [("early", "adversarial"), ("shuffled", "seeded")])
+def test_segments_under_any_timing(name: str, timing: str, warps: str):
+    lengths, arguments = CASES[name]
+    check_forward(*call_of(lengths, **arguments), timing=timing, warps=warps, seed=3)
