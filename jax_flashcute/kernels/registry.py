@@ -204,8 +204,8 @@ def reasons_against(
         reasons.append("an operand is empty")
     if is_paged(operands):
         reasons += _reasons_against_pages(operands, direction)
-    if direction == "bwd" and operands.segment_ids is not None:
-        reasons.append("no backward kernel takes segment_ids yet")
+    if direction == "bwd" and spec.deterministic and operands.segment_ids is not None:
+        reasons.append("no kernel gives deterministic gradients with segment_ids yet")
     if direction == "bwd" and not reasons:
         dims = operands.query.shape[-1], operands.value.shape[-1]
         config = _backward_config(arch, *dims, spec.deterministic)
@@ -542,7 +542,9 @@ def _backward_builder(key: KernelKey):
     from jax_flashcute.kernels.sm100.backward import BackwardSm100
 
     backward = {
-        "sm90_backward": partial(BackwardSm90, functions=key.elements),
+        "sm90_backward": partial(
+            BackwardSm90, functions=key.elements, row_bounds=key.row_bounds
+        ),
         "sm100_backward": BackwardSm100,
     }[key.kernel]
 

@@ -36,8 +36,9 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
+from jax_flashcute.bounds import TILE_FIELDS, RowBounds
 from jax_flashcute.kernels.common.elements import Elements
-from jax_flashcute.kernels.common.intervals import IntervalMask
+from jax_flashcute.kernels.common.intervals import IntervalMask, within
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import section_size
@@ -54,12 +55,14 @@ from jax_flashcute.kernels.sm90.fragments import (
     as_operand_a,
     column_step,
     column_words,
+    compared_words,
     convert_pairs,
     first_column,
     gemm,
     hide_outside,
     row_in_slab,
     rows_and_columns,
+    select,
     tiled_mma,
 )
 
@@ -92,8 +95,10 @@ class BackwardSm90:
         scale: float,
         mask: IntervalMask,
         functions: ElementFunctions | None = None,
+        row_bounds: RowBounds | None = None,
     ):
-        """``group``: query heads a key/value head serves."""
+        """``group``: query heads a key/value head serves; ``row_bounds``: the rows that see a key
+        stand in arrays, ``mask`` among what they hold."""
         self.config = config
         self.dtype = dtype
         self.head_dim = head_dim
@@ -101,6 +106,9 @@ class BackwardSm90:
         self.group = group
         self.scale = scale
         self.mask = mask
+        self.row_bounds = row_bounds
+        self.compares_ids = row_bounds is not None and row_bounds.compares_ids
+        self.stretches = 2 if mask.low is None and row_bounds is None else 3
         self.functions = functions
         self.by_element = functions is not None and functions.by_element
         # Scores that are looked at one by one are scaled there.
@@ -142,6 +150,7 @@ class BackwardSm90:
         mdPsum: cute.Tensor,  # (B, N, m_blocks * tile_m) float32, scratch
         mTurns: cute.Tensor | None = None,  # (B, N, m_blocks * dq_warps) int32, scratch
         mElements: tuple = (),  # arrays of ``functions``
+        mBounds: tuple = (),  # arrays of ``bounds.query_bound_arrays``
     ):
         cfg = self.config
         batch, q_length, heads = mQ.shape[0], mQ.shape[1], mQ.shape[2]
@@ -195,6 +204,7 @@ class BackwardSm90:
             mdQAccum,
             mTurns,
             mElements,
+            mBounds,
             m_blocks,
             n_blocks,
             section,
@@ -262,6 +272,7 @@ class BackwardSm90:
         mdQAccum: cute.Tensor,
         mTurns: cute.Tensor | None,
         mElements: tuple,
+        mBounds: tuple,
         m_blocks: Int32,
         n_blocks: Int32,
         section: Int32,
@@ -335,14 +346,8 @@ class BackwardSm90:
         offset, queries, keys = entry_lengths(
             mQOffset, mQLengths, mKVLengths, q_length, kv_length, batch
         )
-        first_key = n_block * cfg.tile_n
-        last_key = cutlass.min(first_key + cfg.tile_n, keys) - 1
-        m_min, m_max, full_min, full_max = self.mask.query_range(
-            first_key, last_key, offset, queries, cfg.tile_m
-        )
-        m_max = m_max if first_key < keys else Int32(0)
-        # Where keys beyond the length share the block they are hidden in every tile.
-        full_min = full_min if first_key + cfg.tile_n <= keys else m_max
+        tiles, compares = self.query_tiles(n_block, batch, (offset, queries, keys), mBounds)
+        m_min, m_max, _, _ = tiles
 
         if warp_index < 4:
             cute.arch.setmaxregister_decrease(cfg.producer_registers)
@@ -374,8 +379,8 @@ class BackwardSm90:
             cute.arch.setmaxregister_increase(cfg.consumer_registers)
             smem = (sQ, sdO, sK, sV, sdS, sdQ, sLSE, sdPsum)
             block = (n_block, kv_head, batch)
-            tiles = (m_min, m_max, full_min, full_max)
-            lengths = (offset, queries, keys)
+            bounds = (mBounds, batch, (q_length, kv_length), compares)
+            mask_step = partial(self.mask_step, (offset, queries, keys), bounds)
             barriers = (pipeline_q, pipeline_do, kv_full)
             elements = (mElements, offset, (q_length, kv_length))
             if const_expr(cfg.by_role):
@@ -389,15 +394,39 @@ class BackwardSm90:
                     barriers,
                     block,
                     tiles,
-                    lengths,
+                    mask_step,
                     elements,
                 )
             else:
                 self.consume(
-                    smem, (tma_dk, gdK), (tma_dv, gdV), barriers, block, tiles, lengths, elements
+                    smem, (tma_dk, gdK), (tma_dv, gdV), barriers, block, tiles, mask_step, elements
                 )
         pipeline_q.check_arrivals()
         pipeline_do.check_arrivals()
+
+    @cute.jit
+    def query_tiles(self, n_block: Int32, batch: Int32, lengths, mBounds: tuple):
+        """The query tiles that a block visits, as ``IntervalMask.query_range`` has them.
+
+        And whether ids have to be compared in those that need a mask.
+        """
+        cfg = self.config
+        offset, queries, keys = lengths
+        compares = Int32(0)
+        if const_expr(self.row_bounds is None):
+            first_key = n_block * cfg.tile_n
+            last_key = cutlass.min(first_key + cfg.tile_n, keys) - 1
+            m_min, m_max, full_min, full_max = self.mask.query_range(
+                first_key, last_key, offset, queries, cfg.tile_m
+            )
+            m_max = m_max if first_key < keys else Int32(0)
+            # Where keys beyond the length share the block they are hidden in every tile.
+            full_min = full_min if first_key + cfg.tile_n <= keys else m_max
+        else:
+            m_min, m_max, full_min, full_max, compares = (
+                mBounds[2][batch, n_block, i] for i in range(TILE_FIELDS)
+            )
+        return (m_min, m_max, full_min, full_max), compares
 
     @cute.jit
     def produce(
@@ -586,7 +615,17 @@ class BackwardSm90:
         cute.arch.cp_async_bulk_wait_group(0)
 
     @cute.jit
-    def consume(self, smem, dk_copy, dv_copy, barriers, block, tiles, lengths, elements):
+    def consume(
+        self,
+        smem,
+        dk_copy,
+        dv_copy,
+        barriers,
+        block,
+        tiles,
+        mask_step: cutlass.Constexpr,
+        elements,
+    ):
         """A consumer warpgroup: the products of its 64 keys, and its part of dQ."""
         cfg = self.config
         sQ, sdO, sK, sV, sdS, sdQ, sLSE, sdPsum = smem
@@ -646,13 +685,7 @@ class BackwardSm90:
             cute.local_tile(transposed(sdS), (64, cfg.tile_m), (slab, 0, None))
         )
         tLSE, tdPsum = (self.column_pairs(x, thread) for x in (sLSE, sdPsum))
-        mask_tile = partial(
-            self.apply_mask,
-            rows_and_columns(acc_S),
-            thread,
-            n_block * cfg.tile_n + slab * 64,
-            lengths,
-        )
+        mask_tile = mask_step(rows_and_columns(acc_S), thread, n_block * cfg.tile_n + slab * 64)
 
         products = Products(
             mma_s=mma_s,
@@ -694,7 +727,7 @@ class BackwardSm90:
                     elements, block, g, n_block * cfg.tile_n + slab * 64, thread
                 )
                 # Three stretches: boundary tiles, full tiles, boundary tiles.
-                for stretch in cutlass.range_constexpr(3 if self.mask.low is not None else 2):
+                for stretch in cutlass.range_constexpr(self.stretches):
                     begin, end = (
                         (m_min, full_begin),
                         (full_begin, full_end),
@@ -882,20 +915,93 @@ class BackwardSm90:
                     c = 2 * j + b
                     dscores[r, c] = scores[r, c] * (dscores[r, c] - pair[b])
 
-    @cute.jit
-    def apply_mask(self, scores: cute.Tensor, thread: Int32, first_key: Int32, lengths, m: Int32):
-        """Hides the query columns of tile m that do not see a thread's keys."""
+    def mask_step(self, lengths, bounds, scores: cute.Tensor, thread: Int32, first_key: Int32):
+        """What hides the query columns of a tile that do not see a thread's keys.
+
+        Args:
+          lengths: offset, queries and keys of the batch entry.
+          bounds: their arrays, the batch entry, the arrays' lengths, whether ids are compared.
+          scores: of the tile; a function of the tile's number is returned.
+        """
+        row_limits, compare = partial(self.row_limits, lengths, thread, first_key), None
+        if self.row_bounds is not None:
+            mBounds, batch, (_, kv_length), compares = bounds
+            keys = [
+                cutlass.min(first_key + row_in_slab(thread, r), Int32(kv_length) - 1)
+                for r in range(ROWS_PER_THREAD)
+            ]
+            limits = [(mBounds[0][batch, key], mBounds[1][batch, key]) for key in keys]
+
+            def row_limits(r):
+                return limits[r]
+
+            if self.compares_ids:
+                compare = compares, self.comparison(bounds, keys, lengths[0])
+        return partial(self.apply_mask, scores, thread, row_limits, compare)
+
+    def row_limits(self, lengths, thread: Int32, first_key: Int32, r: int):
+        """The first row (None: the first of all) that sees a thread's key, and one past the last,
+        by position."""
         offset, queries, keys = lengths
+        key = first_key + row_in_slab(thread, r)
+        end = select(key < keys, self.mask.end_query(key, offset, queries), Int32(0))
+        first = None if self.mask.high is None else self.mask.first_query(key, offset)
+        return first, end
+
+    def comparison(self, bounds, keys: list[Int32], offset: Int32):
+        """For tile m, a function of a column: whether its row's segment is that of each key.
+
+        Scattered segments with positions of their own are compared with the window here too.
+        """
+        mBounds, batch, (q_length, _), _ = bounds
+        q_ids, kv_ids, *positions = mBounds[3:]
+
+        def compare(m: Int32):
+            # Read here and not once: scattered segments are rare, registers are too.
+            ids = [kv_ids[batch, key] for key in keys]
+            places = [Int32(0)] * ROWS_PER_THREAD
+            if positions:
+                q_positions, kv_positions = positions
+                places = [kv_positions[batch, key] for key in keys]
+
+            def seen(column: Int32) -> list[Boolean]:
+                row = cutlass.min(m * self.config.tile_m + column, Int32(q_length) - 1)
+                q_id, window = q_ids[batch, row], (None, None)
+                if positions:
+                    window = self.mask.limits(q_positions[batch, row] + offset)
+                return [within(places[r], *window, q_id == ids[r]) for r in range(len(ids))]
+
+            return seen
+
+        return compare
+
+    @cute.jit
+    def apply_mask(
+        self,
+        scores: cute.Tensor,
+        thread: Int32,
+        row_limits: cutlass.Constexpr,
+        compare: cutlass.Constexpr,
+        m: Int32,
+    ):
+        """Hides the query columns of tile m outside the interval of rows of each thread's key.
+
+        Args:
+          row_limits: gives the first row (or None) of a thread's key and one past the last.
+          compare: where ids may have to be compared, whether they have, and ``comparison``.
+        """
         tile_m = self.config.tile_m
+        if const_expr(compare is not None):
+            compared = compared_words(compare[0], compare[1](m), thread, tile_m)
         start = m * tile_m
         for r in cutlass.range_constexpr(ROWS_PER_THREAD):
-            key = first_key + row_in_slab(thread, r)
-            end = self.mask.end_query(key, offset, queries)
-            end = end if key < keys else Int32(0)
+            first, end = row_limits(r)
             words = column_words(end - start, thread, tile_m)
-            if const_expr(self.mask.high is not None):
-                hidden = column_words(self.mask.first_query(key, offset) - start, thread, tile_m)
+            if const_expr(first is not None):
+                hidden = column_words(first - start, thread, tile_m)
                 words = [w & ~h for w, h in zip(words, hidden, strict=True)]
+            if const_expr(compare is not None):
+                words = [w & c for w, c in zip(words, compared[r], strict=True)]
             hide_outside(scores, r, words)
 
     @cute.jit

@@ -48,11 +48,21 @@ class RoleConsumers:
         self.config = kernel.config
 
     @cute.jit
-    def consume(self, smem, dk_copy, dv_copy, barriers, block, tiles, lengths, elements):
+    def consume(
+        self,
+        smem,
+        dk_copy,
+        dv_copy,
+        barriers,
+        block,
+        tiles,
+        mask_step: cutlass.Constexpr,
+        elements,
+    ):
         """Either warpgroup: the products of its role over all tiles, then its gradient."""
         first = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128) == 1
         if first:
-            self.hold_values(smem, barriers, block, tiles, lengths, elements)
+            self.hold_values(smem, barriers, block, tiles, mask_step, elements)
         else:
             self.hold_keys(smem, barriers, tiles)
         sK, sV = smem[2], smem[3]
@@ -65,7 +75,9 @@ class RoleConsumers:
     # ---- the two roles -----------------------------------------------------------------------
 
     @cute.jit
-    def hold_values(self, smem, barriers, block, tiles, lengths, elements):
+    def hold_values(
+        self, smem, barriers, block, tiles, mask_step: cutlass.Constexpr, elements
+    ):
         """The first warpgroup: S, P and dV."""
         cfg = self.config
         sQ, sdO, sK, sV, sdS, sdQ, sLSE, _, sP = smem
@@ -80,7 +92,7 @@ class RoleConsumers:
         tLSE = self.kernel.column_pairs(sLSE, thread)
         tP = sP[None, thread, None]
         flat = cute.make_tensor(acc_S.iterator, cute.make_layout((4, cute.size(acc_S) // 4)))
-        mask_tile = partial(self.kernel.apply_mask, scores, thread, n_block * cfg.tile_n, lengths)
+        mask_tile = mask_step(scores, thread, n_block * cfg.tile_n)
 
         q_stage, q_phase, do_stage, do_phase = (Int32(0) for _ in range(4))
         full_begin = cutlass.min(cutlass.max(full_min, m_min), m_max)
@@ -95,9 +107,7 @@ class RoleConsumers:
                     elements, block, g, n_block * cfg.tile_n, thread
                 )
                 # Three stretches: boundary tiles, full tiles, boundary tiles.
-                for stretch in cutlass.range_constexpr(
-                    3 if self.kernel.mask.low is not None else 2
-                ):
+                for stretch in cutlass.range_constexpr(self.kernel.stretches):
                     begin, end = (
                         (m_min, full_begin),
                         (full_begin, full_end),

@@ -31,7 +31,6 @@ number of consumer warpgroups, of four warps each.  Where threads copy, 128 of t
 v, and three warps more take a tile.
 """
 
-import math
 from functools import partial
 
 import cuda.bindings.driver as cuda
@@ -65,6 +64,7 @@ from jax_flashcute.kernels.sm90.fragments import (
     as_operand_a,
     column_step,
     column_words,
+    compared_words,
     convert_pairs,
     first_column,
     gemm,
@@ -714,7 +714,7 @@ class ForwardSm90:
                 if const_expr(self.compares_ids):
                     compare = (
                         fields[WORK_FIELDS],
-                        self.comparison(mBounds, thread, batch, tokens, array_lengths, offset),
+                        self.comparison(mBounds, batch, tokens, array_lengths, offset),
                     )
             mask_tile = partial(self.apply_mask, scores, thread, row_limits, compare)
             modify = self.element_step(
@@ -863,28 +863,29 @@ class ForwardSm90:
         limits = [(mBounds[0][batch, token], mBounds[1][batch, token]) for token in tokens]
         return lambda r: limits[r]
 
-    def comparison(self, mBounds: tuple, thread: Int32, batch: Int32, tokens, lengths, offset):
-        """What hides the scores of tile n whose key is of another segment than their row.
+    def comparison(self, mBounds: tuple, batch: Int32, tokens, lengths, offset):
+        """For tile n, a function of a column: whether each row's segment is that of its key.
 
         Scattered segments with positions of their own are compared with the window here too.
         """
         q_ids, kv_ids, *positions = mBounds[3:]
         _, kv_length = lengths
-        ids = [q_ids[batch, token] for token in tokens]
-        window = [(None, None)] * ROWS_PER_THREAD
-        if positions:
-            q_positions, kv_positions = positions
-            window = [self.mask.limits(q_positions[batch, token] + offset) for token in tokens]
 
-        def compare(scores: cute.Tensor, n: Int32) -> None:
-            start = n * self.config.tile_n + first_column(thread)
-            for c in range(cute.size(scores, mode=[1])):
-                key = cutlass.min(start + column_step(c), Int32(kv_length) - 1)
+        def compare(n: Int32):
+            # Read here and not once: scattered segments are rare, registers are too.
+            ids = [q_ids[batch, token] for token in tokens]
+            window = [(None, None)] * ROWS_PER_THREAD
+            if positions:
+                q_positions, kv_positions = positions
+                window = [self.mask.limits(q_positions[batch, token] + offset) for token in tokens]
+
+            def seen(column: Int32) -> list[Boolean]:
+                key = cutlass.min(n * self.config.tile_n + column, Int32(kv_length) - 1)
                 kv_id = kv_ids[batch, key]
-                kv_position = kv_positions[batch, key] if positions else Int32(0)
-                for r in range(ROWS_PER_THREAD):
-                    seen = within(kv_position, *window[r], kv_id == ids[r])
-                    scores[r, c] = select(seen, scores[r, c], Float32(-math.inf))
+                place = kv_positions[batch, key] if positions else Int32(0)
+                return [within(place, *window[r], kv_id == ids[r]) for r in range(len(ids))]
+
+            return seen
 
         return compare
 
@@ -901,12 +902,11 @@ class ForwardSm90:
 
         Args:
           row_limits: gives a thread's row's first key (or None) and one past the last.
-          compare: where ids may have to be compared, whether they have, and what does it.
+          compare: where ids may have to be compared, whether they have, and ``comparison``.
         """
         tile_n = self.config.tile_n
         if const_expr(compare is not None):
-            if compare[0] != 0:
-                compare[1](scores, n)
+            compared = compared_words(compare[0], compare[1](n), thread, tile_n)
         for r in cutlass.range_constexpr(ROWS_PER_THREAD):
             low, high = row_limits(r)
             start = n * tile_n
@@ -914,6 +914,8 @@ class ForwardSm90:
             if const_expr(low is not None):
                 hidden = column_words(low - start, thread, tile_n)
                 words = [w & ~h for w, h in zip(words, hidden, strict=True)]
+            if const_expr(compare is not None):
+                words = [w & c for w, c in zip(words, compared[r], strict=True)]
             hide_outside(scores, r, words)
 
     @cute.jit

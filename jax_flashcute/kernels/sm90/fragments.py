@@ -4,6 +4,8 @@ In a 64 x N accumulator, warp w and lane l of a warpgroup hold rows 16 w + l // 
 columns 8 j + 2 (l % 4) + {0, 1}; flat register 4 j + 2 r + b is row r of the two, column bit b.
 """
 
+from collections.abc import Callable
+
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
@@ -117,6 +119,43 @@ def column_words(limit: Int32, thread: Int32, columns: int) -> list[Uint32]:
     x = limit - 2 * (thread % 4)
     below = 2 * (x >> 3) + cutlass.min(x & 7, Int32(2))
     return [low_bits(below - 32 * w) for w in range((columns // 4 + 31) // 32)]
+
+
+def compared_words(is_needed: Int32, seen: Callable, thread: Int32, columns: int) -> list:
+    """Which of a thread's columns each of its rows sees, as words; all where 0 ``is_needed``.
+
+    Args:
+      is_needed: 0 or 1.
+      seen: of a column, for each row.
+
+    Returns:
+      For each row, words like those of ``column_words``.
+    """
+    count = columns // 4
+    words = [
+        _compared_word(is_needed, seen, thread, first, min(count - first, 32))
+        for first in range(0, count, 32)
+    ]
+    return [list(of_row) for of_row in zip(*words, strict=True)]
+
+
+@cute.jit
+def _compared_word(
+    is_needed: Int32,
+    seen: cutlass.Constexpr,
+    thread: Int32,
+    first: cutlass.Constexpr[int],
+    count: cutlass.Constexpr[int],
+):
+    words = (select(is_needed != 0, Uint32(0), Uint32(0xFFFFFFFF)),) * ROWS_PER_THREAD
+    low, high = words
+    # A loop that is not unrolled: unrolled, its loads would want registers all at once.
+    for i in cutlass.range(count * is_needed, unroll=1):
+        c = i + first
+        is_seen = seen(first_column(thread) + c // 2 * 8 + c % 2)
+        low = low | (Uint32(Int32(is_seen[0])) << Uint32(i))
+        high = high | (Uint32(Int32(is_seen[1])) << Uint32(i))
+    return low, high
 
 
 @cute.jit
