@@ -182,9 +182,7 @@ def _tile_fields(low, high, scattered, counts, rows: int, columns: int, *, lengt
     # Without a row beyond the end: those of an array's last tile are as good as absent, but for
     # keys, whose gradients are sums over a tile.
     beyond = FAR if length is None else 0
-    full_max = reduced(
-        jnp.min, jnp.where(counts, jnp.where(scattered, 0, full), FAR), beyond
-    )
+    full_max = reduced(jnp.min, jnp.where(counts, jnp.where(scattered, 0, full), FAR), beyond)
     compares = reduced(jnp.max, (counts & scattered).astype(jnp.int32), 0)
     fields = (jnp.minimum(n_min, n_max), n_max, full_min, jnp.minimum(full_max, n_max), compares)
     return jnp.stack(fields, axis=2).astype(jnp.int32)

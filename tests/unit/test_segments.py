@@ -32,13 +32,13 @@ def test_ranges_are_the_first_and_the_last_key(lengths: tuple[int, int], is_sort
         np.asarray(random_ids(i, B, length, is_sorted=is_sorted))
         for i, length in enumerate(lengths)
     )
-    start, end = key_ranges(jnp.asarray(q_ids), jnp.asarray(kv_ids))
+    start, end, is_scattered = key_ranges(jnp.asarray(q_ids), jnp.asarray(kv_ids))
     for b, row in np.ndindex(q_ids.shape):
         found = np.flatnonzero(kv_ids[b] == q_ids[b, row]) if q_ids[b, row] >= 0 else np.array([])
         expected = (found[0], found[-1] + 1) if found.size else (0, 0)
         assert (start[b, row], end[b, row]) == expected
-        if is_sorted:
-            assert end[b, row] - start[b, row] == found.size
+        assert is_scattered[b, row] == (end[b, row] - start[b, row] != found.size)
+        assert not (is_sorted and is_scattered[b, row])
 
 
 @pytest.mark.parametrize("is_sorted", [True, False])

@@ -18,6 +18,7 @@ import pytest
 from jax_flashcute import explain, flash_attention, plan
 from jax_flashcute.analysis import window_interval
 from jax_flashcute.ffi import kernel_file, store, toolchain
+from jax_flashcute.bounds import RowBounds
 from jax_flashcute.ffi.compile import CompiledKernel
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.elements import ElementFunctions
@@ -299,6 +300,7 @@ CHANGES = {
     "elements": ElementFunctions(soft_cap=30.0),
     "page_size": 16,
     "batch_invariant": True,
+    "row_bounds": RowBounds(compares_ids=False, has_positions=True),
 }
 
 

@@ -75,9 +75,7 @@ class RoleConsumers:
     # ---- the two roles -----------------------------------------------------------------------
 
     @cute.jit
-    def hold_values(
-        self, smem, barriers, block, tiles, mask_step: cutlass.Constexpr, elements
-    ):
+    def hold_values(self, smem, barriers, block, tiles, mask_step: cutlass.Constexpr, elements):
         """The first warpgroup: S, P and dV."""
         cfg = self.config
         sQ, sdO, sK, sV, sdS, sdQ, sLSE, _, sP = smem
