@@ -542,9 +542,7 @@ def _backward_builder(key: KernelKey):
     from jax_flashcute.kernels.sm100.backward import BackwardSm100
 
     backward = {
-        "sm90_backward": partial(
-            BackwardSm90, functions=key.elements, row_bounds=key.row_bounds
-        ),
+        "sm90_backward": partial(BackwardSm90, functions=key.elements, row_bounds=key.row_bounds),
         "sm100_backward": BackwardSm100,
     }[key.kernel]
 

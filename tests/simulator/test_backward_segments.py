@@ -67,7 +67,7 @@ BACKWARD = CASES | {
         {**PAIR, "positions": "segment", "mask_mod": masks.compressed_causal(2)},
     ),
 }
-SLOW = {"packed_heads", "compressed", "pair_window"}
+SLOW = {"packed_heads", "compressed", "pair_window", "causal", "elements", "causal_256"}
 
 
 @pytest.mark.parametrize(

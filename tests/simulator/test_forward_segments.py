@@ -32,7 +32,7 @@ def call_of(lengths, heads=(1, 1), head_dim=64, seed=0, **arguments):
         jnp.asarray(draw((B, rows, heads, head_dim)), jnp.bfloat16)
         for rows, heads in ((T, N), (S, K), (S, K))
     ]
-    return api._checked(*main, **defaults | arguments)
+    return api.checked_call(*main, **defaults | arguments)
 
 
 def check_forward(spec, operands, **how):
@@ -106,7 +106,12 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = {"causal", "packed_heads", "elements"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES]
+)
 def test_segments(name: str):
     lengths, arguments = CASES[name]
     check_forward(*call_of(lengths, **arguments))

@@ -17,8 +17,8 @@ import pytest
 
 from jax_flashcute import explain, flash_attention, plan
 from jax_flashcute.analysis import window_interval
-from jax_flashcute.ffi import kernel_file, store, toolchain
 from jax_flashcute.bounds import RowBounds
+from jax_flashcute.ffi import kernel_file, store, toolchain
 from jax_flashcute.ffi.compile import CompiledKernel
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.elements import ElementFunctions
