@@ -114,9 +114,9 @@ SMALLEST_BOX = 8
 """Rows of a page that are worth a TMA copy of their own; smaller pages are copied by threads."""
 
 
-def paged_config(config: FwdConfig, page_size: int) -> FwdConfig:
-    """A forward configuration for keys in pages: threads that copy hold more addresses."""
-    if page_size >= SMALLEST_BOX or config.warpgroups != 2:
+def paged_config(config: FwdConfig) -> FwdConfig:
+    """A forward configuration for keys in pages: who loads them holds more addresses."""
+    if config.warpgroups != 2:
         return config
     # Of the 168 registers a thread that a block of 384 threads is launched with.
     return dataclasses.replace(config, consumer_registers=232, producer_registers=40)

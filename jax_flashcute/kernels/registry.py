@@ -271,7 +271,7 @@ def kernel_key(
             config, split_kv = few_rows_config(*dims), True
             pack_gqa = packing_pays(query.shape[1], group, config)
         if is_paged(operands):
-            config = paged_config(config, key.shape[1])
+            config = paged_config(config)
     else:
         config, pack_gqa, num_sms = _backward_config(arch, *dims, spec.deterministic), False, 0
         functions = without_sinks(functions)
