@@ -115,6 +115,7 @@ def paged_attention(
     """``attention`` over paged keys and values, for inference: it has no derivatives."""
     if implementation == "reference":
         return dispatch.dense(spec, operands)
+    sharding.refuse_sharded_types("paged_attention", operands)
 
     def forward(operands: Operands) -> Residuals:
         served_by = dispatch.served_by(spec, implementation, operands, "fwd")

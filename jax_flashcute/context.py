@@ -93,10 +93,16 @@ def context_parallel_attention(
       order: ``"zigzag"``, ``"striped"`` or ``"contiguous"``.  Zig-zag needs T and S that are
         multiples of 2 P, the others of P.  A window narrower than the keys is served with the
         least communication in contiguous order.
-      scale, is_causal, local_window_size, logits_soft_cap, sinks, mask_mod, score_mod: as for
-        ``flash_attention``.  Without ``mesh``, sinks are those of this device's heads, and ``b``
-        and ``h`` count this device's batch entries and heads.
-      query_seq_lengths, key_value_seq_lengths: (B,) or scalar integers, of whole sequences.
+      scale: as for ``flash_attention``.
+      is_causal: as for ``flash_attention``.
+      query_seq_lengths: (B,) or scalar integers, of whole sequences.
+      key_value_seq_lengths: likewise.
+      local_window_size: as for ``flash_attention``.
+      logits_soft_cap: as for ``flash_attention``.
+      sinks: (N,); without ``mesh``, those of this device's heads.
+      mask_mod: as for ``flash_attention``; without ``mesh``, ``b`` and ``h`` count this device's
+        batch entries and heads.
+      score_mod: likewise.
       segment_ids: (B, T) integers in the order of the sequences, or a pair for query and key, as
         for ``flash_attention``; this device's part inside a ``shard_map``.  Positions are those of
         the whole sequence.

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var, jaxpr_as_fun
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.typing import ArrayLike
 
 from jax_flashcute import analysis
@@ -204,8 +205,11 @@ def _without_casts(jaxpr: Jaxpr) -> Jaxpr:
     """``jaxpr`` without the casts that say over which mesh axes a value varies.
 
     They are there inside a ``shard_map`` that checks it; a device's part of a call has no mesh.
+    Nested programs are bound to the types of an explicit mesh, which is refused.
     """
     renamed: dict[Var, Any] = {}
+    # Inside a shard_map, all axes that it maps over are manual.
+    explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
     def of_parameter(parameter):
         match parameter:
@@ -213,6 +217,11 @@ def _without_casts(jaxpr: Jaxpr) -> Jaxpr:
                 return ClosedJaxpr(_without_casts(parameter.jaxpr), parameter.consts)
             case Jaxpr():
                 return _without_casts(parameter)
+            case Mesh() | AbstractMesh() if explicit and AxisType.Explicit in parameter.axis_types:
+                raise NotImplementedError(
+                    "on an explicit mesh, a mask or a score cannot call jitted functions, such as "
+                    "those of // and % are: call flash_attention inside a jax.shard_map"
+                )
             case tuple() | list() if not hasattr(parameter, "_fields"):
                 return type(parameter)(of_parameter(p) for p in parameter)
             case _:

@@ -84,6 +84,16 @@ def backward(
     return _bind("bwd", spec, implementation, operands, residuals, cotangents)
 
 
+def refuse_sharded_types(name: str, arrays: Any) -> None:
+    """Refuse, in words, arrays whose types are sharded, for what explicit meshes do not serve."""
+    partitions = [jax.typeof(x).sharding.spec for x in jax.tree.leaves(arrays)]
+    if any(axes is not None for partition in partitions for axes in partition):
+        raise NotImplementedError(
+            f"{name} does not take arrays whose types are sharded, as those of explicit meshes "
+            "are: call it inside a jax.shard_map"
+        )
+
+
 @dataclass(frozen=True)
 class _Pass:
     """The static part of a pass.
@@ -330,7 +340,8 @@ def _sharding_rule(one: _Pass, shapes, mesh, argument_types, result_types):
         ", ".join(mapping(name, x.shape) for name, x in _named(tree))
         for tree in (arguments, results)
     )
-    return rule, ({"k": K, "g": N // K} if tied else {})
+    # The size of k is that of key's dimension.
+    return rule, ({"g": N // K} if tied else {})
 
 
 @without_mesh

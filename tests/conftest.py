@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,6 +35,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         help="write command, device, versions, date and counts of this run to FILE (JSON)",
     )
+    group.addoption(
+        "--record-transforms",
+        metavar="FILE",
+        type=Path,
+        help="write the table of tests/transforms/test_matrix.py to FILE (JSON); needs -n 0",
+    )
+
+
+@pytest.fixture(scope="session")
+def transform_table(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], str]]:
+    """What became of each feature under each transform."""
+    table: dict[tuple[str, str], str] = {}
+    yield table
+    path = request.config.getoption("--record-transforms")
+    if path and not hasattr(request.config, "workerinput"):
+        write_transforms(path, table)
+
+
+def write_transforms(path: Path, table: dict[tuple[str, str], str]) -> None:
+    import jax
+
+    cells: dict[str, dict[str, str]] = {}
+    for (feature, transform), outcome in table.items():
+        cells.setdefault(feature, {})[transform] = outcome
+    record = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "cells": cells,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -100,8 +134,7 @@ class RunRecorder:
         arguments = [Path(word).name if Path(word).is_absolute() else word for word in words]
         record = {
             "command": shlex.join(["python", "-m", "pytest", *arguments]),
-            "commit": os.environ.get("JAX_FLASHCUTE_COMMIT")
-            or git("describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"),
+            "commit": commit(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": device.device_kind,
             "platform_version": device.client.platform_version.strip(),
@@ -115,6 +148,12 @@ class RunRecorder:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def commit() -> str | None:
+    """The commit that is tested, as the environment or git names it."""
+    named = os.environ.get("JAX_FLASHCUTE_COMMIT")
+    return named or git("describe", "--always", "--abbrev=12", "--dirty", "--exclude=*")
 
 
 def git(*arguments: str) -> str | None:

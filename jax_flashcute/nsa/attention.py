@@ -15,6 +15,7 @@ from jax_flashcute.nsa.config import NSAConfig
 from jax_flashcute.nsa.gating import gate, weighted_sum
 from jax_flashcute.nsa.packing import Packing, Tiling, of_lengths, of_packing, pack, whole
 from jax_flashcute.nsa.selection import select_blocks, to_block_mask
+from jax_flashcute.sharding import refuse_sharded_types
 
 
 def native_sparse_attention(
@@ -76,6 +77,7 @@ def native_sparse_attention(
     config = NSAConfig() if config is None else config
     B, T, _, H = _check(query, key, value, gates, gate_weights, key_weight, value_weight)
     lengths = _lengths(key_value_seq_lengths, B, T)
+    refuse_sharded_types("native_sparse_attention", (query, key, value))
     scale = 1 / math.sqrt(H) if scale is None else scale
     if T == 0:
         return jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype)

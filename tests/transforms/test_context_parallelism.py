@@ -126,15 +126,14 @@ def check(feature: str, devices: int, method: str, order: str, data: int = 1) ->
     assert_close(compiled(call, arrays)(arrays), expected(feature), 3e-5)
 
 
-# Every feature, method and order, and eight devices.
+# The features, methods and orders, and eight devices; ``EVERY_CASE`` has them in every combination.
 CASES = [
-    ("causal", 4, "ring", "zigzag", 1),
+    ("causal", 2, "ring", "zigzag", 1),
     ("window", 8, "ring", "contiguous", 1),
     ("lengths_sinks", 2, "ring", "zigzag", 2),
     ("segments_causal", 2, "ring", "zigzag", 1),
     ("score_soft_cap", 2, "ring", "striped", 2),
     ("interval", 2, "all_gather", "zigzag", 1),
-    ("window_causal_sinks", 2, "all_gather", "striped", 1),
 ]
 EVERY_CASE = [
     (feature, 4, method, order, 2)
@@ -167,7 +166,7 @@ def test_heads_over_another_axis() -> None:
 ZIGZAG = {"order": "zigzag"}
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_inside_a_shard_map(check_vma: bool) -> None:
     """Sinks are replicated: their gradient is summed over the devices."""
     feature, devices, mesh = "window_causal_sinks", 2, make_mesh(2)
