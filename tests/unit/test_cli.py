@@ -141,17 +141,16 @@ is_causal = true
 """,
     )
     status, jobs = run_compile(
-        path, "--arch", "sm_90a", "--arch", "sm_100a:148", monkeypatch=monkeypatch
+        path, "--arch", "sm_90a:114", "--arch", "sm_80", monkeypatch=monkeypatch
     )
     assert status == 1
     assert [(job.target, job.table["direction"]) for job in jobs] == [
-        ("sm_90a", "fwd"),
-        ("sm_90a", "bwd"),
-        ("sm_100a:148", "fwd"),
+        ("sm_90a:114", "fwd"),
+        ("sm_90a:114", "bwd"),
     ]
     problems = capsys.readouterr().err
-    assert "call 1 for sm_100a:148" in problems
-    assert "backward kernels exist for sm_90a alone" in problems
+    assert "call 1 for sm_80" in problems
+    assert "not for sm_80" in problems
 
 
 def test_a_job_is_compiled_into_the_store_and_the_bundle(
