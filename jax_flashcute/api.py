@@ -529,7 +529,8 @@ def explain(
         for direction in ("fwd", "bwd")
     }
 
-    is_interval = registry.by_element(spec).mask_mod is None
+    has_lists = operands.block_mask is not None
+    is_interval = registry.by_element(spec, has_lists=has_lists).mask_mod is None
 
     def served_by(direction: str) -> str:
         match implementation:
@@ -547,7 +548,7 @@ def explain(
         forward_reasons=reasons["fwd"],
         backward_reasons=reasons["bwd"],
         elsewhere={None: "xla", "cute": "refused"}.get(implementation, str(implementation)),
-        keys=str(registry.interval_of(spec)) if is_interval else None,
+        keys=str(registry.interval_of(spec, has_lists=has_lists)) if is_interval else None,
         tiles=registry.tile_counts(spec, operands) if not reasons["fwd"] else None,
         loads=tuple(_loads(spec)),
     )

@@ -235,6 +235,45 @@ class BlockMask:
         flags = jax.vmap(lambda row: jnp.zeros(tiles, bool).at[row].set(True, mode="drop"))(rows)
         return flags.reshape(*indices.shape[:-1], tiles)
 
+    def in_tiles(self, tile_m: int, tile_n: int) -> "BlockMask":
+        """The same mask by smaller tiles, which must divide these; the order stays.
+
+        Of entries that are no key tile of this mask, nothing is left that shows a key.
+        """
+        if self.tile_m % tile_m or self.tile_n % tile_n:
+            raise ValueError(
+                f"tile_m and tile_n must divide ({self.tile_m}, {self.tile_n}); "
+                f"got ({tile_m}, {tile_n})"
+            )
+        rows = num_tiles(self.q_length, tile_m)
+        of_row = jnp.arange(rows, dtype=jnp.int32) * tile_m // self.tile_m
+        parts = self.tile_n // tile_n
+
+        def divided(counts: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+            is_tile = (indices >= 0) & (indices < self.num_kv_tiles)
+            indices = jnp.where(is_tile, indices, self.num_kv_tiles)
+            counts = jnp.clip(counts, 0, indices.shape[3])
+            if parts > 1:
+                part = jnp.arange(parts, dtype=jnp.int32)
+                indices = (indices[..., None] * parts + part).reshape(*indices.shape[:3], -1)
+            if self.tile_m != tile_m:
+                counts, indices = counts[:, :, of_row], indices[:, :, of_row]
+            return counts * parts, indices
+
+        return BlockMask(
+            *divided(self.partial_counts, self.partial_indices),
+            *divided(self.full_counts, self.full_indices),
+            q_length=self.q_length,
+            kv_length=self.kv_length,
+            tile_m=tile_m,
+            tile_n=tile_n,
+        )
+
+    def kernel_lists(self) -> list[jax.Array]:
+        """The four arrays as kernels take them: with room for at least one index in each list."""
+        arrays = [self.partial_counts, self.partial_indices, self.full_counts, self.full_indices]
+        return [jnp.pad(x, ((0, 0),) * 3 + ((0, 1),)) if 0 in x.shape[3:] else x for x in arrays]
+
     def transpose(self) -> "BlockMask":
         """The same tiles by key tile: for each, the query tiles that see it; for the backward."""
         return _from_kinds(

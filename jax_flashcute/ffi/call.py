@@ -131,7 +131,14 @@ def other_inputs(key: KernelKey, operands: Operands) -> list[jax.Array]:
     if key.row_bounds is not None:
         arrays = query_bound_arrays if key.direction == "bwd" else key_bound_arrays
         bounds = arrays(key.interval, operands, *key.tile)
-    return [*(x for x in given if x is not None), *elements, *bounds]
+    lists = []
+    if key.has_lists and operands.block_mask is not None:
+        rows, columns = key.tile
+        if key.direction == "bwd":
+            lists = operands.block_mask.in_tiles(columns, rows).transpose().kernel_lists()
+        else:
+            lists = operands.block_mask.in_tiles(rows, columns).kernel_lists()
+    return [*(x for x in given if x is not None), *elements, *bounds, *lists]
 
 
 def _kernel_lowering(ctx, args, tree, inputs: Callable, key: KernelKey, call: plans.Call):

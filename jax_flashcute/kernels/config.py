@@ -122,6 +122,22 @@ def paged_config(config: FwdConfig) -> FwdConfig:
     return dataclasses.replace(config, consumer_registers=232, producer_registers=40)
 
 
+def dividing(
+    config: FwdConfig, tile_m: int, tile_n: int, head_dim: int, head_dim_v: int
+) -> FwdConfig | None:
+    """The configuration nearest to ``config`` whose tiles divide these; None where none does."""
+    for warpgroups in range(config.warpgroups, 0, -1):
+        for columns in range(config.tile_n, 0, -16):
+            if tile_m % (64 * warpgroups) or tile_n % columns:
+                continue
+            if (warpgroups, columns) == (config.warpgroups, config.tile_n):
+                return config
+            found = FwdConfig(warpgroups, columns, config.kv_stages, takes_turns=warpgroups == 2)
+            if not found.reasons_invalid(head_dim, head_dim_v):
+                return found
+    return None
+
+
 MIN_SPLIT_TILES = 4
 """A row's keys are divided into one part for each so many key tiles, at most."""
 MAX_SPLITS = 128
@@ -472,6 +488,22 @@ def backward_config_sm100(
     if config.reasons_invalid(head_dim, head_dim_v):
         config = dataclasses.replace(config, do_stages=1)
     return config
+
+
+def dividing_backward(
+    config: BwdConfig, tile_m: int, tile_n: int, head_dim: int, head_dim_v: int
+) -> BwdConfig | None:
+    """The configuration nearest to ``config`` whose tiles divide these; None where none does."""
+    narrower = [
+        BwdConfig(warpgroups, 64, dq_split="none", deterministic=config.deterministic)
+        for warpgroups in (2, 1)
+        if warpgroups < config.warpgroups and not config.by_role
+    ]
+    for found in (config, *narrower):
+        fits = not (tile_m % found.tile_m or tile_n % found.tile_n)
+        if fits and not found.reasons_invalid(head_dim, head_dim_v):
+            return found
+    return None
 
 
 def workspace_shapes(

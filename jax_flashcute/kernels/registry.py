@@ -29,6 +29,8 @@ from jax_flashcute.kernels.config import (
     backward_config,
     backward_config_sm100,
     batch_invariant_splits,
+    dividing,
+    dividing_backward,
     few_rows_config,
     forward_config,
     forward_config_sm100,
@@ -60,8 +62,7 @@ SERVED_OPERANDS = frozenset(
     (
         *("query", "key", "value", "q_offset", "query_seq_lengths", "key_value_seq_lengths"),
         *("bias", "mask", "sinks", "batch_index", "mask_mod_arrays", "score_mod_arrays"),
-        "page_table",
-        "segment_ids",
+        *("page_table", "segment_ids", "block_mask"),
     )
 )
 OPTIONAL_OPERANDS = ("q_offset", "query_seq_lengths", "key_value_seq_lengths")
@@ -96,6 +97,7 @@ class KernelKey:
       page_size: keys of a page, where keys and values are paged; Hopper's forward only.
       batch_invariant: the parts of a row's keys do not follow from the number of batch entries.
       row_bounds: each row's keys stand in arrays; None where they follow from its position.
+      has_lists: the tiles that are visited stand in lists.
     """
 
     kernel: str
@@ -115,15 +117,16 @@ class KernelKey:
     page_size: int | None = None
     batch_invariant: bool = False
     row_bounds: RowBounds | None = None
+    has_lists: bool = False
 
     @property
     def direction(self) -> Direction:
-        return "bwd" if isinstance(self.config, BwdConfig) else "fwd"
+        return "bwd" if isinstance(self.config, (BwdConfig, BwdConfigSm100)) else "fwd"
 
     @property
     def tile(self) -> tuple[int, int]:
         """Query rows (of each head) and keys of a tile; for the backward, keys and query rows."""
-        if isinstance(self.config, BwdConfig):
+        if isinstance(self.config, (BwdConfig, BwdConfigSm100)):
             return self.config.tile_n, self.config.tile_m
         slab = self.config.slab_rows
         tokens = slab // self.group if self.pack_gqa else slab
@@ -134,13 +137,15 @@ AnyKey = KernelKey | nsa.NSAKernelKey
 """The key of any kernel."""
 
 
-def interval_of(spec: AttentionSpec) -> Interval:
+def interval_of(spec: AttentionSpec, *, has_lists: bool = False) -> Interval:
     """The keys that the kernel visits by a query's position: causal is ``kv < q + 1``.
 
     ``mask_mod`` is a part of it where the analysis finds one interval whose bounds rise with q;
-    elsewhere it is left to single scores.
+    elsewhere it is left to single scores, and so it is with lists of tiles, of which it holds in
+    some alone.
     """
-    return _intervals(spec)[1] or _intervals(spec)[0]
+    of_window, of_mask = _intervals(spec)
+    return of_window if of_mask is None or has_lists else of_mask
 
 
 def _intervals(spec: AttentionSpec) -> tuple[Interval, Interval | None]:
@@ -155,9 +160,9 @@ def _intervals(spec: AttentionSpec) -> tuple[Interval, Interval | None]:
     return of_window, rising_interval(keys)
 
 
-def by_element(spec: AttentionSpec) -> AttentionSpec:
+def by_element(spec: AttentionSpec, *, has_lists: bool = False) -> AttentionSpec:
     """The call without a ``mask_mod`` that ``interval_of`` holds in full."""
-    if spec.mask_mod is None or _intervals(spec)[1] is None:
+    if spec.mask_mod is None or _intervals(spec)[1] is None or has_lists:
         return spec
     return dataclasses.replace(spec, mask_mod=None)
 
@@ -190,12 +195,15 @@ def reasons_against(
     for name in operands.present():
         if name not in SERVED_OPERANDS:
             reasons.append(f"no kernel takes {name} yet")
-    reasons += reasons_against_elements(by_element(spec), operands)
+    has_lists = operands.block_mask is not None
+    scores = by_element(spec, has_lists=has_lists)
+    reasons += reasons_against_elements(scores, operands)
     if arch in BLACKWELL:
-        functions = element_functions(by_element(spec), operands)
+        functions = element_functions(scores, operands)
         names = names_of(functions)
         names += ["page_table"] if is_paged(operands) else []
         names += ["segment_ids"] if operands.segment_ids is not None else []
+        names += ["block_mask"] if has_lists else []
         reasons += [f"no Blackwell kernel takes {name} yet" for name in names]
     if not (math.isfinite(spec.scale) and spec.scale >= 0):
         reasons.append(f"scale must be finite and not negative, got {spec.scale}")
@@ -204,22 +212,21 @@ def reasons_against(
         reasons.append("an operand is empty")
     if is_paged(operands):
         reasons += _reasons_against_pages(operands, direction)
-    if direction == "bwd" and spec.deterministic and operands.segment_ids is not None:
-        reasons.append("no kernel gives deterministic gradients with segment_ids yet")
+    if has_lists and not reasons:
+        reasons += _reasons_against_lists(spec, operands, direction)
+    if direction == "bwd" and spec.deterministic:
+        reasons += [
+            f"no kernel gives deterministic gradients with {name} yet"
+            for name in ("segment_ids", "block_mask")
+            if getattr(operands, name) is not None
+        ]
     if direction == "bwd" and not reasons:
         dims = operands.query.shape[-1], operands.value.shape[-1]
-        config = _backward_config(arch, *dims, spec.deterministic)
+        config = _existing(_backward_config(arch, spec, operands))
         reasons += config.reasons_invalid(*dims)
         by_role = isinstance(config, BwdConfig) and config.by_role
-        reasons += reasons_against_gradients(by_element(spec), operands, by_role=by_role)
+        reasons += reasons_against_gradients(scores, operands, by_role=by_role)
     return reasons
-
-
-def _backward_config(
-    arch: str | None, head_dim: int, head_dim_v: int, deterministic: bool
-) -> BwdConfig | BwdConfigSm100:
-    choose = backward_config_sm100 if arch in BLACKWELL else backward_config
-    return choose(head_dim, head_dim_v, deterministic)
 
 
 def _no_kernel_for(arch: str, direction: Direction) -> str:
@@ -242,6 +249,56 @@ def _reasons_against_pages(operands: Operands, direction: Direction) -> list[str
     return []
 
 
+def _reasons_against_lists(
+    spec: AttentionSpec, operands: Operands, direction: Direction
+) -> list[str]:
+    configs = {"fwd": _forward_config(operands), "bwd": _backward_config(None, spec, operands)}
+    if configs[direction] is not None:
+        return []
+    blocks = operands.block_mask
+    return [
+        f"block_mask's tiles must be multiples of tiles that a kernel has, such as 64 x 64 or "
+        f"128 x 128, got {blocks.tile_m} x {blocks.tile_n}"
+    ]
+
+
+def _forward_config(operands: Operands) -> FwdConfig | None:
+    """Hopper's; None where no tile divides those of the call's lists."""
+    dims = operands.query.shape[3], operands.value.shape[3]
+    blocks = operands.block_mask
+    config = forward_config(*dims)
+    return config if blocks is None else dividing(config, blocks.tile_m, blocks.tile_n, *dims)
+
+
+def _backward_config(
+    arch: str | None, spec: AttentionSpec, operands: Operands
+) -> BwdConfig | BwdConfigSm100 | None:
+    dims = operands.query.shape[3], operands.value.shape[3]
+    blocks = operands.block_mask
+    if arch in BLACKWELL:
+        return backward_config_sm100(*dims, spec.deterministic)
+    config = backward_config(*dims, spec.deterministic)
+    if blocks is None:
+        return config
+    return dividing_backward(config, blocks.tile_m, blocks.tile_n, *dims)
+
+
+def _existing[T](config: T | None) -> T:
+    if config is None:
+        raise ValueError("config must exist for a call that nothing speaks against; got None")
+    return config
+
+
+def _may_pack(operands: Operands, group: int, config: FwdConfig | FwdConfigSm100) -> bool:
+    """Whether a group's heads may share a tile, as far as lists of tiles go."""
+    blocks = operands.block_mask
+    if blocks is None:
+        return True
+    tokens = config.slab_rows // group * (config.tile_m // config.slab_rows)
+    shared = all(x.shape[1] == 1 for x in (blocks.partial_counts, blocks.full_counts))
+    return shared and tokens > 0 and blocks.tile_m % tokens == 0
+
+
 def _main(operands: Operands) -> tuple[Shaped, Shaped, Shaped]:
     return operands.query, operands.key, operands.value
 
@@ -255,17 +312,21 @@ def kernel_key(
     group = query.shape[2] // key.shape[2]
     dims = query.shape[3], value.shape[3]
     present = operands.present()
-    functions = element_functions(by_element(spec), operands)
+    has_lists = operands.block_mask is not None
+    functions = element_functions(by_element(spec, has_lists=has_lists), operands)
     config: FwdConfig | FwdConfigSm100 | BwdConfig | BwdConfigSm100
     split_kv = False
-    interval = interval_of(spec)
+    interval = interval_of(spec, has_lists=has_lists)
     row_bounds = RowBounds.of(operands.segment_ids)
     if direction == "fwd":
-        config = forward_config_sm100(*dims) if arch in BLACKWELL else forward_config(*dims)
+        blackwell = arch in BLACKWELL
+        config = forward_config_sm100(*dims) if blackwell else _existing(_forward_config(operands))
         pack_gqa = packing_pays(query.shape[1], group, config)
-        # A sink belongs to a row and not to each part of it; masks by element and bounds from
-        # arrays are not tried yet.
-        may_split = arch not in BLACKWELL and functions is None and row_bounds is None
+        pack_gqa = pack_gqa and _may_pack(operands, group, config)
+        # A sink belongs to a row and not to each part of it; masks by element, bounds from arrays
+        # and lists are not tried yet.
+        may_split = arch not in BLACKWELL and functions is None
+        may_split = may_split and row_bounds is None and not has_lists
         splits = partial(num_splits, batch_invariant=spec.batch_invariant)
         if may_split and splits(interval, operands, num_sms) > 1:
             config, split_kv = few_rows_config(*dims), True
@@ -273,7 +334,7 @@ def kernel_key(
         if is_paged(operands):
             config = paged_config(config)
     else:
-        config, pack_gqa, num_sms = _backward_config(arch, *dims, spec.deterministic), False, 0
+        config, pack_gqa, num_sms = _existing(_backward_config(arch, spec, operands)), False, 0
         functions = without_sinks(functions)
     return KernelKey(
         kernel=f"{'sm100' if arch in BLACKWELL else 'sm90'}_{passes}",
@@ -293,6 +354,7 @@ def kernel_key(
         page_size=key.shape[1] if is_paged(operands) else None,
         batch_invariant=spec.batch_invariant and split_kv,
         row_bounds=row_bounds,
+        has_lists=has_lists,
     )
 
 
@@ -417,7 +479,7 @@ def _forward_arrays(key: KernelKey):
             (cutlass.Float32, (1, 1, 1, 1)),
         ]
     inputs = [qk, qk, v, *_optional_arrays(key), *_table_arrays(key)]
-    inputs += [*_element_arrays(key), *_bound_arrays(key)]
+    inputs += [*_element_arrays(key), *_bound_arrays(key), *_list_arrays(key)]
     return [*inputs, v, lse, counter, *partials]
 
 
@@ -429,6 +491,7 @@ def _backward_arrays(key: KernelKey):
     rows = (cutlass.Float32, (1, 1, 1))
     turns = [(cutlass.Int32, (1, 1, 1))] if key.config.deterministic else []
     others = [*_optional_arrays(key), *_element_arrays(key), *_bound_arrays(key)]
+    others += _list_arrays(key)
     return [qk, qk, v, v, rows, v, rows, *others, qk, qk, v, rows, rows, rows, *turns]
 
 
@@ -471,11 +534,21 @@ def _bound_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
     return [(cutlass.Int32, (1,) * rank) for rank in ranks]
 
 
+def _list_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
+    import cutlass
+
+    return [(cutlass.Int32, (1,) * rank) for rank in (3, 4, 3, 4) if key.has_lists]
+
+
 def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
     """``launcher``, which takes the page table and groups of arrays by name, with these from
     ``first`` on."""
     paged = len(_table_arrays(key))
-    groups = {"mElements": len(_element_arrays(key)), "mBounds": len(_bound_arrays(key))}
+    groups = {
+        "mElements": len(_element_arrays(key)),
+        "mBounds": len(_bound_arrays(key)),
+        "mLists": len(_list_arrays(key)),
+    }
     groups = {name: count for name, count in groups.items() if count}
     if not groups and not paged:
         return launcher
@@ -502,6 +575,7 @@ def _forward_builder(key: KernelKey):
             functions=key.elements,
             page_size=key.page_size,
             row_bounds=key.row_bounds,
+            has_lists=key.has_lists,
         ),
         "sm100_forward": ForwardSm100,
     }[key.kernel]
@@ -542,7 +616,12 @@ def _backward_builder(key: KernelKey):
     from jax_flashcute.kernels.sm100.backward import BackwardSm100
 
     backward = {
-        "sm90_backward": partial(BackwardSm90, functions=key.elements, row_bounds=key.row_bounds),
+        "sm90_backward": partial(
+            BackwardSm90,
+            functions=key.elements,
+            row_bounds=key.row_bounds,
+            has_lists=key.has_lists,
+        ),
         "sm100_backward": BackwardSm100,
     }[key.kernel]
 

@@ -408,14 +408,37 @@ def test_a_block_mask_that_does_not_fit_the_call_is_refused() -> None:
         flash_attention(**arrays, block_mask=wrong)
 
 
-def test_the_kernels_refuse_by_name() -> None:
+def test_what_the_kernels_serve() -> None:
+    arrays = {n: x.astype(jnp.bfloat16) for n, x in inputs(40, 64).items()}
+    made = BlockMask.from_lists([[0]], q_length=40, kv_length=64, tile_m=64, tile_n=128)
+    explanation = explain(**arrays, block_mask=made)
+    assert (explanation.forward_reasons, explanation.backward_reasons) == ((), ())
+    explanation = explain(**arrays, block_mask=made, deterministic=True)
+    reason = "no kernel gives deterministic gradients with block_mask yet"
+    assert (explanation.forward_reasons, explanation.backward_reasons) == ((), (reason,))
+
+
+def test_tiles_that_no_kernel_has_are_refused() -> None:
     arrays = {n: x.astype(jnp.bfloat16) for n, x in inputs(40, 64).items()}
     made = BlockMask.from_lists([[0]] * 3, **SIZES)
     explanation = explain(**arrays, block_mask=made)
-    assert explanation.forward_reasons == ("no kernel takes block_mask yet",)
-    assert explanation.backward_reasons == ("no kernel takes block_mask yet",)
-    with pytest.raises(NotImplementedError, match="no kernel takes block_mask yet"):
+    reason = "block_mask's tiles must be multiples of tiles that a kernel has, such as 64 x 64 or "
+    assert explanation.forward_reasons == (reason + "128 x 128, got 16 x 16",)
+    assert explanation.backward_reasons == explanation.forward_reasons
+    with pytest.raises(NotImplementedError, match="got 16 x 16"):
         flash_attention(**arrays, block_mask=made, implementation="cute")
+
+
+def test_smaller_tiles_are_the_same_tiles() -> None:
+    rng = np.random.default_rng(0)
+    full, partial = jnp.asarray(rng.random((2, 1, 3, 3, 8)) < 0.4)
+    sizes = {"q_length": 300, "kv_length": 500, "tile_m": 128, "tile_n": 64}
+    made = BlockMask.from_blocks(partial, full, **sizes)
+    divided = made.in_tiles(64, 32)
+    kinds = jnp.repeat(jnp.repeat(made.kinds(), 2, axis=2), 2, axis=3)
+    np.testing.assert_array_equal(divided.kinds(), kinds[:, :, :5, :16])
+    with pytest.raises(ValueError, match="must divide"):
+        made.in_tiles(48, 64)
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 5), (2, 5, 0), (0, 5, 5)], ids=str)

@@ -301,6 +301,7 @@ CHANGES = {
     "page_size": 16,
     "batch_invariant": True,
     "row_bounds": RowBounds(compares_ids=False, has_positions=True),
+    "has_lists": True,
 }
 
 

@@ -145,13 +145,16 @@ class EntryElements:
 
         return stepped
 
-    def element(self, known: dict[str, Any], score: Float32, scale: float) -> Float32:
+    def element(
+        self, known: dict[str, Any], score: Float32, scale: float, *, is_full: bool = False
+    ) -> Float32:
         """The score of a query and a key, -inf where it is hidden; in units of ``scale`` 1.
 
         Args:
           known: of ``both``.
           score: the product, not scaled.
           scale: of the call.
+          is_full: the tile is listed as one that ``mask_mod`` hides nothing of.
         """
         functions, programs = self.elements.functions, self.elements.programs
         if functions.soft_cap is None:
@@ -165,7 +168,7 @@ class EntryElements:
         if functions.mask is not None:
             byte = self.load(self.elements.mask, functions.mask, known)
             score = select(byte != Uint8(0), score, Float32(-math.inf))
-        if "mask_mod" in programs:
+        if "mask_mod" in programs and not is_full:
             seen = programs["mask_mod"].value(known["mask_mod"])
             score = select(Boolean(seen), score, Float32(-math.inf))
         return score

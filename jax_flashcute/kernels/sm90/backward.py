@@ -40,6 +40,7 @@ from jax_flashcute.bounds import TILE_FIELDS, RowBounds
 from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import IntervalMask, within
 from jax_flashcute.kernels.common.lengths import entry_lengths
+from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import section_size
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
@@ -96,9 +97,11 @@ class BackwardSm90:
         mask: IntervalMask,
         functions: ElementFunctions | None = None,
         row_bounds: RowBounds | None = None,
+        has_lists: bool = False,
     ):
         """``group``: query heads a key/value head serves; ``row_bounds``: the rows that see a key
-        stand in arrays, ``mask`` among what they hold."""
+        stand in arrays, ``mask`` among what they hold; ``has_lists``: a block visits the query
+        tiles that lists name."""
         self.config = config
         self.dtype = dtype
         self.head_dim = head_dim
@@ -108,7 +111,8 @@ class BackwardSm90:
         self.mask = mask
         self.row_bounds = row_bounds
         self.compares_ids = row_bounds is not None and row_bounds.compares_ids
-        self.stretches = 2 if mask.low is None and row_bounds is None else 3
+        self.has_lists = has_lists
+        self.has_low = mask.low is not None or row_bounds is not None
         self.functions = functions
         self.by_element = functions is not None and functions.by_element
         # Scores that are looked at one by one are scaled there.
@@ -151,6 +155,7 @@ class BackwardSm90:
         mTurns: cute.Tensor | None = None,  # (B, N, m_blocks * dq_warps) int32, scratch
         mElements: tuple = (),  # arrays of ``functions``
         mBounds: tuple = (),  # arrays of ``bounds.query_bound_arrays``
+        mLists: tuple = (),  # arrays of ``BlockMask.kernel_lists``, transposed
     ):
         cfg = self.config
         batch, q_length, heads = mQ.shape[0], mQ.shape[1], mQ.shape[2]
@@ -205,6 +210,7 @@ class BackwardSm90:
             mTurns,
             mElements,
             mBounds,
+            mLists,
             m_blocks,
             n_blocks,
             section,
@@ -273,6 +279,7 @@ class BackwardSm90:
         mTurns: cute.Tensor | None,
         mElements: tuple,
         mBounds: tuple,
+        mLists: tuple,
         m_blocks: Int32,
         n_blocks: Int32,
         section: Int32,
@@ -347,11 +354,13 @@ class BackwardSm90:
             mQOffset, mQLengths, mKVLengths, q_length, kv_length, batch
         )
         tiles, compares = self.query_tiles(n_block, batch, (offset, queries, keys), mBounds)
-        m_min, m_max, _, _ = tiles
+        block = (n_block, kv_head, batch)
+        visits = partial(self.visits, tiles, mLists, block, keys)
+        steps = self.all_steps(visits)
 
         if warp_index < 4:
             cute.arch.setmaxregister_decrease(cfg.producer_registers)
-            if warp_index == 0 and m_min < m_max:
+            if warp_index == 0 and steps > 0:
                 self.produce(
                     (tma_q, gQ, sQ, sLSE),
                     (tma_do, gdO, sdO, sdPsum),
@@ -359,8 +368,8 @@ class BackwardSm90:
                     (tma_v, gV, sV),
                     (mLSE2, mdPsum),
                     (pipeline_q, pipeline_do, kv_full),
-                    (n_block, kv_head, batch),
-                    (m_min, m_max, m_blocks),
+                    block,
+                    (visits, m_blocks),
                     (queries, keys),
                     (mQLengths is not None, mKVLengths is not None),
                 )
@@ -372,13 +381,12 @@ class BackwardSm90:
                         sdQ,
                         (mdQAccum, mTurns),
                         (n_block, kv_head, batch, heads),
-                        (m_min, m_max, m_blocks, offset),
+                        (visits, m_blocks, offset),
                         (part_values, tuple(range(w, parts, dq_warps))),
                     )
         else:
             cute.arch.setmaxregister_increase(cfg.consumer_registers)
             smem = (sQ, sdO, sK, sV, sdS, sdQ, sLSE, sdPsum)
-            block = (n_block, kv_head, batch)
             bounds = (mBounds, batch, (q_length, kv_length), compares)
             mask_step = partial(self.mask_step, (offset, queries, keys), bounds)
             barriers = (pipeline_q, pipeline_do, kv_full)
@@ -393,13 +401,20 @@ class BackwardSm90:
                     (tma_dv, gdV),
                     barriers,
                     block,
-                    tiles,
+                    (visits, steps, tiles),
                     mask_step,
                     elements,
                 )
             else:
                 self.consume(
-                    smem, (tma_dk, gdK), (tma_dv, gdV), barriers, block, tiles, mask_step, elements
+                    smem,
+                    (tma_dk, gdK),
+                    (tma_dv, gdV),
+                    barriers,
+                    block,
+                    (visits, steps, tiles),
+                    mask_step,
+                    elements,
                 )
         pipeline_q.check_arrivals()
         pipeline_do.check_arrivals()
@@ -428,6 +443,43 @@ class BackwardSm90:
             )
         return (m_min, m_max, full_min, full_max), compares
 
+    def visits(self, tiles, mLists: tuple, block, keys: Int32, g: Int32):
+        """The query tiles of the g-th head of the group: how many, the i-th, and both by stretch.
+
+        Stretches are boundary tiles, full ones and boundary tiles of a range; or the two lists.
+        """
+        n_block, kv_head, batch = block
+        if self.has_lists:
+            head = kv_head * self.group + g
+            lists = TileLists(mLists, batch, head, n_block, backwards=False)
+            has_keys = n_block * self.config.tile_n < keys
+            lists.partial_count = select(has_keys, lists.partial_count, Int32(0))
+            lists.full_count = select(has_keys, lists.full_count, Int32(0))
+            return lists.count, lists.tile, lists.stretches(0)
+        m_min, m_max, full_min, full_max = tiles
+        full_begin = cutlass.min(cutlass.max(full_min, m_min), m_max)
+        full_end = m_max
+        if self.has_low:
+            full_end = cutlass.max(cutlass.min(full_max, m_max), full_begin)
+        ends = [(m_min, full_begin), (full_begin, full_end), (full_end, m_max)]
+
+        def after(begin: Int32):
+            return lambda i: begin + i
+
+        stretches = [(end - begin, after(begin)) for begin, end in ends]
+        return m_max - m_min, after(m_min), stretches[: 3 if self.has_low else 2]
+
+    @cute.jit
+    def all_steps(self, visits: cutlass.Constexpr) -> Int32:
+        """Query tiles that a block visits, of all heads of the group."""
+        steps = Int32(0)
+        if const_expr(self.has_lists):
+            for g in cutlass.range(self.group, unroll=1):
+                steps += visits(g)[0]
+        else:
+            steps = cutlass.max(visits(Int32(0))[0], Int32(0)) * self.group
+        return steps
+
     @cute.jit
     def produce(
         self,
@@ -449,7 +501,7 @@ class BackwardSm90:
         mLSE2, mdPsum = statistics
         pipeline_q, pipeline_do, kv_full = barriers
         n_block, kv_head, batch = block
-        m_min, m_max, m_blocks = tiles
+        visits, m_blocks = tiles
         queries, keys = lengths
         has_q_lengths, has_kv_lengths = has_lengths
         padded = Int64(m_blocks) * cfg.tile_m
@@ -491,8 +543,13 @@ class BackwardSm90:
             )
             tQsQ, tQgQ = tma_partition(tma_q, sQ, gQ_tile)
             tOsO, tOgO = tma_partition(tma_do, sdO, gdO_tile)
-            for m in cutlass.range(m_min, m_max, unroll=1):
+            count, tile_of, _ = visits(g)
+            for i in cutlass.range(count, unroll=1):
+                m = tile_of(i)
                 rows_here = queries - m * cfg.tile_m
+                if const_expr(self.has_lists):
+                    # A list may hold tiles that lie beyond the length altogether.
+                    rows_here = cutlass.max(rows_here, Int32(0))
                 has_tail = Boolean(False)
                 if const_expr(has_q_lengths):
                     has_tail = rows_here < cfg.tile_m
@@ -578,7 +635,7 @@ class BackwardSm90:
         buffers = 1 if cfg.by_role else len(mine)
         mdQAccum, mTurns = sums
         n_block, kv_head, batch, heads = block
-        m_min, m_max, m_blocks, offset = tiles
+        visits, m_blocks, offset = tiles
         dq_warps = cfg.dq_warps(self.head_dim)
         threads = 128 + 32
         values = cfg.tile_m * self.smem_h
@@ -586,7 +643,9 @@ class BackwardSm90:
         cute.arch.griddepcontrol_wait()
         for g in cutlass.range(self.group, unroll=1):
             entry = Int64(batch) * heads + kv_head * self.group + g
-            for m in cutlass.range(m_min, m_max, unroll=1):
+            count, tile_of, _ = visits(g)
+            for j in cutlass.range(count, unroll=1):
+                m = tile_of(j)
                 first = (entry * m_blocks + m) * values
                 for i in cutlass.range_constexpr(len(mine)):
                     part = mine[i]
@@ -633,7 +692,7 @@ class BackwardSm90:
         tma_dv, gdV = dv_copy
         pipeline_q, pipeline_do, kv_full = barriers
         n_block, _, _ = block
-        m_min, m_max, full_min, full_max = tiles
+        visits, steps, ranges = tiles
         thread = cute.arch.thread_idx()[0] % 128
         slab = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128) - 1
         smem_source, register_source = (
@@ -711,30 +770,24 @@ class BackwardSm90:
             sdQ=sdQ,
             thread=thread,
             slab=slab,
-            mask_tile=mask_tile,
+            mask_tile=partial(self.mask_tile, mask_tile, ranges),
         )
         step = partial(self.step, products, pipeline_q, pipeline_do)
 
         # Stages and phases of Q and of dO, and the buffer of dS.
         state = tuple(Int32(0) for _ in range(5))
-        full_begin = cutlass.min(cutlass.max(full_min, m_min), m_max)
-        full_end = cutlass.max(cutlass.min(full_max, m_max), full_begin)
-        if m_min < m_max:
+        if steps > 0:
             cute.arch.mbarrier_wait(kv_full, 0)
             cute.arch.mbarrier_wait(kv_full + 1, 0)
             for g in cutlass.range(self.group, unroll=1):
                 of_head = self.elements_of_head(
                     elements, block, g, n_block * cfg.tile_n + slab * 64, thread
                 )
-                # Three stretches: boundary tiles, full tiles, boundary tiles.
-                for stretch in cutlass.range_constexpr(self.stretches):
-                    begin, end = (
-                        (m_min, full_begin),
-                        (full_begin, full_end),
-                        (full_end, m_max),
-                    )[stretch]
-                    for m in cutlass.range(begin, end, unroll=1):
-                        state = step(m, state, stretch != 1, of_head)
+                _, _, stretches = visits(g)
+                for stretch in cutlass.range_constexpr(len(stretches)):
+                    count, tile_of = stretches[stretch]
+                    for i in cutlass.range(count, unroll=1):
+                        state = step(tile_of(i), state, stretch == 1, of_head)
 
         # Nobody reads K and V any more: they give their place to dK and dV.
         self.meet()
@@ -796,12 +849,13 @@ class BackwardSm90:
         def queries(m: Int32, c: int):
             return entry.queries(head, m * tile_m + first_column(thread) + column_step(c))
 
-        def modify(m: Int32, scores: cute.Tensor) -> None:
+        def modify(m: Int32, scores: cute.Tensor, is_full: bool) -> None:
+            is_full = is_full and self.has_lists
             for c in range(cute.size(scores, mode=[1])):
                 query = queries(m, c)
                 for r in range(ROWS_PER_THREAD):
                     known = entry.both(query, keys[r])
-                    scores[r, c] = entry.element(known, scores[r, c], scale)
+                    scores[r, c] = entry.element(known, scores[r, c], scale, is_full=is_full)
 
         def differentiate(m: Int32, products: cute.Tensor, dscores: cute.Tensor) -> None:
             for c in range(cute.size(dscores, mode=[1])):
@@ -812,12 +866,13 @@ class BackwardSm90:
 
         return modify, None if self.functions.keeps_gradients else differentiate
 
-    def step(self, products, pipeline_q, pipeline_do, m: Int32, state, is_masked: bool, of_head):
+    def step(self, products, pipeline_q, pipeline_do, m: Int32, state, is_full: bool, of_head):
         """One query tile; returns the next state.
 
         Args:
           state: stage and phase of Q, stage and phase of dO, buffer of dS.
-          is_masked: some query of the tile does not see some key of the block.
+          is_full: every query of the tile sees every key of the block; of a listed tile, as far
+            as its mask function goes.
           of_head: of ``elements_of_head``.
         """
         cfg, c, warps = self.config, products, self.consumer_warps
@@ -835,9 +890,8 @@ class BackwardSm90:
             for i in range(cute.size(raw)):
                 raw[i] = c.acc_S[i]
         if modify is not None:
-            modify(m, scores)
-        if is_masked:
-            c.mask_tile(m)
+            modify(m, scores, is_full)
+        c.mask_tile(m, is_full)
         self.probabilities(scores, c.tLSE, q_stage)
         rP = cute.make_rmem_tensor(c.acc_S.layout, self.dtype)
         rdS = cute.make_rmem_tensor(c.acc_S.layout, self.dtype)
@@ -974,6 +1028,23 @@ class BackwardSm90:
             return seen
 
         return compare
+
+    @cute.jit
+    def mask_tile(
+        self,
+        apply: cutlass.Constexpr,
+        ranges,
+        m: Int32,
+        is_full: cutlass.Constexpr[bool],
+    ):
+        """``apply`` of a tile, where it may hide something."""
+        if const_expr(not is_full):
+            apply(m)
+        elif const_expr(self.has_lists):
+            # Full to its mask function; the window and the lengths have no lists.
+            _, _, full_min, full_max = ranges
+            if m < full_min or m >= full_max:
+                apply(m)
 
     @cute.jit
     def apply_mask(

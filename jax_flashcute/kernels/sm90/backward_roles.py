@@ -21,7 +21,7 @@ from functools import partial
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 
 from jax_flashcute.kernels.sm90.fragments import (
@@ -64,7 +64,7 @@ class RoleConsumers:
         if first:
             self.hold_values(smem, barriers, block, tiles, mask_step, elements)
         else:
-            self.hold_keys(smem, barriers, tiles)
+            self.hold_keys(smem, barriers, tiles[1])
         sK, sV = smem[2], smem[3]
         cute.arch.fence_view_async_shared()
         self.kernel.meet()
@@ -81,7 +81,7 @@ class RoleConsumers:
         sQ, sdO, sK, sV, sdS, sdQ, sLSE, _, sP = smem
         pipeline_q, pipeline_do, kv_full = barriers
         n_block, _, _ = block
-        m_min, m_max, full_min, full_max = tiles
+        visits, steps, ranges = tiles
         thread = cute.arch.thread_idx()[0] % 128
         mma_s, tSrK, tSrQ, acc_S = self.scores(sK, sQ)
         mma_dv, tVrO, acc_dV = self.gradient(sdO, self.kernel.smem_hv)
@@ -91,11 +91,11 @@ class RoleConsumers:
         tP = sP[None, thread, None]
         flat = cute.make_tensor(acc_S.iterator, cute.make_layout((4, cute.size(acc_S) // 4)))
         mask_tile = mask_step(scores, thread, n_block * cfg.tile_n)
+        mask_tile = partial(self.kernel.mask_tile, mask_tile, ranges)
 
         q_stage, q_phase, do_stage, do_phase = (Int32(0) for _ in range(4))
-        full_begin = cutlass.min(cutlass.max(full_min, m_min), m_max)
-        full_end = cutlass.max(cutlass.min(full_max, m_max), full_begin)
-        if m_min < m_max:
+        left = steps
+        if steps > 0:
             cute.arch.mbarrier_wait(kv_full, 0)
             pipeline_q.wait(q_stage, q_phase)
             gemm(mma_s, acc_S, tSrK, tSrQ[None, None, None, q_stage], False)
@@ -104,18 +104,14 @@ class RoleConsumers:
                 of_head = self.kernel.elements_of_head(
                     elements, block, g, n_block * cfg.tile_n, thread
                 )
-                # Three stretches: boundary tiles, full tiles, boundary tiles.
-                for stretch in cutlass.range_constexpr(self.kernel.stretches):
-                    begin, end = (
-                        (m_min, full_begin),
-                        (full_begin, full_end),
-                        (full_end, m_max),
-                    )[stretch]
-                    for m in cutlass.range(begin, end, unroll=1):
+                _, _, stretches = visits(g)
+                for stretch in cutlass.range_constexpr(len(stretches)):
+                    count, tile_of = stretches[stretch]
+                    for i in cutlass.range(count, unroll=1):
+                        m = tile_of(i)
                         if const_expr(of_head[0] is not None):
-                            of_head[0](m, scores)
-                        if const_expr(stretch != 1):
-                            mask_tile(m)
+                            of_head[0](m, scores, stretch == 1)
+                        mask_tile(m, stretch == 1)
                         self.kernel.probabilities(scores, tLSE, q_stage)
                         pipeline_q.release(q_stage, self.kernel.consumer_warps, lanes_read=True)
                         rP = cute.make_rmem_tensor(acc_S.layout, self.kernel.dtype)
@@ -132,7 +128,8 @@ class RoleConsumers:
                         )
                         # After the last tile its own S is computed once more, for nothing: a
                         # branch around a product would make ptxas wait for every one.
-                        is_last = Boolean(g == self.kernel.group - 1) & Boolean(m == m_max - 1)
+                        left -= 1
+                        is_last = left == 0
                         next_stage, next_phase = pipeline_q.advance(q_stage, q_phase)
                         q_stage = q_stage if is_last else next_stage
                         q_phase = q_phase if is_last else next_phase
@@ -148,12 +145,11 @@ class RoleConsumers:
         self.kernel.stage_gradient(acc_dV, mma_dv, sV[None, None, 0], thread, 1.0)
 
     @cute.jit
-    def hold_keys(self, smem, barriers, tiles):
+    def hold_keys(self, smem, barriers, steps: Int32):
         """The second warpgroup: dP, dS and dK."""
         cfg = self.config
         sQ, sdO, sK, sV, sdS, sdQ, _, sdPsum, sP = smem
         pipeline_q, pipeline_do, kv_full = barriers
-        m_min, m_max, _, _ = tiles
         thread = cute.arch.thread_idx()[0] % 128
         mma_s, tPrV, tPrO, acc_P = self.scores(sV, sdO)
         mma_dk, tKrQ, acc_dK = self.gradient(sQ, self.kernel.smem_h)
@@ -167,10 +163,10 @@ class RoleConsumers:
         )
 
         q_stage, q_phase, do_stage, do_phase = (Int32(0) for _ in range(4))
-        if m_min < m_max:
+        if steps > 0:
             cute.arch.mbarrier_wait(kv_full, 0)
             cute.arch.mbarrier_wait(kv_full + 1, 0)
-            for _ in cutlass.range((m_max - m_min) * self.kernel.group, unroll=1):
+            for _ in cutlass.range(steps, unroll=1):
                 pipeline_do.wait(do_stage, do_phase)
                 gemm(mma_s, acc_P, tPrV, tPrO[None, None, None, do_stage], False)
                 pipeline_q.wait(q_stage, q_phase)

@@ -44,6 +44,7 @@ from jax_flashcute.bounds import TILE_FIELDS, RowBounds
 from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import IntervalMask, within
 from jax_flashcute.kernels.common.lengths import entry_lengths
+from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.paging import COPYING_WARPS, paged_tiles
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
@@ -103,11 +104,13 @@ class ForwardSm90:
         functions: ElementFunctions | None = None,
         page_size: int | None = None,
         row_bounds: RowBounds | None = None,
+        has_lists: bool = False,
     ):
         """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most;
         ``split_kv``: tiles are parts of a row's keys, and queries fill one row of tiles;
         ``page_size``: of keys and values in pages, with a page table and lengths of keys;
-        ``row_bounds``: each row's keys stand in arrays, ``mask`` among what they hold."""
+        ``row_bounds``: each row's keys stand in arrays, ``mask`` among what they hold;
+        ``has_lists``: a tile visits the key tiles that lists name."""
         self.config = config
         self.dtype = dtype
         self.head_dim = head_dim
@@ -120,9 +123,11 @@ class ForwardSm90:
         self.split_kv = split_kv
         self.row_bounds = row_bounds
         self.compares_ids = row_bounds is not None and row_bounds.compares_ids
+        self.has_lists = has_lists
         self.work_fields = WORK_FIELDS + 2 * split_kv + self.compares_ids
         self.has_low = mask.low is not None or row_bounds is not None
         self.functions = functions
+        self.has_mask_mod = functions is not None and functions.mask_mod is not None
         self.paging = None if page_size is None else paged_tiles(page_size, config.tile_n)
         self.copying_threads = 0 if self.paging is None else self.paging.copying_threads
         self.smem_h = round_up(head_dim, 16)
@@ -153,6 +158,7 @@ class ForwardSm90:
         mElements: tuple = (),  # arrays of ``functions``
         mPageTable: cute.Tensor | None = None,  # (B, max_pages) int32
         mBounds: tuple = (),  # arrays of ``bounds.key_bound_arrays``
+        mLists: tuple = (),  # arrays of ``BlockMask.kernel_lists``
     ):
         batch, q_length, kv_length, kv_heads = (
             mQ.shape[0],
@@ -207,6 +213,7 @@ class ForwardSm90:
             mElements,
             mPageTable,
             mBounds,
+            mLists,
             m_blocks,
             section,
             q_length,
@@ -279,6 +286,7 @@ class ForwardSm90:
         mElements: tuple,
         mPageTable: cute.Tensor | None,
         mBounds: tuple,
+        mLists: tuple,
         m_blocks: Int32,
         section: Int32,
         q_length: Int32,
@@ -366,6 +374,7 @@ class ForwardSm90:
                     lengths,
                     mKVLengths is not None,
                     mBounds,
+                    mLists,
                 )
             elif const_expr(following_warps):
                 self.follow(
@@ -387,6 +396,7 @@ class ForwardSm90:
                 (q_length, kv_length),
                 mElements,
                 mBounds,
+                mLists,
             )
         for pipeline in pipelines:
             pipeline.check_arrivals()
@@ -434,6 +444,7 @@ class ForwardSm90:
         lengths: cutlass.Constexpr,
         has_kv_lengths: cutlass.Constexpr[bool],
         mBounds: tuple,
+        mLists: tuple,
     ):
         """The producer warp: draws tiles and loads their Q, K and V."""
         cfg = self.config
@@ -481,15 +492,18 @@ class ForwardSm90:
                 gQ[None, None, None, head, batch], q_box, (0, None, 0)
             )  # (heads, tokens, columns, slabs)
             tQsQ, tQgQ = tma_partition(tma_q, sQ_tma, gQ_tile)
+            visits, nth = self.key_order((n_min, n_max), self.lists_of(mLists, fields))
             locate = partial(self.locate_tile, mPageTable, batch, keys, Int32(0))
             load_k = self.tile_loader(k_copy, self.smem_h, kv_head, batch, keys, Int32(0))
             load_v = self.tile_loader(v_copy, self.smem_hv, kv_head, batch, keys, Int32(0))
-            # The consumers take K of tile n - 1 before V of tile n: load in that order, and the
-            # first K before Q, whose place is given back late.
-            if n_min < n_max:
-                place = locate(n_max - 1)
+            # The consumers take K of the next tile before V of this one: load in that order, and
+            # the first K before Q, whose place is given back late.
+            n = Int32(0)
+            if visits > 0:
+                n = nth(0)
+                place = locate(n)
                 pipeline_k.acquire(k_stage, k_phase)
-                self.fill(pipeline_k, load_k, n_max - 1, place, k_stage)
+                self.fill(pipeline_k, load_k, n, place, k_stage)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
             pipeline_q.acquire(Int32(0), q_phase)
             pipeline_q.expect(Int32(0))
@@ -501,12 +515,13 @@ class ForwardSm90:
                     tma_bar_ptr=pipeline_q.full,
                 )
             q_phase ^= 1
-            for i in cutlass.range(n_max - n_min, unroll=1):
-                n = n_max - 1 - i
-                if n > n_min:
-                    place = locate(n - 1)
+            for i in cutlass.range(visits, unroll=1):
+                following = n
+                if i + 1 < visits:
+                    following = nth(i + 1)
+                    place = locate(following)
                     pipeline_k.acquire(k_stage, k_phase)
-                    self.fill(pipeline_k, load_k, n - 1, place, k_stage)
+                    self.fill(pipeline_k, load_k, following, place, k_stage)
                     k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 else:
                     tile = self.draw_tile(mCounter)
@@ -521,7 +536,11 @@ class ForwardSm90:
                         cute.arch.mbarrier_arrive_and_expect_tx(tail_barrier, pipeline_v.tx_bytes)
                     load_v(n, place, v_stage, tail_barrier)
                     cute.arch.mbarrier_wait(tail_barrier, tail_phase)
-                    clear_rows(sV, self.smem_hv, v_stage, keys - n * cfg.tile_n)
+                    # A list may hold tiles that lie beyond the length altogether.
+                    inside = keys - n * cfg.tile_n
+                    if const_expr(self.has_lists):
+                        inside = cutlass.max(inside, Int32(0))
+                    clear_rows(sV, self.smem_hv, v_stage, inside)
                     cute.arch.fence_view_async_shared()
                     cute.arch.sync_warp()
                     pipeline_v.commit(v_stage)
@@ -529,8 +548,9 @@ class ForwardSm90:
                 else:
                     self.fill(pipeline_v, load_v, n, place, v_stage)
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
+                n = following
 
-            if n_min >= n_max:
+            if visits <= 0:
                 tile = self.draw_tile(mCounter)
             tile = cute.arch.shuffle_sync(tile, 0)
 
@@ -662,6 +682,7 @@ class ForwardSm90:
         array_lengths: tuple,
         mElements: tuple,
         mBounds: tuple,
+        mLists: tuple,
     ):
         """A consumer warpgroup: products, softmax and output of its slab of every tile."""
         cfg = self.config
@@ -723,8 +744,11 @@ class ForwardSm90:
             softmax.reset()
             pipeline_q.wait(Int32(0), q_phase)
             q_phase ^= 1
-            if n_min < n_max:
-                # S of the rightmost tile, alone.
+            lists = self.lists_of(mLists, fields)
+            visits, nth = self.key_order((n_min, n_max), lists)
+            if visits > 0:
+                # S of the first tile (of a range, the rightmost), alone.
+                n = nth(0)
                 pipeline_k.wait(k_stage, k_phase)
                 self.take_turn(slab)
                 gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False)
@@ -732,25 +756,23 @@ class ForwardSm90:
                 warpgroup.wait_group(0)
                 pipeline_k.release(k_stage, warps)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
-                modify(n_max - 1, True)
-                mask_tile(n_max - 1)
+                if const_expr(lists is None or not self.has_mask_mod):
+                    modify(n, True)
+                else:
+                    if lists.partial_count > 0:
+                        modify(n, True)
+                    else:
+                        modify(n, True, is_full=True)
+                mask_tile(n)
                 softmax.step(scores, row_scale, True, True)
                 convert_pairs(acc_S, rP)
 
-                # Three stretches, right to left: boundary tiles, full tiles, boundary tiles.
-                full_end = cutlass.max(cutlass.min(full_max, n_max - 1), n_min)
-                full_begin = cutlass.min(cutlass.max(full_min, n_min), full_end)
                 accumulate = Boolean(False)
-                for stretch in cutlass.range_constexpr(3 if self.has_low else 2):
-                    begin, end = (
-                        (full_end, n_max - 1),
-                        (full_begin, full_end),
-                        (n_min, full_begin),
-                    )[stretch]
-                    if const_expr(stretch == 1 and not self.has_low):
-                        begin = n_min
-                    for i in cutlass.range(end - begin, unroll=1):
-                        n = end - 1 - i
+                stretches = self.stretches((n_min, n_max, full_min, full_max), lists)
+                for stretch in cutlass.range_constexpr(len(stretches)):
+                    count, tile_of = stretches[stretch]
+                    for i in cutlass.range(count, unroll=1):
+                        n = tile_of(i)
                         pipeline_k.wait(k_stage, k_phase)
                         self.take_turn(slab)
                         gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False)
@@ -760,11 +782,16 @@ class ForwardSm90:
                         warpgroup.wait_group(1)
                         pipeline_k.release(k_stage, warps)
                         k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
-                        modify(n, stretch != 1)
+                        may_be_beyond = const_expr(stretch != 1 or self.has_lists)
+                        modify(n, may_be_beyond, is_full=stretch == 1)
                         if const_expr(stretch != 1):
                             mask_tile(n)
+                        elif const_expr(self.has_lists):
+                            # Full to its mask function; the window and the lengths have no lists.
+                            if n < full_min or n >= full_max:
+                                mask_tile(n)
                         needs_rescale = softmax.step(
-                            scores, row_scale, False, stretch != 1 or by_element
+                            scores, row_scale, False, may_be_beyond or by_element
                         )
                         warpgroup.wait_group(0)
                         pipeline_v.release(v_stage, warps)
@@ -821,7 +848,7 @@ class ForwardSm90:
         Its second argument says whether some of the tile's keys may lie beyond the last one.
         """
         if self.functions is None or not self.functions.by_element:
-            return lambda n, may_be_beyond: None
+            return lambda n, may_be_beyond, is_full=False: None
         batch, offset, array_lengths, first_token, head = place
         elements = Elements(self.functions, mElements).of_entry(batch, offset, array_lengths)
         queries = [
@@ -832,14 +859,55 @@ class ForwardSm90:
             for r in range(ROWS_PER_THREAD)
         ]
 
-        def modify(n: Int32, may_be_beyond: bool) -> None:
+        def modify(n: Int32, may_be_beyond: bool, is_full: bool = False) -> None:
+            is_full = is_full and self.has_lists
             first = n * self.config.tile_n + first_column(thread)
             column = elements.along_keys(queries, first, may_be_beyond)
             for c in range(cute.size(scores, mode=[1])):
                 for r, known in enumerate(column(column_step(c))):
-                    scores[r, c] = elements.element(known, scores[r, c], self.scale)
+                    scores[r, c] = elements.element(
+                        known, scores[r, c], self.scale, is_full=is_full
+                    )
 
         return modify
+
+    def lists_of(self, mLists: tuple, fields: tuple) -> TileLists | None:
+        """The lists of a tile; empty where it holds no valid row."""
+        if not self.has_lists:
+            return None
+        m_block, head, batch, _, queries = fields[:5]
+        lists = TileLists(mLists, batch, head, m_block, backwards=True)
+        has_rows = m_block * self.tile_tokens < queries
+        lists.partial_count = select(has_rows, lists.partial_count, Int32(0))
+        lists.full_count = select(has_rows, lists.full_count, Int32(0))
+        return lists
+
+    def key_order(self, ends: tuple, lists: TileLists | None):
+        """How many key tiles a tile visits, and a function that gives the i-th."""
+        if lists is not None:
+            return lists.count, lists.tile
+        n_min, n_max = ends
+        return n_max - n_min, lambda i: n_max - 1 - i
+
+    def stretches(self, ranges: tuple, lists: TileLists | None) -> list:
+        """What follows the first key tile: how many tiles, and the i-th of them, by stretch.
+
+        Masked tiles, full ones, masked ones: the middle one of a range from right to left; or the
+        two lists.
+        """
+        if lists is not None:
+            return lists.stretches(1)
+        n_min, n_max, full_min, full_max = ranges
+        full_end = cutlass.max(cutlass.min(full_max, n_max - 1), n_min)
+        full_begin = n_min
+        if self.has_low:
+            full_begin = cutlass.min(cutlass.max(full_min, n_min), full_end)
+        ends = [(full_end, n_max - 1), (full_begin, full_end), (n_min, full_begin)]
+
+        def before(end: Int32):
+            return lambda i: end - 1 - i
+
+        return [(end - begin, before(end)) for begin, end in ends[: 3 if self.has_low else 2]]
 
     def row_limits(self, thread: Int32, position: Int32, keys: Int32, r: int):
         """A thread's row's first key (None: the first of all) and one past the last, by position.

@@ -1,0 +1,77 @@
+"""Tiles that a block visits by name, from lists in memory, instead of a range that is computed.
+
+A list's partial tiles come first, then its full ones; neither need ascend.
+"""
+
+from collections.abc import Callable
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64
+
+from jax_flashcute.kernels.lower_jaxpr import select
+
+
+class TileLists:
+    """The two lists of one row of tiles.
+
+    ``arrays`` are those of ``BlockMask.kernel_lists``: counts (1|B, 1|N, rows) and indices (1|B,
+    1|N, rows, at least 1) of the partial tiles, then of the full ones.
+    """
+
+    def __init__(self, arrays: tuple, batch: Int32, head: Int32, row: Int32, *, backwards: bool):
+        """``backwards``: each list is visited from its end."""
+        self.partial, self.full = (
+            self.list_of(i, batch, head, row) for i in (arrays[1], arrays[3])
+        )
+        self.partial_count, self.full_count = (
+            self.list_of(c, batch, head, row)[0] for c in (arrays[0], arrays[2])
+        )
+        self.backwards = backwards
+
+    @staticmethod
+    def list_of(array: cute.Tensor, batch: Int32, head: Int32, row: Int32) -> cute.Tensor:
+        """A row's entries; where batch entries or heads share their lists, the shared one's."""
+        shape = array.shape
+        batch = cutlass.min(batch, Int32(shape[0]) - 1)
+        head = cutlass.min(head, Int32(shape[1]) - 1)
+        index = (Int64(batch) * shape[1] + head) * shape[2] + row
+        width = shape[3] if len(shape) > 3 else 1
+        return cute.make_tensor(array.iterator + index * width, cute.make_layout(width))
+
+    @property
+    def count(self):
+        """Tiles in both lists."""
+        return self.partial_count + self.full_count
+
+    def tile(self, i: Int32):
+        """The i-th tile of all that are visited."""
+        # Both lists are read, each at a place that it has.
+        in_partial = cutlass.max(cutlass.min(i, self.partial_count - 1), Int32(0))
+        in_full = cutlass.max(cutlass.min(i - self.partial_count, self.full_count - 1), Int32(0))
+        of_partial = self.partial[self.place(in_partial, self.partial_count)]
+        of_full = self.full[self.place(in_full, self.full_count)]
+        return select(i < self.partial_count, of_partial, of_full)
+
+    def place(self, i: Int32, count: Int32) -> Int32:
+        """Where the i-th of ``count`` entries stands; 0 in a list without entries."""
+        return cutlass.max(count - 1 - i, Int32(0)) if self.backwards else i
+
+    def stretches(self, skipped: int) -> list[tuple[Int32, Callable]]:
+        """How many tiles, and the i-th of them: the partial ones, the full ones.
+
+        ``skipped``: tiles at the start that are left out; there are at least so many.
+        """
+        of_partial = cutlass.min(Int32(skipped), self.partial_count)
+        of_full = Int32(skipped) - of_partial
+
+        def partial_tile(i: Int32):
+            return self.partial[self.place(of_partial + i, self.partial_count)]
+
+        def full_tile(i: Int32):
+            return self.full[self.place(of_full + i, self.full_count)]
+
+        return [
+            (self.partial_count - of_partial, partial_tile),
+            (self.full_count - of_full, full_tile),
+        ]

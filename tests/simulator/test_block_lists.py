@@ -1,0 +1,126 @@
+"""The Hopper kernels over lists of tiles, in simulation, against the reference."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flashcute import masks
+from jax_flashcute.block_mask import BlockMask, make_block_mask
+from tests.simulator.test_backward_segments import check_backward
+from tests.simulator.test_forward_segments import call_of, check_forward
+
+
+def random_lists(lengths, batch, heads, tile=(128, 128), seed=0) -> BlockMask:
+    """Lists in no order: some empty, some tiles full, some partial."""
+    rng = np.random.default_rng(seed)
+    _, T, S = lengths
+    tiles = (-(-T // tile[0]), -(-S // tile[1]))
+    lists = {}
+    kinds = rng.choice([0, 1, 2], (batch, heads, *tiles), p=[0.4, 0.3, 0.3])
+    kinds[0, 0, 0] = 0
+    for name, kind in (("partial", 1), ("full", 2)):
+        counts = (kinds == kind).sum(-1)
+        indices = np.full((batch, heads, *tiles), 10**6, np.int32)
+        for place in np.ndindex(counts.shape):
+            found = rng.permutation(np.flatnonzero(kinds[place] == kind))
+            indices[place][: len(found)] = found
+        lists |= {f"{name}_counts": counts, f"{name}_indices": indices}
+    sizes = dict(zip(("q_length", "kv_length", "tile_m", "tile_n"), (T, S, *tile), strict=True))
+    return BlockMask.from_indices(**lists, **sizes)
+
+
+def odd(b, h, q, kv):
+    return (q + kv) % 3 != 0
+
+
+CASES = {
+    "64_unordered": (
+        (2, 300, 400),
+        {"mask_mod": odd, "heads": (3, 1), "block_mask": random_lists((2, 300, 400), 1, 3)},
+    ),
+    "128_everything": (
+        (2, 300, 400),
+        {
+            "heads": (2, 2), "head_dim": 128, "is_causal": True, "mask_mod": odd,
+            "q_offset": jnp.array([100, 40]), "local_window_size": (170, None),
+            "query_seq_lengths": jnp.array([300, 100]),
+            "key_value_seq_lengths": jnp.array([90, 400]),
+            "block_mask": random_lists((2, 300, 400), 2, 1, seed=1),
+            "sinks": jnp.array([0.3, -2.0]),
+        },
+    ),
+    "packed_heads": (
+        (1, 5, 300),
+        {"heads": (7, 1), "block_mask": BlockMask.from_lists(
+            [[1]], [[2, 0]], q_length=5, kv_length=300, tile_m=1728, tile_n=128)},
+    ),
+    "none_with_a_sink": (
+        (1, 200, 140),
+        {"sinks": jnp.array([1.5]), "head_dim": 128, "block_mask": BlockMask.from_blocks(
+            np.zeros((2, 2), bool), q_length=200, kv_length=140, tile_m=128, tile_n=128)},
+    ),
+    "small_tiles_of_a_mask": (
+        (1, 130, 200),
+        {"mask_mod": masks.causal, "segment_ids": (np.arange(130)[None] // 50,
+         np.arange(200)[None] // 70), "positions": "sequence", "block_mask": make_block_mask(
+            masks.causal, 1, 1, 130, 200, tile_m=64, tile_n=64)},
+    ),
+}  # fmt: skip
+BACKWARD = CASES | {
+    "256": (
+        (1, 200, 300),
+        {
+            "mask_mod": odd,
+            "heads": (2, 1),
+            "head_dim": 256,
+            "block_mask": random_lists((1, 200, 300), 1, 2, seed=2),
+        },
+    ),
+}
+del BACKWARD["packed_heads"]
+
+
+QUICK = {"forward": {"128_everything"}, "backward": {"64_unordered"}}
+
+
+def marked(direction: str, cases) -> list:
+    quick = QUICK[direction]
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in quick)) for n in cases]
+
+
+@pytest.mark.parametrize("name", marked("forward", CASES))
+def test_forward(name: str):
+    lengths, arguments = CASES[name]
+    check_forward(*call_of(lengths, **arguments))
+
+
+@pytest.mark.parametrize("name", marked("backward", BACKWARD))
+def test_backward(name: str):
+    lengths, arguments = BACKWARD[name]
+    spec, operands = call_of(lengths, **arguments)
+    check_backward(spec, operands)
+
+
+def test_all_tiles_are_the_dense_result_bit_for_bit():
+    lengths = (1, 300, 300)
+    every = np.ones((3, 3), bool)
+    blocks = BlockMask.from_blocks(
+        every, every, q_length=300, kv_length=300, tile_m=128, tile_n=128
+    )
+    spec, operands = call_of(lengths, head_dim=128, block_mask=blocks)
+    listed = check_forward(spec, operands)
+    dense = check_forward(spec, dataclasses.replace(operands, block_mask=None))
+    for x, y in zip(listed, dense, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("timing", "warps"), [("early", "adversarial"), ("shuffled", "seeded")])
+def test_under_any_timing(name: str, timing: str, warps: str):
+    lengths, arguments = CASES[name]
+    call = call_of(lengths, **arguments)
+    check_forward(*call, timing=timing, warps=warps, seed=3)
+    check_backward(*call, timing=timing, warps=warps, seed=3)
