@@ -14,6 +14,9 @@ RUNTIME = "nvidia-cutlass-dsl-libs-cu13"
 """Distributions of the compiler and of the library that runs what it compiled; released together.
 The second is all that a machine needs that only runs kernels."""
 
+SOURCES = ("kernels/**/*.py", "ffi/**/*.py", "analysis.py")
+"""Files that a kernel's bytes depend on; the analysis evaluates bounds in kernels."""
+
 
 @dataclass(frozen=True)
 class Toolchain:
@@ -22,7 +25,7 @@ class Toolchain:
     Attributes:
       dsl: the version of CuTe DSL; None where neither its compiler nor its runtime is installed
         as a distribution.
-      sources: SHA-256 of the sources of the kernels and of what compiles and calls them.
+      sources: SHA-256 of ``SOURCES``.
       machine: the processor that launches them: ``x86_64`` or ``aarch64``.
     """
 
@@ -55,8 +58,8 @@ def toolchain() -> Toolchain:
     """That of this process."""
     package = Path(registry.__file__).parent.parent
     sources = hashlib.sha256()
-    for folder in (package / "kernels", package / "ffi"):
-        for path in sorted(folder.rglob("*.py")):
+    for pattern in SOURCES:
+        for path in sorted(package.glob(pattern)):
             sources.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     dsl = version(COMPILER) or version(RUNTIME)
     return Toolchain(dsl, sources.hexdigest(), platform.machine())

@@ -323,7 +323,7 @@ def test_a_name_changes_with_the_toolchain(monkeypatch: pytest.MonkeyPatch) -> N
         toolchain.toolchain.cache_clear()
 
 
-@pytest.mark.parametrize("change", ["edited", "added", "renamed"])
+@pytest.mark.parametrize("change", ["edited", "added", "renamed", "analysed"])
 def test_a_name_changes_with_the_kernels_sources(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,6 +346,8 @@ def test_a_name_changes_with_the_kernels_sources(
                 source.write_text("x = 2\n")
             case "added":
                 (package / "ffi" / "new.py").touch()
+            case "analysed":
+                (package / "analysis.py").write_text("LIMIT = 1\n")
             case "renamed":
                 source.rename(source.with_name("other.py"))
         assert name() != before
