@@ -12,6 +12,25 @@ import numpy as np
 Pass = Literal["fwd", "bwd"]
 PASSES: tuple[Pass, ...] = ("fwd", "bwd")
 
+KEPT = {"sparse01": 0.01, "sparse05": 0.05, "sparse10": 0.1, "sparse25": 0.25, "sparse50": 0.5}
+"""The fraction of all 128 x 128 tiles that a case's lists keep, by its name."""
+
+SPARSE_TILE = 128
+
+
+def document_lengths(count: int, total: int) -> tuple[int, ...]:
+    """Lengths of mixed documents, the longest about 30 times the shortest, that fill ``total``."""
+    weights = [2 ** (5 * (7 * i % count) / (count - 1)) for i in range(count)]
+    ends = [round(total * sum(weights[: i + 1]) / sum(weights)) for i in range(count)]
+    return tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+
+
+DOCUMENTS = {"packed_8k": document_lengths(16, 8192), "packed_64k": document_lengths(64, 65536)}
+"""Lengths of the documents that a case's sequences are packed of, by its name."""
+
+BUILDING = "build_block_mask"
+"""The case that makes lists of tiles from a mask and calls no attention."""
+
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 NSA_STAGES = ("nsa", "nsa_compress", "nsa_select", "nsa_gate")
@@ -49,6 +68,32 @@ class Case:
         return order.reshape(self.batch, pages).astype(np.int32)
 
     @property
+    def kept(self) -> float | None:
+        """The fraction of tiles that lists keep; None for a case without lists."""
+        return KEPT.get(self.name)
+
+    @property
+    def documents(self) -> tuple[int, ...] | None:
+        """Lengths of the documents in a sequence, which do not see each other; None for one."""
+        return DOCUMENTS.get(self.name)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the case is attention without lists, documents or lengths."""
+        has_more = self.kept is not None or self.documents is not None
+        return not (has_more or self.name == BUILDING or self.kv_lengths is not None)
+
+    def tile_lists(self) -> list[list[int]]:
+        """The key tiles that each row of tiles keeps: drawn once for all, ascending."""
+        if self.kept is None:
+            raise ValueError(f"name must be one of {list(KEPT)}; got {self.name}")
+        tiles = self.seqlen_k // SPARSE_TILE
+        count = max(1, round(self.kept * tiles))
+        rng = np.random.default_rng(0)
+        rows = range(self.seqlen_q // SPARSE_TILE)
+        return [sorted(rng.choice(tiles, count, replace=False).tolist()) for _ in rows]
+
+    @property
     def label(self) -> str:
         """What tells this case from the others of its suite, short enough for a table."""
         if self.seqlen_q == self.seqlen_k:
@@ -61,6 +106,9 @@ class Case:
         mask = "causal" if self.causal else "full"
         mask += " skewed" if self.kv_lengths else ""
         mask += f" pages of {self.page_size}" if self.page_size else ""
+        mask += "" if self.kept is None else f" {self.kept:.0%} of tiles"
+        mask += "" if self.documents is None else f" {len(self.documents)} documents"
+        mask += " lists" if self.name == BUILDING else ""
         stage = f"{self.name} " if self.is_nsa else ""
         return f"{stage}hd{dims} {lengths} {self.q_heads}/{self.kv_heads} {mask}"
 
@@ -92,6 +140,10 @@ class Case:
             return self.batch * self.kv_heads * tiles * blocks * self.head_dim
         keys = sum(self.kv_lengths) if self.kv_lengths else self.batch * self.seqlen_k
         scores = self.q_heads * self.seqlen_q * keys
+        if self.kept is not None:
+            scores = self.batch * self.q_heads * SPARSE_TILE**2 * sum(map(len, self.tile_lists()))
+        if self.documents is not None:
+            scores = self.batch * self.q_heads * sum(length**2 for length in self.documents)
         if self.causal:
             scores *= 1 - self.seqlen_q / (2 * self.seqlen_k)
         if self.is_nsa:
@@ -203,11 +255,22 @@ TINY = (
 TINY_NSA = tuple(square(name, 32, 1, 300, 4, 2, causal=True) for name in NSA_STAGES)
 TINY_NSA += (square("dense_causal", 32, 1, 300, 4, 2, causal=True),)
 
+SPARSE = tuple(square(name, 128, 1, 32768, 32, 8, causal=False) for name in KEPT)
+
+PACKED = tuple(
+    square(name, 128, 1, sum(lengths), 32, 8, causal=True) for name, lengths in DOCUMENTS.items()
+)
+
+BUILD = (square(BUILDING, 128, 1, 8192, 32, 8, causal=True),)
+
 SUITES: dict[str, tuple[Case, ...]] = {
     "dense": DENSE,
     "decode": DECODE,
     "paged": PAGED,
     "nsa": NSA,
+    "sparse": SPARSE,
+    "packed": PACKED,
+    "build": BUILD,
     "tiny": TINY,
     "tiny_nsa": TINY_NSA,
 }

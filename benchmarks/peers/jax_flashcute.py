@@ -6,10 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import nsa
-from benchmarks.cases import Case, Pass
+from benchmarks.cases import BUILDING, SPARSE_TILE, Case, Pass
 from benchmarks.measure import Step
 from benchmarks.peers.jax_step import jax_step
-from jax_flashcute import flash_attention, paged_attention
+from jax_flashcute import (
+    BlockMask,
+    flash_attention,
+    make_block_mask,
+    masks,
+    paged_attention,
+)
 
 
 def available() -> str | None:
@@ -17,6 +23,8 @@ def available() -> str | None:
 
 
 def build(case: Case, pass_: Pass) -> Step:
+    if case.name == BUILDING:
+        return _building(case, pass_)
     # By name, so that a case without a kernel is refused and not measured as something else.
     implementation = "cute" if jax.default_backend() == "gpu" else "xla"
     if case.is_nsa:
@@ -42,4 +50,29 @@ def build(case: Case, pass_: Pass) -> Step:
     if case.kv_lengths is not None:
         lengths = jnp.asarray(case.kv_lengths, jnp.int32)
         attention = functools.partial(attention, key_value_seq_lengths=lengths)
-    return jax_step(attention, case, pass_, takes_lengths=True, aligns_ends=True)
+    if case.kept is not None:
+        lists = case.tile_lists()
+        blocks = BlockMask.from_lists(
+            [[]] * len(lists),
+            lists,
+            q_length=case.seqlen_q,
+            kv_length=case.seqlen_k,
+            tile_m=SPARSE_TILE,
+            tile_n=SPARSE_TILE,
+        )
+        attention = functools.partial(attention, block_mask=blocks)
+    if case.documents is not None:
+        ends = jnp.cumsum(jnp.asarray((0, *case.documents), jnp.int32))
+        # In the timed step: what the boundaries become is a part of it.
+        attention = functools.partial(attention, cu_seqlens_q=ends)
+    return jax_step(attention, case, pass_, takes_all=True, aligns_ends=True)
+
+
+def _building(case: Case, pass_: Pass) -> Step:
+    """Lists of a causal mask's tiles."""
+    if pass_ == "bwd":
+        raise NotImplementedError("lists have no backward pass")
+    tile = {"tile_m": SPARSE_TILE, "tile_n": SPARSE_TILE}
+    sizes = (case.batch, case.q_heads, case.seqlen_q, case.seqlen_k)
+    make = jax.jit(lambda: make_block_mask(masks.causal, *sizes, **tile))
+    return Step(make, jax.block_until_ready, case.dtype)

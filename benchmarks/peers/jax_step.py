@@ -22,21 +22,21 @@ def jax_step(
     pass_: Pass,
     dtype: str | None = None,
     *,
-    takes_lengths: bool = False,
+    takes_all: bool = False,
     takes_pages: bool = False,
     aligns_ends: bool = False,
 ) -> Step:
     """One jitted pass of an attention function over random normal inputs.
 
-    ``takes_lengths``: the function observes ``case.kv_lengths``; others refuse such a case.
+    ``takes_all``: the function observes lengths, lists and documents; others refuse such a case.
     ``takes_pages``: likewise ``case.page_size``; it is given (num_pages, page_size, K, H).
     ``aligns_ends``: its causal mask aligns queries and keys at their ends.
 
     The backward pass is a jitted call of the function that ``jax.vjp`` gives, whose residuals are
     computed once, outside.
     """
-    if case.kv_lengths is not None and not takes_lengths:
-        raise NotImplementedError("this peer is not given lengths of keys")
+    if not (case.is_plain or takes_all):
+        raise NotImplementedError("this peer is not given lengths, lists or documents")
     if case.page_size is not None and not takes_pages:
         raise NotImplementedError("this peer is not given a page table")
     if case.causal and case.seqlen_q != case.seqlen_k and not aligns_ends:

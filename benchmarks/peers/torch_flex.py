@@ -1,6 +1,6 @@
 """PyTorch's FlexAttention, compiled; a causal call skips blocks through its block mask."""
 
-from benchmarks.cases import Case, Pass
+from benchmarks.cases import BUILDING, SPARSE_TILE, Case, Pass
 from benchmarks.measure import Step
 from benchmarks.peers import cannot_import
 
@@ -22,18 +22,25 @@ def build(case: Case, pass_: Pass) -> Step:
     # Past a number of shapes the compiler would give up on this function and run it eagerly.
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
-    block_mask = None
-    if case.causal:
-        block_mask = create_block_mask(
-            lambda b, h, q_idx, kv_idx: q_idx >= kv_idx,
-            B=None,
-            H=None,
-            Q_LEN=case.seqlen_q,
-            KV_LEN=case.seqlen_k,
-            device="cuda",
-        )
+    visible = _visible(case)
+    build = torch.compile(create_block_mask, dynamic=False)
+
+    def make_mask():
+        return build(visible, None, None, case.seqlen_q, case.seqlen_k, device="cuda")
+
+    if case.name == BUILDING:
+        if pass_ == "bwd":
+            raise NotImplementedError("lists have no backward pass")
+        return Step(make_mask, lambda _: torch.cuda.synchronize(), case.dtype)
+    made = None
+    if case.kept is not None:
+        made = _full_tiles(case)
+    elif visible is not None and case.documents is None:
+        made = create_block_mask(visible, None, None, case.seqlen_q, case.seqlen_k, device="cuda")
 
     def attention(query, key, value):
+        # Documents are new in every step, so the building of their mask belongs to it.
+        block_mask = make_mask() if case.documents is not None else made
         out = compiled(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -43,4 +50,30 @@ def build(case: Case, pass_: Pass) -> Step:
         )
         return out.transpose(1, 2)
 
-    return torch_step(attention, case, pass_)
+    return torch_step(attention, case, pass_, takes_all=True)
+
+
+def _visible(case: Case):
+    """The case's mask as a function of positions; None where all is visible."""
+    import torch
+
+    if case.documents is None:
+        return (lambda b, h, q_idx, kv_idx: q_idx >= kv_idx) if case.causal else None
+    lengths = torch.tensor(case.documents, device="cuda")
+    ids = torch.repeat_interleave(torch.arange(len(lengths), device="cuda"), lengths)
+    return lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (ids[q_idx] == ids[kv_idx])
+
+
+def _full_tiles(case: Case):
+    """The case's lists, of tiles that need no mask."""
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask
+
+    lists = case.tile_lists()
+    tiles = case.seqlen_k // SPARSE_TILE
+    rows = [[*row, *(n for n in range(tiles) if n not in row)] for row in lists]
+    counts = torch.tensor([[list(map(len, lists))]], dtype=torch.int32, device="cuda")
+    indices = torch.tensor([[rows]], dtype=torch.int32, device="cuda")
+    return BlockMask.from_kv_blocks(
+        torch.zeros_like(counts), indices, counts, indices, BLOCK_SIZE=SPARSE_TILE
+    )
