@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jax_flashcute import api, plan
 from jax_flashcute.ffi import bundle, kernel_file, store
-from jax_flashcute.ffi.toolchain import toolchain
+from jax_flashcute.ffi.toolchain import INSTALL_COMPILER, toolchain
 from jax_flashcute.kernels.registry import AnyKey, Direction
 from jax_flashcute.recording import plans
 from jax_flashcute.recording.programs import parse_array
@@ -52,19 +52,21 @@ def run(options: argparse.Namespace) -> int:
     wanted, problems = _wanted(options.files, options.arch)
     made_by = replace(toolchain(), machine=options.host or toolchain().machine)
     if made_by.dsl is None:
-        raise ImportError('the compiler is absent; install it with: pip install "jax_flashcute"')
+        raise ImportError(f"the compiler is absent; install it with: {INSTALL_COMPILER}")
+    jobs = []
+    for key, (target, found) in wanted.items():
+        try:
+            jobs.append(Job(target, found.to_toml(key), made_by.machine, options.out))
+        except NotImplementedError as error:
+            problems.append(f"a plan for {target}: {error}")
     with contextlib.ExitStack() as stack:
         folder: Path | None = options.out
         if options.wheel:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            bundle.write_manifest(folder, made_by, sorted({t for t, _ in wanted.values()}))
-        jobs = [
-            Job(target, found.to_toml(key), made_by.machine, folder)
-            for key, (target, found) in wanted.items()
-        ]
-        problems += _compile_all(jobs, options.jobs)
+            bundle.write_manifest(folder, made_by, sorted({job.target for job in jobs}))
+        problems += _compile_all([replace(job, out=folder) for job in jobs], options.jobs)
         where = folder or store.directory()
         if options.wheel:
             where = bundle.write_wheel(
@@ -72,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
             )
     for problem in problems:
         print(problem, file=sys.stderr)
-    print(f"{len(jobs)} kernels wanted, {len(problems)} problems; {where}")
+    print(f"{len(wanted)} kernels wanted, {len(problems)} problems; {where}")
     return 1 if problems else 0
 
 
@@ -132,7 +134,7 @@ def plans_of_call(
       direction: the forward pass alone, or the backward pass and the forward pass it needs.
 
     Raises:
-      NotImplementedError: no kernel serves it, with every reason.
+      NotImplementedError: no kernel serves it, with every reason; or its backward pass.
       ValueError: an argument does not fit.
     """
     arguments = dict(table)
@@ -163,6 +165,10 @@ def plans_of_call(
         traced.lower(lowering_platforms=("cuda",))
     if not collected:
         raise NotImplementedError("it calls no kernel; jax_flashcute.explain says why")
+    if direction == "bwd" and not any("backward" in key.kernel for key in collected):
+        raise NotImplementedError(
+            "its backward pass calls no kernel; jax_flashcute.explain says why"
+        )
     return collected
 
 

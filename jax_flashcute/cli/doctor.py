@@ -13,7 +13,7 @@ import jax
 from jax_flashcute import plan
 from jax_flashcute.ffi import bundle, resources, runtime, store
 from jax_flashcute.ffi.compile import HOST_TARGETS
-from jax_flashcute.ffi.toolchain import COMPILER, toolchain, version
+from jax_flashcute.ffi.toolchain import COMPILER, INSTALL_COMPILER, toolchain, version
 from jax_flashcute.kernels import registry
 
 Finding = tuple[Literal["yes", "no", "broken"], str, str]
@@ -25,10 +25,18 @@ def run(options: argparse.Namespace) -> int:
     del options
     broken = False
     for check in CHECKS:
-        for works, what, details in check():
+        for works, what, details in _findings(check):
             broken |= works == "broken"
             print(f"[{works:^6}] {what}" + (f": {details}" if details else ""))
     return 1 if broken else 0
+
+
+def _findings(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """Those of a check, and the error that ended it, whatever it is."""
+    try:
+        yield from check()
+    except Exception as error:
+        yield "broken", check.__name__.strip("_"), f"{type(error).__name__}: {error}"
 
 
 def _machine() -> Iterator[Finding]:
@@ -42,10 +50,19 @@ def _machine() -> Iterator[Finding]:
     yield "yes", f"the XLA path runs here, JAX {jax.__version__}", jax.default_backend()
 
 
+def _arch() -> Iterator[Finding]:
+    target = plan.target() if os.environ.get(plan.ARCH_VARIABLE) else None
+    if target is not None:
+        archs = registry.ARCHITECTURES["fwd"]
+        yield (
+            "yes" if target.arch in archs else "no",
+            f"kernels are planned for {target}",
+            f"{plan.ARCH_VARIABLE} names it"
+            + ("" if target.arch in archs else f"; there are kernels for {', '.join(archs)}"),
+        )
+
+
 def _gpu() -> Iterator[Finding]:
-    named = os.environ.get(plan.ARCH_VARIABLE)
-    if named:
-        yield "yes", f"kernels are planned for {plan.target()}", f"{plan.ARCH_VARIABLE} names it"
     try:
         devices = jax.devices("cuda")
     except RuntimeError as error:
@@ -78,15 +95,14 @@ def _kernels() -> Iterator[Finding]:
     if importlib.util.find_spec("cutlass") and importlib.util.find_spec("cuda"):
         yield "yes", "kernels can be compiled", f"{COMPILER} {version(COMPILER)}"
     else:
-        advice = f'pip install "{COMPILER}[cu13]~=4.8.1" cuda-python; bundles run without it'
-        yield "no", "kernels can be compiled", advice
+        yield "no", "kernels can be compiled", f"{INSTALL_COMPILER}; bundles run without it"
     try:
         yield "yes", "jax-flashcute inspect can read them", str(resources.find_tools())
     except ImportError as error:
         yield "no", "jax-flashcute inspect can read them", str(error)
 
 
-def _places() -> Iterator[Finding]:
+def _mode() -> Iterator[Finding]:
     mode = store.compile_mode()
     meaning = {
         "jit": "what is missing is compiled",
@@ -94,6 +110,9 @@ def _places() -> Iterator[Finding]:
         "error": "what is missing is an error",
     }
     yield "yes", f"{store.COMPILE_VARIABLE} is {mode}", meaning[mode]
+
+
+def _places() -> Iterator[Finding]:
     directory = store.directory()
     existing = next(p for p in (directory, *directory.parents) if p.exists())
     count = len(list(directory.glob(f"*{store.SUFFIX}"))) if directory.is_dir() else 0
@@ -127,5 +146,7 @@ def _extras() -> Iterator[Finding]:
         yield "yes" if found else "no", what, "" if found else f"pip install {module}"
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_machine, _gpu, _kernels, _places, _extras)
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    *(_machine, _arch, _gpu, _kernels, _mode, _places, _extras),
+)
 """Every check, in the order in which they are printed."""

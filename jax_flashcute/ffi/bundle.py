@@ -96,7 +96,8 @@ def named() -> tuple[Bundle, ...]:
 
 @functools.lru_cache(maxsize=4)
 def _opened(paths: str) -> tuple[Bundle, ...]:
-    bundles = tuple(Bundle.open(Path(path)) for path in paths.split(os.pathsep) if path)
+    # Absolute: a process may change its directory before it asks for the next kernel.
+    bundles = tuple(Bundle.open(Path(path).resolve()) for path in paths.split(os.pathsep) if path)
     for bundle in bundles:
         bundle.check()
     return bundles

@@ -14,6 +14,8 @@ RUNTIME = "nvidia-cutlass-dsl-libs-cu13"
 """Distributions of the compiler and of the library that runs what it compiled; released together.
 The second is all that a machine needs that only runs kernels."""
 
+INSTALL_COMPILER = f'pip install "{COMPILER}[cu13]~=4.8.1" cuda-python'
+
 SOURCES = ("kernels/**/*.py", "ffi/**/*.py", "analysis.py")
 """Files that a kernel's bytes depend on; the analysis evaluates bounds in kernels."""
 

@@ -1,7 +1,8 @@
 """``attention_fn`` for the ``MultiHeadAttention`` of Flax NNX and Linen."""
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import jax
@@ -9,6 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_flashcute.api import flash_attention
+
+_BY_ROW = ("is_causal", "local_window_size", "mask_mod", "score_mod", "compress_factor")
+"""Options whose meaning depends on a row's position."""
 
 
 def make_attention_fn(**options: Any) -> Callable[..., jax.Array]:
@@ -28,14 +32,14 @@ def make_attention_fn(**options: Any) -> Callable[..., jax.Array]:
 
       It raises NotImplementedError for what no kernel does, with every reason: dropout of
       attention weights (``dropout_rate`` without ``deterministic``), ``sow_weights``, a
-      ``precision``, einsums of one's own, and positions of the inputs (``input_positions``).
+      ``precision``, einsums of one's own, positions of the inputs (``input_positions``), and, where
+      queries and keys differ in number as in decoding, options that depend on a row's position
+      without ``q_offset``.
 
     Raises:
-      ValueError: an option is the module's to give.
+      ValueError: ``flash_attention`` has no such option, or it is the module's to give.
     """
-    owned = options.keys() & {"query", "key", "value", "bias", "mask", "return_residual"}
-    if owned:
-        raise ValueError(f"options: {', '.join(sorted(owned))} cannot be given for every call")
+    check_options(options, "bias", "mask")
 
     def attention_fn(
         query: jax.Array,
@@ -73,6 +77,14 @@ def make_attention_fn(**options: Any) -> Callable[..., jax.Array]:
             "input_positions": input_positions,
         }
         reasons += [f"{name}: not supported" for name, x in own.items() if x is not None]
+        # A window of 0 is one.
+        by_row = [n for n in _BY_ROW if options.get(n) is not None and options[n] is not False]
+        if by_row and "q_offset" not in options and query.shape[-3] != key.shape[-3]:
+            reasons.append(
+                f"{', '.join(by_row)} with {query.shape[-3]} queries and {key.shape[-3]} keys: the "
+                "module does not say at which position its queries stand; give it a mask, or "
+                "q_offset among the options (0 in cross-attention)"
+            )
         if reasons:
             raise NotImplementedError(
                 "flash attention cannot do this:\n" + "\n".join(f"  - {r}" for r in reasons)
@@ -86,6 +98,18 @@ def make_attention_fn(**options: Any) -> Callable[..., jax.Array]:
         return _of_batches(query, key, value, bias, mask, {**options, "is_causal": causal})
 
     return attention_fn
+
+
+def check_options(options: Iterable[str], *owned: str) -> None:
+    """Raise ValueError for what ``flash_attention`` does not take, or its caller gives itself."""
+    owned = ("query", "key", "value", "return_residual", *owned)
+    known = inspect.signature(flash_attention).parameters.keys() - set(owned)
+    wrong = sorted(set(options) - known)
+    if wrong:
+        raise ValueError(
+            f"options: expected arguments of flash_attention other than {', '.join(owned)}; "
+            f"got {', '.join(wrong)}"
+        )
 
 
 def _of_batches(query, key, value, bias, mask, options: dict[str, Any]) -> jax.Array:

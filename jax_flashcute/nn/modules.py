@@ -9,6 +9,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from jax_flashcute.api import flash_attention
+from jax_flashcute.nn.attention_fn import check_options
 
 
 @jax.tree_util.register_dataclass
@@ -30,11 +31,15 @@ class KVCache:
         """The cache with T more tokens: key and value (B, T, K, H).
 
         Raises:
-          ValueError: there is no room for them, where the lengths are known; where they are
-            traced, the lengths of a sequence that overflows become -1 - S or less, so that its
-            attention is NaN and not wrong unseen.
+          ValueError: a shape does not fit the cache; there is no room for them, where the lengths
+            are known; where they are traced, the lengths of a sequence that overflows become
+            -1 - S or less, so that its attention is NaN and not wrong unseen.
         """
         room, tokens = self.key.shape[1], key.shape[1]
+        for name, old, new in (("key", self.key, key), ("value", self.value, value)):
+            expected = (old.shape[0], tokens, *old.shape[2:])
+            if new.shape != expected:
+                raise ValueError(f"{name} must be {expected} for this cache, got {new.shape}")
         if tokens > room:
             raise ValueError(f"the cache has room for {room} tokens, got {tokens} at once")
         if not isinstance(self.lengths, Tracer) and int(self.lengths.max()) + tokens > room:
@@ -70,7 +75,7 @@ class FlashAttention(nnx.Module):
         ``local_window_size``, ``logits_soft_cap``, ``scale``, ``mask_mod``, ``implementation`` ...
 
     Raises:
-      ValueError: sizes do not fit.
+      ValueError: sizes do not fit, or ``flash_attention`` has no such option.
     """
 
     def __init__(
@@ -89,6 +94,11 @@ class FlashAttention(nnx.Module):
         **attention: Any,
     ):
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_options(attention)
+        if num_heads < 1 or kv_heads < 1:
+            raise ValueError(
+                f"num_heads and num_kv_heads must be positive, got {num_heads} and {kv_heads}"
+            )
         if num_heads % kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of {kv_heads} kv heads, got {num_heads}"
@@ -145,14 +155,21 @@ class FlashAttention(nnx.Module):
           out, (B, T, features); with a cache ``(out, cache)``, the cache with the tokens of x.
 
         Raises:
-          ValueError: the cache has no room.
+          ValueError: the cache has no room or is of another batch, or an option is not
+            ``flash_attention``'s or is the module's to give: ``return_residual``, and with a cache
+            ``q_offset`` and ``key_value_seq_lengths``.
         """
+        options = {**self.attention, **attention}
+        check_options(options, *(() if cache is None else ("q_offset", "key_value_seq_lengths")))
+        if cache is not None and cache.lengths.shape != x.shape[:1]:
+            raise ValueError(
+                f"cache must be of {x.shape[0]} sequences, as x is; got {cache.lengths.shape[0]}"
+            )
         query, key, value = self.query(x), self.key(x), self.value(x)
         start = jnp.zeros(x.shape[0], jnp.int32) if cache is None else cache.lengths
         if self.rope_theta is not None:
             positions = start[:, None] + jnp.arange(x.shape[1])
             query, key = (rotate(y, positions, self.rope_theta) for y in (query, key))
-        options = {**self.attention, **attention}
         if self.sinks is not None:
             options["sinks"] = self.sinks[...]
         if cache is None:

@@ -34,7 +34,7 @@ class NativeSparseAttention(nnx.Module):
       rngs: for the parameters.
 
     Raises:
-      ValueError: the heads do not divide.
+      ValueError: the heads do not divide, or there are none.
     """
 
     def __init__(
@@ -53,6 +53,10 @@ class NativeSparseAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or num_kv_heads < 1:
+            raise ValueError(
+                f"num_heads and num_kv_heads must be positive, got {num_heads} and {num_kv_heads}"
+            )
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, {num_heads}; got {num_kv_heads}")
         if head_dim is None:

@@ -180,7 +180,11 @@ def read_plans(path: Path) -> tuple[list[RecordedPlan], list[dict[str, Any]]]:
         raise ValueError(
             f"{path}: expected [[plan]] and [[call]] tables, got {', '.join(sorted(unknown))}"
         )
-    return [RecordedPlan.from_toml(t) for t in content.get("plan", [])], content.get("call", [])
+    tables = {name: content.get(name, []) for name in ("plan", "call")}
+    for name, found in tables.items():
+        if not isinstance(found, list) or not all(isinstance(table, dict) for table in found):
+            raise ValueError(f"{path}: expected [[{name}]] tables, got {name} = {found!r}")
+    return [RecordedPlan.from_toml(t) for t in tables["plan"]], tables["call"]
 
 
 def _encode_fields(value: Any) -> dict[str, Any]:

@@ -54,6 +54,18 @@ def test_a_bundle_serves_what_it_has(
     assert [p.stem for p in directory.glob(f"*{store.SUFFIX}")] == [store.entry_name(OTHER)]
 
 
+def test_a_relative_path_is_that_of_the_first_directory(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_bundle(tmp_path / "bundle")
+    monkeypatch.setenv(bundle.BUNDLE_VARIABLE, "bundle")
+    monkeypatch.chdir(tmp_path)
+    assert [found.path for found in bundle.named()] == [tmp_path.resolve() / "bundle"]
+    monkeypatch.chdir("/")
+    assert store.get(KEY).object == object_of(KEY)
+    assert compiler.keys == []
+
+
 @pytest.mark.parametrize("runtime", [True, False])
 def test_where_the_compiler_is_absent(
     runtime: bool, compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

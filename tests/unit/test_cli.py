@@ -1,10 +1,12 @@
 """``jax-flashcute``, run as users run it, with the real compiler once."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from jax_flashcute import plan
@@ -153,6 +155,44 @@ is_causal = true
     assert "not for sm_80" in problems
 
 
+def soften(score, b, h, q_idx, kv_idx):
+    return jax.nn.softplus(score)
+
+
+ARRAYS = "".join(f'{name} = "bfloat16[2,64,4,64]"\n' for name in ("query", "key", "value"))
+
+
+@pytest.mark.parametrize(
+    ("options", "directions", "message"),
+    [
+        (
+            'function = "dot_product_attention"\npasses = ["fwd", "bwd"]\n'
+            'bias = "float32[1,4,64,64]"\n',
+            ["fwd"],
+            "call 1 for sm_90a: its backward pass calls no kernel",
+        ),
+        (
+            'score_mod = "tests.unit.test_cli:soften"\n',
+            [],
+            "a plan for sm_90a: .*cannot be written to a file",
+        ),
+    ],
+)
+def test_kernels_that_there_are_not(
+    options: str,
+    directions: list,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys,
+) -> None:
+    path = write(tmp_path / "plans.toml", f"[[call]]\n{options}{ARRAYS}")
+    arguments = ("--arch", "sm_90a", "--out", str(tmp_path / "out"))
+    status, jobs = run_compile(path, *arguments, monkeypatch=monkeypatch)
+    assert (status, [job.table["direction"] for job in jobs]) == (1, directions)
+    assert re.search(message, capsys.readouterr().err)
+
+
 def test_a_job_is_compiled_into_the_store_and_the_bundle(
     compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: Path
 ) -> None:
@@ -235,6 +275,20 @@ def test_doctor(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv(bundle.BUNDLE_VARIABLE, str(tmp_path / "absent"))
     assert main(["doctor"]) == 1
     assert "[broken] JAX_FLASHCUTE_BUNDLE can be used" in capsys.readouterr().out
+
+
+def test_doctor_goes_on(directory: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_80")
+    assert main(["doctor"]) == 0
+    assert "[  no  ] kernels are planned for sm_80" in capsys.readouterr().out
+    monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_90a:x")
+    monkeypatch.setenv(store.COMPILE_VARIABLE, "foo")
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    for variable in (plan.ARCH_VARIABLE, store.COMPILE_VARIABLE):
+        assert re.search(rf"\[broken\] .*ValueError: {variable} must be", printed)
+    for expected in ("JAX sees", f"{directory} can be", "this toolchain", "jax_flashcute.nn"):
+        assert expected in printed
 
 
 def test_an_object_without_gpu_code() -> None:

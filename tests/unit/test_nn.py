@@ -105,8 +105,35 @@ def test_options_of_the_function() -> None:
     own = nnx_module()
     ours = nnx_module(nn.make_attention_fn(local_window_size=3, is_causal=True))
     close(ours(x), own(x, mask=window & jnp.tri(T, dtype=bool)))
-    with pytest.raises(ValueError, match="options: mask cannot be given for every call"):
-        nn.make_attention_fn(mask=window)
+    for name in ("mask", "local_windows_size"):
+        with pytest.raises(ValueError, match=f"options: expected arguments of .*; got {name}"):
+            nn.make_attention_fn(**{name: window})
+
+
+def test_positions_that_a_module_does_not_tell() -> None:
+    """Refused in decoding; in cross-attention the offset may be said."""
+    x = normal(0, B, T, FEATURES)
+    for options in (
+        {"is_causal": True},
+        {"local_window_size": 0},
+        {"mask_mod": lambda b, h, q, kv: q >= kv},
+        {"score_mod": lambda score, b, h, q, kv: score + kv - q},
+        {"compress_factor": 2},
+    ):
+        ours = nnx_module(nn.make_attention_fn(**options), decode=True)
+        ours.init_cache(x.shape)
+        message = f"{next(iter(options))} with 1 queries and {T} keys"
+        with pytest.raises(NotImplementedError, match=message):
+            ours(x[:, :1])
+    module = nnx_module(nn.make_attention_fn(is_causal=False, local_window_size=None), decode=True)
+    module.init_cache(x.shape)
+    assert module(x[:, :1]).shape == (B, 1, FEATURES)
+
+    crossing = nnx_module(nn.make_attention_fn(is_causal=True))
+    with pytest.raises(NotImplementedError, match=r"5 queries and 13 keys: .*q_offset .*cross-att"):
+        crossing(x[:, :5], x)
+    crossing = nnx_module(nn.make_attention_fn(is_causal=True, q_offset=0))
+    close(crossing(x[:, :5], x), nnx_module()(x[:, :5], x, mask=jnp.tri(5, T, dtype=bool)))
 
 
 def test_what_it_refuses() -> None:
@@ -179,7 +206,9 @@ def test_a_full_cache() -> None:
     ("options", "message"),
     [
         ({"num_kv_heads": 4}, "num_heads must be a multiple of 4 kv heads, got 6"),
+        ({"num_kv_heads": 0}, "num_heads and num_kv_heads must be positive, got 6 and 0"),
         ({"head_dim": 7}, "head_dim must be even"),
+        ({"causal": True}, "options: expected arguments of flash_attention .*; got causal"),
         ({"head_dim": None, "num_kv_heads": 1}, None),
     ],
 )
@@ -189,6 +218,21 @@ def test_sizes(options: dict, message: str | None) -> None:
         return
     with pytest.raises(ValueError, match=message):
         make_module(**options)
+
+
+def test_calls_that_do_not_fit() -> None:
+    module, x = make_module(), normal(0, B, 2, FEATURES)
+    cache = module.init_cache(B, 8, jnp.float32)
+    with pytest.raises(ValueError, match="; got return_residual"):
+        module(x, return_residual=True)
+    for name in ("q_offset", "key_value_seq_lengths"):
+        with pytest.raises(ValueError, match=f"; got {name}"):
+            module(x, cache=cache, **{name: jnp.ones(B, jnp.int32)})
+    with pytest.raises(ValueError, match="cache must be of 2 sequences, as x is; got 1"):
+        module(x, cache=module.init_cache(1, 8))
+    tokens = jnp.zeros((B, 1, 2, 8))
+    with pytest.raises(ValueError, match=r"value must be \(2, 1, 2, 8\) .*, got \(1, 1, 2, 8\)"):
+        cache.append(tokens, tokens[:1])
 
 
 def test_packed_sequences_do_not_see_each_other() -> None:

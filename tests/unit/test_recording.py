@@ -191,6 +191,9 @@ def test_collecting_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("[[plans]]\n", r"expected \[\[plan\]\] and \[\[call\]\] tables, got plans"),
         ("[[plan]\n", "plans.toml: "),
+        ("plan = 3\n", r"expected \[\[plan\]\] tables, got plan = 3"),
+        ("call = [3]\n", r"expected \[\[call\]\] tables, got call = \[3\]"),
+        ("[call]\n", r"expected \[\[call\]\] tables, got call = {}"),
         ('[[plan]]\nid = "a"\n', "plan a: does not fit this version"),
         (
             '[[plan]]\nid = "a"\ntarget = "sm_90a:132"\ndirection = "fwd"\n'
