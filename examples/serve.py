@@ -50,7 +50,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="of the load: outputs as uncached")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo_output"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.check and args.load is None:
+        parser.error("--check needs --load")
+    if args.load is not None and args.load < 1:
+        parser.error("--load must be at least 1")
+    return args
 
 
 def run_until_interrupted(server: Server) -> None:
@@ -132,6 +137,9 @@ def main() -> int:
         run_until_interrupted(server)
     server.server_close()
     worker.stop()
+    if worker.error is not None:
+        print(f"The worker has failed: {worker.error!r}", file=sys.stderr)
+        return 1
 
     telemetry = worker.scheduler.telemetry
     print(telemetry.describe())

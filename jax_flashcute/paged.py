@@ -10,6 +10,7 @@ prefix has beyond its last full page, fewer tokens than a page, each sequence co
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -86,7 +87,8 @@ class PagedKVCache:
           dtype: floating dtype of the pages.
 
         Raises:
-          ValueError: a size is not positive, or page_size no power of two from 1 to 512.
+          ValueError: a size is not positive, page_size no power of two from 1 to 512, or dtype
+            not floating.
         """
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         sizes = {
@@ -102,6 +104,8 @@ class PagedKVCache:
             if size < 1:
                 raise ValueError(f"{name} must be at least 1; got {size}")
         check_page_size(page_size)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"dtype must be floating; got {jnp.dtype(dtype).name}")
 
         def pages(width):
             return tuple(
@@ -196,12 +200,13 @@ class PagedKVCache:
           layer: which one, static.
           key: (B, T, K, H), in the pages' dtype.
           value: (B, T, K, Hv).
-          token_counts: (B,) or scalar integers, at most T: of each sequence the first so many
+          token_counts: (B,) or scalar integers, from 0 to T: of each sequence the first so many
             tokens are appended, the rest is padding, may hold anything and is written nowhere; by
-            default T.
+            default T.  Concrete ones are always checked.
           checked: raise where a token finds no page, because the table is full or its entry is
-            no page: at once for concrete arrays, through ``jax.experimental.checkify`` for traced
-            ones.  Otherwise such a token is written nowhere: allocate its page beforehand.
+            no page, and where traced token_counts do not fit: at once for concrete arrays, through
+            ``jax.experimental.checkify`` for traced ones.  Otherwise such a token is written
+            nowhere: allocate its page beforehand.
 
         Raises:
           ValueError: an argument does not fit; it is named.
@@ -218,7 +223,7 @@ class PagedKVCache:
                     f"got shape {array.shape} in {array.dtype.name}"
                 )
         T = key.shape[1]
-        counts = _counts(T if token_counts is None else token_counts, B)
+        counts = _counts(T if token_counts is None else token_counts, B, T)
         page, slot, is_kept = self._places(T, counts)
         if checked:
             _check_appended(is_kept, counts, T)
@@ -236,7 +241,7 @@ class PagedKVCache:
         """Lengths grown by (B,) or scalar integers, once all layers have appended.
 
         Raises:
-          ValueError: token_counts does not fit.
+          ValueError: token_counts does not fit, or concrete ones are negative.
         """
         return replace(self, lengths=self.lengths + _counts(token_counts, self.lengths.shape[0]))
 
@@ -306,7 +311,13 @@ class PageAllocator:
         return self._holders[page]
 
     def pages_for(self, tokens: int) -> int:
-        """How many pages hold so many tokens."""
+        """How many pages hold so many tokens.
+
+        Raises:
+          ValueError: tokens is negative.
+        """
+        if tokens < 0:
+            raise ValueError(f"tokens must not be negative; got {tokens}")
         return -(-tokens // self.page_size)
 
     def allocate(self, count: int) -> list[int]:
@@ -330,6 +341,7 @@ class PageAllocator:
 
         Raises:
           OutOfPagesError: too few are free; the list is as it was.
+          ValueError: tokens is negative.
         """
         pages += self.allocate(max(0, self.pages_for(tokens) - len(pages)))
 
@@ -355,12 +367,13 @@ class PageAllocator:
             self._holders[page] += 1
         return shared
 
-    def free(self, pages: Sequence[int]) -> None:
+    def free(self, pages: Sequence[int] | np.ndarray) -> None:
         """One holder less for each page, which is free again without any.
 
         Raises:
           ValueError: a page is held fewer times than it is to be freed.
         """
+        pages = list(map(operator.index, pages))
         for page in pages:
             self._check_held(page, pages.count(page))
         # In reverse, so that allocating as many again gives the same order.
@@ -403,21 +416,31 @@ def check_page_size(page_size: int) -> None:
         raise ValueError(f"page_size must be a power of two from 1 to 512; got {page_size}")
 
 
-def _counts(token_counts: ArrayLike, B: int) -> jax.Array:
+def _counts(token_counts: ArrayLike, B: int, T: int | None = None) -> jax.Array:
+    """(B,) int32; ValueError where they do not fit, as far as they are concrete."""
     counts = jnp.asarray(token_counts)
     if counts.shape not in ((), (B,)) or not jnp.issubdtype(counts.dtype, jnp.integer):
         raise ValueError(
             f"token_counts must be integers, a scalar or ({B},); got shape {counts.shape} in "
             f"{counts.dtype.name}"
         )
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(token_counts)):
+        with jax.ensure_compile_time_eval():  # inside jit too
+            is_unfit = bool(jnp.any(_are_unfit(jnp.asarray(token_counts), T)))
+        if is_unfit:
+            expected = "must not be negative" if T is None else f"must be from 0 to {T}"
+            raise ValueError(f"token_counts {expected}; got {token_counts}")
     return jnp.broadcast_to(counts.astype(jnp.int32), B)
 
 
+def _are_unfit(counts: jax.Array, T: int | None) -> jax.Array:
+    return counts < 0 if T is None else (counts < 0) | (counts > T)
+
+
 def _check_appended(is_kept: jax.Array, counts: jax.Array, T: int) -> None:
-    is_unfit = (counts < 0) | (counts > T)
     is_homeless = is_kept.sum(axis=1) < counts
     for wrong, message in (
-        (jnp.any(is_unfit), f"token_counts must be from 0 to {T}"),
+        (jnp.any(_are_unfit(counts, T)), f"token_counts must be from 0 to {T}"),
         (jnp.any(is_homeless), "page_table must hold a page for every new token"),
     ):
         if isinstance(wrong, Tracer):

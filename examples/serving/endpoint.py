@@ -102,8 +102,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_arguments(self) -> tuple[bytes, int]:
         length = int(self.headers.get("Content-Length", 0))
-        if length > MAX_BODY:
-            raise ValueError(f"the body must have at most {MAX_BODY} bytes; got {length}")
+        if not 0 <= length <= MAX_BODY:
+            raise ValueError(f"the body must have from 0 to {MAX_BODY} bytes; got {length}")
         arguments = json.loads(self.rfile.read(length))
         if not isinstance(arguments, dict) or not isinstance(arguments.get("prompt"), str):
             raise ValueError('the body must be {"prompt": text, "max_tokens": number}')
@@ -131,6 +131,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
+        if status >= 400:
+            # What is left of the request's body must not be read as the next request.
+            self.close_connection = True
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
 

@@ -59,6 +59,8 @@ class Engine:
         implementation: str | None = None,
     ):
         """`max_tokens` of one sequence, prompt and output; `chunk_sizes` are the prompt buckets."""
+        if not chunk_sizes or min(chunk_sizes) < 1:
+            raise ValueError(f"chunk_sizes must be one or more of at least 1; got {chunk_sizes}")
         self.graph, self.state = nnx.split(model)
         self.implementation = implementation
         self.allocator = PageAllocator(num_pages, page_size)

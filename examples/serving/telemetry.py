@@ -1,6 +1,7 @@
 """Tokens per second, time to first token and page use: recorded, printed, plotted."""
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,9 @@ import numpy as np
 
 if TYPE_CHECKING:
     from serving.scheduler import Request
+
+
+LATEST = 100_000
 
 
 @dataclass
@@ -25,12 +29,15 @@ class Step:
 
 @dataclass
 class Telemetry:
-    """Counts of a run; times are seconds since its first step's start."""
+    """Counts of a run; times are seconds since its first step's start.
+
+    The `LATEST` steps and requests are kept, and figures are of them: a server runs for long.
+    """
 
     num_pages: int
     tokens: int = 0
-    steps: list[Step] = field(default_factory=list)
-    requests: list["Request"] = field(default_factory=list)
+    steps: deque[Step] = field(default_factory=lambda: deque(maxlen=LATEST))
+    requests: deque["Request"] = field(default_factory=lambda: deque(maxlen=LATEST))
     start: float = field(default_factory=time.perf_counter)
 
     def record_step(self, **counts: int) -> None:
@@ -41,25 +48,27 @@ class Telemetry:
 
     def times_to_first_token(self) -> np.ndarray:
         """Seconds, of the requests that have ended."""
-        return np.array([r.first_token - r.arrived for r in self.requests if r.first_token])
+        return np.array([r.first_token - r.arrived for r in list(self.requests) if r.first_token])
 
     def summary(self) -> dict[str, float]:
         """Figures of the run so far; empty before the first request has ended."""
         first = self.times_to_first_token()
         if not len(first) or not self.steps:
             return {}
-        seconds = max(r.ended for r in self.requests) - min(r.arrived for r in self.requests)
-        prompt_tokens = sum(len(r.prompt) for r in self.requests)
-        held = [step.held_pages for step in self.steps]
+        # Copied at once: the worker's thread goes on recording.
+        requests, steps = list(self.requests), list(self.steps)
+        seconds = max(r.ended for r in requests) - min(r.arrived for r in requests)
+        prompt_tokens = sum(len(r.prompt) for r in requests)
+        held = [step.held_pages for step in steps]
         return {
-            "requests": len(self.requests),
+            "requests": len(requests),
             "seconds": round(seconds, 3),
-            "tokens_per_second": round(sum(len(r.output) for r in self.requests) / seconds, 1),
+            "tokens_per_second": round(sum(len(r.output) for r in requests) / seconds, 1),
             "first_token_ms_median": round(float(np.median(first)) * 1e3, 1),
             "first_token_ms_p95": round(float(np.quantile(first, 0.95)) * 1e3, 1),
             "prompt_tokens": prompt_tokens,
-            "shared_tokens": sum(r.shared_tokens for r in self.requests),
-            "preemptions": sum(r.preemptions for r in self.requests),
+            "shared_tokens": sum(r.shared_tokens for r in requests),
+            "preemptions": sum(r.preemptions for r in requests),
             "pages_held_mean": round(float(np.mean(held)), 1),
             "pages_held_most": max(held),
             "pages": self.num_pages,

@@ -8,9 +8,9 @@ then rests on a tie, on any machine.
 import dataclasses
 import http.client
 import json
+import socket
 import sys
 import threading
-import time
 from pathlib import Path
 
 import jax
@@ -20,11 +20,13 @@ import pytest
 import serve
 from byte_decoder import ByteDecoder, ModelConfig, generate_greedily, load_model, save_model
 from flax import nnx
+from serving import endpoint, telemetry
 from serving.endpoint import Worker, make_server
 from serving.engine import Engine, next_tokens
 from serving.load import post
 from serving.prefixes import PrefixIndex
 from serving.scheduler import Request, Scheduler
+from serving.telemetry import Telemetry
 
 LEAD = 1e-3
 MAX_TOKENS, NEW_TOKENS, TOKENS_IN_PAGES = 48, 16, 56
@@ -221,6 +223,19 @@ def test_bad_http_requests_are_answered(server) -> None:
         assert message in json.loads(response.read())["error"]
 
 
+def test_an_error_leaves_nothing_to_be_read_as_the_next_request(server) -> None:
+    port = server[0].server_port
+    smuggled = b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n"
+    for path, length, status in [("/", len(smuggled), 404), ("/generate", -1, 400)]:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n"
+            connection.sendall(head.encode() + smuggled)
+            answer = connection.makefile("rb").read()  # to the end: the server hangs up
+        assert answer.startswith(b"HTTP/1.1 %d " % status)
+        assert b"\r\nConnection: close\r\n" in answer
+        assert answer.count(b"HTTP/1.1") == 1
+
+
 def test_a_worker_that_fails_lets_nobody_wait(server, monkeypatch) -> None:
     server, worker = server
 
@@ -243,18 +258,37 @@ def test_a_worker_that_fails_lets_nobody_wait(server, monkeypatch) -> None:
 
 def test_who_hangs_up_is_dropped(server, monkeypatch) -> None:
     server, worker = server
-    step = worker.scheduler.step
-    monkeypatch.setattr(worker.scheduler, "step", lambda: (time.sleep(0.05), step()))
+    scheduler, step = worker.scheduler, worker.scheduler.step
+    record = scheduler.telemetry.record_request
+    has_hung_up, is_noticed, is_recorded = (threading.Event() for _ in range(3))
+
+    class WatchedRequest(Request):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "is_cancelled" and value:
+                is_noticed.set()
+
+    def step_in_turn():
+        if scheduler.telemetry.tokens:
+            has_hung_up.wait(30)
+        if scheduler.telemetry.tokens > 30:  # more than enough to write to a closed connection
+            is_noticed.wait(30)
+        step()
+
+    monkeypatch.setattr(endpoint, "Request", WatchedRequest)
+    monkeypatch.setattr(scheduler, "step", step_in_turn)
+    monkeypatch.setattr(
+        scheduler.telemetry, "record_request", lambda r: (record(r), is_recorded.set())
+    )
     connection, response = ask(
         server, "POST", "/generate", json.dumps({"prompt": "a", "max_tokens": 47})
     )
     response.read(1)
     response.close()
     connection.close()
-    deadline = time.monotonic() + 30
-    while not worker.scheduler.telemetry.requests and time.monotonic() < deadline:
-        time.sleep(0.02)
-    (request,) = worker.scheduler.telemetry.requests
+    has_hung_up.set()
+    assert is_recorded.wait(60)
+    (request,) = scheduler.telemetry.requests
     assert request.is_cancelled
     assert len(request.output) < 47
 
@@ -276,3 +310,58 @@ def test_a_saved_model_is_served_and_plotted(model, tmp_path: Path, monkeypatch,
     assert "Time to first token" in printed
     assert (tmp_path / "serving.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "serving.json").read_text())["requests"] == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--check"], "--check needs --load"),
+        (["--check", "--load", "-1"], "--load must be at least 1"),
+        (["--load", "0"], "--load must be at least 1"),
+    ],
+)
+def test_a_check_of_nothing_is_refused(words, message, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve.py", *words])
+    with pytest.raises(SystemExit):
+        serve.parse_arguments()
+    assert message in capsys.readouterr().err
+
+
+def test_a_failed_worker_fails_the_program(model, tmp_path: Path, monkeypatch, capsys) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model(path, model)
+
+    def fail(self):
+        raise RuntimeError("broken")
+
+    def post_once(server):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(http.client.IncompleteRead):
+            post("127.0.0.1", server.server_port, b"def f", 5)
+        server.shutdown()
+
+    monkeypatch.setattr(Scheduler, "step", fail)
+    monkeypatch.setattr(Engine, "warm_up", lambda self: 0)
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    monkeypatch.setattr(serve, "run_until_interrupted", post_once)
+    words = ["--model", str(path), "--max-tokens", str(MAX_TOKENS), "--port", "0"]
+    monkeypatch.setattr(sys, "argv", ["serve.py", *words])
+    assert serve.main() == 1
+    assert "broken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chunk_sizes", [[0], [-4, 8], []])
+def test_bad_chunk_sizes_are_refused(model, chunk_sizes) -> None:
+    with pytest.raises(ValueError, match="chunk_sizes must be"):
+        Engine(model, num_pages=4, page_size=4, max_tokens=8, max_batch=1, chunk_sizes=chunk_sizes)
+
+
+def test_telemetry_keeps_the_latest(monkeypatch) -> None:
+    monkeypatch.setattr(telemetry, "LATEST", 3)
+    record = Telemetry(num_pages=1)
+    requests = [Request(b"a", 1) for _ in range(5)]
+    for request in requests:
+        record.record_request(request)
+        record.record_step(tokens=1, held_pages=0, kept_pages=0, active=1, waiting=0)
+    assert list(record.requests) == requests[2:]
+    assert len(record.steps) == 3

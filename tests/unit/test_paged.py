@@ -268,10 +268,13 @@ def test_tokens_without_a_page() -> None:
     with pytest.raises(ValueError, match="a page for every new token"):
         cache.append(keys, values, checked=True)
     with pytest.raises(ValueError, match="token_counts must be from 0 to 2"):
-        cache.append(keys, values, [1, 0, 3], checked=True)
+        cache.append(keys, values, [1, 0, 3])
     appended = checkify.checkify(jax.jit(lambda c, n: c.append(keys, values, n, checked=True)))
     error, _ = appended(cache, jnp.ones(BATCH, jnp.int32))
     with pytest.raises(Exception, match="a page for every new token"):
+        error.throw()
+    error, _ = appended(cache, jnp.array([1, 0, 3]))
+    with pytest.raises(Exception, match="token_counts must be from 0 to 2"):
         error.throw()
     error, after = appended(cache, jnp.array([1, 0, 1]))
     error.throw()
@@ -290,7 +293,12 @@ def test_bad_arguments_are_named() -> None:
         (lambda: cache.append(keys.astype("float16"), values), "got .* in float16"),
         (lambda: cache.append_layer(2, keys[0], values[0]), "layer must be from 0 to 1; got 2"),
         (lambda: cache.append(keys, values, [1, 1]), "token_counts must be integers"),
+        (lambda: cache.append(keys, values, [1, 2, 0]), "token_counts must be from 0 to 1; got"),
+        (lambda: cache.append_layer(0, keys[0], values[0], -1), "from 0 to 1; got -1"),
         (lambda: cache.advance(1.0), "token_counts must be integers"),
+        (lambda: cache.advance([0, -1, 0]), "token_counts must not be negative; got"),
+        (lambda: jax.jit(lambda c: c.advance(-1))(cache), "must not be negative; got -1"),
+        (lambda: make_cache(jnp.int32), "dtype must be floating; got int32"),
         (lambda: cache.with_sequences(np.zeros((2, 3)), [0, 0]), "page_table must be integers"),
         (lambda: cache.with_sequences([[0, 1]], [0, 0]), r"got shapes \(1, 2\) and \(2,\)"),
         (lambda: PageAllocator(0, 4), "num_pages must be at least 1; got 0"),
@@ -311,6 +319,8 @@ def test_bad_pages_change_nothing() -> None:
         (lambda: allocator.share([pages[0], 3], 8), "page 3 is held 0 times"),
         (lambda: allocator.share(pages, 13), "tokens must be from 0 to 12"),
         (lambda: allocator.allocate(-1), "count must not be negative; got -1"),
+        (lambda: allocator.pages_for(-3), "tokens must not be negative; got -3"),
+        (lambda: allocator.grow(pages, -3), "tokens must not be negative; got -3"),
         (lambda: allocator.table([pages], 2), "at most 2 pages; got 3"),
         (lambda: allocator.table([[3]], 2), "page 3 is held 0 times"),
     ]:
@@ -321,3 +331,5 @@ def test_bad_pages_change_nothing() -> None:
         allocator.allocate(2)
     assert (raised.value.needed, raised.value.free, raised.value.num_pages) == (2, 1, 4)
     assert allocator.allocate(1) == [3]
+    allocator.free(np.array([*pages, 3]))
+    assert allocator.num_free == 4
