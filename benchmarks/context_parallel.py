@@ -25,6 +25,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks.cases import Case
+from benchmarks.run import commit
 from jax_flashcute import flash_attention
 from jax_flashcute.context import METHODS, ORDERS, context_parallel_attention
 
@@ -93,15 +94,17 @@ def step(case: Case, setting: Setting) -> Callable[[], None]:
 
 def measure(case: Case, chosen: list[Setting], rounds: int) -> list[dict]:
     """Seconds of every setting: the median of ``rounds``, after one call that compiles."""
-    rows = []
-    for setting in chosen:
-        run = step(case, setting)
-        run()
-        seconds = []
-        for _ in range(rounds):
+    steps = [step(case, setting) for setting in chosen]
+    for call in steps:
+        call()
+    seconds_of: list[list[float]] = [[] for _ in steps]
+    for _ in range(rounds):
+        for call, seconds in zip(steps, seconds_of, strict=True):
             start = time.perf_counter()
-            run()
+            call()
             seconds.append(time.perf_counter() - start)
+    rows = []
+    for setting, seconds in zip(chosen, seconds_of, strict=True):
         ms = statistics.median(seconds) * 1e3
         spread = (max(seconds) - min(seconds)) * 1e3
         rows.append(row_of(case, setting) | {"ms": ms, "ms_spread": spread, "calls": rounds})
@@ -129,7 +132,7 @@ def row_of(case: Case, setting: Setting) -> dict:
         "gpu": jax.devices()[0].device_kind,
         "clock": "host",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": os.environ.get("JAX_FLASHCUTE_COMMIT"),
+        "commit": commit(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from jax_flashcute import analysis, autodiff, dispatch, masks
+from jax_flashcute import analysis, autodiff, dispatch, masks, plan
 from jax_flashcute.block_mask import BlockMask
 from jax_flashcute.dispatch import IMPLEMENTATIONS, Implementation
 from jax_flashcute.kernels import registry
@@ -270,6 +270,7 @@ def paged_attention(
         score_mod=score_mod,
         deterministic=None,
     )
+    implementation = _known(implementation)
     if batch_invariant and implementation != "cute":
         raise NotImplementedError(
             f'batch_invariant needs implementation="cute"; got {implementation!r}, in which XLA '
@@ -278,7 +279,7 @@ def paged_attention(
     spec = dataclasses.replace(spec, batch_invariant=bool(batch_invariant))
     table = page_table.astype(jnp.int32)
     operands = dataclasses.replace(operands, key=k_pages, value=v_pages, page_table=table)
-    residuals = autodiff.paged_attention(spec, operands, _known(implementation))
+    residuals = autodiff.paged_attention(spec, operands, implementation)
     return (residuals.out, residuals.lse) if return_residual else residuals.out
 
 
@@ -407,9 +408,9 @@ class Explanation:
       elsewhere: what serves both on every other platform.
       keys: the interval of keys that a position sees by ``is_causal``, the window and ``mask_mod``,
         such as ``"q - 127 <= kv < q + 1"``; None where it is not known to be one.
-      tiles: what the forward kernel makes of that interval: ``{"tile_m", "tile_n", "full",
-        "partial", "skipped"}``, counted for one head; None where there is none, or where offsets
-        or lengths known at run time alone decide.
+      tiles: what the forward kernel makes of that interval, Hopper's where there is no GPU:
+        ``{"tile_m", "tile_n", "full", "partial", "skipped"}``, counted for one head; None where
+        there is none, or where offsets or lengths known at run time alone decide.
       loads: the arrays that ``mask_mod`` and ``score_mod`` read, and how: ``"uniform"`` once a row,
         ``"contiguous"`` along the keys, or ``"gather"``.
     """
@@ -549,9 +550,14 @@ def explain(
         backward_reasons=reasons["bwd"],
         elsewhere={None: "xla", "cute": "refused"}.get(implementation, str(implementation)),
         keys=str(registry.interval_of(spec, has_lists=has_lists)) if is_interval else None,
-        tiles=registry.tile_counts(spec, operands) if not reasons["fwd"] else None,
+        tiles=_tile_counts(spec, operands) if not reasons["fwd"] else None,
         loads=tuple(_loads(spec)),
     )
+
+
+def _tile_counts(spec: AttentionSpec, operands: Operands) -> dict[str, int] | None:
+    target = plan.target() or plan.Target("sm_90a", plan.DEFAULT_NUM_SMS)
+    return registry.tile_counts(spec, operands, target.arch, target.num_sms)
 
 
 def _loads(spec: AttentionSpec) -> Iterator[str]:

@@ -122,9 +122,14 @@ def context_parallel_attention(
     if context_parallel not in METHODS:
         raise ValueError(f"context_parallel must be one of {METHODS}; got {context_parallel!r}")
     if implementation not in (None, "cute", "xla"):
+        why = ", which is computed on one device" if implementation == "reference" else ""
         raise ValueError(
-            f'implementation must be "cute", "xla" or None; got {implementation!r}, which is '
-            "computed on one device"
+            f'implementation must be "cute", "xla" or None; got {implementation!r}{why}'
+        )
+    if mesh is None and (batch_axes is not None or head_axes is not None):
+        raise ValueError(
+            f"batch_axes and head_axes are for a mesh, and mesh is None; got {batch_axes!r} and "
+            f"{head_axes!r}; inside a shard_map its in_specs say so"
         )
     layout = _Layout(axis_name, devices, order)
     spec, operands = api.checked_call(
@@ -218,6 +223,8 @@ class _Layout:
     def __post_init__(self):
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {ORDERS}; got {self.order!r}")
+        if self.devices < 1:
+            raise ValueError(f"devices must be at least 1; got {self.devices}")
 
     @property
     def chunks(self) -> int:
@@ -388,7 +395,8 @@ def _on_mesh(
         arrays = jax.tree.map(
             lambda x, p: jax.sharding.reshard(x, NamedSharding(mesh, p)), arrays, in_specs
         )
-    rows: Any = PartitionSpec(batch_axes, call.layout.axis_name, head_axes)
+    # As query lies: a batch entry or a head that is alone is on every device.
+    rows: Any = PartitionSpec(*in_specs.operands.query[:3])
     return jax.shard_map(
         functools.partial(_attention_of, call),
         mesh=mesh,

@@ -48,7 +48,7 @@ def backward(
 ) -> Operands:
     """The backward kernel: gradients of query, key and value; lowers for CUDA only.
 
-    A call for which it is not refused has no other floating-point operand but sinks.
+    A call for which it is not refused has no other operand with a gradient but sinks.
     """
     leaves, tree = jax.tree.flatten((operands, residuals, dout, dlse))
     query, key, value = _backward_p.bind(*leaves, spec=spec, tree=tree)

@@ -42,6 +42,7 @@ def describe(key: AnyKey, toolchain: Toolchain) -> dict[str, object]:
             "optional": list(key.optional),
             "config": repr(key.config),
             "elements": names_of(key.elements),
+            "row_bounds": None if key.row_bounds is None else asdict(key.row_bounds),
             "smem_bytes": key.config.smem_bytes(key.head_dim, key.head_dim_v),
         }
     return {**plain, "toolchain": asdict(toolchain)}

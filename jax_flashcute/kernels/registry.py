@@ -212,7 +212,7 @@ def reasons_against(
         reasons.append("an operand is empty")
     if is_paged(operands):
         reasons += _reasons_against_pages(operands, direction)
-    if has_lists and not reasons:
+    if has_lists and all(isinstance(x.shape[-1], int) for x in (operands.query, operands.value)):
         reasons += _reasons_against_lists(spec, operands, direction)
     if direction == "bwd" and spec.deterministic:
         reasons += [
@@ -243,6 +243,8 @@ def is_paged(operands: Operands) -> bool:
 def _reasons_against_pages(operands: Operands, direction: Direction) -> list[str]:
     if direction == "bwd":
         return ["no kernel computes gradients of keys and values in pages"]
+    if operands.block_mask is not None or operands.segment_ids is not None:
+        return ["no kernel takes block_mask or segment_ids with pages"]
     page_size = operands.key.shape[1]
     if not isinstance(page_size, int):
         return [f"page_size must be a number, got the symbol {page_size}"]
@@ -252,8 +254,9 @@ def _reasons_against_pages(operands: Operands, direction: Direction) -> list[str
 def _reasons_against_lists(
     spec: AttentionSpec, operands: Operands, direction: Direction
 ) -> list[str]:
-    configs = {"fwd": _forward_config(operands), "bwd": _backward_config(None, spec, operands)}
-    if configs[direction] is not None:
+    forward = direction == "fwd"
+    config = _forward_config(operands) if forward else _backward_config(None, spec, operands)
+    if config is not None:
         return []
     blocks = operands.block_mask
     return [
@@ -384,8 +387,10 @@ def num_splits(
     return most_splits(B * (K if pack_gqa else N), key_tiles, num_sms, lengths_vary)
 
 
-def tile_counts(spec: AttentionSpec, operands: Operands) -> dict[str, int] | None:
-    """What the interval of keys makes of a head's tiles, in the forward kernel for many rows.
+def tile_counts(
+    spec: AttentionSpec, operands: Operands, arch: str, num_sms: int
+) -> dict[str, int] | None:
+    """What the interval of keys makes of a head's tiles, in the forward kernel of a call.
 
     Keys are ``tile_m``, ``tile_n``, ``full``, ``partial`` and ``skipped``.  None where lengths, an
     offset or pages decide at run time, or where the mask is not an interval.
@@ -395,8 +400,8 @@ def tile_counts(spec: AttentionSpec, operands: Operands) -> dict[str, int] | Non
     known = isinstance(T, int) and isinstance(S, int) and T * S > 0
     if not known or runtime & set(operands.present()) or by_element(spec).mask_mod is not None:
         return None
-    config = forward_config(operands.query.shape[3], operands.value.shape[3])
-    interval, tile_m, tile_n = interval_of(spec), config.tile_m, config.tile_n
+    interval = interval_of(spec)
+    tile_m, tile_n = kernel_key(spec, operands, "fwd", arch, num_sms).tile
     total, full, visited = 0, 0, 0
     for first in range(0, T, tile_m):
         # Bounds rise with q, so the ends of a tile's rows bound them all.

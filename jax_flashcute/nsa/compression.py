@@ -44,11 +44,15 @@ def compress_kv(
       (B, ceil(S / block), K, H) in key's dtype and (B, ceil(S / block), K, Hv) in value's.
 
     Raises:
-      ValueError: an array's shape does not fit.
+      ValueError: an array's shape or ``block`` does not fit.
       NotImplementedError: ``implementation="cute"`` cannot serve it; every reason is given.
     """
+    if key.ndim != 4:
+        raise ValueError(f"key must be (B, S, K, H); got {key.shape}")
+    if block < 1:
+        raise ValueError(f"block must be at least 1; got {block}")
     B, S, K, H = key.shape
-    if value.shape[:3] != (B, S, K):
+    if value.ndim != 4 or value.shape[:3] != (B, S, K):
         raise ValueError(f"value must be {(B, S, K)} and its head_dim; got {value.shape}")
     for name, weight, dim in (
         ("key_weight", key_weight, H),

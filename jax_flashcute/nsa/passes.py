@@ -97,6 +97,10 @@ def served_by(
     Raises:
       NotImplementedError: ``"cute"`` cannot serve it.
     """
+    if implementation not in dispatch.IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {dispatch.IMPLEMENTATIONS}; got {implementation!r}"
+        )
     if implementation == "xla":
         return "xla"
     target = plan.target()

@@ -110,20 +110,22 @@ def test_gradients(dimensions: str) -> None:
 
 
 def test_gradients_on_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The forward kernel, then the XLA path: the backward kernel is Hopper's alone."""
+    """Both kernels; where the backward's refuses, the forward kernel and then the XLA path."""
     monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_100a")
 
-    def gradient(implementation):
+    def gradient(head_dim, implementation=None):
         def loss(query, key, value):
             return jnp.sum(attend(query, key, value, implementation=implementation)[0])
 
+        given = [x.update(shape=(*x.shape[:3], head_dim)) for x in shapes(2, 300, 500)]
         return jax.export.export(
             jax.jit(jax.grad(loss)), platforms=["cuda"], disabled_checks=EXPORT_CHECKS
-        )(*shapes(2, 300, 500))
+        )(*given)
 
-    assert calls(gradient(None)) == [CALL_TARGET]
-    with pytest.raises(NotImplementedError, match="backward kernels exist for sm_90a alone"):
-        gradient("cute")
+    assert calls(gradient(64, "cute")) == [CALL_TARGET] * 2
+    assert calls(gradient(256)) == [CALL_TARGET]
+    with pytest.raises(NotImplementedError, match="head_dim"):
+        gradient(256, "cute")
 
 
 def test_a_symbolic_offset() -> None:

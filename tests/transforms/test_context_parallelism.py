@@ -154,6 +154,40 @@ def test_every_feature_method_and_order(feature, devices, method, order, data) -
     check(feature, devices, method, order, data)
 
 
+@pytest.mark.parametrize("axes", ["batch_axes", "head_axes"])
+def test_what_is_alone_is_on_every_device(axes: str) -> None:
+    """One batch entry of one head, over a mesh axis of two devices."""
+    array = inputs("causal")["query"][:1, :, :1]
+    found = context_parallel_attention(
+        *[array] * 3,
+        is_causal=True,
+        mesh=make_mesh(2, 2),
+        axis_name="context",
+        order="contiguous",
+        implementation="xla",
+        **{axes: "data"},
+    )
+    wanted = flash_attention(*[array] * 3, is_causal=True)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"implementation": "cuda"}, "implementation must be"),
+        ({"batch_axes": "data"}, "mesh is None"),
+    ],
+)
+def test_bad_arguments(change: dict, message: str) -> None:
+    array = jnp.ones((1, 8, 1, 8))
+    options = {"context_parallel": "ring"} | change
+    with pytest.raises(ValueError, match=message):
+        jax.vmap(
+            lambda x: context_parallel_attention(x, x, x, axis_name="context", **options),
+            axis_name="context",
+        )(array[None])
+
+
 @pytest.mark.slow
 def test_heads_over_another_axis() -> None:
     """Scores see the numbers of all heads."""

@@ -312,6 +312,15 @@ def test_a_name_says_the_whole_plan() -> None:
     assert len(names | {store.entry_name(KEY)}) == len(CHANGES) + 1
 
 
+def test_every_plan_can_be_written() -> None:
+    for field, value in CHANGES.items():
+        key = replace(KEY, **{field: value})
+        content = kernel_file.pack(key, stand_in_compile(key), toolchain.toolchain())
+        description, kernel = kernel_file.unpack(content)
+        assert kernel.object == object_of(key)
+        assert description.keys() >= vars(key).keys()
+
+
 def test_a_name_changes_with_the_toolchain(monkeypatch: pytest.MonkeyPatch) -> None:
     before = store.entry_name(KEY)
     monkeypatch.setattr(toolchain, "version", lambda name: "99.0")
@@ -323,7 +332,7 @@ def test_a_name_changes_with_the_toolchain(monkeypatch: pytest.MonkeyPatch) -> N
         toolchain.toolchain.cache_clear()
 
 
-@pytest.mark.parametrize("change", ["edited", "added", "renamed", "analysed"])
+@pytest.mark.parametrize("change", ["edited", "added", "renamed", "analysis", "bounds"])
 def test_a_name_changes_with_the_kernels_sources(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,8 +355,8 @@ def test_a_name_changes_with_the_kernels_sources(
                 source.write_text("x = 2\n")
             case "added":
                 (package / "ffi" / "new.py").touch()
-            case "analysed":
-                (package / "analysis.py").write_text("LIMIT = 1\n")
+            case "analysis" | "bounds":
+                (package / f"{change}.py").write_text("LIMIT = 1\n")
             case "renamed":
                 source.rename(source.with_name("other.py"))
         assert name() != before

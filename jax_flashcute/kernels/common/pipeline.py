@@ -7,12 +7,12 @@ from jax_flashcute.kernels.common.traced import Traced
 
 
 class TmaPipeline(Traced):
-    """A ring of shared-memory stages: one warp fills a stage by TMA, consumer warps empty it.
+    """A ring of shared-memory stages: a warp fills a stage by TMA, consumer warps empty it.
 
     Barriers: ``full[stage]`` completes after one arrival and ``tx_bytes`` bytes;
     ``empty[stage]`` completes after one arrival of each consumer warp.
 
-    With ``copying_threads``, so many threads fill a stage by asynchronous copies of their own, and
+    With ``copying_threads``, so many threads fill a stage by asynchronous copies instead, and
     ``full[stage]`` completes after an arrival of each; nothing is then expected or committed.
 
     The state of either end is a (stage, phase) pair that starts at (0, 0) and moves by

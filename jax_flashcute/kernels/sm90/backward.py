@@ -1,4 +1,4 @@
-"""The backward kernel on Hopper for head_dims up to 128: dQ, dK and dV in one pass over the keys.
+"""The backward kernel on Hopper: dQ, dK and dV in one pass over the keys.
 
 A block owns ``tile_n`` keys of one key/value head and goes over the query tiles that see them, of
 every query head of the group:

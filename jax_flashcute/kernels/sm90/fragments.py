@@ -152,7 +152,7 @@ def _compared_word(
     # A loop that is not unrolled: unrolled, its loads would want registers all at once.
     for i in cutlass.range(count * is_needed, unroll=1):
         c = i + first
-        is_seen = seen(first_column(thread) + c // 2 * 8 + c % 2)
+        is_seen = seen(first_column(thread) + column_step(c))
         low = low | (Uint32(Int32(is_seen[0])) << Uint32(i))
         high = high | (Uint32(Int32(is_seen[1])) << Uint32(i))
     return low, high
