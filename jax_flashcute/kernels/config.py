@@ -130,9 +130,11 @@ def dividing(
         for columns in range(config.tile_n, 0, -16):
             if tile_m % (64 * warpgroups) or tile_n % columns:
                 continue
-            if (warpgroups, columns) == (config.warpgroups, config.tile_n):
-                return config
-            found = FwdConfig(warpgroups, columns, config.kv_stages, takes_turns=warpgroups == 2)
+            found = dataclasses.replace(config, tile_n=columns)
+            if warpgroups != config.warpgroups:
+                found = FwdConfig(
+                    warpgroups, columns, config.kv_stages, takes_turns=warpgroups == 2
+                )
             if not found.reasons_invalid(head_dim, head_dim_v):
                 return found
     return None
@@ -286,6 +288,11 @@ class BwdConfig:
     @property
     def tile_n(self) -> int:
         return 64 if self.by_role else 64 * self.warpgroups
+
+    @property
+    def reallocates_registers(self) -> bool:
+        """Whether the producer gives registers to the consumers; two warpgroups have enough."""
+        return self.warpgroups > 1
 
     def padded_head_dim(self, head_dim: int) -> int:
         """Columns of Q, K and dQ in shared memory and registers."""
@@ -499,6 +506,9 @@ def dividing_backward(
         for warpgroups in (2, 1)
         if warpgroups < config.warpgroups and not config.by_role
     ]
+    # Where dK and dV do not fit in the registers of one warpgroup, two share its keys.
+    by_role = BwdConfig(2, 64, ds_stages=1, dq_split="chunks", by_role=True)
+    narrower.append(dataclasses.replace(by_role, deterministic=config.deterministic))
     for found in (config, *narrower):
         fits = not (tile_m % found.tile_m or tile_n % found.tile_n)
         if fits and not found.reasons_invalid(head_dim, head_dim_v):

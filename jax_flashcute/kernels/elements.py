@@ -179,7 +179,10 @@ def reasons_against_gradients(
         reasons += [f"the derivative of score_mod: {why}" for why in unsupported]
     functions = element_functions(spec, operands)
     if not reasons and by_role and functions is not None and not functions.keeps_gradients:
-        reasons.append("above head_dim 128 no kernel differentiates a score that is not additive")
+        reasons.append(
+            "where two warpgroups share 64 keys (head_dim above 128, or small listed tiles) no "
+            "kernel differentiates a score that is not additive"
+        )
     return reasons
 
 

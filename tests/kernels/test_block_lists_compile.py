@@ -16,9 +16,15 @@ KINDS = {
     "ids": {"segment_ids": IDS},
     "positions": {"segment_ids": IDS, "positions": "segment"},
     "lists": {"block_mask": random_lists(LENGTHS, 1, 1)},
+    "small_lists": {"block_mask": random_lists(LENGTHS, 1, 1, (64, 64))},
     "lists_and_mask": {"block_mask": random_lists(LENGTHS, 1, 1), "mask_mod": odd},
 }
-ALWAYS = [("fwd", 64, "positions"), ("fwd", 128, "lists_and_mask"), ("bwd", 128, "positions")]
+ALWAYS = [
+    ("fwd", 64, "positions"),
+    ("fwd", 128, "lists_and_mask"),
+    ("bwd", 128, "positions"),
+    ("bwd", 128, "lists"),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

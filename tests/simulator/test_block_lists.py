@@ -61,6 +61,10 @@ CASES = {
         {"sinks": jnp.array([1.5]), "head_dim": 128, "block_mask": BlockMask.from_blocks(
             np.zeros((2, 2), bool), q_length=200, kv_length=140, tile_m=128, tile_n=128)},
     ),
+    "192_by_64": (
+        (1, 200, 150),
+        {"mask_mod": odd, "block_mask": random_lists((1, 200, 150), 1, 1, (192, 64), seed=3)},
+    ),
     "small_tiles_of_a_mask": (
         (1, 130, 200),
         {"mask_mod": masks.causal, "segment_ids": (np.arange(130)[None] // 50,
@@ -76,6 +80,15 @@ BACKWARD = CASES | {
             "heads": (2, 1),
             "head_dim": 256,
             "block_mask": random_lists((1, 200, 300), 1, 2, seed=2),
+        },
+    ),
+    "128_small_tiles": (
+        (1, 130, 200),
+        {
+            "mask_mod": odd,
+            "heads": (3, 1),
+            "head_dim": 128,
+            "block_mask": random_lists((1, 130, 200), 1, 3, (64, 64), seed=4),
         },
     ),
 }

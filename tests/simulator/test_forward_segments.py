@@ -17,7 +17,7 @@ from tests.simulator.test_forward_features import NUM_SMS, compiled
 rng = np.random.default_rng(0)
 
 
-def call_of(lengths, heads=(1, 1), head_dim=64, seed=0, **arguments):
+def call_of(lengths, heads=(1, 1), head_dim=64, seed=0, dtype=jnp.bfloat16, **arguments):
     """The spec and the operands of a call; ``lengths``: batch, T, S."""
     draw = np.random.default_rng(seed).standard_normal
     (B, T, S), (N, K) = lengths, heads
@@ -29,7 +29,7 @@ def call_of(lengths, heads=(1, 1), head_dim=64, seed=0, **arguments):
         "positions": None, "deterministic": False,
     }  # fmt: skip
     main = [
-        jnp.asarray(draw((B, rows, heads, head_dim)), jnp.bfloat16)
+        jnp.asarray(draw((B, rows, heads, head_dim)), dtype)
         for rows, heads in ((T, N), (S, K), (S, K))
     ]
     return api.checked_call(*main, **defaults | arguments)

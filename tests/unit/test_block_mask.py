@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 
@@ -13,6 +14,12 @@ from jax import export
 
 from jax_flashcute import BlockMask, explain, flash_attention, make_block_mask
 from jax_flashcute.block_mask import FULL, PARTIAL
+from jax_flashcute.kernels.config import (
+    backward_config,
+    dividing,
+    dividing_backward,
+    forward_config,
+)
 from tests.compare import assert_close, cotangent
 
 B, N = 2, 6
@@ -427,6 +434,19 @@ def test_tiles_that_no_kernel_has_are_refused() -> None:
     assert explanation.backward_reasons == explanation.forward_reasons
     with pytest.raises(NotImplementedError, match="got 16 x 16"):
         flash_attention(**arrays, block_mask=made, implementation="cute")
+
+
+def test_a_configuration_of_smaller_tiles_keeps_the_registers() -> None:
+    config = forward_config(64, 64)
+    want = dataclasses.replace(config, tile_n=64)
+    assert dividing(config, config.tile_m, 64, 64, 64) == want
+    assert want.reasons_invalid(64, 64) == []
+
+
+def test_tiles_of_64_by_64_suit_every_head_dim() -> None:
+    for dims in itertools.product(range(8, 257, 8), repeat=2):
+        assert dividing(forward_config(*dims), 64, 64, *dims) is not None, dims
+        assert dividing_backward(backward_config(*dims), 64, 64, *dims) is not None, dims
 
 
 def test_smaller_tiles_are_the_same_tiles() -> None:

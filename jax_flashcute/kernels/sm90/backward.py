@@ -359,7 +359,8 @@ class BackwardSm90:
         steps = self.all_steps(visits)
 
         if warp_index < 4:
-            cute.arch.setmaxregister_decrease(cfg.producer_registers)
+            if const_expr(cfg.reallocates_registers):
+                cute.arch.setmaxregister_decrease(cfg.producer_registers)
             if warp_index == 0 and steps > 0:
                 self.produce(
                     (tma_q, gQ, sQ, sLSE),
@@ -385,7 +386,8 @@ class BackwardSm90:
                         (part_values, tuple(range(w, parts, dq_warps))),
                     )
         else:
-            cute.arch.setmaxregister_increase(cfg.consumer_registers)
+            if const_expr(cfg.reallocates_registers):
+                cute.arch.setmaxregister_increase(cfg.consumer_registers)
             smem = (sQ, sdO, sK, sV, sdS, sdQ, sLSE, sdPsum)
             bounds = (mBounds, batch, (q_length, kv_length), compares)
             mask_step = partial(self.mask_step, (offset, queries, keys), bounds)
@@ -980,11 +982,13 @@ class BackwardSm90:
         row_limits, compare = partial(self.row_limits, lengths, thread, first_key), None
         if self.row_bounds is not None:
             mBounds, batch, (_, kv_length), compares = bounds
-            keys = [
-                cutlass.min(first_key + row_in_slab(thread, r), Int32(kv_length) - 1)
-                for r in range(ROWS_PER_THREAD)
+            places = [first_key + row_in_slab(thread, r) for r in range(ROWS_PER_THREAD)]
+            keys = [cutlass.min(place, Int32(kv_length) - 1) for place in places]
+            # Keys beyond the array are hidden: their zeros may be a score far above the LSE.
+            limits = [
+                (mBounds[0][batch, key], select(place == key, mBounds[1][batch, key], Int32(0)))
+                for place, key in zip(places, keys, strict=True)
             ]
-            limits = [(mBounds[0][batch, key], mBounds[1][batch, key]) for key in keys]
 
             def row_limits(r):
                 return limits[r]

@@ -1,6 +1,7 @@
-"""Consumers of the Hopper backward for head_dims above 128: two warpgroups share 64 keys by role.
+"""Consumers of the Hopper backward where two warpgroups share 64 keys by role.
 
-dK and dV of 64 keys and 256 columns would fill the registers of one warpgroup, so each holds one:
+So it is for head_dims above 128, and at 128 for lists of small tiles.  dK and dV of 64 keys and 256
+columns would fill the registers of one warpgroup, so each holds one:
 
     first:   S^T = K Q^T,   P^T = exp2(scale log2(e) S^T - LSE2),   dV += P^T dO
     second:  dP^T = V dO^T,   dS^T = P^T (dP^T - dPsum),            dK += dS^T Q
