@@ -10,7 +10,7 @@ import numpy as np
 
 from .findings import FindingLog
 from .memory import GlobalMemory, shared_memory
-from .ordering import CELL, Ordering
+from .ordering import CELL, TENSOR_ACCESSES, Ordering
 from .program import BRANCH, BRANCH_TABLE, EFFECT, RETURN, Program
 from .registers import P, RegisterFile
 
@@ -272,8 +272,9 @@ class Machine:
         self.ordering = None
         if self.check_ordering:
             self.ordering = Ordering(
-                warps * self.cluster_size, self.cells_per_block * self.cluster_size, self.log
-            )
+                warps * self.cluster_size, self.cells_per_block * self.cluster_size, self.log,
+                tensor_memory=self.program.uses_tensor_memory,
+            )  # fmt: skip
             self.ordering.statements = self.program.kernel.statements
         self.blocks = [
             Block(self, index, rank, rank * warps) for rank, index in enumerate(block_indices)
@@ -625,8 +626,8 @@ class Machine:
             for registers, values, _ in state.loads:
                 rows[registers, 32 * warp : 32 * warp + 32] = values
             if state.loads and self.ordering and not state.stores:
-                self.ordering.wgmma_commit(warp + g.block.first_warp)
-                self.ordering.wgmma_wait(warp + g.block.first_warp, 0)
+                self.ordering.wgmma_commit(warp + g.block.first_warp, TENSOR_ACCESSES)
+                self.ordering.wgmma_wait(warp + g.block.first_warp, 0, TENSOR_ACCESSES)
             if state.loads:
                 state.loads.clear()
                 state.accumulators = 0

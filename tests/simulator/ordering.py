@@ -1,7 +1,8 @@
 """Happens-before on shared memory, across warps and across the generic and asynchronous proxies.
 
-Every actor has a clock: each warp; each warp's wgmmas, which finish in order; and a pool of slots,
-one for each bulk copy in flight.  A warp keeps two vector clocks: what happened before it, and the
+Every actor has a clock: each warp; each warp's wgmmas (or tcgen05 products and copies), which
+finish in order; each warp's loads and stores of tensor memory; and a pool of slots, one for each
+bulk copy in flight.  A warp keeps two vector clocks: what happened before it, and the
 part of that which a proxy fence has made visible to the asynchronous proxy.  Barriers carry both
 from those who arrive to those who wait.  Shadow memory, a cell for every four bytes, holds the last
 writer and every actor's last read.  An access that is not ordered after the last conflicting one is
@@ -20,6 +21,8 @@ NUM_SLOTS = 24
 ALWAYS = np.iinfo(np.int32).max
 """A clock that every operation of an actor lies before."""
 ALL_LANES = 0xFFFFFFFF
+PRODUCTS, TENSOR_ACCESSES = 0, 1
+"""A warp's two actors for asynchronous work that finishes in order."""
 
 
 class Ordering:
@@ -29,18 +32,19 @@ class Ordering:
       num_warps: warps of all its blocks together.
       cells: shadow cells of all its blocks together.
       log: where findings go.
+      tensor_memory: whether warps load and store tensor memory.
     """
 
-    def __init__(self, num_warps: int, cells: int, log):
+    def __init__(self, num_warps: int, cells: int, log, *, tensor_memory: bool = False):
         self.num_warps = num_warps
-        self.first_slot = 2 * num_warps
+        self.first_slot = (3 if tensor_memory else 2) * num_warps
         self.prerequisites = self.first_slot + NUM_SLOTS  # 1 where griddepcontrol.wait is behind
         self.num_actors = self.prerequisites + 1
         self.clock = np.zeros((num_warps, self.num_actors + 1), np.int32)
         self.fenced = np.zeros((num_warps, self.num_actors + 1), np.int32)
         warps = np.arange(num_warps)
         self.clock[warps, warps] = 1
-        self.wgmma_clock = np.zeros(num_warps, np.int32)
+        self.wgmma_clock = np.zeros(self.first_slot - num_warps, np.int32)
         self.slot_clock = np.zeros(NUM_SLOTS, np.int32)
         self.next_slot = 0
         self.writer = np.full(cells, self.num_actors, np.int16)  # one past the end: nobody
@@ -162,16 +166,18 @@ class Ordering:
             everything[warp] = before
         return writers, everything
 
-    def wgmma(self, warp: int):
-        """The warp's wgmma actor, for operations of the group not yet committed."""
-        return (self.num_warps + warp, int(self.wgmma_clock[warp]) + 1, *self._views(warp))
+    def wgmma(self, warp: int, kind: int = PRODUCTS):
+        """The warp's actor of a kind, for operations of the group not yet committed."""
+        index = kind * self.num_warps + warp
+        return (self.num_warps + index, int(self.wgmma_clock[index]) + 1, *self._views(warp))
 
-    def wgmma_commit(self, warp: int) -> None:
-        self.wgmma_clock[warp] += 1
+    def wgmma_commit(self, warp: int, kind: int = PRODUCTS) -> None:
+        self.wgmma_clock[kind * self.num_warps + warp] += 1
 
-    def wgmma_wait(self, warp: int, pending: int) -> None:
-        actor = self.num_warps + warp
-        done = self.wgmma_clock[warp] - pending
+    def wgmma_wait(self, warp: int, pending: int, kind: int = PRODUCTS) -> None:
+        index = kind * self.num_warps + warp
+        actor = self.num_warps + index
+        done = self.wgmma_clock[index] - pending
         self.clock[warp, actor] = max(self.clock[warp, actor], done)
 
     def finish(self, pair, token) -> None:
@@ -235,8 +241,10 @@ class Ordering:
     def actor_name(self, actor: int) -> str:
         if actor < self.num_warps:
             return f"warp {actor}"
+        if actor < 2 * self.num_warps:
+            return f"a wgmma, or tcgen05 product or copy, of warp {actor - self.num_warps}"
         if actor < self.first_slot:
-            return f"a wgmma of warp {actor - self.num_warps}"
+            return f"a tcgen05.ld or .st of warp {actor - 2 * self.num_warps}"
         return "a bulk copy"
 
     def _last(self, cell):

@@ -1,10 +1,10 @@
 """tcgen05: PTX ISA, "TensorCore 5th Generation Family Instructions".
 
-Tensor memory is 128 lanes of 512 columns of 32 bits a block.  Matrix products and commits of one
-thread run in order, as late or as early as the schedule says.  A store is out of reach until
-``tcgen05.wait::st``.  A load ends at ``tcgen05.wait::ld`` or where its registers are first used:
-code that NVIDIA's compiler accepts leaves the wait out.  Ordering is checked at a cell for each 32
-lanes of a column.
+Tensor memory is 128 lanes of 512 columns of 32 bits a block.  Matrix products, copies from shared
+memory and commits of one thread run in order, as late or as early as the schedule says.  A store is
+out of reach until ``tcgen05.wait::st``.  A load ends at ``tcgen05.wait::ld`` or where its registers
+are first used: code that NVIDIA's compiler accepts leaves the wait out.  Ordering is checked at a
+cell for each 32 lanes of a column.
 """
 
 import re
@@ -14,7 +14,7 @@ import numpy as np
 
 from . import barriers
 from .memory_access import addresses, check_shared, shared_target
-from .ordering import ALWAYS
+from .ordering import ALWAYS, TENSOR_ACCESSES
 from .program import SHARED_BASE, FormError, effect, instruction
 from .warpgroup_mma import operand_addresses, to_single
 
@@ -70,7 +70,7 @@ def _tcgen05(asm, st):
     name = action.split("::")[0]
     compiler = {
         "alloc": _alloc, "dealloc": _dealloc, "relinquish_alloc_permit": _relinquish, "ld": _load,
-        "st": _store, "wait": _wait, "mma": _mma, "commit": _commit,
+        "st": _store, "wait": _wait, "mma": _mma, "cp": _copy, "commit": _commit,
     }.get(name)  # fmt: skip
     if name == "fence":
         return effect(lambda block, g, m: None)
@@ -194,8 +194,16 @@ def _places(block, g, address, lanes, columns, st):
 
 
 def _token(block, warp):
-    """The actor of a warp's tensor-memory work, which is ordered after its own earlier work."""
-    token = block.ordering.wgmma(warp + block.first_warp)
+    """The actor of a warp's products and copies, which are ordered after its own earlier ones."""
+    return _in_order(block.ordering.wgmma(warp + block.first_warp))
+
+
+def _access_token(block, warp):
+    """The actor of a warp's loads and stores: nothing orders them after its products."""
+    return _in_order(block.ordering.wgmma(warp + block.first_warp, TENSOR_ACCESSES))
+
+
+def _in_order(token):
     token[2][token[0]] = token[3][token[0]] = ALWAYS
     return token
 
@@ -212,7 +220,7 @@ def _load(asm, st):
         for warp, lane, column in places:
             if block.ordering:
                 cells = memory.cells_of(lane, 32, column, width)
-                block.ordering.async_read(_token(block, warp), cells, st, "the tcgen05.ld")
+                block.ordering.async_read(_access_token(block, warp), cells, st, "the tcgen05.ld")
             values = memory.data[lane + lanes, column + columns]
             state = block.wgmma[warp]
             state.loads.append((registers, values, mask))
@@ -234,7 +242,8 @@ def _store(asm, st):
         for warp, lane, column in places:
             if block.ordering:
                 cells = memory.cells_of(lane, 32, column, width)
-                block.ordering.async_write(_token(block, warp), cells, st, g.pc, "the tcgen05.st")
+                token = _access_token(block, warp)
+                block.ordering.async_write(token, cells, st, g.pc, "the tcgen05.st")
             values = rows[registers, 32 * warp : 32 * warp + 32].copy()
             if block.machine.schedule.late_reads:
                 block.wgmma[warp].stores.append((lane + lanes, column + columns, values))
@@ -258,8 +267,8 @@ def _wait(asm, st):
                 memory.data[lanes, columns] = values
             state.stores.clear()
             if block.ordering:
-                block.ordering.wgmma_commit(warp + block.first_warp)
-                block.ordering.wgmma_wait(warp + block.first_warp, 0)
+                block.ordering.wgmma_commit(warp + block.first_warp, TENSOR_ACCESSES)
+                block.ordering.wgmma_wait(warp + block.first_warp, 0, TENSOR_ACCESSES)
 
     return effect(run, converge=True)
 
@@ -268,7 +277,7 @@ def _wait(asm, st):
 
 
 class TensorOperation:
-    """A product or a commit in a thread's queue; completing one completes those before it."""
+    """A product, copy or commit in a thread's queue; completing one completes those before it."""
 
     def __init__(self, queue, run):
         self.queue, self.run = queue, run
@@ -348,9 +357,9 @@ def _issue(
         raise FormError(f"instruction descriptor {bits:#x}: types, or M = {rows}")
     if blocks == 2 and block.cluster_rank % 2:
         machine.log.fatal(
-            "tcgen05.mma of a pair", st, "issued by the block of odd rank: the even one must"
+            "tcgen05 of a pair", st, "issued by the block of odd rank: the even one must"
         )
-    group = [block] if blocks == 1 else machine.blocks[block.cluster_rank :][:2]
+    group = _group(block, blocks, st)
     column = d & 0xFFFF
     sources = []
     for member in group:
@@ -397,6 +406,20 @@ def _issue(
     machine.submit(TensorOperation(_queue(block, g.lo + t), multiply))
 
 
+def _group(block, blocks, st):
+    """The blocks whose memories an instruction of ``cta_group::blocks`` uses."""
+    if blocks == 1:
+        return [block]
+    first = block.cluster_rank & ~1
+    pair = block.machine.blocks[first : first + 2]
+    if len(pair) < 2:
+        block.machine.log.fatal(
+            "tcgen05 of a pair", st,
+            f"block {block.cluster_rank} of a cluster of {len(block.machine.blocks)} has no peer",
+        )  # fmt: skip
+    return pair
+
+
 class _Shared:
     def __init__(self, block, fields, dtype, statement):
         self.block, self.dtype = block, dtype
@@ -410,9 +433,12 @@ class _Shared:
         self.index = where // dtype.itemsize
         self.cells = np.unique(where >> 2) + block.cell_base
 
-    def read(self):
+    def bits(self):
         raw = {1: np.uint8, 2: np.uint16, 4: np.uint32}[self.dtype.itemsize]
-        return to_single(self.block.shared.view(raw)[self.index], self.dtype)
+        return self.block.shared.view(raw)[self.index]
+
+    def read(self):
+        return to_single(self.bits(), self.dtype)
 
 
 class _Tensor:
@@ -426,8 +452,81 @@ class _Tensor:
         return to_single(words.view(raw), self.dtype)
 
 
+# ---- copies from shared memory
+
+
+def _copied_lanes(shape, multicast):
+    """(lanes (replicas, rows), columns): where the rows of a copy go, from the address's lane on.
+
+    PTX ISA, "Data Movement Shape" and tcgen05.cp's multicast: warps are quarters of the lanes.
+    """
+    half, quarter = np.arange(64), np.arange(32)
+    apart = 64 * (half // 32) + half % 32
+    forms = {
+        ("128x256b", None): (np.arange(128)[None], 8),
+        ("128x128b", None): (np.arange(128)[None], 4),
+        ("4x256b", None): (32 * np.arange(4)[None], 8),
+        ("64x128b", "warpx2::02_13"): (np.stack([half, half + 64]), 4),
+        ("64x128b", "warpx2::01_23"): (np.stack([apart, apart + 32]), 4),
+        ("32x128b", "warpx4"): (32 * np.arange(4)[:, None] + quarter, 4),
+    }
+    if (shape, multicast) not in forms:
+        raise FormError(f"tcgen05.cp of shape {shape}, multicast {multicast}")
+    return forms[shape, multicast]
+
+
+def _copy(asm, st):
+    """Shared memory to tensor memory through a matrix descriptor, of 32-bit words, K-major."""
+    formats = [p for p in st.parts if re.match(r"^b[468]x16", p)]
+    if formats:
+        raise FormError(f"tcgen05.cp that decompresses: {'.'.join(formats)}")
+    shape = next(p for p in st.parts if re.match(r"^\d+x\d+b$", p))
+    multicast = next((p for p in st.parts if p.startswith("warpx")), None)
+    lanes, columns = _copied_lanes(shape, multicast)
+    blocks = 2 if "cta_group::2" in st.parts else 1
+    view, row, offset = asm.address(st.operands[0])
+    descriptor = asm.source(st.operands[1], "b64")
+
+    def run(block, g, m):
+        for t in np.flatnonzero(g.active() if m is None else m).tolist():
+            to = int(g.v[view][row][t]) + offset
+            fields = _descriptor(int(g.v[descriptor[0]][descriptor[1]][t]))
+            _start_copy(block, g, t, blocks, lanes + (to >> 16), to & 0xFFFF, columns, fields, st)
+
+    return effect(run)
+
+
+def _start_copy(block, g, t, blocks, lanes, column, columns, fields, st):
+    if lanes.max() >= LANES:
+        block.machine.log.fatal(
+            "out-of-bounds access", st, f"reaches lane {lanes.max()} of tensor memory"
+        )
+    moves = []
+    for member in _group(block, blocks, st):
+        memory = tensor_memory(member)
+        _check_columns(member, memory, column, columns, st)
+        layout = (*fields, lanes.shape[1], columns, 4, False)
+        moves.append((memory, _Shared(member, layout, np.dtype(np.uint32), st)))
+    if block.ordering:
+        token = _token(block, (g.lo + t) >> 5)
+        for memory, source in moves:
+            block.ordering.async_read(token, source.cells, st, "the tcgen05.cp")
+            # Every shape reaches all four quarters of the lanes.
+            cells = memory.cells_of(0, LANES, column, columns)
+            block.ordering.async_write(token, cells, st, g.pc, "the tcgen05.cp")
+
+    def copy():
+        for memory, source in moves:
+            memory.data[lanes, column : column + columns] = source.bits()
+
+    block.machine.submit(TensorOperation(_queue(block, g.lo + t), copy))
+
+
+# ---- commits
+
+
 def _commit(asm, st):
-    """Arrive at an mbarrier once the thread's earlier products are done."""
+    """Arrive at an mbarrier once the thread's earlier products and copies are done."""
     view, row, offset = asm.address(st.operands[0])
     multicast = "multicast::cluster" in st.parts
     mask = asm.source(st.operands[1], "b16") if multicast else None
