@@ -12,6 +12,10 @@ Within a warp, ``bar.warp.sync`` (or a barrier, or an mbarrier wait) starts a ne
 that reads what another thread of its warp wrote in the same epoch races; and a release or a bulk
 copy by some threads of a warp covers only what the warp did before the epoch, if other threads of
 it accessed shared memory since.
+
+Accesses to tensor memory by different warps need more than a barrier between them: the first one's
+``tcgen05.fence::before_thread_sync`` (which ``tcgen05.commit`` implies) publishes it, barriers
+carry what is published, and the second one's ``::after_thread_sync`` makes it seen.
 """
 
 import numpy as np
@@ -44,6 +48,9 @@ class Ordering:
         self.fenced = np.zeros((num_warps, self.num_actors + 1), np.int32)
         warps = np.arange(num_warps)
         self.clock[warps, warps] = 1
+        # Of the tensor memory work before a warp: what was fenced before a barrier, and after it.
+        self.published = np.zeros_like(self.clock) if tensor_memory else None
+        self.seen = np.zeros_like(self.clock) if tensor_memory else None
         self.wgmma_clock = np.zeros(self.first_slot - num_warps, np.int32)
         self.slot_clock = np.zeros(NUM_SLOTS, np.int32)
         self.next_slot = 0
@@ -65,6 +72,8 @@ class Ordering:
     def release(self, warp: int, lanes: int = ALL_LANES):
         """What a warp publishes when some of its threads arrive at a barrier."""
         pair = self.clock[warp].copy(), self.fenced[warp].copy()
+        if self.published is not None:
+            pair = (*pair, self.published[warp].copy())
         if self.epoch_lanes[warp] & ~lanes:
             before = self.epoch_start[warp] - 1
             pair[0][warp] = before
@@ -82,21 +91,29 @@ class Ordering:
     def acquire(self, warp: int, pair) -> None:
         np.maximum(self.clock[warp], pair[0], out=self.clock[warp])
         np.maximum(self.fenced[warp], pair[1], out=self.fenced[warp])
+        if self.published is not None:
+            np.maximum(self.published[warp], pair[2], out=self.published[warp])
 
     def nothing(self):
-        return (
-            np.zeros(self.num_actors + 1, np.int32),
-            np.zeros(self.num_actors + 1, np.int32),
-        )
+        views = 2 if self.published is None else 3
+        return tuple(np.zeros(self.num_actors + 1, np.int32) for _ in range(views))
 
     @staticmethod
     def join(into, pair) -> None:
-        np.maximum(into[0], pair[0], out=into[0])
-        np.maximum(into[1], pair[1], out=into[1])
+        for view, other in zip(into, pair, strict=True):
+            np.maximum(view, other, out=view)
 
     def fence_proxy(self, warp: int) -> None:
         np.maximum(self.fenced[warp], self.clock[warp], out=self.fenced[warp])
         self.clock[warp, warp] += 1
+
+    def fence_before_sync(self, warp: int) -> None:
+        """What a warp did with tensor memory, and knows to be done, goes with its next arrival."""
+        own = [self.num_warps + warp, 2 * self.num_warps + warp]
+        self.published[warp, own] = self.clock[warp, own]
+
+    def fence_after_sync(self, warp: int) -> None:
+        np.maximum(self.seen[warp], self.published[warp], out=self.seen[warp])
 
     # ---- accesses by threads
 
@@ -183,21 +200,54 @@ class Ordering:
     def finish(self, pair, token) -> None:
         """Publish an operation's completion through a barrier's clocks."""
         actor, clock = token[:2]
-        pair[0][actor] = max(pair[0][actor], clock)
-        pair[1][actor] = max(pair[1][actor], clock)
+        for view in pair:
+            view[actor] = max(view[actor], clock)
 
-    def finish_with_history(self, pair, token) -> None:
+    def finish_with_history(self, pair, token, published) -> None:
         """Like ``finish``, and with the asynchronous work that was done when it was issued."""
         self.finish(pair, token)
         known = token[3].copy()
         known[: self.num_warps] = 0
         known[token[0]] = token[1]
-        self.join(pair, (known, known))
+        self.join(pair, (known, known, published))
 
     def observe(self, warp: int, token) -> None:
         """A warp waited for an operation of its own (bulk groups)."""
         actor, clock = token[:2]
         self.clock[warp, actor] = max(self.clock[warp, actor], clock)
+
+    def tensor_read(self, token, warp, cells, statement, name) -> None:
+        """A read of tensor memory, by an asynchronous operation that ``warp`` issued."""
+        self._check_tensor_fences(token, warp, cells, statement, name, reads=True)
+        self.async_read(token, cells, statement, name)
+
+    def tensor_write(self, token, warp, cells, statement, pc, name) -> None:
+        """A write of tensor memory, by an asynchronous operation that ``warp`` issued."""
+        self._check_tensor_fences(token, warp, cells, statement, name, reads=False)
+        self.async_write(token, cells, statement, pc, name)
+
+    def _check_tensor_fences(self, token, warp, cells, statement, name, *, reads):
+        """What a barrier orders before the operation, fences must order too."""
+        ordered = token[3]
+        actors = np.arange(self.num_warps, self.first_slot)
+        actors = actors[actors % self.num_warps != warp]
+        last = np.where(self.writer[cells] == actors[:, None], self.write_clock[cells], 0)
+        if not reads:
+            last = np.maximum(last, self.read_clock[actors][:, cells])
+        bad = (last > self.seen[warp, actors, None]) & (last <= ordered[actors, None])
+        if not bad.any():
+            return
+        row, column = np.argwhere(bad)[0]
+        published = self.published[warp, actors[row]] >= last[row, column]
+        self.log.add(
+            "missing tcgen05.fence",
+            statement,
+            f"{name} {'reads' if reads else 'writes'} tensor memory that "
+            f"{self.actor_name(int(actors[row]))} used before a barrier between them, with no "
+            + ("tcgen05.fence::after_thread_sync after" if published
+               else "tcgen05.fence::before_thread_sync before")
+            + " the barrier",
+        )  # fmt: skip
 
     def async_read(self, token, cells, statement, name) -> None:
         actor, clock, writers, everything = token

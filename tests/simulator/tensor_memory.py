@@ -73,10 +73,24 @@ def _tcgen05(asm, st):
         "st": _store, "wait": _wait, "mma": _mma, "cp": _copy, "commit": _commit,
     }.get(name)  # fmt: skip
     if name == "fence":
-        return effect(lambda block, g, m: None)
+        return _fence(st)
     if compiler is None:
         raise FormError(f"tcgen05.{action}")
     return compiler(asm, st)
+
+
+def _fence(st):
+    before = st.parts[1] == "fence::before_thread_sync"
+
+    def run(block, g, m):
+        if block.ordering:
+            for warp in g.warps:
+                if before:
+                    block.ordering.fence_before_sync(warp)
+                else:
+                    block.ordering.fence_after_sync(warp)
+
+    return effect(run)
 
 
 # ---- allocation
@@ -220,7 +234,9 @@ def _load(asm, st):
         for warp, lane, column in places:
             if block.ordering:
                 cells = memory.cells_of(lane, 32, column, width)
-                block.ordering.async_read(_access_token(block, warp), cells, st, "the tcgen05.ld")
+                token = _access_token(block, warp)
+                issuer = warp + block.first_warp
+                block.ordering.tensor_read(token, issuer, cells, st, "the tcgen05.ld")
             values = memory.data[lane + lanes, column + columns]
             state = block.wgmma[warp]
             state.loads.append((registers, values, mask))
@@ -243,7 +259,8 @@ def _store(asm, st):
             if block.ordering:
                 cells = memory.cells_of(lane, 32, column, width)
                 token = _access_token(block, warp)
-                block.ordering.async_write(token, cells, st, g.pc, "the tcgen05.st")
+                issuer = warp + block.first_warp
+                block.ordering.tensor_write(token, issuer, cells, st, g.pc, "the tcgen05.st")
             values = rows[registers, 32 * warp : 32 * warp + 32].copy()
             if block.machine.schedule.late_reads:
                 block.wgmma[warp].stores.append((lane + lanes, column + columns, values))
@@ -383,14 +400,17 @@ def _issue(
         sources.append((memory, a_matrix, b_matrix))
     warp = (g.lo + t) >> 5
     if block.ordering:
-        token = _token(block, warp)
+        token, issuer, name = _token(block, warp), warp + block.first_warp, "the tcgen05.mma"
         for memory, a_matrix, b_matrix in sources:
-            for matrix in (a_matrix, b_matrix):
-                block.ordering.async_read(token, matrix.cells, st, "the tcgen05.mma")
+            if from_tensor:
+                block.ordering.tensor_read(token, issuer, a_matrix.cells, st, name)
+            else:
+                block.ordering.async_read(token, a_matrix.cells, st, name)
+            block.ordering.async_read(token, b_matrix.cells, st, name)
             cells = memory.cells_of(0, LANES, column, columns)
             if adds:
-                block.ordering.async_read(token, cells, st, "the tcgen05.mma")
-            block.ordering.async_write(token, cells, st, g.pc, "the tcgen05.mma")
+                block.ordering.tensor_read(token, issuer, cells, st, name)
+            block.ordering.tensor_write(token, issuer, cells, st, g.pc, name)
     if machine.trace:
         machine.trace.wgmma(machine, g, st)
 
@@ -508,12 +528,13 @@ def _start_copy(block, g, t, blocks, lanes, column, columns, fields, st):
         layout = (*fields, lanes.shape[1], columns, 4, False)
         moves.append((memory, _Shared(member, layout, np.dtype(np.uint32), st)))
     if block.ordering:
-        token = _token(block, (g.lo + t) >> 5)
+        warp = (g.lo + t) >> 5
+        token, issuer = _token(block, warp), warp + block.first_warp
         for memory, source in moves:
             block.ordering.async_read(token, source.cells, st, "the tcgen05.cp")
             # Every shape reaches all four quarters of the lanes.
             cells = memory.cells_of(0, LANES, column, columns)
-            block.ordering.async_write(token, cells, st, g.pc, "the tcgen05.cp")
+            block.ordering.tensor_write(token, issuer, cells, st, g.pc, "the tcgen05.cp")
 
     def copy():
         for memory, source in moves:
@@ -541,18 +562,19 @@ def _commit(asm, st):
                 chosen = int(g.v[mask[0]][mask[1]][t])
                 owners = [b for r, b in enumerate(machine.blocks) if chosen >> r & 1]
             targets = [barriers.find_mbarrier(o, int(at[0]), st) for o in owners]
-            token = None
+            token = published = None
             if block.ordering:
                 warp = ((g.lo + t) >> 5) + block.first_warp
                 token = block.ordering.wgmma(warp)
+                published = block.ordering.published[warp].copy()
                 block.ordering.wgmma_commit(warp)
                 for target in targets:
                     barriers.use_asynchronously(block, token, target, st)
 
-            def signal(targets=targets, token=token):
+            def signal(targets=targets, token=token, published=published):
                 for target in targets:
                     if token:
-                        block.ordering.finish_with_history(target.clocks, token)
+                        block.ordering.finish_with_history(target.clocks, token, published)
                     barriers.arrive(target.block, target, 1, 0, [], st)
 
             machine.submit(TensorOperation(_queue(block, g.lo + t), signal))

@@ -50,6 +50,7 @@ copy:
   {commit}
 wait:
   {wait}
+  {fence}
   shl.b32 %r12, %tid, 16;
   and.b32 %r12, %r12, 0x600000;
   add.u32 %r12, %r12, %r10;
@@ -66,6 +67,7 @@ STEPS = {
     "proxy_fence": "fence.proxy.async.shared::cta;",
     "commit": "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r1];",
     "wait": "mbarrier.try_wait.parity.shared.b64 %p4, [%r1], 0;\n  @!%p4 bra wait;",
+    "fence": "tcgen05.fence::after_thread_sync;",
     "dealloc": "@%p6 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r10, 64;",
 }
 
@@ -110,6 +112,7 @@ def test_product(timing):
         ({"proxy_fence": ""}, "missing proxy fence"),
         ({"commit": ""}, "deadlock"),
         ({"wait": ""}, "shared-memory race"),
+        ({"fence": ""}, "missing tcgen05.fence"),
         ({"dealloc": ""}, "tensor memory not deallocated"),
     ],
 )
@@ -148,3 +151,59 @@ def test_store_then_load(shape):
     """
     (got,) = execute(body, np.zeros((32, 4), np.uint32), arch="sm_100a")
     np.testing.assert_array_equal(got, 10 * np.arange(32)[:, None] + np.arange(4))
+
+
+# Warps 0 and 4 reach the same lanes.
+TURNS = """
+  mov.u32 %r1, smem;
+  setp.lt.u32 %p6, %tid, 32;
+  setp.ge.u32 %p7, %tid, 128;
+  @%p6 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;
+  bar.sync 0;
+  ld.shared.b32 %r10, [%r1];
+  @!%p6 bra stored;
+  add.u32 %r2, %tid, 7;
+  tcgen05.st.sync.aligned.32x32b.x1.b32 [%r10], {{%r2}};
+  tcgen05.wait::st.sync.aligned;
+  {written}
+stored:
+  bar.sync 0;
+  @!%p7 bra loaded;
+  {may_read}
+  tcgen05.ld.sync.aligned.32x32b.x1.b32 {{%r3}}, [%r10];
+  tcgen05.wait::ld.sync.aligned;
+  mul.wide.u32 %rd1, %tid, 4;
+  add.s64 %rd1, %rd1, %a0;
+  st.global.b32 [%rd1+-512], %r3;
+  {read}
+loaded:
+  bar.sync 0;
+  @!%p6 bra overwritten;
+  {may_write}
+  tcgen05.st.sync.aligned.32x32b.x1.b32 [%r10], {{%r2}};
+  tcgen05.wait::st.sync.aligned;
+overwritten:
+  bar.sync 0;
+  @%p6 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r10, 32;
+"""
+BEFORE, AFTER = "tcgen05.fence::before_thread_sync", "tcgen05.fence::after_thread_sync"
+FENCES = {"written": BEFORE, "may_read": AFTER, "read": BEFORE, "may_write": AFTER}
+
+
+def take_turns(**changes):
+    fences = {name: f"{text};" if text else "" for name, text in {**FENCES, **changes}.items()}
+    body = TURNS.format(**fences)
+    return execute(body, np.zeros(32, np.uint32), threads=160, arch="sm_100a")[0]
+
+
+def test_fences_order_warps_across_a_barrier():
+    """A store, another warp's load, the first warp's next store."""
+    np.testing.assert_array_equal(take_turns(), np.arange(32) + 7)
+
+
+@pytest.mark.parametrize("missing", FENCES)
+def test_a_barrier_alone_does_not_order_tensor_memory(missing):
+    with pytest.raises(SimulationError) as raised:
+        take_turns(**{missing: ""})
+    assert [f.kind for f in raised.value.findings] == ["missing tcgen05.fence"]
+    assert FENCES[missing] in str(raised.value)

@@ -56,6 +56,7 @@ fill:
   {commit}
 wait:
   {wait}
+  {fence}
   shl.b32 %r12, %tid, 16;
   and.b32 %r12, %r12, 0x600000;
   add.u32 %r12, %r12, %r10;
@@ -84,6 +85,7 @@ def run(work, parts, columns, dtype=np.float32, timing="late", **changes):
         "cluster": CLUSTER if blocks > 1 else "",
         "commit": BOTH if blocks > 1 else ONE,
         "wait": WAIT,
+        "fence": "tcgen05.fence::after_thread_sync;",
     }
     body = PROGRAM.format(
         group=blocks, work=work, words=parts.shape[1], part=parts[0].nbytes, columns=columns,
@@ -146,6 +148,7 @@ def test_product_of_a_pair(timing):
         ({"commit": COMMIT.format(2, "", "")}, "deadlock"),
         ({"commit": BOTH.replace("3", "2")}, "deadlock"),
         ({"wait": ""}, "shared-memory race"),
+        ({"fence": ""}, "missing tcgen05.fence"),
     ],
 )
 def test_every_step_of_a_pair_matters(changes, kind):
@@ -220,6 +223,7 @@ def test_copy(shape, group):
         ({"proxy_fence": ""}, "missing proxy fence"),
         ({"commit": ""}, "deadlock"),
         ({"wait": ""}, "shared-memory race"),
+        ({"fence": ""}, "missing tcgen05.fence"),
     ],
 )
 def test_every_step_of_a_copy_matters(changes, kind):
