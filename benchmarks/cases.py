@@ -9,6 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from benchmarks import functions
+
 Pass = Literal["fwd", "bwd"]
 PASSES: tuple[Pass, ...] = ("fwd", "bwd")
 
@@ -79,9 +81,14 @@ class Case:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the case is attention without lists, documents or lengths."""
-        has_more = self.kept is not None or self.documents is not None
+        """Whether the case is attention without lists, documents, lengths, mask or score."""
+        has_more = self.kept is not None or self.documents is not None or self.has_function
         return not (has_more or self.name == BUILDING or self.kv_lengths is not None)
+
+    @property
+    def has_function(self) -> bool:
+        """Whether a mask or a score of ``benchmarks.functions`` belongs to the case."""
+        return self.name in (*functions.MASKS, *functions.SCORES)
 
     def tile_lists(self) -> list[list[int]]:
         """The key tiles that each row of tiles keeps: drawn once for all, ascending."""
@@ -109,6 +116,7 @@ class Case:
         mask += "" if self.kept is None else f" {self.kept:.0%} of tiles"
         mask += "" if self.documents is None else f" {len(self.documents)} documents"
         mask += " lists" if self.name == BUILDING else ""
+        mask = self.name if self.has_function else mask
         stage = f"{self.name} " if self.is_nsa else ""
         return f"{stage}hd{dims} {lengths} {self.q_heads}/{self.kv_heads} {mask}"
 
@@ -131,7 +139,8 @@ class Case:
         """Floating-point operations of the products, by the field's convention.
 
         Two products forward; five backward, three of them over head_dim.  A causal mask counts
-        for half of the scores where there are as many queries as keys.  Of native sparse attention,
+        for half of the scores where there are as many queries as keys, other masks for the pairs
+        that they show.  Of native sparse attention,
         the keys that a late row sees count; of its selection, the products of tile means with half
         of the blocks.
         """
@@ -144,6 +153,9 @@ class Case:
             scores = self.batch * self.q_heads * SPARSE_TILE**2 * sum(map(len, self.tile_lists()))
         if self.documents is not None:
             scores = self.batch * self.q_heads * sum(length**2 for length in self.documents)
+        if self.name in functions.MASKS:
+            visible = functions.visible_pairs(self.name, self.seqlen_q, self.seqlen_k)
+            scores = self.batch * self.q_heads * visible
         if self.causal:
             scores *= 1 - self.seqlen_q / (2 * self.seqlen_k)
         if self.is_nsa:
@@ -263,6 +275,21 @@ PACKED = tuple(
 
 BUILD = (square(BUILDING, 128, 1, 8192, 32, 8, causal=True),)
 
+# Masks and scores as functions, beside full and causal attention.
+FUNCTIONS = (
+    square("full", 128, 1, 8192, 32, 8, causal=False),
+    square("causal", 128, 1, 8192, 32, 8, causal=True),
+)
+FUNCTIONS += tuple(
+    square(name, 128, 1, 8192, 32, 8, causal=False)
+    for name in (*functions.MASKS, *functions.SCORES)
+    if name not in functions.COMPRESS
+)
+FUNCTIONS += tuple(
+    Case(name, 1, 32768, 32768 // factor, 16, 16, 128, 128)
+    for name, factor in functions.COMPRESS.items()
+)
+
 SUITES: dict[str, tuple[Case, ...]] = {
     "dense": DENSE,
     "decode": DECODE,
@@ -271,6 +298,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "sparse": SPARSE,
     "packed": PACKED,
     "build": BUILD,
+    "functions": FUNCTIONS,
     "tiny": TINY,
     "tiny_nsa": TINY_NSA,
 }

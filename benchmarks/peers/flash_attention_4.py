@@ -21,10 +21,14 @@ def build(case: Case, pass_: Pass) -> Step:
     if case.page_size is not None:
         return torch_step(_paged(case), case, pass_, takes_pages=True, aligns_ends=True)
     if case.kept is None:
+        # The masks that it has of its own.
+        native = {"causal_lambda": {"causal": True}, "window256": {"window_size": (255, 0)}}
+        options = native.get(case.name, {"causal": case.causal})
         return torch_step(
-            lambda q, k, v: flash_attn_func(q, k, v, causal=case.causal)[0],
+            lambda q, k, v: flash_attn_func(q, k, v, **options)[0],
             case,
             pass_,
+            takes_all=case.name in native,
             aligns_ends=True,
         )
     lists = case.tile_lists()

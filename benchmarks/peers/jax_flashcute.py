@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from benchmarks import nsa
+from benchmarks import functions, nsa
 from benchmarks.cases import BUILDING, SPARSE_TILE, Case, Pass
 from benchmarks.measure import Step
 from benchmarks.peers.jax_step import jax_step
@@ -50,6 +50,12 @@ def build(case: Case, pass_: Pass) -> Step:
     if case.kv_lengths is not None:
         lengths = jnp.asarray(case.kv_lengths, jnp.int32)
         attention = functools.partial(attention, key_value_seq_lengths=lengths)
+    if case.has_function:
+        attention = functools.partial(
+            attention,
+            mask_mod=functions.mask_mod(case.name, case.seqlen_k, jnp),
+            score_mod=functions.score_mod(case.name, case.seqlen_k, case.q_heads, jnp),
+        )
     if case.kept is not None:
         lists = case.tile_lists()
         blocks = BlockMask.from_lists(

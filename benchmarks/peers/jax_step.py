@@ -28,7 +28,7 @@ def jax_step(
 ) -> Step:
     """One jitted pass of an attention function over random normal inputs.
 
-    ``takes_all``: the function observes lengths, lists and documents; others refuse such a case.
+    ``takes_all``: the function observes lengths, lists, documents and functions; others refuse.
     ``takes_pages``: likewise ``case.page_size``; it is given (num_pages, page_size, K, H).
     ``aligns_ends``: its causal mask aligns queries and keys at their ends.
 
@@ -36,7 +36,7 @@ def jax_step(
     computed once, outside.
     """
     if not (case.is_plain or takes_all):
-        raise NotImplementedError("this peer is not given lengths, lists or documents")
+        raise NotImplementedError("this peer is not given lengths, lists, documents or functions")
     if case.page_size is not None and not takes_pages:
         raise NotImplementedError("this peer is not given a page table")
     if case.causal and case.seqlen_q != case.seqlen_k and not aligns_ends:

@@ -1,5 +1,6 @@
 """PyTorch's FlexAttention, compiled; a causal call skips blocks through its block mask."""
 
+from benchmarks import functions
 from benchmarks.cases import BUILDING, SPARSE_TILE, Case, Pass
 from benchmarks.measure import Step
 from benchmarks.peers import cannot_import
@@ -23,6 +24,8 @@ def build(case: Case, pass_: Pass) -> Step:
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     visible = _visible(case)
+    library = _OnGPU()
+    score_mod = functions.score_mod(case.name, case.seqlen_k, case.q_heads, library)
     build = torch.compile(create_block_mask, dynamic=False)
 
     def make_mask():
@@ -45,6 +48,7 @@ def build(case: Case, pass_: Pass) -> Step:
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
+            score_mod=score_mod,
             block_mask=block_mask,
             enable_gqa=case.q_heads != case.kv_heads,
         )
@@ -53,10 +57,24 @@ def build(case: Case, pass_: Pass) -> Step:
     return torch_step(attention, case, pass_, takes_all=True)
 
 
+class _OnGPU:
+    """Arrays and functions that ``benchmarks.functions`` asks of a library, as PyTorch has them."""
+
+    def asarray(self, array):
+        import torch
+
+        return torch.from_numpy(array).cuda()
+
+    def clip(self, x, low, high):
+        return x.clamp(low, high)
+
+
 def _visible(case: Case):
     """The case's mask as a function of positions; None where all is visible."""
     import torch
 
+    if case.has_function:
+        return functions.mask_mod(case.name, case.seqlen_k, _OnGPU())
     if case.documents is None:
         return (lambda b, h, q_idx, kv_idx: q_idx >= kv_idx) if case.causal else None
     lengths = torch.tensor(case.documents, device="cuda")

@@ -24,12 +24,12 @@ def torch_step(
 ) -> Step:
     """One pass of an attention function on (batch, length, heads, head_dim) tensors.
 
-    ``takes_all``: the function observes lists and documents; others refuse such a case.
+    ``takes_all``: the function observes lists, documents and functions; others refuse.
     ``takes_pages``: the function observes ``case.page_size``, and is given (num_pages, page_size,
     heads, head_dim); others refuse such a case.  ``aligns_ends``: its causal mask does.
     """
     if case.kv_lengths is not None or not (case.is_plain or takes_all):
-        raise NotImplementedError("this peer is not given lengths, lists or documents")
+        raise NotImplementedError("this peer is not given lengths, lists, documents or functions")
     if case.page_size is not None and not takes_pages:
         raise NotImplementedError("this peer is not given a page table")
     if case.causal and case.seqlen_q != case.seqlen_k and not aligns_ends:

@@ -1,11 +1,14 @@
 """The harness end to end on a CPU, and the cases' arithmetic."""
 
+import functools
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import nsa, peers, report, run, tables
+from benchmarks import functions, nsa, peers, report, run, tables
 from benchmarks.cases import DECODE, DENSE, NSA_STAGES, SUITES, Case
 
 FIELDS = {
@@ -178,3 +181,31 @@ def test_a_table_shows_the_latest_run_of_the_same_implementations() -> None:
     assert "2.828 of jax_nn_cudnn (2 cells)" in text
     runs = [line for line in report.footnotes(latest) if line.startswith("Run")]
     assert len(runs) == 2
+
+
+def test_flops_of_masks_count_what_they_show() -> None:
+    """A window of 3 over 8 positions shows 1 + 2 + 6 * 3 pairs; compressed keys, by blocks."""
+    assert functions.visible_pairs("causal_lambda", 8, 8) == 36
+    assert functions.visible_pairs("compress4", 8, 2) == 4 * 1 + 4 * 2
+    assert functions.visible_pairs("prefix512", 600, 600) == 512 * 600 + 88 * 89 // 2
+    documents = functions.visible_pairs("documents", 4000, 4000)
+    lengths = np.bincount(np.unique(functions.first_positions(4000), return_inverse=True)[1])
+    assert len(lengths) == 16
+    assert documents == sum(n * (n + 1) // 2 for n in lengths)
+    case = Case("window256", 1, 8192, 8192, 32, 8, 128, 128)
+    assert case.flops("fwd") == 4 * 32 * 128 * (256 * 257 // 2 + (8192 - 256) * 256)
+
+
+@pytest.mark.parametrize("name", [*functions.MASKS, *functions.SCORES])
+def test_functions_are_those_of_the_library_and_of_numpy(name: str) -> None:
+    """What one definition gives in two libraries."""
+    q, kv = np.arange(300, dtype=np.int32)[:, None], np.arange(300, dtype=np.int32)
+    score = np.ones((300, 300), np.float32)
+    for make, given in (
+        (functools.partial(functions.mask_mod, name, 300), ()),
+        (functools.partial(functions.score_mod, name, 300, 4), (score,)),
+    ):
+        plain, traced = make(np), make(jnp)
+        assert (plain is None) == (traced is None)
+        if plain is not None and traced is not None:
+            np.testing.assert_allclose(traced(*given, 0, 1, q, kv), plain(*given, 0, 1, q, kv))
