@@ -53,6 +53,11 @@ def by_head(x: cute.Tensor, width: int, packed: int) -> cute.Tensor:
     )
 
 
+def transposed(x: cute.Tensor) -> cute.Tensor:
+    """(rows, columns, stages) as (columns, rows, stages)."""
+    return cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 0, 2]))
+
+
 def slab_tma_layout(dtype, rows: int, width: int, heads: int, tokens: int):
     """The part of a slab of ``rows`` that TMA writes, as (heads, tokens, columns)."""
     atom = swizzle_width(dtype, width)

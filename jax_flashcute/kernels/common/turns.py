@@ -4,6 +4,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
+LEAST_SECTION = 16
+"""Key/value heads that are worked on together at least, where there are so many."""
+
 
 def bulk_add(target, source, size: int) -> None:
     """Adds ``size`` bytes of float32 in shared memory to global memory; one thread."""
@@ -22,6 +25,15 @@ def turn_of(mask, n_block: Int32, m: Int32, offset: Int32, tile_m: int, tile_n: 
         return n_block
     lower = mask.lower(m * tile_m + offset)
     return n_block - cutlass.max(lower, Int32(0)) // tile_n
+
+
+def section_in_turns(section: Int32, kv_heads: Int32, batch: Int32) -> Int32:
+    """Key/value heads to work on together, of ``section_size``, where blocks take turns.
+
+    Blocks of one head follow each other tile by tile; with more heads at work there are fewer in
+    the queue, which costs less than what L2 then misses.
+    """
+    return cutlass.min(cutlass.max(section, Int32(LEAST_SECTION)), kv_heads * batch)
 
 
 @cute.jit

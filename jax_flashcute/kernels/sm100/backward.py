@@ -50,6 +50,7 @@ from jax_flashcute.kernels.common.intervals import IntervalMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.scheduler import section_size
 from jax_flashcute.kernels.common.tiles import CHUNK, by_head, smem_layout
+from jax_flashcute.kernels.common.turns import section_in_turns
 from jax_flashcute.kernels.config import BwdConfigSm100, round_up
 from jax_flashcute.kernels.extra.postprocess import Postprocess
 from jax_flashcute.kernels.extra.preprocess import Preprocess
@@ -65,9 +66,6 @@ LOAD_WARP = GRADIENT_WARPS + DQ_WARPS
 PRODUCT_WARP = LOAD_WARP + 1
 LAUNCH_REGISTERS = 128
 """A thread's, before reallocation: a quarter of them for each of four warpgroups."""
-
-DETERMINISTIC_SECTION = 16
-"""Key/value heads that are worked on together at least, where blocks take turns in adding dQ."""
 
 
 class BackwardSm100:
@@ -149,14 +147,11 @@ class BackwardSm100:
                 (ROWS, smem_width),
             )
 
-        # As on Hopper: queries, dO and dQ of the heads in flight should stay in L2, and where
-        # blocks take turns, those of one head should not follow each other.
+        # As on Hopper: queries, dO and dQ of the heads in flight should stay in L2.
         bytes_per_query = self.group * (6 * self.head_dim + 2 * self.head_dim_v)
         section = section_size(q_length, bytes_per_query, kv_heads, batch)
         if const_expr(cfg.deterministic):
-            section = cutlass.min(
-                cutlass.max(section, Int32(DETERMINISTIC_SECTION)), kv_heads * batch
-            )
+            section = section_in_turns(section, kv_heads, batch)
         self.kernel(
             *tma(load, mQ, self.head_dim, self.smem_h),
             *tma(load, mdO, self.head_dim_v, self.smem_hv),

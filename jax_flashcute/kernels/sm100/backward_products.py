@@ -5,6 +5,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, tcgen05
 
+from jax_flashcute.kernels.common.tiles import transposed
 from jax_flashcute.kernels.sm100.tensor_memory import (
     ROWS,
     accumulator,
@@ -142,8 +143,3 @@ class ProductWarp:
         a = mma.make_fragment_A(part.partition_A(transposed(sdS)))
         b = mma.make_fragment_B(part.partition_B(transposed(sK)))
         return mma, accumulator(mma, n, place), a, b
-
-
-def transposed(x: cute.Tensor) -> cute.Tensor:
-    """(rows, columns, stages) as (columns, rows, stages)."""
-    return cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 0, 2]))

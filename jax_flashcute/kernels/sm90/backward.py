@@ -44,12 +44,25 @@ from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import section_size
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
-from jax_flashcute.kernels.common.tiles import clear_rows, smem_layout, tma_partition
-from jax_flashcute.kernels.common.turns import bulk_add, pass_turn, take_turn, turn_of
+from jax_flashcute.kernels.common.tiles import (
+    by_head,
+    clear_rows,
+    smem_layout,
+    tma_partition,
+    transposed,
+)
+from jax_flashcute.kernels.common.turns import (
+    bulk_add,
+    pass_turn,
+    section_in_turns,
+    take_turn,
+    turn_of,
+)
 from jax_flashcute.kernels.config import BwdConfig, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.postprocess import Postprocess
 from jax_flashcute.kernels.extra.preprocess import Preprocess
+from jax_flashcute.kernels.lower_jaxpr import select
 from jax_flashcute.kernels.sm90.backward_roles import RoleConsumers
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
@@ -63,16 +76,12 @@ from jax_flashcute.kernels.sm90.fragments import (
     hide_outside,
     row_in_slab,
     rows_and_columns,
-    select,
     tiled_mma,
 )
 
 CONSUMER_BARRIER = 1
 DQ_FULL_BARRIER = 2
 DQ_EMPTY_BARRIER = 5
-
-DETERMINISTIC_SECTION = 16
-"""Key/value heads that are worked on together at least, where blocks take turns in adding dQ."""
 
 # Barriers in shared memory: K, V, one for loads whose tail is cleared, the two pipelines.
 TAIL = 2
@@ -124,14 +133,6 @@ class BackwardSm90:
 
     # ---- host side -------------------------------------------------------------------------
 
-    def by_head(self, x: cute.Tensor, width: int) -> cute.Tensor:
-        """(B, T, heads, width) as (T, width, heads, B) with 64-bit strides."""
-        b, t, heads = x.shape[0], x.shape[1], x.shape[2]
-        row = Int64(heads) * width
-        return cute.make_tensor(
-            x.iterator, cute.make_layout((t, width, heads, b), stride=(row, 1, width, row * t))
-        )
-
     @cute.jit
     def __call__(
         self,
@@ -173,7 +174,7 @@ class BackwardSm90:
         def tma(op, x, rows, width, smem_width):
             return cpasync.make_tiled_tma_atom(
                 op,
-                self.by_head(x, width),
+                by_head(x, width, 1)[0, None, None, None, None],
                 smem_layout(self.dtype, rows, smem_width),
                 (rows, smem_width),
             )
@@ -189,11 +190,7 @@ class BackwardSm90:
         bytes_per_query = self.group * (6 * self.head_dim + 2 * self.head_dim_v)
         section = section_size(q_length, bytes_per_query, kv_heads, batch)
         if const_expr(cfg.deterministic):
-            # Blocks of one head follow each other tile by tile; with more heads at work there are
-            # fewer in the queue, which costs less than what L2 then misses.
-            section = cutlass.min(
-                cutlass.max(section, Int32(DETERMINISTIC_SECTION)), kv_heads * batch
-            )
+            section = section_in_turns(section, kv_heads, batch)
         self.kernel(
             *tma_q,
             *tma_do,
@@ -715,9 +712,6 @@ class BackwardSm90:
         # dV: (64 keys, Hv) and dK: (64 keys, H), over the rows of the tile.
         mma_dv = tiled_mma(self.dtype, self.smem_hv, mn_major, register_source)
         mma_dk = tiled_mma(self.dtype, self.smem_h, mn_major, register_source)
-
-        def transposed(x):
-            return cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 0, 2]))
 
         tVrO = mma_dv.make_fragment_B(mma_dv.get_slice(0).partition_B(transposed(sdO)))
         tKrQ = mma_dk.make_fragment_B(mma_dk.get_slice(0).partition_B(transposed(sQ)))

@@ -25,6 +25,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 
+from jax_flashcute.kernels.common.tiles import transposed
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,
@@ -251,8 +252,3 @@ class RoleConsumers:
                 for r in cutlass.range_constexpr(ROWS_PER_THREAD):
                     c = 2 * j + b
                     dscores[r, c] = probabilities[2 * r + b] * (dscores[r, c] - pair[b])
-
-
-def transposed(x: cute.Tensor) -> cute.Tensor:
-    """(rows, columns, stages) as (columns, rows, stages)."""
-    return cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 0, 2]))

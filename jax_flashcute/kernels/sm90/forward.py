@@ -60,6 +60,7 @@ from jax_flashcute.kernels.common.tiles import (
 from jax_flashcute.kernels.config import FwdConfig, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
+from jax_flashcute.kernels.lower_jaxpr import select
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,
@@ -74,7 +75,6 @@ from jax_flashcute.kernels.sm90.fragments import (
     rounded_row,
     row_in_slab,
     rows_and_columns,
-    select,
     tiled_mma,
 )
 

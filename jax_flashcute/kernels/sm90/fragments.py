@@ -9,12 +9,12 @@ from collections.abc import Callable
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
-from cutlass import Boolean, Float32, Int32, Uint32
-from cutlass._mlir.dialects import arith
+from cutlass import Float32, Int32, Uint32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from jax_flashcute.kernels.common.intervals import low_bits
 from jax_flashcute.kernels.common.tiles import round_pair
+from jax_flashcute.kernels.lower_jaxpr import select
 
 ROWS_PER_THREAD = 2
 
@@ -88,11 +88,6 @@ def lines_of_quads(words: list[Uint32], thread: Int32) -> list[list[Uint32]]:
                 a[i], a[i + step] = select(swap, given, low), select(swap, high, given)
         lines.append(a)
     return lines
-
-
-def select(condition: Boolean, yes, no):
-    """``yes`` where ``condition`` holds, else ``no``, without a branch."""
-    return type(yes)(arith.select(condition.ir_value(), yes.ir_value(), no.ir_value()))
 
 
 def row_in_slab(thread: Int32, r: int) -> Int32:
