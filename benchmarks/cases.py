@@ -19,15 +19,10 @@ KEPT = {"sparse01": 0.01, "sparse05": 0.05, "sparse10": 0.1, "sparse25": 0.25, "
 
 SPARSE_TILE = 128
 
-
-def document_lengths(count: int, total: int) -> tuple[int, ...]:
-    """Lengths of mixed documents, the longest about 30 times the shortest, that fill ``total``."""
-    weights = [2 ** (5 * (7 * i % count) / (count - 1)) for i in range(count)]
-    ends = [round(total * sum(weights[: i + 1]) / sum(weights)) for i in range(count)]
-    return tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
-
-
-DOCUMENTS = {"packed_8k": document_lengths(16, 8192), "packed_64k": document_lengths(64, 65536)}
+DOCUMENTS = {
+    "packed_8k": functions.document_lengths(16, 8192),
+    "packed_64k": functions.document_lengths(64, 65536),
+}
 """Lengths of the documents that a case's sequences are packed of, by its name."""
 
 BUILDING = "build_block_mask"

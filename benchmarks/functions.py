@@ -68,12 +68,17 @@ def score_mod(name: str, seqlen: int, heads: int, library: Any) -> Callable[...,
     return None
 
 
-def first_positions(seqlen: int, count: int = 16) -> np.ndarray:
-    """Where the document of each position starts: (seqlen,) int32, ``count`` mixed lengths."""
-    weights = 2.0 ** (5 * (7 * np.arange(count) % count) / (count - 1))
-    ends = np.round(seqlen * np.cumsum(weights) / weights.sum()).astype(np.int32)
-    starts = np.concatenate([[0], ends[:-1]]).astype(np.int32)
-    return np.repeat(starts, ends - starts)
+def document_lengths(count: int, total: int) -> tuple[int, ...]:
+    """Lengths of mixed documents, the longest about 30 times the shortest, that fill ``total``."""
+    weights = [2 ** (5 * (7 * i % count) / (count - 1)) for i in range(count)]
+    ends = [round(total * sum(weights[: i + 1]) / sum(weights)) for i in range(count)]
+    return tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+
+
+def first_positions(seqlen: int) -> np.ndarray:
+    """Where the document of each position starts, of 16: (seqlen,) int32."""
+    lengths = np.array(document_lengths(16, seqlen), np.int32)
+    return np.repeat(np.cumsum(lengths, dtype=np.int32) - lengths, lengths)
 
 
 def visible_pairs(name: str, seqlen_q: int, seqlen_k: int) -> int:
