@@ -5,7 +5,8 @@ import functools
 from collections.abc import Sequence
 
 from jax_flashcute.analysis import POSITION_LIMIT
-from jax_flashcute.kernels.lower_jaxpr import SCALAR_DTYPES, ElementProgram, derivative
+from jax_flashcute.kernels.lower_jaxpr import ElementProgram, derivative
+from jax_flashcute.kernels.primitives import SCALAR_DTYPES
 from jax_flashcute.masks import TracedFunction
 from jax_flashcute.spec import AttentionSpec, Operands
 

@@ -16,7 +16,7 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint8
 from jax_flashcute.kernels.affine import Affine
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
 from jax_flashcute.kernels.elements import ElementArray, ElementFunctions, derivative_of, program_of
-from jax_flashcute.kernels.lower_jaxpr import (
+from jax_flashcute.kernels.primitives import (
     arrays_as_views,
     convert,
     select,
@@ -73,7 +73,7 @@ class EntryElements:
         self.q_length, self.kv_length = lengths
         self.known = {}
         for name, program in elements.programs.items():
-            views = arrays_as_views(program, elements.arrays[name], entry)
+            views = arrays_as_views(program.array_types, elements.arrays[name], entry)
             known = program.start(views)
             self.known[name] = program.given(known, b=elements.batch_index[entry])
 
@@ -193,7 +193,9 @@ class EntryElements:
         if functions.score_mod is not None:
             # A program of its own numbers; what is known of row and column is made again.
             program = derivative_of(functions.score_mod, functions.keys)
-            views = arrays_as_views(program, self.elements.arrays["score_mod"], self.entry)
+            views = arrays_as_views(
+                program.array_types, self.elements.arrays["score_mod"], self.entry
+            )
             values = program.given(
                 program.start(views),
                 b=self.elements.batch_index[self.entry],

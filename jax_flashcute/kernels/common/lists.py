@@ -9,7 +9,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
-from jax_flashcute.kernels.lower_jaxpr import select
+from jax_flashcute.kernels.primitives import select
 
 
 class TileLists:

@@ -62,7 +62,7 @@ from jax_flashcute.kernels.config import BwdConfig, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.postprocess import Postprocess
 from jax_flashcute.kernels.extra.preprocess import Preprocess
-from jax_flashcute.kernels.lower_jaxpr import select
+from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm90.backward_roles import RoleConsumers
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,

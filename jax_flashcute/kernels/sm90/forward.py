@@ -60,7 +60,7 @@ from jax_flashcute.kernels.common.tiles import (
 from jax_flashcute.kernels.config import FwdConfig, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
-from jax_flashcute.kernels.lower_jaxpr import select
+from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,

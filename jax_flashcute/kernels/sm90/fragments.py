@@ -14,7 +14,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from jax_flashcute.kernels.common.intervals import low_bits
 from jax_flashcute.kernels.common.tiles import round_pair
-from jax_flashcute.kernels.lower_jaxpr import select
+from jax_flashcute.kernels.primitives import select
 
 ROWS_PER_THREAD = 2
 
