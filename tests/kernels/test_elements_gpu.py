@@ -44,11 +44,11 @@ def check(case: Case, **functions) -> None:
     arrays = case.arrays(jnp.bfloat16)
     main = {n: arrays.pop(n) for n in ("query", "key", "value")}
     main |= {n: arrays.pop(n) for n in ("bias", "sinks") if n in arrays}
-    assert explain(**main, **arrays, **case.static, **functions).forward == "cute"
+    call = case.static | arrays | functions
+    assert explain(**main, **call).forward == "cute"
 
     def attend(implementation, main):
-        call = case.static | arrays | functions | main
-        return flash_attention(**call, return_residual=True, implementation=implementation)
+        return flash_attention(**call, **main, return_residual=True, implementation=implementation)
 
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), main)
     got, pull = jax.vjp(jax.jit(lambda main: attend(None, main)), main)
