@@ -326,10 +326,8 @@ def kernel_key(
         config = forward_config_sm100(*dims) if blackwell else _existing(_forward_config(operands))
         pack_gqa = packing_pays(query.shape[1], group, config)
         pack_gqa = pack_gqa and _may_pack(operands, group, config)
-        # A sink belongs to a row and not to each part of it; masks by element, bounds from arrays
-        # and lists are not tried yet.
-        may_split = arch not in BLACKWELL and functions is None
-        may_split = may_split and row_bounds is None and not has_lists
+        # Bounds from arrays and lists are not tried yet.
+        may_split = arch not in BLACKWELL and row_bounds is None and not has_lists
         splits = partial(num_splits, batch_invariant=spec.batch_invariant)
         if may_split and splits(interval, operands, num_sms) > 1:
             config, split_kv = few_rows_config(*dims), True

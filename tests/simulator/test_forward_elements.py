@@ -57,8 +57,9 @@ def check(
     dtype: str = "bfloat16",
     *,
     config: FwdConfig | None = None,
+    num_sms: int = NUM_SMS,
     **how,
-):
+) -> registry.KernelKey:
     """Simulate the kernel that a call gets and compare with the dense reference.
 
     Args:
@@ -66,7 +67,7 @@ def check(
     """
     spec, operands = operands_of(case, dtype, mask_mod, score_mod)
     assert not registry.reasons_against(spec, operands, "fwd", "sm_90a")
-    key = registry.kernel_key(spec, operands, "fwd", "sm_90a", NUM_SMS)
+    key = registry.kernel_key(spec, operands, "fwd", "sm_90a", num_sms)
     # Some masks turn out to be one interval of keys, which is none of single scores.
     assert key.elements is not None or mask_mod is not None
     if config is not None:
@@ -91,6 +92,7 @@ def check(
     np.testing.assert_allclose(lse, want.lse, atol=2e-4, rtol=1e-5)
     empty = (np.asarray(want.out) == 0).all(-1)
     assert (out[empty] == 0).all()
+    return key
 
 
 EVERYTHING = {"batch": 3, "causal": True, "offset": True, "lengths": True}
@@ -137,3 +139,32 @@ PACKED = sized(64, group=7, kv_heads=2, seqlen_q=5, seqlen_k=300, **EVERYTHING)
 @pytest.mark.parametrize("case", [PACKED, sized(128, seqlen_q=150, **EVERYTHING)])
 def test_together(case: Case):
     check(case, MASKS["documents"](case), SCORES["relative_bias"](case))
+
+
+# Few queries and many keys: the keys are divided among blocks, and a sink belongs to all of them.
+SPLIT = sized(64, group=7, seqlen_q=3, seqlen_k=1100, kv_heads=2, **EVERYTHING)
+ONE_SLAB = FwdConfig(1, 64, 4, takes_turns=False)
+SPLIT_CASES = {
+    "sinks": (sized(64, group=8, seqlen_q=1, seqlen_k=1100, lengths=True, batch=4, sinks=True),),
+    "score": (dataclasses.replace(SPLIT, sinks=True, soft_cap=3.0), None, "relative_bias"),
+}
+SLOW_SPLIT_CASES = {
+    "mask": (SPLIT, "documents"),
+    "mask_score": (dataclasses.replace(SPLIT, sinks=True), "boolean_table", "alibi"),
+    "arrays": (dataclasses.replace(SPLIT, bias="bns", mask="bnts"),),
+    "window": (dataclasses.replace(SPLIT, window=(700, 20), sinks=True, soft_cap=1.5),),
+}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(pytest.param(c, id=n) for n, c in SPLIT_CASES.items()),
+        *(pytest.param(c, id=n, marks=pytest.mark.slow) for n, c in SLOW_SPLIT_CASES.items()),
+    ],
+)
+def test_split_kv(call: tuple):
+    case, *names = call
+    functions = [f[n](case) if n else None for f, n in zip((MASKS, SCORES), names, strict=False)]
+    key = check(case, *functions, config=ONE_SLAB, num_sms=32, timing="shuffled")
+    assert key.split_kv

@@ -30,6 +30,11 @@ def capped(score: Float32, scale: float, cap: float) -> Float32:
     return cap - (2 * cap) * cute.arch.rcp_approx(Float32(1.0) + grown)
 
 
+def sink_of(sinks: cute.Tensor, entry: Int32, head: Int32) -> Float32:
+    """The sink of a query head in a (1|B, N) array."""
+    return sinks[cutlass.min(entry, Int32(sinks.shape[0]) - 1), head]
+
+
 class Elements:
     """What a call does to single scores, with its arrays."""
 
@@ -59,8 +64,7 @@ class Elements:
 
     def sink(self, entry: Int32, head: Int32) -> Float32:
         """The sink of a query head."""
-        shape = self.sinks.shape
-        return self.sinks[cutlass.min(entry, Int32(shape[0]) - 1), head]
+        return sink_of(self.sinks, entry, head)
 
 
 class EntryElements:

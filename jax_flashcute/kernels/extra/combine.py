@@ -1,6 +1,7 @@
 """After a forward pass with split-KV: O and LSE of each row from those of its parts.
 
-With LSE_i and O_i of part i, LSE = log sum_i exp(LSE_i) and O = sum_i exp(LSE_i - LSE) O_i.
+With LSE_i and O_i of part i, LSE = log sum_i exp(LSE_i) and O = sum_i exp(LSE_i - LSE) O_i.  A
+sink is one more LSE_i, with O_i = 0: it belongs to a row, not to each of its parts.
 """
 
 from collections.abc import Callable
@@ -8,10 +9,12 @@ from functools import partial
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Int32, Uint32, const_expr
 
+from jax_flashcute.kernels.common.elements import sink_of
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.softmax import LN2, LOG2_E, exp2
+from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm90.fragments import round_pair
 
 WARPS = 4
@@ -38,9 +41,10 @@ class Combine:
         mLSEPartial: cute.Tensor,
         mO: cute.Tensor,
         mLSE: cute.Tensor,
+        mSinks: cute.Tensor | None = None,
     ) -> None:
         rows = mO.shape[0] * mO.shape[1] * mO.shape[2]
-        self.kernel(*length_arrays, kv_length, mOPartial, mLSEPartial, mO, mLSE).launch(
+        self.kernel(*length_arrays, kv_length, mOPartial, mLSEPartial, mO, mLSE, mSinks).launch(
             grid=[cute.ceil_div(rows, WARPS), 1, 1],
             block=[32 * WARPS, 1, 1],
             stream=stream,
@@ -58,6 +62,7 @@ class Combine:
         mLSEPartial: cute.Tensor,  # (splits, B, T, N) float32
         mO: cute.Tensor,  # (B, T, N, Hv)
         mLSE: cute.Tensor,  # (B, T, N) float32
+        mSinks: cute.Tensor | None,  # (1|B, N) float32
     ):
         lane = cute.arch.lane_idx()
         row = cute.arch.block_idx()[0] * WARPS + cute.arch.warp_idx()
@@ -73,7 +78,14 @@ class Combine:
             splits = self.splits_of_entry(lengths, mOPartial.shape[0], batch)
             # A row of one part was written by the forward kernel itself.
             if splits > 1:
-                self.combine_row(mOPartial, mLSEPartial, mO, mLSE, batch, token, head, splits, lane)
+                sink = None
+                if const_expr(mSinks is not None):
+                    # A padded row's LSE stays -inf.
+                    is_valid = token < lengths(batch)[1]
+                    sink = select(is_valid, sink_of(mSinks, batch, head), Float32(-Float32.inf))
+                self.combine_row(
+                    mOPartial, mLSEPartial, mO, mLSE, batch, token, head, splits, sink, lane
+                )
 
     @cute.jit
     def combine_row(
@@ -86,9 +98,10 @@ class Combine:
         token: Int32,
         head: Int32,
         splits: Int32,
+        sink: Float32 | None,
         lane: Int32,
     ):
-        largest = -Float32.inf
+        largest = -Float32.inf if const_expr(sink is None) else sink
         for i in cutlass.range(lane, splits, 32, unroll=1):
             largest = cute.arch.fmax(largest, mLSEPartial[i, batch, token, head])
         for step in cutlass.range_constexpr(5):
@@ -101,6 +114,8 @@ class Combine:
             total += exp2((mLSEPartial[i, batch, token, head] - base) * LOG2_E)
         for step in cutlass.range_constexpr(5):
             total += cute.arch.shuffle_sync_bfly(total, offset=1 << step)
+        if const_expr(sink is not None):
+            total += exp2((sink - base) * LOG2_E)
         is_empty = total == 0.0
         lse = -Float32.inf if is_empty else base + cute.math.log2(total, fastmath=True) * LN2
         factor = Float32(0.0) if is_empty else cute.arch.rcp_approx(total)

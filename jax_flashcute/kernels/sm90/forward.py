@@ -127,6 +127,7 @@ class ForwardSm90:
         self.work_fields = WORK_FIELDS + 2 * split_kv + self.compares_ids
         self.has_low = mask.low is not None or row_bounds is not None
         self.functions = functions
+        self.has_sinks = functions is not None and functions.sinks
         self.has_mask_mod = functions is not None and functions.mask_mod is not None
         self.paging = None if page_size is None else paged_tiles(page_size, config.tile_n)
         self.copying_threads = 0 if self.paging is None else self.paging.copying_threads
@@ -228,9 +229,12 @@ class ForwardSm90:
             use_pdl=True,
         )
         if const_expr(self.split_kv):
+            mSinks = None
+            if const_expr(self.has_sinks):
+                mSinks = Elements(self.functions, mElements).sinks
             Combine(self.dtype, self.head_dim_v, self.splits_of_entry).launch(
                 stream, (mQOffset, mQLengths, mKVLengths), kv_length, mOPartial, mLSEPartial, mO,
-                mLSE,
+                mLSE, mSinks,
             )  # fmt: skip
 
     def tile_atom(self, tensor: cute.Tensor, width: int):
@@ -812,8 +816,12 @@ class ForwardSm90:
 
             # Rows at or beyond the query length are as good as empty.
             sinks = None
-            if const_expr(self.functions is not None and self.functions.sinks):
+            if const_expr(self.has_sinks):
                 sinks = self.sinks(mElements, batch, head, thread)
+                if const_expr(self.split_kv):
+                    # Of a row in several parts, the kernel that adds them up takes the sink in.
+                    is_whole = fields[WORK_FIELDS + 1] == 1
+                    sinks = [select(is_whole, sink, Float32(-Float32.inf)) for sink in sinks]
             softmax.finish(row_scale, lse, sinks)
             rows = (out, row_scale, lse)
             place = (batch, head, first_token, queries, q_length)
