@@ -5,6 +5,7 @@ from jax_flashcute.api import (
     Explanation,
     dot_product_attention,
     explain,
+    explain_paged_attention,
     flash_attention,
     paged_attention,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "context_parallel_attention",
     "dot_product_attention",
     "explain",
+    "explain_paged_attention",
     "flash_attention",
     "make_block_mask",
     "masks",

@@ -231,6 +231,45 @@ def paged_attention(
       NotImplementedError: the implementation asked for cannot serve the call, a derivative was
         asked for, or a vmap over the pages themselves.
     """
+    spec, operands = _checked_paged_call(
+        query,
+        k_pages,
+        v_pages,
+        page_table,
+        kv_lengths,
+        q_lengths=q_lengths,
+        q_offset=q_offset,
+        scale=scale,
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        mask_mod=mask_mod,
+        score_mod=score_mod,
+        batch_invariant=batch_invariant,
+        checked=checked,
+    )
+    implementation = _known(implementation)
+    if reason := _reason_against_invariance(spec, implementation):
+        raise NotImplementedError(reason)
+    residuals = autodiff.paged_attention(spec, operands, implementation)
+    return (residuals.out, residuals.lse) if return_residual else residuals.out
+
+
+def _checked_paged_call(
+    query,
+    k_pages,
+    v_pages,
+    page_table,
+    kv_lengths,
+    *,
+    q_lengths,
+    q_offset,
+    batch_invariant,
+    checked,
+    **features,
+) -> tuple[AttentionSpec, Operands]:
+    """``checked_call`` of keys and values in pages; ``features``: what it takes as it is."""
     query, k_pages, v_pages, page_table = (
         jnp.asarray(x) for x in (query, k_pages, v_pages, page_table)
     )
@@ -253,34 +292,29 @@ def paged_attention(
         jnp.zeros((B, 0, *v_pages.shape[2:]), v_pages.dtype),
         bias=None,
         mask=None,
-        scale=scale,
-        is_causal=is_causal,
         q_offset=q_offset,
         query_seq_lengths=rows,
         key_value_seq_lengths=lengths,
-        local_window_size=local_window_size,
-        logits_soft_cap=logits_soft_cap,
-        sinks=sinks,
         block_mask=None,
         segment_ids=None,
         cu_seqlens_q=None,
         cu_seqlens_k=None,
         positions=None,
-        mask_mod=mask_mod,
-        score_mod=score_mod,
         deterministic=None,
+        **features,
     )
-    implementation = _known(implementation)
-    if batch_invariant and implementation != "cute":
-        raise NotImplementedError(
-            f'batch_invariant needs implementation="cute"; got {implementation!r}, in which XLA '
-            "chooses how sums are ordered by the size of the batch"
-        )
     spec = dataclasses.replace(spec, batch_invariant=bool(batch_invariant))
     table = page_table.astype(jnp.int32)
-    operands = dataclasses.replace(operands, key=k_pages, value=v_pages, page_table=table)
-    residuals = autodiff.paged_attention(spec, operands, implementation)
-    return (residuals.out, residuals.lse) if return_residual else residuals.out
+    return spec, dataclasses.replace(operands, key=k_pages, value=v_pages, page_table=table)
+
+
+def _reason_against_invariance(spec: AttentionSpec, implementation: Implementation) -> str | None:
+    if not spec.batch_invariant or implementation == "cute":
+        return None
+    return (
+        f'batch_invariant needs implementation="cute"; got {implementation!r}, in which XLA '
+        "chooses how sums are ordered by the size of the batch"
+    )
 
 
 def _check_pages(query, k_pages, v_pages, page_table) -> None:
@@ -413,6 +447,10 @@ class Explanation:
         there is none, or where offsets or lengths known at run time alone decide.
       loads: the arrays that ``mask_mod`` and ``score_mod`` read, and how: ``"uniform"`` once a row,
         ``"contiguous"`` along the keys, or ``"gather"``.
+      splits: parts into which the forward kernel divides the keys of a row at most, Hopper's where
+        there is no GPU; shorter sequences have fewer.  None where no kernel serves the call.
+      page_copies: how that kernel loads pages: ``"TMA"`` or ``"asynchronous copies"``; None
+        without pages.
     """
 
     implementation: Implementation
@@ -424,6 +462,8 @@ class Explanation:
     keys: str | None
     tiles: dict[str, int] | None
     loads: tuple[str, ...]
+    splits: int | None = None
+    page_copies: str | None = None
 
     def __str__(self) -> str:
         lines = [f"implementation={self.implementation!r}"]
@@ -443,6 +483,10 @@ class Explanation:
             size = f"{tiles.pop('tile_m')} x {tiles.pop('tile_n')}"
             counts = ", ".join(f"{count} {name}" for name, count in tiles.items())
             lines.append(f"tiles of {size} in a head: {counts}")
+        if self.splits is not None and self.splits > 1:
+            lines.append(f"keys of a row: divided into {self.splits} parts at most")
+        if self.page_copies is not None:
+            lines.append(f"pages: loaded by {self.page_copies}")
         lines.extend(self.loads)
         return "\n".join(lines)
 
@@ -502,38 +546,108 @@ def explain(
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
     }
+    spec, operands = _abstract_call(
+        checked_call,
+        arrays,
+        scale=scale,
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        mask_mod=mask_mod,
+        score_mod=score_mod,
+        positions=positions,
+        deterministic=deterministic,
+    )
+    return _explanation(spec, operands, _known(implementation))
+
+
+def explain_paged_attention(
+    query,
+    k_pages,
+    v_pages,
+    page_table,
+    kv_lengths,
+    *,
+    q_lengths=None,
+    q_offset=None,
+    scale: float | None = None,
+    is_causal: bool = True,
+    local_window_size: Window = None,
+    logits_soft_cap: float | None = None,
+    sinks=None,
+    mask_mod: Callable[..., Any] | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    batch_invariant: bool = False,
+    checked: bool = False,
+    return_residual: bool = False,
+    implementation: Implementation = None,
+) -> Explanation:
+    """Say which implementation ``paged_attention`` would take for these arguments, and why.
+
+    Args are those of ``paged_attention``; arrays may be ``jax.ShapeDtypeStruct``.  Nothing is
+    computed and no device is needed.
+
+    Raises:
+      ValueError: an argument does not fit; it is named.
+    """
+    del checked, return_residual
+    arrays = {
+        "query": query,
+        "k_pages": k_pages,
+        "v_pages": v_pages,
+        "page_table": page_table,
+        "kv_lengths": kv_lengths,
+        "q_lengths": q_lengths,
+        "q_offset": q_offset,
+        "sinks": sinks,
+    }
+    spec, operands = _abstract_call(
+        _checked_paged_call,
+        arrays,
+        scale=scale,
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        mask_mod=mask_mod,
+        score_mod=score_mod,
+        batch_invariant=batch_invariant,
+        checked=False,
+    )
+    return _explanation(spec, operands, _known(implementation))
+
+
+def _abstract_call(
+    make: Callable[..., tuple[AttentionSpec, Operands]], arrays: dict[str, Any], **options
+) -> tuple[AttentionSpec, Operands]:
+    """What ``make`` gives for arrays or their shapes, without computing anything."""
     static = {name: x for name, x in arrays.items() if x is None or isinstance(x, int)}
     shaped = {name: x for name, x in arrays.items() if name not in static}
     specs = []
 
     def operands_of(shaped):
-        spec, operands = checked_call(
-            **static,
-            **shaped,
-            scale=scale,
-            is_causal=is_causal,
-            local_window_size=local_window_size,
-            logits_soft_cap=logits_soft_cap,
-            mask_mod=mask_mod,
-            score_mod=score_mod,
-            positions=positions,
-            deterministic=deterministic,
-        )
+        spec, operands = make(**static, **shaped, **options)
         specs.append(spec)
         return operands
 
     operands = jax.eval_shape(operands_of, shaped)
-    (spec,) = specs
-    implementation = _known(implementation)
+    return specs[0], operands
+
+
+def _explanation(
+    spec: AttentionSpec, operands: Operands, implementation: Implementation
+) -> Explanation:
     reasons = {
         direction: tuple(dispatch.reasons_against_kernel(spec, operands, direction))
         for direction in ("fwd", "bwd")
     }
-
     has_lists = operands.block_mask is not None
     is_interval = registry.by_element(spec, has_lists=has_lists).mask_mod is None
+    invariance = _reason_against_invariance(spec, implementation)
 
     def served_by(direction: str) -> str:
+        if invariance or (operands.page_table is not None and direction == "bwd"):
+            # Attention over pages has no derivatives, but for the reference's.
+            return "reference" if implementation == "reference" and not invariance else "refused"
         match implementation:
             case None:
                 return "xla" if reasons[direction] else "cute"
@@ -542,22 +656,25 @@ def explain(
             case _:
                 return implementation
 
+    elsewhere = {None: "xla", "cute": "refused"}.get(implementation, str(implementation))
+    target = plan.target() or plan.Target("sm_90a", plan.DEFAULT_NUM_SMS)
+    key = tiles = None
+    if not reasons["fwd"]:
+        key = registry.kernel_key(spec, operands, "fwd", target.arch, target.num_sms)
+        tiles = registry.tile_counts(spec, operands, target.arch, target.num_sms)
     return Explanation(
         implementation=implementation,
         forward=served_by("fwd"),
         backward=served_by("bwd"),
-        forward_reasons=reasons["fwd"],
+        forward_reasons=(*([invariance] if invariance else []), *reasons["fwd"]),
         backward_reasons=reasons["bwd"],
-        elsewhere={None: "xla", "cute": "refused"}.get(implementation, str(implementation)),
+        elsewhere="refused" if invariance else elsewhere,
         keys=str(registry.interval_of(spec, has_lists=has_lists)) if is_interval else None,
-        tiles=_tile_counts(spec, operands) if not reasons["fwd"] else None,
+        tiles=tiles,
         loads=tuple(_loads(spec)),
+        splits=None if key is None else registry.splits_of(key, operands),
+        page_copies=None if key is None else registry.page_copies(key),
     )
-
-
-def _tile_counts(spec: AttentionSpec, operands: Operands) -> dict[str, int] | None:
-    target = plan.target() or plan.Target("sm_90a", plan.DEFAULT_NUM_SMS)
-    return registry.tile_counts(spec, operands, target.arch, target.num_sms)
 
 
 def _loads(spec: AttentionSpec) -> Iterator[str]:

@@ -114,6 +114,10 @@ SMALLEST_BOX = 8
 """Rows of a page that are worth a TMA copy of their own; smaller pages are copied by threads."""
 
 
+def loads_pages_by_tma(page_size: int) -> bool:
+    return page_size >= SMALLEST_BOX
+
+
 def paged_config(config: FwdConfig) -> FwdConfig:
     """A forward configuration for keys in pages: who loads them holds more addresses."""
     if config.warpgroups != 2:

@@ -34,6 +34,7 @@ from jax_flashcute.kernels.config import (
     few_rows_config,
     forward_config,
     forward_config_sm100,
+    loads_pages_by_tma,
     most_splits,
     paged_config,
     workspace_shapes,
@@ -385,6 +386,20 @@ def num_splits(
     return most_splits(B * (K if pack_gqa else N), key_tiles, num_sms, lengths_vary)
 
 
+def splits_of(key: KernelKey, operands: Operands) -> int:
+    """Parts into which the forward kernel of a call divides a row's keys at most."""
+    if not key.split_kv:
+        return 1
+    return num_splits(key.interval, operands, key.num_sms, batch_invariant=key.batch_invariant)
+
+
+def page_copies(key: KernelKey) -> str | None:
+    """How a kernel loads pages; None where there are none."""
+    if key.page_size is None:
+        return None
+    return "TMA" if loads_pages_by_tma(key.page_size) else "asynchronous copies"
+
+
 def tile_counts(
     spec: AttentionSpec, operands: Operands, arch: str, num_sms: int
 ) -> dict[str, int] | None:
@@ -605,10 +620,7 @@ def _forward_scratch(key: KernelKey, operands: Operands):
     shapes: list[tuple[tuple[int, ...], str]] = [((1,), "int32")]
     if key.split_kv:
         B, T, N, _ = operands.query.shape
-        splits = num_splits(
-            key.interval, operands, key.num_sms, batch_invariant=key.batch_invariant
-        )
-        rows = (splits, B, T, N)
+        rows = (splits_of(key, operands), B, T, N)
         shapes += [((*rows, key.head_dim_v), "float32"), (rows, "float32")]
     return shapes
 

@@ -129,6 +129,7 @@ def test_grid(page_size: int, kind: str) -> None:
             compare(pages, query_of(pages, seqlen_q, group))
 
 
+SINKS = np.linspace(-1, 1, 3 * KV_HEADS, dtype=np.float32)
 FEATURES = {
     "half": {"dtype": np.float16},
     "256": {"dims": (256, 256)},
@@ -137,8 +138,14 @@ FEATURES = {
     "128_window": {"dims": (128, 128), "local_window_size": (300, 0)},
     "128_two_sided": {"dims": (128, 128), "local_window_size": (70, 30), "is_causal": False},
     "cap": {"logits_soft_cap": 5.0},
-    "sinks": {"sinks": np.linspace(-1, 1, 3 * KV_HEADS, dtype=np.float32)},
+    "sinks": {"sinks": SINKS},
     "full": {"is_causal": False},
+    "sinks_cap_window": {"sinks": SINKS, "logits_soft_cap": 5.0, "local_window_size": (3000, 0)},
+    "mask_score": {
+        "mask_mod": lambda b, h, q, kv: (q - kv) % 3 != 1,
+        "score_mod": lambda score, b, h, q, kv: score + 0.01 * (h + 1) * (kv - q),
+        "sinks": SINKS,
+    },
 }
 
 
@@ -160,19 +167,41 @@ def test_skewed_lengths(page_size: int) -> None:
     lengths = (8, 8000, *(8,) * 30)
     pages = Pages(page_size, lengths, "permuted", (128, 128), jnp.bfloat16)
     compare(pages, query_of(pages, 1, 8))
+    sinks = np.linspace(-1, 1, 8 * KV_HEADS, dtype=np.float32)
+    compare(pages, query_of(pages, 1, 8), sinks=sinks, logits_soft_cap=5.0)
 
 
+@pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize("seqlen_q", [1, 100])
 @pytest.mark.parametrize("page_size", [2, 16])
-def test_a_sequence_does_not_depend_on_the_batch(page_size: int, seqlen_q: int) -> None:
+def test_a_sequence_does_not_depend_on_the_batch(
+    page_size: int, seqlen_q: int, capped: bool
+) -> None:
+    """Bit for bit, with other sequences beside it, of other lengths, at other places."""
     pages = Pages(page_size, (8000, 3, 700, 0, 5000), "permuted", dtype=jnp.bfloat16)
     query = query_of(pages, seqlen_q, 8)
-    call = functools.partial(paged_attention, implementation="cute", batch_invariant=True)
-    out = jax.jit(call)(query, *pages.paged)
-    for some in ([0], [2, 4], [4, 1, 2, 0]):
-        k_pages, v_pages, table, lengths = pages.paged
-        part = jax.jit(call)(query[some], k_pages, v_pages, table[some], lengths[some])
+    features = {"sinks": np.linspace(-1, 1, 8 * KV_HEADS, dtype=np.float32), "logits_soft_cap": 5.0}
+    call = functools.partial(
+        paged_attention, implementation="cute", batch_invariant=True, return_residual=True,
+        **(features if capped else {}),
+    )  # fmt: skip
+    k_pages, v_pages, table, lengths = pages.paged
+
+    def results(some: list[int], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return jax.jit(call)(query[some], k_pages, v_pages, table[some], lengths[some])
+
+    everything = list(range(len(lengths)))
+    out, lse = results(everything, lengths)
+    for some in ([0], [2, 4], [4, 1, 2, 0], [0, *[1] * 70]):
+        part, part_lse = results(some, lengths)
         np.testing.assert_array_equal(part, out[np.array(some)])
+        np.testing.assert_array_equal(part_lse, lse[np.array(some)])
+    # The batch mates of the first and the third alone are changed: they grow, shrink, end.
+    others = lengths - np.array([0, 3, 0, 0, 4999], np.int32)
+    part, part_lse = results(everything, others)
+    for kept in (0, 2):
+        np.testing.assert_array_equal(part[kept], out[kept])
+        np.testing.assert_array_equal(part_lse[kept], lse[kept])
 
 
 @pytest.mark.parametrize("page_size", [4, 32])

@@ -152,7 +152,7 @@ SLOW_SPLIT_CASES = {
     "mask": (SPLIT, "documents"),
     "mask_score": (dataclasses.replace(SPLIT, sinks=True), "boolean_table", "alibi"),
     "arrays": (dataclasses.replace(SPLIT, bias="bns", mask="bnts"),),
-    "window": (dataclasses.replace(SPLIT, window=(700, 20), sinks=True, soft_cap=1.5),),
+    "window": (dataclasses.replace(SPLIT, seqlen_k=1700, window=(1000, 20), sinks=True),),
 }
 
 

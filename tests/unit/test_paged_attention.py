@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
-from jax_flashcute import flash_attention, paged_attention
+from jax_flashcute import explain, explain_paged_attention, flash_attention, paged_attention, plan
 
 
 def make(page_size: int, lengths, group: int = 3, seqlen_q: int = 2, pages: str = "permuted"):
@@ -157,3 +157,44 @@ def test_a_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     # Another page size than above: what is traced is kept.
     traced = jax.jit(paged_attention).trace(*in_bfloat16(16))
     assert "CuteDSL" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def decode(page_size: int, **how):
+    """``explain_paged_attention`` of a decode step of 16 sequences, by shapes alone."""
+    query = jax.ShapeDtypeStruct((16, how.pop("seqlen_q", 1), 32, 128), jnp.bfloat16)
+    pages = jax.ShapeDtypeStruct((2**20 // page_size, page_size, 8, 128), jnp.bfloat16)
+    table = jax.ShapeDtypeStruct((16, 2**16 // page_size), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((16,), jnp.int32)
+    return explain_paged_attention(query, pages, pages, table, lengths, **how)
+
+
+def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_90a")
+    sinks = jax.ShapeDtypeStruct((32,), jnp.float32)
+    for page_size, copies in ((4, "asynchronous copies"), (16, "TMA"), (512, "TMA")):
+        told = decode(page_size, sinks=sinks, logits_soft_cap=5.0)
+        assert (told.forward, told.backward, told.splits) == ("cute", "refused", 32)
+        assert told.page_copies == copies
+        assert f"pages: loaded by {copies}" in str(told)
+        assert "divided into 32 parts at most" in str(told)
+    assert decode(16, seqlen_q=300).splits == 1
+    assert decode(16, implementation="cute", batch_invariant=True).splits == 128
+    refused = decode(16, batch_invariant=True)
+    assert (refused.forward, refused.elsewhere) == ("refused", "refused")
+    assert "batch_invariant" in refused.forward_reasons[0]
+    assert decode(16, implementation="reference").backward == "reference"
+    monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_80")
+    told = decode(16)
+    assert (told.forward, told.splits, told.page_copies) == ("xla", None, None)
+    with pytest.raises(ValueError, match="kv_lengths must be integers"):
+        explain_paged_attention(*make(4, (9, 30))[0][:4], None)
+
+
+def test_explain_of_a_dense_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_90a")
+    query = jax.ShapeDtypeStruct((1, 1, 32, 128), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((1, 131072, 8, 128), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((131072,), jnp.float32)
+    assert explain(query, key, key, bias=bias).splits == 16
+    monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_90a:78")
+    assert explain(query, key, key).splits == 19

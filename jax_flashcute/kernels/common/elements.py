@@ -32,7 +32,7 @@ def capped(score: Float32, scale: float, cap: float) -> Float32:
 
 def sink_of(sinks: cute.Tensor, entry: Int32, head: Int32) -> Float32:
     """The sink of a query head in a (1|B, N) array."""
-    return sinks[cutlass.min(entry, Int32(sinks.shape[0]) - 1), head]
+    return Float32(sinks[cutlass.min(entry, Int32(sinks.shape[0]) - 1), head])
 
 
 class Elements:

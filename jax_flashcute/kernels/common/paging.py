@@ -13,14 +13,14 @@ from cutlass import Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from jax_flashcute.kernels.common.tiles import slab_tma_layout, swizzle_width, tma_partition
-from jax_flashcute.kernels.config import SMALLEST_BOX
+from jax_flashcute.kernels.config import loads_pages_by_tma
 
 COPYING_WARPS = 4
 
 
 def paged_tiles(page_size: int, tile_n: int) -> "BoxedTiles | CopiedTiles":
     """How tiles of ``tile_n`` keys are loaded from pages of ``page_size``."""
-    return (BoxedTiles if page_size >= SMALLEST_BOX else CopiedTiles)(page_size, tile_n)
+    return (BoxedTiles if loads_pages_by_tma(page_size) else CopiedTiles)(page_size, tile_n)
 
 
 class BoxedTiles:
