@@ -259,6 +259,24 @@ def forward_config_sm100(head_dim: int, head_dim_v: int) -> FwdConfigSm100:
     )
 
 
+def few_rows_config_sm100(head_dim: int, head_dim_v: int) -> FwdConfigSm100:
+    """The forward configuration on Blackwell where one query tile holds all queries, split-KV's.
+
+    As on Hopper: one query tile, and as many keys on their way to shared memory as fit.
+    """
+    config = FwdConfigSm100(
+        1,
+        forward_config_sm100(head_dim, head_dim_v).tile_n,
+        6,
+        softmax_registers=224,
+        correction_registers=120,
+        other_registers=152,
+    )
+    while config.reasons_invalid(head_dim, head_dim_v):
+        config = dataclasses.replace(config, kv_stages=config.kv_stages - 1)
+    return config
+
+
 @dataclass(frozen=True)
 class BwdConfig:
     """How the backward kernel is tiled.

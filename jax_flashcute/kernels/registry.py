@@ -32,6 +32,7 @@ from jax_flashcute.kernels.config import (
     dividing,
     dividing_backward,
     few_rows_config,
+    few_rows_config_sm100,
     forward_config,
     forward_config_sm100,
     loads_pages_by_tma,
@@ -93,7 +94,7 @@ class KernelKey:
       optional: the optional operands that are present.
       config: tile sizes and the like.
       num_sms: multiprocessors that persistent blocks are spread over; 0 where it does not matter.
-      split_kv: a row's keys are divided among blocks; Hopper's forward only.
+      split_kv: a row's keys are divided among blocks; forward only.
       elements: what is done to single scores; None where nothing.
       page_size: keys of a page, where keys and values are paged; Hopper's forward only.
       batch_invariant: the parts of a row's keys do not follow from the number of batch entries.
@@ -327,11 +328,11 @@ def kernel_key(
         config = forward_config_sm100(*dims) if blackwell else _existing(_forward_config(operands))
         pack_gqa = packing_pays(query.shape[1], group, config)
         pack_gqa = pack_gqa and _may_pack(operands, group, config)
-        # Bounds from arrays and lists are not tried yet.
-        may_split = arch not in BLACKWELL and row_bounds is None and not has_lists
-        splits = partial(num_splits, batch_invariant=spec.batch_invariant)
+        # Bounds from arrays and lists are not tried yet; nor, on Blackwell, what changes scores.
+        may_split = row_bounds is None and not has_lists and not (blackwell and functions)
+        splits = partial(num_splits, arch, batch_invariant=spec.batch_invariant)
         if may_split and splits(interval, operands, num_sms) > 1:
-            config, split_kv = few_rows_config(*dims), True
+            config, split_kv = _few_rows_config(arch, *dims), True
             pack_gqa = packing_pays(query.shape[1], group, config)
         if is_paged(operands):
             config = paged_config(config)
@@ -360,8 +361,18 @@ def kernel_key(
     )
 
 
+def _few_rows_config(arch: str, head_dim: int, head_dim_v: int) -> FwdConfig | FwdConfigSm100:
+    found = few_rows_config_sm100 if arch in BLACKWELL else few_rows_config
+    return found(head_dim, head_dim_v)
+
+
 def num_splits(
-    interval: Interval, operands: Operands, num_sms: int, *, batch_invariant: bool = False
+    arch: str,
+    interval: Interval,
+    operands: Operands,
+    num_sms: int,
+    *,
+    batch_invariant: bool = False,
 ) -> int:
     """Parts into which the forward kernel divides a row's keys at most; by shapes alone.
 
@@ -373,9 +384,9 @@ def num_splits(
     if not all(isinstance(size, int) for size in sizes):
         return 1
     B, T, N, S, K = sizes
-    config = few_rows_config(query.shape[3], value.shape[3])
+    config = _few_rows_config(arch, query.shape[3], value.shape[3])
     pack_gqa = packing_pays(T, N // K, config)
-    if T > (64 // (N // K) if pack_gqa else 64):
+    if T > config.slab_rows // (N // K if pack_gqa else 1):
         return 1
     left, right = window((interval,)) or (None, None)
     keys = S if left is None or right is None else min(S, left + right + T + config.tile_n)
@@ -390,7 +401,9 @@ def splits_of(key: KernelKey, operands: Operands) -> int:
     """Parts into which the forward kernel of a call divides a row's keys at most."""
     if not key.split_kv:
         return 1
-    return num_splits(key.interval, operands, key.num_sms, batch_invariant=key.batch_invariant)
+    return num_splits(
+        key.arch, key.interval, operands, key.num_sms, batch_invariant=key.batch_invariant
+    )
 
 
 def page_copies(key: KernelKey) -> str | None:
@@ -595,7 +608,7 @@ def _forward_builder(key: KernelKey):
             row_bounds=key.row_bounds,
             has_lists=key.has_lists,
         ),
-        "sm100_forward": ForwardSm100,
+        "sm100_forward": partial(ForwardSm100, split_kv=key.split_kv),
     }[key.kernel]
 
     def build():

@@ -172,7 +172,7 @@ def test_launch(call: Call) -> None:
     assert main.block == (128 * (config.warpgroups + 1), 1, 1)
     heads = call.group if key.pack_gqa else 1
     m_blocks = -(-T // (64 // heads * config.warpgroups))
-    splits = registry.num_splits(key.interval, shapes(call), NUM_SMS)
+    splits = registry.num_splits(key.arch, key.interval, shapes(call), NUM_SMS)
     assert (splits > 1) == key.split_kv
     assert main.grid == (min(m_blocks * BATCH * N // heads * splits, NUM_SMS), 1, 1)
 

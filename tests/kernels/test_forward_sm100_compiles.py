@@ -19,6 +19,7 @@ SPECS = {
     "full": AttentionSpec(0.125),
     "causal": AttentionSpec(0.125, is_causal=True),
     "window": AttentionSpec(0.125, local_window_size=(300, 20)),
+    "decode": AttentionSpec(0.125, is_causal=True),
 }
 HEAD_DIMS = [
     *((8, 8), (64, 64), (72, 40), (96, 96), (128, 128), (192, 128), (192, 192)),
@@ -28,6 +29,7 @@ ALWAYS = [
     *((h, hv, "window", "sm_100a") for h, hv in ((128, 128), (72, 40), (192, 128), (256, 256))),
     (128, 128, "full", "sm_100a"),
     (128, 128, "causal", "sm_103a"),
+    (128, 128, "decode", "sm_100a"),
 ]
 ALL = [
     (h, hv, mask, arch)
@@ -53,7 +55,7 @@ def tools() -> None:
 def test_code(head_dim: int, head_dim_v: int, mask: str, arch: str) -> None:
     lengths = None if mask == "full" else jax.ShapeDtypeStruct((2,), jnp.int32)
     operands = Operands(
-        query=jax.ShapeDtypeStruct((2, 3000, 4, head_dim), jnp.bfloat16),
+        query=jax.ShapeDtypeStruct((2, 1 if mask == "decode" else 3000, 4, head_dim), jnp.bfloat16),
         key=jax.ShapeDtypeStruct((2, 3000, 2, head_dim), jnp.bfloat16),
         value=jax.ShapeDtypeStruct((2, 3000, 2, head_dim_v), jnp.bfloat16),
         q_offset=lengths,
@@ -61,6 +63,7 @@ def test_code(head_dim: int, head_dim_v: int, mask: str, arch: str) -> None:
         key_value_seq_lengths=lengths,
     )
     key = registry.kernel_key(SPECS[mask], operands, "fwd", arch, 148)
+    assert key.split_kv == (mask == "decode")
     arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
     kernel = compile_kernel(registry.builder(key), arrays, arch, keep_intermediates=True)
     assert kernel.cubin is not None

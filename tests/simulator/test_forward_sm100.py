@@ -8,12 +8,24 @@ import dataclasses
 import pytest
 
 from tests.cases import Case
-from tests.simulator.test_forward_features import CASES, EVERYTHING, SLOW_CASES, check, sized
+from tests.simulator.test_forward_features import (
+    CASES,
+    EVERYTHING,
+    SLOW_CASES,
+    SLOW_SPLIT_CASES,
+    SPLIT_CASES,
+    check,
+    sized,
+)
 
 ARCH = "sm_100a"
 GROUPS_OF_7 = SLOW_CASES["128_groups_of_7"]
 FAST = CASES | {"128_full": sized(128), "192_128": SLOW_CASES["192_128"]}
 SLOW = {n: c for n, c in SLOW_CASES.items() if n not in FAST}
+GROUPS_OF_3 = sized(
+    64, group=3, seqlen_q=2, seqlen_k=2100, batch=4, causal=True, offset=True, lengths=True
+)
+SLOW_SPLITS = SPLIT_CASES | SLOW_SPLIT_CASES
 
 
 @pytest.mark.parametrize(
@@ -25,6 +37,17 @@ SLOW = {n: c for n, c in SLOW_CASES.items() if n not in FAST}
 )
 def test_feature(case: Case) -> None:
     check(case, arch=ARCH)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(GROUPS_OF_3, id="64_groups_of_3"),
+        *(pytest.param(c, id=n, marks=pytest.mark.slow) for n, c in SLOW_SPLITS.items()),
+    ],
+)
+def test_split_kv(case: Case) -> None:
+    assert check(case, num_sms=16, arch=ARCH, timing="shuffled", warps="adversarial").split_kv
 
 
 @pytest.mark.parametrize(("timing", "warps"), [("early", "adversarial"), ("shuffled", "seeded")])

@@ -20,6 +20,7 @@ from jax_flashcute.kernels.config import (
     FwdConfigSm100,
     backward_config,
     few_rows_config,
+    few_rows_config_sm100,
     forward_config,
     forward_config_sm100,
     most_splits,
@@ -356,15 +357,20 @@ def test_lengths_that_vary_are_split_finer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seqlen_q", "group", "split"),
-    [(1, 1, True), (64, 1, True), (65, 1, False), (8, 8, True), (300, 8, False)],
+    ("arch", "seqlen_q", "group", "split"),
+    [
+        *((arch, T, 1, True) for arch in ("sm_90a", "sm_100a") for T in (1, 64)),
+        *(("sm_90a", 65, 1, False), ("sm_90a", 8, 8, True), ("sm_90a", 9, 8, False)),
+        *(("sm_90a", 300, 8, False), ("sm_100a", 128, 1, True), ("sm_100a", 129, 1, False)),
+        *(("sm_100a", 16, 8, True), ("sm_100a", 17, 8, False)),
+    ],
 )
-def test_only_one_row_of_tiles_is_split(seqlen_q: int, group: int, split: bool) -> None:
+def test_only_one_row_of_tiles_is_split(arch: str, seqlen_q: int, group: int, split: bool) -> None:
     spec = AttentionSpec(0.125)
     query = jax.ShapeDtypeStruct((1, seqlen_q, 2 * group, 64), "bfloat16")
     key = jax.ShapeDtypeStruct((1, 8192, 2, 64), "bfloat16")
     operands = Operands(query=query, key=key, value=key)
-    kernel = registry.kernel_key(spec, operands, "fwd", "sm_90a", 132)
+    kernel = registry.kernel_key(spec, operands, "fwd", arch, 132)
     assert kernel.split_kv == split
     scratch = registry.scratch_shapes(kernel, operands)
     assert len(scratch) == (3 if split else 1)
@@ -373,18 +379,22 @@ def test_only_one_row_of_tiles_is_split(seqlen_q: int, group: int, split: bool) 
 @pytest.mark.parametrize("head_dim", [8, 64, 128, 192, 256])
 @pytest.mark.parametrize("head_dim_v", [8, 64, 128, 192, 256])
 def test_few_rows_have_a_configuration(head_dim: int, head_dim_v: int) -> None:
-    config = few_rows_config(head_dim, head_dim_v)
-    assert config.tile_m == 64
-    assert not config.reasons_invalid(head_dim, head_dim_v)
+    for config in (
+        few_rows_config(head_dim, head_dim_v),
+        few_rows_config_sm100(head_dim, head_dim_v),
+    ):
+        assert config.tile_m == config.slab_rows
+        assert not config.reasons_invalid(head_dim, head_dim_v)
 
 
-def test_batch_invariant_splits_do_not_follow_from_the_batch() -> None:
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_batch_invariant_splits_do_not_follow_from_the_batch(arch: str) -> None:
     spec = dataclasses.replace(SPEC, batch_invariant=True)
     for S in (1000, 100_000):
         splits = set()
         for B in (1, 3, 500):
             operands = shapes(B, 1, S, N=16, present=("key_value_seq_lengths",))
-            key = registry.kernel_key(spec, operands, "fwd", "sm_90a", 132)
+            key = registry.kernel_key(spec, operands, "fwd", arch, 132)
             assert key.split_kv
             assert key.batch_invariant
             splits.add(registry.scratch_shapes(key, operands)[1][0][0])

@@ -14,8 +14,8 @@ from cutlass import Float32, Int32, Uint32, const_expr
 from jax_flashcute.kernels.common.elements import sink_of
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.softmax import LN2, LOG2_E, exp2
+from jax_flashcute.kernels.common.tiles import round_pair
 from jax_flashcute.kernels.primitives import select
-from jax_flashcute.kernels.sm90.fragments import round_pair
 
 WARPS = 4
 """Rows of a block, a warp each."""

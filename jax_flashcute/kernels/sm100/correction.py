@@ -5,7 +5,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 
 from jax_flashcute.kernels.common.tiles import chunks, round_pair
-from jax_flashcute.kernels.sm100.pipeline import take_work
+from jax_flashcute.kernels.sm100.pipeline import WORK_FIELDS, take_work
 from jax_flashcute.kernels.sm100.tensor_memory import (
     fence_after_sync,
     fence_before_sync,
@@ -27,6 +27,7 @@ class CorrectionWarpgroup:
         tensor_memory: cute.Pointer,
         factors: cute.Tensor,  # (128, query_tiles) float32 in shared memory
         mO: cute.Tensor,
+        mOPartial: cute.Tensor | None,
         pipelines,
         work: cute.Tensor,
         q_length: Int32,
@@ -40,7 +41,7 @@ class CorrectionWarpgroup:
         fields = take_work(work, pipeline_tile, t_stage, t_phase, 4, "correction")
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
-            m_block, head, batch, _, queries, _, n_min, n_max, _, _ = fields
+            m_block, head, batch, _, queries, _, n_min, n_max = fields[:8]
             for _ in cutlass.range(n_max - n_min - 1, unroll=1):
                 for w in cutlass.range_constexpr(cfg.query_tiles):
                     factor = take_factor(pipeline_factor, factors, w, f_phase, thread)
@@ -62,7 +63,8 @@ class CorrectionWarpgroup:
                     fence_after_sync()
                 q_head = head * self.kernel.heads_packed + thread % self.kernel.heads_packed
                 is_stored = self.kernel.is_row(thread) and token < q_length
-                row = mO.iterator + cute.crd2idx((batch, token, q_head, 0), mO.layout)
+                place_in_o = (batch, token, q_head, 0)
+                row = mO.iterator + cute.crd2idx(place_in_o, mO.layout)
                 for first, size in chunks(self.kernel.smem_hv):
                     values = cute.make_rmem_tensor(size, Float32)
                     if n_min < n_max:
@@ -72,7 +74,15 @@ class CorrectionWarpgroup:
                         values.fill(0.0)
                     if is_stored:
                         is_valid = token < queries
-                        self.store_columns(row, values, first, factor, is_valid)
+                        if const_expr(self.kernel.split_kv):
+                            split, splits = fields[WORK_FIELDS:]
+                            if splits > 1:
+                                part = (split, *place_in_o)
+                                self.store_partial(mOPartial, part, values, first, factor)
+                            else:
+                                self.store_columns(row, values, first, factor, is_valid)
+                        else:
+                            self.store_columns(row, values, first, factor, is_valid)
                 if n_min < n_max:
                     fence_before_sync()
                     cute.arch.sync_warp()
@@ -121,6 +131,28 @@ class CorrectionWarpgroup:
                     cute.make_layout(4),
                 )
                 cute.autovec_copy(line, target)
+
+    @cute.jit
+    def store_partial(
+        self,
+        mOPartial: cute.Tensor,
+        place,
+        values: cute.Tensor,
+        first: cutlass.Constexpr[int],
+        factor: Float32,
+    ):
+        """Stores columns of a row of one part in float32, normalised by the part's own LSE.
+
+        O of a row whose LSE is -inf is never read, so what a padded row holds there is no matter.
+        """
+        row = mOPartial.iterator + cute.crd2idx(place, mOPartial.layout)
+        for c in cutlass.range_constexpr(0, cute.size(values), 4):
+            if const_expr(first + c < self.kernel.head_dim_v):
+                line = cute.make_rmem_tensor(4, Float32)
+                for i in cutlass.range_constexpr(4):
+                    line[i] = values[c + i] * factor
+                target = (row + (first + c)).align(16)
+                cute.autovec_copy(line, cute.make_tensor(target, cute.make_layout(4)))
 
 
 @cute.jit

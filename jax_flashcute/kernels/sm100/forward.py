@@ -8,6 +8,10 @@ head; with packing it is 128 // G tokens of the G query heads that share a key/v
 token * G + head.  S, P (over S, in 16 bits) and O live in tensor memory.  Blocks are persistent and
 draw tiles of work from a counter (common/scheduler.py).
 
+With ``split_kv``, for queries that fill one row of tiles, a tile of work is also one of several
+parts of its keys (common/splits.py).  Parts of one row go to scratch in float32 and a second kernel
+adds them up (extra/combine.py); where a row has one part alone, the output is written at once.
+
 Each role has its file; the edges between them are these, one stage for each query tile t where
 nothing else is said:
 
@@ -37,8 +41,10 @@ from cutlass.memory import SmemAllocator
 from jax_flashcute.kernels.common.intervals import IntervalMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
+from jax_flashcute.kernels.common.splits import SplitOrder, splits_of
 from jax_flashcute.kernels.common.tiles import by_head, slab_tma_layout, smem_layout
 from jax_flashcute.kernels.config import FwdConfigSm100, round_up
+from jax_flashcute.kernels.extra.combine import Combine
 from jax_flashcute.kernels.sm100.correction import CorrectionWarpgroup
 from jax_flashcute.kernels.sm100.load import LoadWarp
 from jax_flashcute.kernels.sm100.pipeline import WORK_FIELDS, TensorPipeline
@@ -63,8 +69,10 @@ class ForwardSm100:
         scale: float,
         mask: IntervalMask,
         num_sms: int,
+        split_kv: bool = False,
     ):
-        """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most."""
+        """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most;
+        ``split_kv``: tiles are parts of a row's keys, and queries fill one row of tiles."""
         self.config = config
         self.dtype = dtype
         self.head_dim = head_dim
@@ -74,6 +82,8 @@ class ForwardSm100:
         self.scale = scale
         self.mask = mask
         self.num_sms = num_sms
+        self.split_kv = split_kv
+        self.work_fields = WORK_FIELDS + 2 * split_kv
         self.smem_h = round_up(head_dim, 16)
         self.smem_hv = round_up(head_dim_v, 16)
         self.slab_tokens = ROWS // self.heads_packed
@@ -110,6 +120,8 @@ class ForwardSm100:
         mO: cute.Tensor,  # (B, T, N, Hv)
         mLSE: cute.Tensor,  # (B, T, N) float32
         mCounter: cute.Tensor,  # (1,) int32, scratch
+        mOPartial: cute.Tensor | None = None,  # (splits, B, T, N, Hv) float32, scratch
+        mLSEPartial: cute.Tensor | None = None,  # (splits, B, T, N) float32, scratch
     ):
         cfg = self.config
         batch, q_length, kv_length, kv_heads = (
@@ -147,6 +159,8 @@ class ForwardSm100:
         if const_expr(self.mask.is_staircase):
             section = section_size(kv_length, kv_bytes_per_key, kv_heads, batch)
         num_tiles = m_blocks * kv_heads * batch * self.heads_per_kv
+        if const_expr(self.split_kv):
+            num_tiles = num_tiles * mOPartial.shape[0]
         blocks = cutlass.min(num_tiles, Int32(self.num_sms))
         reset_counter(mCounter).launch(grid=[1, 1, 1], block=[32, 1, 1], stream=stream)
         self.kernel(
@@ -159,6 +173,8 @@ class ForwardSm100:
             mO,
             mLSE,
             mCounter,
+            mOPartial,
+            mLSEPartial,
             m_blocks,
             section,
             q_length,
@@ -172,9 +188,15 @@ class ForwardSm100:
             min_blocks_per_mp=1,
             use_pdl=True,
         )
+        if const_expr(self.split_kv):
+            Combine(self.dtype, self.head_dim_v, self.splits_of_entry).launch(
+                stream, (mQOffset, mQLengths, mKVLengths), kv_length, mOPartial, mLSEPartial, mO,
+                mLSE,
+            )  # fmt: skip
 
     def shared_storage(self):
         cfg = self.config
+        work_fields = self.work_fields
 
         def aligned(elements):
             return cute.struct.Align[cute.struct.MemRange[self.dtype, elements], 1024]
@@ -193,7 +215,7 @@ class ForwardSm100:
             tile_barriers: barriers(TILE_STAGES)
             tail_barrier: cute.struct.MemRange[Int64, 1]
             tensor_memory: cute.struct.MemRange[Int32, 1]
-            work: cute.struct.MemRange[Int32, WORK_FIELDS * TILE_STAGES]
+            work: cute.struct.Align[cute.struct.MemRange[Int32, work_fields * TILE_STAGES], 16]
             factors: cute.struct.MemRange[Float32, ROWS * cfg.query_tiles]
             sQ: aligned(cfg.tile_m * self.smem_h)
             sK: aligned(cfg.kv_stages * cfg.tile_n * self.smem_h)
@@ -234,6 +256,8 @@ class ForwardSm100:
         mO: cute.Tensor,
         mLSE: cute.Tensor,
         mCounter: cute.Tensor,
+        mOPartial: cute.Tensor | None,
+        mLSEPartial: cute.Tensor | None,
         m_blocks: Int32,
         section: Int32,
         q_length: Int32,
@@ -269,11 +293,14 @@ class ForwardSm100:
         sQ = storage.sQ.get_tensor(q_layout.outer, swizzle=q_layout.inner)
         sK = storage.sK.get_tensor(k_layout.outer, swizzle=k_layout.inner)
         sV = storage.sV.get_tensor(v_layout.outer, swizzle=v_layout.inner)
-        work = storage.work.get_tensor(cute.make_layout((WORK_FIELDS, TILE_STAGES)))
+        work = storage.work.get_tensor(cute.make_layout((self.work_fields, TILE_STAGES)))
         factors = storage.factors.get_tensor(cute.make_layout((ROWS, cfg.query_tiles)))
 
         order = TileOrder(m_blocks, kv_heads, batch, self.heads_per_kv, section)
         lengths = partial(entry_lengths, mQOffset, mQLengths, mKVLengths, q_length, kv_length)
+        if const_expr(self.split_kv):
+            splits = partial(self.splits_of_entry, lengths, mOPartial.shape[0])
+            order = SplitOrder(kv_heads, batch, self.heads_per_kv, splits)
 
         if warp_index >= load_warp:
             cute.arch.setmaxregister_decrease(cfg.other_registers)
@@ -295,12 +322,12 @@ class ForwardSm100:
         if warp_index < 4 * cfg.query_tiles:
             cute.arch.setmaxregister_increase(cfg.softmax_registers)
             SoftmaxWarpgroups(self).softmax_rows(
-                tensor_memory, factors, mLSE, pipelines, work, q_length
+                tensor_memory, factors, mLSE, mLSEPartial, pipelines, work, q_length
             )
         if warp_index >= 4 * cfg.query_tiles and warp_index < load_warp:
             cute.arch.setmaxregister_decrease(cfg.correction_registers)
             CorrectionWarpgroup(self).correct_outputs(
-                tensor_memory, factors, mO, pipelines, work, q_length
+                tensor_memory, factors, mO, mOPartial, pipelines, work, q_length
             )
         for pipeline in pipelines:
             pipeline.check_arrivals()
@@ -318,3 +345,9 @@ class ForwardSm100:
         )
         n_max = n_max if first < queries else Int32(0)
         return n_min, n_max, full_min, full_max
+
+    @cute.jit
+    def splits_of_entry(self, lengths: cutlass.Constexpr, most: Int32, batch: Int32) -> Int32:
+        """Parts into which the keys of a batch entry's only row of tiles are divided."""
+        n_min, n_max, _, _ = self.key_tiles(Int32(0), *lengths(batch))
+        return splits_of(n_min, n_max, most)

@@ -4,8 +4,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 
+from jax_flashcute.kernels.common.splits import split_range
 from jax_flashcute.kernels.common.tiles import clear_rows, slab_tma_layout, tma_partition
-from jax_flashcute.kernels.sm100.pipeline import WORK_FIELDS, TensorPipeline, write_work
+from jax_flashcute.kernels.sm100.pipeline import TensorPipeline, write_work
 
 
 class LoadWarp:
@@ -50,15 +51,23 @@ class LoadWarp:
         q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase, tail_phase = (
             Int32(0) for _ in range(8)
         )
-        while tile < order.num_tiles:
-            m_block, head, kv_head, batch = order.coordinates(tile)
+        split_kv = const_expr(self.kernel.split_kv)
+        num_tiles = order.count() if split_kv else order.num_tiles
+        while tile < num_tiles:
+            part = ()
+            if const_expr(split_kv):
+                m_block = Int32(0)
+                head, kv_head, batch, split, splits = order.coordinates(tile)
+                part = (split, splits)
+            else:
+                m_block, head, kv_head, batch = order.coordinates(tile)
             offset, queries, keys = lengths(batch)
             n_min, n_max, full_min, full_max = self.kernel.key_tiles(m_block, offset, queries, keys)
+            if const_expr(split_kv):
+                n_min, n_max = split_range(n_min, n_max, *part)
             pipeline_tile.acquire(t_stage, t_phase)
-            write_work(
-                work[None, t_stage],
-                (m_block, head, batch, offset, queries, keys, n_min, n_max, full_min, full_max),
-            )
+            fields = (m_block, head, batch, offset, queries, keys, n_min, n_max, full_min, full_max)
+            write_work(work[None, t_stage], fields + part)
             pipeline_tile.commit(t_stage)
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
             gQ_tile = cute.local_tile(
@@ -107,7 +116,7 @@ class LoadWarp:
             tile = cute.arch.shuffle_sync(tile, 0)
 
         pipeline_tile.acquire(t_stage, t_phase)
-        write_work(work[None, t_stage], (Int32(-1),) * WORK_FIELDS)
+        write_work(work[None, t_stage], (Int32(-1),) * self.kernel.work_fields)
         pipeline_tile.commit(t_stage)
         # The products signal once more for every stage: the block must not be gone by then.
         for _ in cutlass.range_constexpr(cfg.kv_stages):

@@ -8,7 +8,8 @@ from cutlass.cute.nvgpu import tcgen05
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 
 WORK_FIELDS = 10
-"""Numbers that describe a tile: its coordinates, its lengths and its range of key tiles."""
+"""Numbers that describe a tile: its coordinates, its lengths and its range of key tiles.  With
+split-KV two more: which part of a row's keys it is, and of how many."""
 
 
 class TensorPipeline(TmaPipeline):
@@ -68,7 +69,7 @@ def take_work(
 ):
     """What the load warp left: m_block (negative at the end), head, batch, ..."""
     pipeline.wait(stage, phase)
-    fields = [work[i, stage] for i in range(WORK_FIELDS)]
+    fields = [work[i, stage] for i in range(cute.size(work, mode=[0]))]
     cute.arch.sync_warp()
     pipeline.release(stage, warps, role)
     return tuple(fields)

@@ -7,7 +7,7 @@ from cutlass import Float32, Int32, const_expr
 from jax_flashcute.kernels.common.intervals import low_bits
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
 from jax_flashcute.kernels.common.tiles import round_pairs
-from jax_flashcute.kernels.sm100.pipeline import take_work
+from jax_flashcute.kernels.sm100.pipeline import WORK_FIELDS, take_work
 from jax_flashcute.kernels.sm100.tensor_memory import (
     fence_after_sync,
     fence_before_sync,
@@ -30,6 +30,7 @@ class SoftmaxWarpgroups:
         tensor_memory: cute.Pointer,
         factors: cute.Tensor,  # (128, query_tiles) float32 in shared memory
         mLSE: cute.Tensor,
+        mLSEPartial: cute.Tensor | None,
         pipelines,
         work: cute.Tensor,
         q_length: Int32,
@@ -50,7 +51,8 @@ class SoftmaxWarpgroups:
         fields = take_work(work, pipeline_tile, t_stage, t_phase, warps, "softmax")
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
-            m_block, head, batch, offset, queries, keys, n_min, n_max, full_min, full_max = fields
+            m_block, head, batch, offset, queries, keys = fields[:6]
+            n_min, n_max, full_min, full_max = fields[6:WORK_FIELDS]
             token = self.kernel.token(m_block, slab, thread)
             lse[0] = -Float32.inf
             if n_min < n_max:
@@ -96,7 +98,15 @@ class SoftmaxWarpgroups:
             if self.kernel.is_row(thread) and token < q_length:
                 # Rows at or beyond the query length are as good as empty.
                 q_head = head * self.kernel.heads_packed + thread % self.kernel.heads_packed
-                mLSE[batch, token, q_head] = lse[0] if token < queries else -Float32.inf
+                row_lse = lse[0] if token < queries else -Float32.inf
+                if const_expr(self.kernel.split_kv):
+                    split, splits = fields[WORK_FIELDS:]
+                    if splits > 1:
+                        mLSEPartial[split, batch, token, q_head] = row_lse
+                    else:
+                        mLSE[batch, token, q_head] = row_lse
+                else:
+                    mLSE[batch, token, q_head] = row_lse
             fields = take_work(work, pipeline_tile, t_stage, t_phase, warps, "softmax")
 
     @cute.jit
