@@ -901,6 +901,17 @@ def rising_interval(keys: KeySet | None) -> Interval | None:
     return keys[0] if all(_is_invertible(b, POSITION_LIMIT + 1) for b in bounds) else None
 
 
+def rising_union(keys: KeySet | None, most: int) -> tuple[Interval, ...] | None:
+    """The intervals that ``keys`` is the union of, if each is a ``rising_interval``.
+
+    None also where they are more than ``most``.
+    """
+    if keys is None or len(keys) > most:
+        return None
+    found = [rising_interval((interval,)) for interval in keys]
+    return None if None in found else tuple(x for x in found if x is not None)
+
+
 def _is_invertible(value: Linear, reach: int) -> bool:
     """Whether the least q with ``value >= target`` can be computed for targets up to ``reach``."""
     if not value.terms:

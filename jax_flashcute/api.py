@@ -440,9 +440,10 @@ class Explanation:
       forward_reasons: every reason why no kernel serves the forward pass; empty if one does.
       backward_reasons: likewise for the backward pass.
       elsewhere: what serves both on every other platform.
-      keys: the interval of keys that a position sees by ``is_causal``, the window and ``mask_mod``,
-        such as ``"q - 127 <= kv < q + 1"``; None where it is not known to be one.
-      tiles: what the forward kernel makes of that interval, Hopper's where there is no GPU:
+      keys: the intervals of keys that a position sees by ``is_causal``, the window and
+        ``mask_mod``, such as ``"q - 127 <= kv < q + 1"`` or ``"kv < 4 or q - 127 <= kv < q + 1"``;
+        None where they are not known to be intervals.
+      tiles: what the forward kernel makes of those, Hopper's where there is no GPU:
         ``{"tile_m", "tile_n", "full", "partial", "skipped"}``, counted for one head; None where
         there is none, or where offsets or lengths known at run time alone decide.
       loads: the arrays that ``mask_mod`` and ``score_mod`` read, and how: ``"uniform"`` once a row,
@@ -477,7 +478,7 @@ class Explanation:
                 lines.append("  no kernel serves it:")
                 lines.extend(f"  - {reason}" for reason in reasons)
         lines.append(f"forward and backward on other platforms: {self.elsewhere}")
-        lines.append(f"keys seen: {self.keys or 'not known to be one interval'}")
+        lines.append(f"keys seen: {self.keys or 'not known to be intervals'}")
         if self.tiles is not None:
             tiles = dict(self.tiles)
             size = f"{tiles.pop('tile_m')} x {tiles.pop('tile_n')}"
@@ -640,8 +641,6 @@ def _explanation(
         direction: tuple(dispatch.reasons_against_kernel(spec, operands, direction))
         for direction in ("fwd", "bwd")
     }
-    has_lists = operands.block_mask is not None
-    is_interval = registry.by_element(spec, has_lists=has_lists).mask_mod is None
     invariance = _reason_against_invariance(spec, implementation)
 
     def served_by(direction: str) -> str:
@@ -669,7 +668,7 @@ def _explanation(
         forward_reasons=(*([invariance] if invariance else []), *reasons["fwd"]),
         backward_reasons=reasons["bwd"],
         elsewhere="refused" if invariance else elsewhere,
-        keys=str(registry.interval_of(spec, has_lists=has_lists)) if is_interval else None,
+        keys=registry.keys_of(spec, operands, target.arch),
         tiles=tiles,
         loads=tuple(_loads(spec)),
         splits=None if key is None else registry.splits_of(key, operands),

@@ -45,8 +45,8 @@ class MaskPicture:
       q_length, kv_length: T and S.
       tile_m, tile_n: query rows and keys of a tile.
       share: of all elements, those that are visible.
-      keys: the interval of keys that a position sees, as text; None where it is not known to
-        be one.
+      keys: the intervals of keys that a position sees, as text; None where they are not known
+        to be intervals.
     """
 
     kinds: np.ndarray = field(repr=False)
@@ -69,7 +69,7 @@ class MaskPicture:
         return (
             f"{self.q_length} queries, {self.kv_length} keys, {100 * self.share:.1f}% visible; "
             f"tiles of {self.tile_m} x {self.tile_n}: {counts}; "
-            f"keys seen: {self.keys or 'not known to be one interval'}"
+            f"keys seen: {self.keys or 'not known to be intervals'}"
         )
 
     def png(self) -> bytes:
@@ -166,7 +166,7 @@ def show_mask(
         tile_m=tile_m,
         tile_n=tile_n,
         share=visible / (q_length * kv_length),
-        keys=str(found[0]) if found is not None and len(found) == 1 else None,
+        keys=" or ".join(map(str, found)) if found else None,
     )
 
 

@@ -39,6 +39,7 @@ def describe(key: AnyKey, toolchain: Toolchain) -> dict[str, object]:
     if isinstance(key, KernelKey):
         plain |= {
             "interval": str(key.interval),
+            "union": [str(interval) for interval in key.union],
             "optional": list(key.optional),
             "config": repr(key.config),
             "elements": names_of(key.elements),

@@ -11,11 +11,13 @@ from typing import Any, Literal, Protocol
 
 from jax_flashcute.analysis import (
     Interval,
+    KeySet,
     Linear,
     analyse,
     evaluate,
     intersection,
     rising_interval,
+    rising_union,
     window,
     window_interval,
 )
@@ -57,6 +59,9 @@ ARCHITECTURES = {"fwd": ("sm_90a", "sm_100a", "sm_103a"), "bwd": ("sm_90a", "sm_
 
 BLACKWELL = ("sm_100a", "sm_103a")
 """Those with tcgen05 and tensor memory; no such GPU has run the kernels yet."""
+
+MOST_INTERVALS = 4
+"""Of a mask whose intervals a kernel takes; more are looked at element by element."""
 
 DTYPES = ("bfloat16", "float16")
 MAX_HEAD_DIM = 256
@@ -100,6 +105,8 @@ class KernelKey:
       batch_invariant: the parts of a row's keys do not follow from the number of batch entries.
       row_bounds: each row's keys stand in arrays; None where they follow from its position.
       has_lists: the tiles that are visited stand in lists.
+      union: intervals within ``interval``: a query sees the keys of at least one; none where it
+        sees all of ``interval``; Hopper only.
     """
 
     kernel: str
@@ -120,6 +127,7 @@ class KernelKey:
     batch_invariant: bool = False
     row_bounds: RowBounds | None = None
     has_lists: bool = False
+    union: tuple[Interval, ...] = ()
 
     @property
     def direction(self) -> Direction:
@@ -152,14 +160,48 @@ def interval_of(spec: AttentionSpec, *, has_lists: bool = False) -> Interval:
 
 def _intervals(spec: AttentionSpec) -> tuple[Interval, Interval | None]:
     """The interval of the window, and that of ``mask_mod`` within it, where there is one."""
+    of_window = _window_interval(spec)
+    return of_window, rising_interval(_keys(spec))
+
+
+def _window_interval(spec: AttentionSpec) -> Interval:
     left, right = spec.local_window_size or (None, None)
     if spec.is_causal:
         right = 0 if right is None else min(right, 0)
-    of_window = window_interval(left, right)
+    return window_interval(left, right)
+
+
+def _keys(spec: AttentionSpec) -> KeySet | None:
+    """The keys of ``mask_mod`` within the window, where they are known."""
     if spec.mask_mod is None:
-        return of_window, None
-    keys = intersection((of_window,), analyse(spec.mask_mod.jaxpr).intervals())
-    return of_window, rising_interval(keys)
+        return None
+    return intersection((_window_interval(spec),), analyse(spec.mask_mod.jaxpr).intervals())
+
+
+def union_of(spec: AttentionSpec, operands: Operands, arch: str | None) -> tuple[Interval, ...]:
+    """The intervals within the window whose union ``mask_mod`` shows, where the kernel takes them.
+
+    Empty where it is one interval, or is left to single scores: so it is on Blackwell, and with
+    segments, lists of tiles and pages.
+    """
+    others = (operands.segment_ids, operands.block_mask, operands.page_table)
+    if arch in BLACKWELL or any(x is not None for x in others):
+        return ()
+    keys = _keys(spec)
+    if rising_interval(keys) is not None:
+        return ()
+    return rising_union(keys, MOST_INTERVALS) or ()
+
+
+def keys_of(spec: AttentionSpec, operands: Operands, arch: str | None) -> str | None:
+    """The keys that a position sees, in words; None where scores are looked at one by one."""
+    union = union_of(spec, operands, arch)
+    if union:
+        return " or ".join(map(str, union))
+    has_lists = operands.block_mask is not None
+    if by_element(spec, has_lists=has_lists).mask_mod is not None:
+        return None
+    return str(interval_of(spec, has_lists=has_lists))
 
 
 def by_element(spec: AttentionSpec, *, has_lists: bool = False) -> AttentionSpec:
@@ -167,6 +209,13 @@ def by_element(spec: AttentionSpec, *, has_lists: bool = False) -> AttentionSpec
     if spec.mask_mod is None or _intervals(spec)[1] is None or has_lists:
         return spec
     return dataclasses.replace(spec, mask_mod=None)
+
+
+def _scores(spec: AttentionSpec, operands: Operands, arch: str | None) -> AttentionSpec:
+    """The call without a ``mask_mod`` that the kernel takes as intervals."""
+    if union_of(spec, operands, arch):
+        return dataclasses.replace(spec, mask_mod=None)
+    return by_element(spec, has_lists=operands.block_mask is not None)
 
 
 def reasons_against(
@@ -198,7 +247,7 @@ def reasons_against(
         if name not in SERVED_OPERANDS:
             reasons.append(f"no kernel takes {name} yet")
     has_lists = operands.block_mask is not None
-    scores = by_element(spec, has_lists=has_lists)
+    scores = _scores(spec, operands, arch)
     reasons += reasons_against_elements(scores, operands)
     if arch in BLACKWELL:
         functions = element_functions(scores, operands)
@@ -318,11 +367,12 @@ def kernel_key(
     dims = query.shape[3], value.shape[3]
     present = operands.present()
     has_lists = operands.block_mask is not None
-    functions = element_functions(by_element(spec, has_lists=has_lists), operands)
+    functions = element_functions(_scores(spec, operands, arch), operands)
     config: FwdConfig | FwdConfigSm100 | BwdConfig | BwdConfigSm100
     split_kv = False
     interval = interval_of(spec, has_lists=has_lists)
     row_bounds = RowBounds.of(operands.segment_ids)
+    union = union_of(spec, operands, arch)
     if direction == "fwd":
         blackwell = arch in BLACKWELL
         config = forward_config_sm100(*dims) if blackwell else _existing(_forward_config(operands))
@@ -333,6 +383,9 @@ def kernel_key(
         splits = partial(num_splits, arch, batch_invariant=spec.batch_invariant)
         if may_split and splits(interval, operands, num_sms) > 1:
             config, split_kv = _few_rows_config(arch, *dims), True
+            # A part is a stretch of one range of tiles.
+            union = ()
+            functions = element_functions(by_element(spec, has_lists=has_lists), operands)
             pack_gqa = packing_pays(query.shape[1], group, config)
         if is_paged(operands):
             config = paged_config(config)
@@ -358,6 +411,7 @@ def kernel_key(
         batch_invariant=spec.batch_invariant and split_kv,
         row_bounds=row_bounds,
         has_lists=has_lists,
+        union=union,
     )
 
 
@@ -416,29 +470,35 @@ def page_copies(key: KernelKey) -> str | None:
 def tile_counts(
     spec: AttentionSpec, operands: Operands, arch: str, num_sms: int
 ) -> dict[str, int] | None:
-    """What the interval of keys makes of a head's tiles, in the forward kernel of a call.
+    """What the intervals of keys make of a head's tiles, in the forward kernel of a call.
 
     Keys are ``tile_m``, ``tile_n``, ``full``, ``partial`` and ``skipped``.  None where lengths, an
-    offset or pages decide at run time, or where the mask is not an interval.
+    offset or pages decide at run time, or where the mask is no union of intervals.
     """
     runtime = {*OPTIONAL_OPERANDS, "page_table", "segment_ids", "block_mask"}
     T, S = operands.query.shape[1], operands.kv_length
     known = isinstance(T, int) and isinstance(S, int) and T * S > 0
-    if not known or runtime & set(operands.present()) or by_element(spec).mask_mod is not None:
+    if not known or runtime & set(operands.present()):
         return None
-    interval = interval_of(spec)
-    tile_m, tile_n = kernel_key(spec, operands, "fwd", arch, num_sms).tile
+    key = kernel_key(spec, operands, "fwd", arch, num_sms)
+    if key.elements is not None and key.elements.mask_mod is not None:
+        return None
+    tile_m, tile_n = key.tile
     total, full, visited = 0, 0, 0
     for first in range(0, T, tile_m):
         # Bounds rise with q, so the ends of a tile's rows bound them all.
         ends = first, min(first + tile_m, T) - 1
-        lows = [_clipped(interval.low, q, 0, S) for q in ends]
-        highs = [_clipped(interval.high, q, S, S) for q in ends]
+        of_visited, of_full = [], []
+        for interval in key.union or (key.interval,):
+            lows = [_clipped(interval.low, q, 0, S) for q in ends]
+            highs = [_clipped(interval.high, q, S, S) for q in ends]
+            if lows[0] < highs[1]:
+                of_visited.append((lows[0] // tile_n, -(-highs[1] // tile_n)))
+            last = S if highs[0] == S else highs[0] // tile_n * tile_n
+            of_full.append((-(-lows[1] // tile_n), -(-last // tile_n)))
         total += -(-S // tile_n)
-        if lows[0] < highs[1]:
-            visited += -(-highs[1] // tile_n) - lows[0] // tile_n
-        last = S if highs[0] == S else highs[0] // tile_n * tile_n
-        full += max(0, -(-last // tile_n) - -(-lows[1] // tile_n))
+        visited += _covered(of_visited)
+        full += _covered(of_full)
     return {
         "tile_m": tile_m,
         "tile_n": tile_n,
@@ -446,6 +506,15 @@ def tile_counts(
         "partial": visited - full,
         "skipped": total - visited,
     }
+
+
+def _covered(ranges: list[tuple[int, int]]) -> int:
+    """How many numbers lie in one of some ranges."""
+    count, reached = 0, 0
+    for begin, end in sorted(ranges):
+        count += max(0, end - max(begin, reached))
+        reached = max(reached, end)
+    return count
 
 
 def _clipped(bound: Linear | None, q: int, if_open: int, S: int) -> int:
@@ -595,7 +664,7 @@ def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
 
 
 def _forward_builder(key: KernelKey):
-    from jax_flashcute.kernels.common.intervals import IntervalMask
+    from jax_flashcute.kernels.common.intervals import mask_of
     from jax_flashcute.kernels.sm90.forward import ForwardSm90
     from jax_flashcute.kernels.sm100.forward import ForwardSm100
 
@@ -620,7 +689,7 @@ def _forward_builder(key: KernelKey):
             key.group,
             key.pack_gqa,
             key.scale,
-            IntervalMask(key.interval),
+            mask_of(key.interval, key.union),
             key.num_sms,
         )
         return _taking_named(launcher, key, 6)
@@ -639,7 +708,7 @@ def _forward_scratch(key: KernelKey, operands: Operands):
 
 
 def _backward_builder(key: KernelKey):
-    from jax_flashcute.kernels.common.intervals import IntervalMask
+    from jax_flashcute.kernels.common.intervals import mask_of
     from jax_flashcute.kernels.sm90.backward import BackwardSm90
     from jax_flashcute.kernels.sm100.backward import BackwardSm100
 
@@ -661,7 +730,7 @@ def _backward_builder(key: KernelKey):
             key.head_dim_v,
             key.group,
             key.scale,
-            IntervalMask(key.interval),
+            mask_of(key.interval, key.union),
         )
         return _taking_named(launcher, key, 10)
 

@@ -13,6 +13,7 @@ from jax_flashcute.kernels.config import (
     backward_config_sm100,
     workspace_shapes,
 )
+from jax_flashcute.spec import Operands
 from tests.cases import Case
 from tests.simulator.compiled import SimulatedKernel, compile_to_simulate
 
@@ -22,7 +23,7 @@ class Launcher:
     """What a backward launcher is compiled for.
 
     Attributes:
-      interval: the keys a query sees.
+      interval, union: the keys a query sees, as in ``registry.KernelKey``.
       optional: the optional arrays that it takes, of dlse, q_offset, query_seq_lengths and
         key_value_seq_lengths.
     """
@@ -35,12 +36,13 @@ class Launcher:
     dtype: str
     config: BwdConfig | BwdConfigSm100
     arch: str = "sm_90a"
+    union: tuple[Interval, ...] = ()
 
     @functools.cache  # noqa: B019 - as many as there are cases
     def compiled(self) -> SimulatedKernel:
         import cutlass
 
-        from jax_flashcute.kernels.common.intervals import IntervalMask
+        from jax_flashcute.kernels.common.intervals import mask_of
         from jax_flashcute.kernels.sm90.backward import BackwardSm90
         from jax_flashcute.kernels.sm100.backward import BackwardSm100
 
@@ -68,7 +70,7 @@ class Launcher:
                 self.head_dim_v,
                 self.group,
                 self.head_dim**-0.5,
-                IntervalMask(self.interval),
+                mask_of(self.interval, self.union),
             )
 
         return compile_to_simulate(
@@ -101,6 +103,7 @@ def launcher(
         dtype,
         config or choose(case.head_dim, case.head_dim_v),
         arch,
+        registry.union_of(case.spec(), Operands(None, None, None), arch),
     )
 
 

@@ -14,6 +14,7 @@ from jax_flashcute.spec import Operands
 from tests.cases import Case
 from tests.kernels.backward_launchers import launcher, scratch_of
 from tests.simulator import simulate
+from tests.simulator.test_forward_features import FIRST_KEYS, THREE
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 # Relative error of a gradient in the Frobenius norm: products of 16-bit probabilities.
@@ -107,6 +108,9 @@ CASES = {
     "192_128_everything": sized(192, 128, group=2, **EVERYTHING),
     "128_window": sized(128, window=(40, 10), offset=True, batch=2),
     "64_chunked": sized(64, mask_mod=masks.chunked(80), causal=True, offset=True, batch=2),
+    "64_first_keys": sized(
+        64, mask_mod=FIRST_KEYS, seqlen_k=500, **EVERYTHING | {"causal": False, "batch": 2}
+    ),
 }
 SLOW_CASES = {
     "8": sized(8, kv_heads=2, causal=True),
@@ -122,6 +126,10 @@ SLOW_CASES = {
     "192": sized(192, seqlen_k=1),
     "64_prefix": sized(64, mask_mod=masks.prefix_lm(70), group=2),
     "128_compressed": sized(128, mask_mod=masks.compressed_causal(3), seqlen_q=300, offset=True),
+    "128_three": sized(128, mask_mod=THREE, seqlen_q=500, group=2),
+    "256_64_not_near": sized(
+        *(256, 64), mask_mod=~masks.sliding_window(60, 20), window=(200, 100), offset=True, batch=2
+    ),
     "64_complete_only": sized(64, mask_mod=masks.compressed_causal(4, complete_only=True)),
     "256_prefix_window": sized(
         256, mask_mod=masks.prefix_lm(70), window=(90, None), lengths=True, batch=2
@@ -160,6 +168,7 @@ def test_half_precision(name: str) -> None:
     [
         pytest.param(sized(64, window=(100, 20), seqlen_k=500, offset=True, group=2), id="64"),
         *slowly({name: CASES[name] for name in ("128_everything", "192_128_everything", "256")}),
+        *slowly({"three": sized(64, mask_mod=THREE, seqlen_q=300, seqlen_k=500, offset=True)}),
         *slowly({"long": sized(128, seqlen_q=300, seqlen_k=600, causal=True, offset=True)}),
     ],
 )

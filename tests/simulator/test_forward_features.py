@@ -56,7 +56,13 @@ def sized(head_dim: int, head_dim_v: int | None = None, **kw) -> Case:
 
 
 EVERYTHING = {"batch": 3, "causal": True, "offset": True, "lengths": True}
+# Masks of two and of three intervals, in several orders.
+FIRST_KEYS = masks.Mask(lambda b, h, q, kv: kv < 70) | masks.sliding_window(40)
+THREE = masks.Mask(
+    lambda b, h, q, kv: (kv < 10) | ((kv >= q - 150) & (kv < q - 100)) | (kv >= q + 30)
+)
 CASES = {
+    "64_first_keys": sized(64, mask_mod=FIRST_KEYS, seqlen_k=500, **EVERYTHING | {"causal": False}),
     "128_everything": sized(128, **EVERYTHING),
     "64_decode": sized(64, group=8, seqlen_q=1, seqlen_k=200, lengths=True, batch=2),
     "72_40_window": sized(72, 40, window=(40, 10), offset=True),
@@ -83,6 +89,10 @@ SLOW_CASES = {
         256, mask_mod=masks.prefix_lm(140), window=(90, None), lengths=True, batch=2
     ),
     "256_128_lengths": sized(256, 128, lengths=True, batch=2),
+    "128_three": sized(128, mask_mod=THREE, seqlen_q=260, seqlen_k=500, group=2),
+    "72_40_packed": sized(
+        *(72, 40), mask_mod=~masks.sliding_window(60, 20), window=(200, 100), seqlen_q=5, group=7
+    ),
 }
 
 

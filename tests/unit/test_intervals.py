@@ -18,8 +18,15 @@ import pytest
 from cutlass import Int32
 from cutlass.cute.runtime import make_ptr
 
-from jax_flashcute.analysis import Interval, analyse, rising_interval
-from jax_flashcute.kernels.common.intervals import IntervalMask, low_bits
+from jax_flashcute.analysis import Interval, analyse, rising_interval, rising_union
+from jax_flashcute.kernels.common.intervals import (
+    IntervalMask,
+    UnionMask,
+    is_full,
+    low_bits,
+    tiles_before,
+    tiles_of,
+)
 from jax_flashcute.kernels.common.scheduler import L2_BYTES, TileOrder, section_size
 from jax_flashcute.kernels.sm90.fragments import column_words
 
@@ -51,16 +58,36 @@ def window(left: int | None, right: int | None):
     )
 
 
+# Overlapping, one within the other or far apart, as positions go; in an order and in none.
+UNIONS = {
+    "first_keys_and_window": lambda q, kv: (kv < 37) | ((kv <= q) & (kv > q - 20)),
+    "three": lambda q, kv: (kv >= q + 9) | (kv < 5) | ((kv > q - 90) & (kv < q - 35)),
+    "chunks_and_more": lambda q, kv: (q // 24 == kv // 24) | (kv < 70) | (kv // 9 == q // 40),
+}
+
 MASKS = {str(sides): window(*sides) for sides in WINDOWS} | FUNCTIONS
+
+
+def analysed(function):
+    """The keys that a mask shows."""
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    traced = jax.make_jaxpr(lambda b, h, q, kv: jnp.asarray(function(q, kv)))(*[index] * 4)
+    return analyse(traced.jaxpr).intervals()
 
 
 def interval(name: str) -> Interval:
     """What the analysis makes of a mask."""
-    index = jax.ShapeDtypeStruct((), jnp.int32)
-    traced = jax.make_jaxpr(lambda b, h, q, kv: jnp.asarray(MASKS[name](q, kv)))(*[index] * 4)
-    found = rising_interval(analyse(traced.jaxpr).intervals())
+    found = rising_interval(analysed(MASKS[name]))
     assert found is not None
     return found
+
+
+def union(name: str) -> UnionMask:
+    """The same of several intervals."""
+    found = rising_union(analysed(UNIONS[name]), 4)
+    assert found is not None
+    assert len(found) > 1
+    return UnionMask(found)
 
 
 TILES = (32, 48)
@@ -68,6 +95,8 @@ FIRSTS = np.arange(-120, 121, 7)
 SPANS = (1, 2, 31, 64)
 LENGTHS = (0, 1, 31, 32, 33, 97)
 OFFSETS = (-50, 0, 33)
+UNION_TILES = 5
+"""There are never more."""
 COUNTS = np.arange(-70, 100)
 COLUMNS = (16, 64, 80, 96, 112, 128, 192, 256)
 LIMITS = np.arange(-40, 300)
@@ -149,6 +178,39 @@ def fill_query_ranges(
 
 
 @cute.jit
+def fill_union_ranges(
+    out: cute.Pointer,
+    rows: cute.Pointer,
+    count: Int32,
+    name: cutlass.Constexpr[str],
+    by_key: cutlass.Constexpr[bool],
+):
+    """``rows``: those of ``block_rows``, or by key of ``query_rows``.
+
+    ``out``: how many tiles; then of each number up to ``UNION_TILES``: the tile of that number,
+    whether the tile is full and how many come before it.
+    """
+    width = 4 if cutlass.const_expr(by_key) else 3
+    given = cute.make_tensor(rows, cute.make_layout((count, width), stride=(width, 1)))
+    table = cute.make_tensor(
+        out, cute.make_layout((count, 1 + 3 * UNION_TILES), stride=(1 + 3 * UNION_TILES, 1))
+    )
+    for i in range(count):
+        if cutlass.const_expr(by_key):
+            ranges = union(name).query_ranges(
+                given[i, 0], given[i, 1], given[i, 2], given[i, 3], TILES[0]
+            )
+        else:
+            ranges = union(name).block_ranges(given[i, 0], given[i, 1], given[i, 2], TILES[0])
+        total, nth = tiles_of(ranges)
+        table[i, 0] = total
+        for t in cutlass.range_constexpr(UNION_TILES):
+            table[i, 1 + 3 * t] = nth(Int32(t))
+            table[i, 2 + 3 * t] = Int32(is_full(ranges, Int32(t)))
+            table[i, 3 + 3 * t] = tiles_before(ranges, Int32(t))
+
+
+@cute.jit
 def fill_order(
     out: cute.Pointer,
     m_blocks: Int32,
@@ -214,6 +276,9 @@ def fill_tables(path: str) -> None:
         for mask, tile in itertools.product(MASKS, TILES):
             out = table(f"{name} {mask} {tile}", len(rows), 4)
             fill(out, pointer(rows), len(rows), mask, tile)
+    for name, (by_key, rows) in itertools.product(UNIONS, enumerate((block_rows(), query_rows()))):
+        out = table(f"union {name} {by_key}", len(rows), 1 + 3 * UNION_TILES)
+        fill_union_ranges(out, pointer(rows), len(rows), name, bool(by_key))
     for i, (m_blocks, kv_heads, batch, heads_per_kv, section) in enumerate(ORDERS):
         out = table(f"order {i}", m_blocks * kv_heads * batch * heads_per_kv, 4)
         fill_order(out, m_blocks, kv_heads, batch, heads_per_kv, section)
@@ -311,6 +376,38 @@ def test_query_range(tables, mask: str, tile: int) -> None:
             assert visited == set(np.flatnonzero(some.any((0, 2)))), case
             inner = {m for m in np.flatnonzero(every.all((0, 2))) if (m + 1) * tile <= length}
             assert full >= inner, case
+
+
+def union_case(row: np.ndarray, by_key: bool):
+    """Rows and columns, which of the columns there are, and a function of both for a mask."""
+    if by_key:
+        first, last, offset, length = row
+        return first, last, length, lambda sees, own, other: sees(other + offset, own)
+    first, last, length = row
+    return first, last, length, lambda sees, own, other: sees(own, other)
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+@pytest.mark.parametrize("name", UNIONS)
+def test_ranges_of_several_intervals(tables, name: str, by_key: bool) -> None:
+    rows = query_rows() if by_key else block_rows()
+    for row, found in zip(rows, tables[f"union {name} {int(by_key)}"], strict=True):
+        first, last, length, seen_by = union_case(row, by_key)
+        tiles = -(-length // TILES[0])
+        own, other = np.arange(first, last + 1)[:, None], np.arange(tiles * TILES[0])[None, :]
+        seen = seen_by(UNIONS[name], own, other)
+        some = by_tile(seen & (other < length), TILES[0]).any((0, 2))
+        total, (nth, full, before) = found[0], found[1:].reshape(-1, 3).T
+        visited = list(nth[:total])
+        assert visited == sorted(set(visited)), row
+        assert set(visited) <= set(range(tiles)), row
+        # In vain only where rows see nothing that one of the intervals could hold.
+        assert set(visited) >= set(np.flatnonzero(some)), row
+        if by_tile(seen & (other < length), TILES[0]).any((1, 2)).all() and last - first < 3:
+            assert len(visited) <= some.sum() + 2, row
+        every = by_tile(seen | (by_key & (other >= length)), TILES[0]).all((0, 2))
+        assert {t for t in visited if full[t]} <= set(np.flatnonzero(every)), row
+        assert list(before) == [sum(v < t for v in visited) for t in range(UNION_TILES)], row
 
 
 @pytest.mark.parametrize("i", range(len(ORDERS)), ids=lambda i: str(ORDERS[i]))

@@ -475,10 +475,11 @@ def test_positions_too_far_for_the_analysis_keep_the_function() -> None:
     [
         (masks.causal & masks.sliding_window(127), "q - 127 <= kv < q + 1"),
         (masks.prefix_lm(64), "kv < max(q + 1, 64)"),
+        (~masks.sliding_window(127), "kv < q - 127 or q + 1 <= kv"),
         (masks.dilated(9, 3), None),
     ],
 )
 def test_explain_says_which_keys_are_seen(mask, keys: str | None) -> None:
     explanation = explain(**inputs(), mask_mod=mask)
     assert explanation.keys == keys
-    assert (keys or "not known to be one interval") in str(explanation)
+    assert (keys or "not known to be intervals") in str(explanation)

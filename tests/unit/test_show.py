@@ -77,6 +77,7 @@ def test_what_does_not_fit_is_refused() -> None:
 # ---- explain -------------------------------------------------------------------------------
 
 INTERVALS = {
+    "first_keys_and_window": masks.sliding_window(99) | (lambda b, h, q, kv: kv < 150),
     "full": lambda b, h, q, kv: kv >= 0,
     "causal": masks.causal,
     "window": masks.sliding_window(200, 30),

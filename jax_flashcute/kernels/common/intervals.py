@@ -1,14 +1,18 @@
 """Masks made of intervals: which keys a query sees, which tiles a block visits, bits of a tile.
 
-A query at position p sees the keys lo(p) <= kv < hi(p); both bounds grow with p, so the first and
-the last row of a tile of queries bound what the whole tile sees.
+A query at position p sees the keys lo(p) <= kv < hi(p), or those of one of several such intervals;
+all bounds grow with p, so the first and the last row of a tile of queries bound what the whole tile
+sees.
 """
+
+from collections.abc import Callable
 
 import cutlass
 from cutlass import Boolean, Int32, Uint32, const_expr
 
 from jax_flashcute import analysis
 from jax_flashcute.analysis import Interval, Linear, evaluate
+from jax_flashcute.kernels.primitives import select
 
 
 class IntervalMask:
@@ -103,6 +107,118 @@ class IntervalMask:
             end = first_reaching(self.low - 1, first) - offset
             full_max = cutlass.min(cutlass.max(end, Int32(0)) // tile_m, m_max)
         return m_min, m_max, full_min, full_max
+
+
+Range = tuple[Int32, Int32, Int32, Int32]
+"""``(begin, end, full_min, full_max)`` of tiles, as ``IntervalMask.block_range`` has them."""
+
+
+class UnionMask:
+    """The keys of at least one of several intervals; these may overlap, in any order."""
+
+    def __init__(self, intervals: tuple[Interval, ...]):
+        self.parts = [IntervalMask(interval) for interval in intervals]
+
+    @property
+    def is_staircase(self) -> bool:
+        """Whether later queries see more keys."""
+        return any(part.is_staircase and part.high.terms for part in self.parts)
+
+    def limits(self, position: Int32, kv_length: Int32) -> list[tuple[Int32 | None, Int32]]:
+        """Of each interval, the first key seen from a position (None: open), one past the last."""
+        return [
+            (None if part.low is None else part.lower(position), part.upper(position, kv_length))
+            for part in self.parts
+        ]
+
+    def query_limits(
+        self, key: Int32, offset: Int32, q_length: Int32
+    ) -> list[tuple[Int32 | None, Int32]]:
+        """Of each interval, the first row that sees a key (None: open) and one past the last."""
+        return [
+            (
+                None if part.high is None else part.first_query(key, offset),
+                part.end_query(key, offset, q_length),
+            )
+            for part in self.parts
+        ]
+
+    def block_ranges(
+        self, first: Int32, last: Int32, kv_length: Int32, tile_n: cutlass.Constexpr[int]
+    ) -> list[Range]:
+        """The key tiles that queries at positions first..last visit, each in one range alone."""
+        return disjoint([part.block_range(first, last, kv_length, tile_n) for part in self.parts])
+
+    def query_ranges(
+        self,
+        first: Int32,
+        last: Int32,
+        offset: Int32,
+        q_length: Int32,
+        tile_m: cutlass.Constexpr[int],
+    ) -> list[Range]:
+        """The query tiles that see keys first..last, each in one range alone."""
+        return disjoint(
+            [part.query_range(first, last, offset, q_length, tile_m) for part in self.parts]
+        )
+
+
+def mask_of(interval: Interval, union: tuple[Interval, ...]) -> IntervalMask | UnionMask:
+    """The mask of the union of some intervals, or where there is none of one interval."""
+    return UnionMask(union) if union else IntervalMask(interval)
+
+
+def disjoint(ranges: list[Range]) -> list[Range]:
+    """Ranges that ascend, none of them negative in length, with the same tiles altogether.
+
+    Full tiles stay as they are: they belong to no range in particular.
+    """
+    pairs = [(begin, end) for begin, end, _, _ in ranges]
+    for last in range(len(pairs) - 1, 0, -1):
+        for i in range(last):
+            (a, a_end), (b, b_end) = pairs[i : i + 2]
+            swap = b < a
+            pairs[i] = select(swap, b, a), select(swap, b_end, a_end)
+            pairs[i + 1] = select(swap, a, b), select(swap, a_end, b_end)
+    reached, found = Int32(0), []
+    for (begin, end), (_, _, *full) in zip(pairs, ranges, strict=True):
+        begin = cutlass.max(begin, reached)
+        reached = cutlass.max(begin, end)
+        found.append((begin, reached, *full))
+    return found
+
+
+def tiles_of(ranges: list[Range]) -> tuple[Int32, Callable[[Int32], Int32]]:
+    """How many tiles some ``disjoint`` ranges hold, and a function that gives the i-th."""
+    counts = [end - begin for begin, end, _, _ in ranges]
+    total = Int32(0)
+    for count in counts:
+        total = total + count
+
+    def nth(i: Int32) -> Int32:
+        found, before = ranges[0][0] + i, Int32(0)
+        for (begin, _, _, _), count in zip(ranges[1:], counts, strict=False):
+            before = before + count
+            found = select(i < before, found, begin + (i - before))
+        return found
+
+    return total, nth
+
+
+def is_full(ranges: list[Range], tile: Int32) -> Boolean:
+    """Whether one of the intervals alone holds all of a tile."""
+    found = Boolean(False)
+    for _, _, full_min, full_max in ranges:
+        found = found | ((tile >= full_min) & (tile < full_max))
+    return found
+
+
+def tiles_before(ranges: list[Range], tile: Int32) -> Int32:
+    """How many tiles of some ``disjoint`` ranges come before one."""
+    found = Int32(0)
+    for begin, end, _, _ in ranges:
+        found = found + cutlass.min(cutlass.max(tile - begin, Int32(0)), end - begin)
+    return found
 
 
 def at_position(bound: Linear, position: Int32) -> Int32:

@@ -4,6 +4,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
+from jax_flashcute.analysis import FAR
+from jax_flashcute.kernels.common.intervals import UnionMask, tiles_before
+
 LEAST_SECTION = 16
 """Key/value heads that are worked on together at least, where there are so many."""
 
@@ -21,6 +24,10 @@ def turn_of(mask, n_block: Int32, m: Int32, offset: Int32, tile_m: int, tile_n: 
 
     Blocks of keys before the window of the tile's first row are not counted.
     """
+    if isinstance(mask, UnionMask):
+        first = m * tile_m + offset
+        ranges = mask.block_ranges(first, first + (tile_m - 1), Int32(FAR), tile_n)
+        return tiles_before(ranges, n_block)
     if mask.low is None:
         return n_block
     lower = mask.lower(m * tile_m + offset)

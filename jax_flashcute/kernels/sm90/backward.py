@@ -38,7 +38,13 @@ from cutlass.memory import SmemAllocator
 
 from jax_flashcute.bounds import TILE_FIELDS, RowBounds
 from jax_flashcute.kernels.common.elements import Elements
-from jax_flashcute.kernels.common.intervals import IntervalMask, within
+from jax_flashcute.kernels.common.intervals import (
+    IntervalMask,
+    UnionMask,
+    is_full,
+    tiles_of,
+    within,
+)
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
@@ -68,12 +74,12 @@ from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,
     column_step,
-    column_words,
     compared_words,
     convert_pairs,
     first_column,
     gemm,
     hide_outside,
+    interval_words,
     row_in_slab,
     rows_and_columns,
     tiled_mma,
@@ -103,7 +109,7 @@ class BackwardSm90:
         head_dim_v: int,
         group: int,
         scale: float,
-        mask: IntervalMask,
+        mask: IntervalMask | UnionMask,
         functions: ElementFunctions | None = None,
         row_bounds: RowBounds | None = None,
         has_lists: bool = False,
@@ -121,7 +127,10 @@ class BackwardSm90:
         self.row_bounds = row_bounds
         self.compares_ids = row_bounds is not None and row_bounds.compares_ids
         self.has_lists = has_lists
-        self.has_low = mask.low is not None or row_bounds is not None
+        self.union = mask if isinstance(mask, UnionMask) else None
+        self.has_low = row_bounds is not None
+        if isinstance(mask, IntervalMask):
+            self.has_low |= mask.low is not None
         self.functions = functions
         self.by_element = functions is not None and functions.by_element
         # Scores that are looked at one by one are scaled there.
@@ -422,11 +431,14 @@ class BackwardSm90:
     def query_tiles(self, n_block: Int32, batch: Int32, lengths, mBounds: tuple):
         """The query tiles that a block visits, as ``IntervalMask.query_range`` has them.
 
-        And whether ids have to be compared in those that need a mask.
+        And whether ids have to be compared in those that need a mask.  Where the mask has several
+        intervals, a tuple of ranges.
         """
         cfg = self.config
         offset, queries, keys = lengths
         compares = Int32(0)
+        if const_expr(self.union is not None):
+            return self.query_ranges(n_block, *lengths), compares
         if const_expr(self.row_bounds is None):
             first_key = n_block * cfg.tile_n
             last_key = cutlass.min(first_key + cfg.tile_n, keys) - 1
@@ -442,10 +454,29 @@ class BackwardSm90:
             )
         return (m_min, m_max, full_min, full_max), compares
 
+    def query_ranges(self, n_block: Int32, offset: Int32, queries: Int32, keys: Int32) -> tuple:
+        """``UnionMask.query_ranges`` of a block; empty where it holds no valid key."""
+        cfg = self.config
+        first_key = n_block * cfg.tile_n
+        last_key = cutlass.min(first_key + cfg.tile_n, keys) - 1
+        ranges = self.union.query_ranges(first_key, last_key, offset, queries, cfg.tile_m)
+        # Where keys beyond the length share the block they are hidden in every tile.
+        is_whole = first_key + cfg.tile_n <= keys
+        return tuple(
+            (
+                begin,
+                select(first_key < keys, end, begin),
+                select(is_whole, full_min, full_max),
+                full_max,
+            )
+            for begin, end, full_min, full_max in ranges
+        )
+
     def visits(self, tiles, mLists: tuple, block, keys: Int32, g: Int32):
         """The query tiles of the g-th head of the group: how many, the i-th, and both by stretch.
 
-        Stretches are boundary tiles, full ones and boundary tiles of a range; or the two lists.
+        Stretches are boundary tiles, full ones and boundary tiles of a range; or the two lists; or
+        all tiles of several ranges, where each is looked at.
         """
         n_block, kv_head, batch = block
         if self.has_lists:
@@ -455,6 +486,9 @@ class BackwardSm90:
             lists.partial_count = select(has_keys, lists.partial_count, Int32(0))
             lists.full_count = select(has_keys, lists.full_count, Int32(0))
             return lists.count, lists.tile, lists.stretches(0)
+        if self.union is not None:
+            count, nth = tiles_of(tiles)
+            return count, nth, [(count, nth)]
         m_min, m_max, full_min, full_max = tiles
         full_begin = cutlass.min(cutlass.max(full_min, m_min), m_max)
         full_end = m_max
@@ -980,7 +1014,7 @@ class BackwardSm90:
             keys = [cutlass.min(place, Int32(kv_length) - 1) for place in places]
             # Keys beyond the array are hidden: their zeros may be a score far above the LSE.
             limits = [
-                (mBounds[0][batch, key], select(place == key, mBounds[1][batch, key], Int32(0)))
+                [(mBounds[0][batch, key], select(place == key, mBounds[1][batch, key], Int32(0)))]
                 for place, key in zip(places, keys, strict=True)
             ]
 
@@ -991,14 +1025,19 @@ class BackwardSm90:
                 compare = compares, self.comparison(bounds, keys, lengths[0])
         return partial(self.apply_mask, scores, thread, row_limits, compare)
 
-    def row_limits(self, lengths, thread: Int32, first_key: Int32, r: int):
-        """The first row (None: the first of all) that sees a thread's key, and one past the last,
-        by position."""
+    def row_limits(self, lengths, thread: Int32, first_key: Int32, r: int) -> list:
+        """The intervals of rows that see a thread's key, by position.
+
+        Of each, its first row (None: the first of all) and one past the last.
+        """
         offset, queries, keys = lengths
         key = first_key + row_in_slab(thread, r)
+        if self.union is not None:
+            limits = self.union.query_limits(key, offset, queries)
+            return [(first, select(key < keys, end, Int32(0))) for first, end in limits]
         end = select(key < keys, self.mask.end_query(key, offset, queries), Int32(0))
         first = None if self.mask.high is None else self.mask.first_query(key, offset)
-        return first, end
+        return [(first, end)]
 
     def comparison(self, bounds, keys: list[Int32], offset: Int32):
         """For tile m, a function of a column: whether its row's segment is that of each key.
@@ -1033,10 +1072,13 @@ class BackwardSm90:
         apply: cutlass.Constexpr,
         ranges,
         m: Int32,
-        is_full: cutlass.Constexpr[bool],
+        listed_full: cutlass.Constexpr[bool],
     ):
         """``apply`` of a tile, where it may hide something."""
-        if const_expr(not is_full):
+        if const_expr(self.union is not None):
+            if not is_full(ranges, m):
+                apply(m)
+        elif const_expr(not listed_full):
             apply(m)
         elif const_expr(self.has_lists):
             # Full to its mask function; the window and the lengths have no lists.
@@ -1053,22 +1095,17 @@ class BackwardSm90:
         compare: cutlass.Constexpr,
         m: Int32,
     ):
-        """Hides the query columns of tile m outside the interval of rows of each thread's key.
+        """Hides the query columns of tile m outside the intervals of rows of each thread's key.
 
         Args:
-          row_limits: gives the first row (or None) of a thread's key and one past the last.
+          row_limits: gives the intervals of rows of a thread's key.
           compare: where ids may have to be compared, whether they have, and ``comparison``.
         """
         tile_m = self.config.tile_m
         if const_expr(compare is not None):
             compared = compared_words(compare[0], compare[1](m), thread, tile_m)
-        start = m * tile_m
         for r in cutlass.range_constexpr(ROWS_PER_THREAD):
-            first, end = row_limits(r)
-            words = column_words(end - start, thread, tile_m)
-            if const_expr(first is not None):
-                hidden = column_words(first - start, thread, tile_m)
-                words = [w & ~h for w, h in zip(words, hidden, strict=True)]
+            words = interval_words(row_limits(r), m * tile_m, thread, tile_m)
             if const_expr(compare is not None):
                 words = [w & c for w, c in zip(words, compared[r], strict=True)]
             hide_outside(scores, r, words)

@@ -42,7 +42,13 @@ from cutlass.memory import SmemAllocator
 
 from jax_flashcute.bounds import TILE_FIELDS, RowBounds
 from jax_flashcute.kernels.common.elements import Elements
-from jax_flashcute.kernels.common.intervals import IntervalMask, within
+from jax_flashcute.kernels.common.intervals import (
+    IntervalMask,
+    UnionMask,
+    is_full,
+    tiles_of,
+    within,
+)
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.paging import COPYING_WARPS, paged_tiles
@@ -65,12 +71,12 @@ from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,
     column_step,
-    column_words,
     compared_words,
     convert_pairs,
     first_column,
     gemm,
     hide_outside,
+    interval_words,
     lines_of_quads,
     rounded_row,
     row_in_slab,
@@ -83,7 +89,7 @@ TILE_STAGES = 2
 WORK_FIELDS = 10
 """Numbers that describe a tile: its coordinates, its lengths and its range of key tiles.  With
 ``split_kv`` two more: which part of a row's keys it is, and of how many; where ids are compared,
-one more: whether this tile's have to be."""
+one more: whether this tile's have to be; where a mask has several intervals, a range for each."""
 
 
 class ForwardSm90:
@@ -98,7 +104,7 @@ class ForwardSm90:
         group: int,
         pack_gqa: bool,
         scale: float,
-        mask: IntervalMask,
+        mask: IntervalMask | UnionMask,
         num_sms: int,
         split_kv: bool = False,
         functions: ElementFunctions | None = None,
@@ -124,8 +130,13 @@ class ForwardSm90:
         self.row_bounds = row_bounds
         self.compares_ids = row_bounds is not None and row_bounds.compares_ids
         self.has_lists = has_lists
+        self.union = mask if isinstance(mask, UnionMask) else None
         self.work_fields = WORK_FIELDS + 2 * split_kv + self.compares_ids
-        self.has_low = mask.low is not None or row_bounds is not None
+        self.has_low = row_bounds is not None
+        if isinstance(mask, UnionMask):
+            self.work_fields += 4 * (len(mask.parts) - 1)
+        else:
+            self.has_low |= mask.low is not None
         self.functions = functions
         self.has_sinks = functions is not None and functions.sinks
         self.has_mask_mod = functions is not None and functions.mask_mod is not None
@@ -409,8 +420,11 @@ class ForwardSm90:
     def visited_tiles(self, m_block: Int32, batch: Int32, lengths, mBounds: tuple):
         """The key tiles that a query tile visits, as ``IntervalMask.block_range`` has them.
 
-        One number more where ids are compared: whether those of this tile's rows have to be.
+        One number more where ids are compared: whether those of this tile's rows have to be.  Where
+        the mask has several intervals, its ranges one after the other.
         """
+        if const_expr(self.union is not None):
+            return self.key_ranges(m_block, *lengths)
         if const_expr(self.row_bounds is None):
             return self.key_tiles(m_block, *lengths)
         fields = [mBounds[2][batch, m_block, i] for i in range(TILE_FIELDS)]
@@ -426,6 +440,17 @@ class ForwardSm90:
         )
         n_max = n_max if first < queries else Int32(0)
         return n_min, n_max, full_min, full_max
+
+    def key_ranges(self, m_block: Int32, offset: Int32, queries: Int32, keys: Int32) -> tuple:
+        """``UnionMask.block_ranges`` of a query tile; empty where it holds no valid row."""
+        first = m_block * self.tile_tokens
+        last = cutlass.min(first + self.tile_tokens, queries) - 1
+        ranges = self.union.block_ranges(first + offset, last + offset, keys, self.config.tile_n)
+        return tuple(
+            field
+            for begin, end, *full in ranges
+            for field in (begin, select(first < queries, end, begin), *full)
+        )
 
     @cute.jit
     def splits_of_entry(self, lengths: cutlass.Constexpr, most: Int32, batch: Int32) -> Int32:
@@ -496,7 +521,7 @@ class ForwardSm90:
                 gQ[None, None, None, head, batch], q_box, (0, None, 0)
             )  # (heads, tokens, columns, slabs)
             tQsQ, tQgQ = tma_partition(tma_q, sQ_tma, gQ_tile)
-            visits, nth = self.key_order((n_min, n_max), self.lists_of(mLists, fields))
+            visits, nth = self.key_order(fields, self.lists_of(mLists, fields))
             locate = partial(self.locate_tile, mPageTable, batch, keys, Int32(0))
             load_k = self.tile_loader(k_copy, self.smem_h, kv_head, batch, keys, Int32(0))
             load_v = self.tile_loader(v_copy, self.smem_hv, kv_head, batch, keys, Int32(0))
@@ -729,7 +754,7 @@ class ForwardSm90:
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
             m_block, head, batch, offset, queries, keys = fields[:6]
-            n_min, n_max, full_min, full_max = fields[6:10]
+            full_min, full_max = fields[8:10]
             first_token = (m_block * cfg.warpgroups + slab) * self.slab_tokens
             row_limits = partial(self.row_limits, thread, first_token + offset, keys)
             compare = None
@@ -742,6 +767,8 @@ class ForwardSm90:
                         self.comparison(mBounds, batch, tokens, array_lengths, offset),
                     )
             mask_tile = partial(self.apply_mask, scores, thread, row_limits, compare)
+            if const_expr(self.union is not None):
+                mask_tile = partial(self.unless_full, self.ranges_of(fields), mask_tile)
             modify = self.element_step(
                 mElements, scores, thread, (batch, offset, array_lengths, first_token, head)
             )
@@ -749,7 +776,7 @@ class ForwardSm90:
             pipeline_q.wait(Int32(0), q_phase)
             q_phase ^= 1
             lists = self.lists_of(mLists, fields)
-            visits, nth = self.key_order((n_min, n_max), lists)
+            visits, nth = self.key_order(fields, lists)
             if visits > 0:
                 # S of the first tile (of a range, the rightmost), alone.
                 n = nth(0)
@@ -772,7 +799,7 @@ class ForwardSm90:
                 convert_pairs(acc_S, rP)
 
                 accumulate = Boolean(False)
-                stretches = self.stretches((n_min, n_max, full_min, full_max), lists)
+                stretches = self.stretches(fields, lists)
                 for stretch in cutlass.range_constexpr(len(stretches)):
                     count, tile_of = stretches[stretch]
                     for i in cutlass.range(count, unroll=1):
@@ -890,22 +917,32 @@ class ForwardSm90:
         lists.full_count = select(has_rows, lists.full_count, Int32(0))
         return lists
 
-    def key_order(self, ends: tuple, lists: TileLists | None):
+    def ranges_of(self, fields: tuple) -> list[tuple]:
+        """The ranges of key tiles of a tile, one for each interval of the mask."""
+        return [fields[6 + 4 * i : 10 + 4 * i] for i in range(len(self.union.parts))]
+
+    def key_order(self, fields: tuple, lists: TileLists | None):
         """How many key tiles a tile visits, and a function that gives the i-th."""
         if lists is not None:
             return lists.count, lists.tile
-        n_min, n_max = ends
-        return n_max - n_min, lambda i: n_max - 1 - i
+        if self.union is None:
+            n_min, n_max = fields[6:8]
+            return n_max - n_min, lambda i: n_max - 1 - i
+        count, nth = tiles_of(self.ranges_of(fields))
+        return count, lambda i: nth(count - 1 - i)
 
-    def stretches(self, ranges: tuple, lists: TileLists | None) -> list:
+    def stretches(self, fields: tuple, lists: TileLists | None) -> list:
         """What follows the first key tile: how many tiles, and the i-th of them, by stretch.
 
         Masked tiles, full ones, masked ones: the middle one of a range from right to left; or the
-        two lists.
+        two lists; or all tiles of several ranges, each masked unless it is full.
         """
         if lists is not None:
             return lists.stretches(1)
-        n_min, n_max, full_min, full_max = ranges
+        if self.union is not None:
+            visits, nth = self.key_order(fields, None)
+            return [(visits - 1, lambda i: nth(i + 1))]
+        n_min, n_max, full_min, full_max = fields[6:10]
         full_end = cutlass.max(cutlass.min(full_max, n_max - 1), n_min)
         full_begin = n_min
         if self.has_low:
@@ -917,14 +954,17 @@ class ForwardSm90:
 
         return [(end - begin, before(end)) for begin, end in ends[: 3 if self.has_low else 2]]
 
-    def row_limits(self, thread: Int32, position: Int32, keys: Int32, r: int):
-        """A thread's row's first key (None: the first of all) and one past the last, by position.
+    def row_limits(self, thread: Int32, position: Int32, keys: Int32, r: int) -> list:
+        """The intervals of keys of a thread's row, by position.
 
-        ``position`` is that of the slab's first row.
+        Of each, its first key (None: the first of all) and one past the last.  ``position`` is that
+        of the slab's first row.
         """
         row_position = position + row_in_slab(thread, r) // self.heads_packed
+        if self.union is not None:
+            return self.union.limits(row_position, keys)
         low = None if self.mask.low is None else self.mask.lower(row_position)
-        return low, self.mask.upper(row_position, keys)
+        return [(low, self.mask.upper(row_position, keys))]
 
     def clamped_tokens(self, thread: Int32, first_token: Int32, q_length: Int32) -> list[Int32]:
         """The tokens of a thread's rows; beyond the last one, that one."""
@@ -936,7 +976,7 @@ class ForwardSm90:
 
     def listed_limits(self, mBounds: tuple, batch: Int32, tokens: list[Int32]):
         """``row_limits`` from arrays."""
-        limits = [(mBounds[0][batch, token], mBounds[1][batch, token]) for token in tokens]
+        limits = [[(mBounds[0][batch, token], mBounds[1][batch, token])] for token in tokens]
         return lambda r: limits[r]
 
     def comparison(self, mBounds: tuple, batch: Int32, tokens, lengths, offset):
@@ -974,25 +1014,26 @@ class ForwardSm90:
         compare: cutlass.Constexpr,
         n: Int32,
     ):
-        """Hides keys of tile n outside each row's interval.
+        """Hides keys of tile n outside each row's intervals.
 
         Args:
-          row_limits: gives a thread's row's first key (or None) and one past the last.
+          row_limits: gives the intervals of a thread's row.
           compare: where ids may have to be compared, whether they have, and ``comparison``.
         """
         tile_n = self.config.tile_n
         if const_expr(compare is not None):
             compared = compared_words(compare[0], compare[1](n), thread, tile_n)
         for r in cutlass.range_constexpr(ROWS_PER_THREAD):
-            low, high = row_limits(r)
-            start = n * tile_n
-            words = column_words(high - start, thread, tile_n)
-            if const_expr(low is not None):
-                hidden = column_words(low - start, thread, tile_n)
-                words = [w & ~h for w, h in zip(words, hidden, strict=True)]
+            words = interval_words(row_limits(r), n * tile_n, thread, tile_n)
             if const_expr(compare is not None):
                 words = [w & c for w, c in zip(words, compared[r], strict=True)]
             hide_outside(scores, r, words)
+
+    @cute.jit
+    def unless_full(self, ranges: list, apply: cutlass.Constexpr, n: Int32):
+        """``apply`` of a tile that no interval alone holds all of."""
+        if not is_full(ranges, n):
+            apply(n)
 
     @cute.jit
     def rescale(self, out: cute.Tensor, row_scale: cute.Tensor, needs_rescale: Int32):

@@ -116,6 +116,25 @@ def column_words(limit: Int32, thread: Int32, columns: int) -> list[Uint32]:
     return [low_bits(below - 32 * w) for w in range((columns // 4 + 31) // 32)]
 
 
+def interval_words(
+    limits: list[tuple[Int32 | None, Int32]], start: Int32, thread: Int32, columns: int
+) -> list[Uint32]:
+    """Which of a thread's columns lie in one of a row's intervals, as ``column_words`` has them.
+
+    Args:
+      limits: the first of each interval (None: open) and one past its last.
+      start: what column 0 stands for.
+    """
+    found: list[Uint32] = []
+    for low, high in limits:
+        words = column_words(high - start, thread, columns)
+        if low is not None:
+            hidden = column_words(low - start, thread, columns)
+            words = [w & ~h for w, h in zip(words, hidden, strict=True)]
+        found = [f | w for f, w in zip(found, words, strict=True)] if found else words
+    return found
+
+
 def compared_words(is_needed: Int32, seen: Callable, thread: Int32, columns: int) -> list:
     """Which of a thread's columns each of its rows sees, as words; all where 0 ``is_needed``.
 
