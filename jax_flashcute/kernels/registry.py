@@ -251,7 +251,7 @@ def reasons_against(
     reasons += reasons_against_elements(scores, operands)
     if arch in BLACKWELL:
         functions = element_functions(scores, operands)
-        names = names_of(functions)
+        names = names_of(functions) if direction == "bwd" else []
         names += ["page_table"] if is_paged(operands) else []
         names += ["segment_ids"] if operands.segment_ids is not None else []
         names += ["block_mask"] if has_lists else []
@@ -378,8 +378,8 @@ def kernel_key(
         config = forward_config_sm100(*dims) if blackwell else _existing(_forward_config(operands))
         pack_gqa = packing_pays(query.shape[1], group, config)
         pack_gqa = pack_gqa and _may_pack(operands, group, config)
-        # Bounds from arrays and lists are not tried yet; nor, on Blackwell, what changes scores.
-        may_split = row_bounds is None and not has_lists and not (blackwell and functions)
+        # Bounds from arrays and lists are not tried yet.
+        may_split = row_bounds is None and not has_lists
         splits = partial(num_splits, arch, batch_invariant=spec.batch_invariant)
         if may_split and splits(interval, operands, num_sms) > 1:
             config, split_kv = _few_rows_config(arch, *dims), True
@@ -677,7 +677,7 @@ def _forward_builder(key: KernelKey):
             row_bounds=key.row_bounds,
             has_lists=key.has_lists,
         ),
-        "sm100_forward": partial(ForwardSm100, split_kv=key.split_kv),
+        "sm100_forward": partial(ForwardSm100, split_kv=key.split_kv, functions=key.elements),
     }[key.kernel]
 
     def build():

@@ -12,6 +12,9 @@ from jax_flashcute.ffi.resources import find_tools, report
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import FwdConfigSm100
 from jax_flashcute.spec import AttentionSpec, Operands
+from tests.cases import Case
+from tests.simulator.test_forward_elements import operands_of
+from tests.user_functions import MASKS, SCORES
 
 MASKED_SPILL_BYTES_SM103 = 128
 """Bytes a thread; 72 at head_dim 128, causal, with lengths and an offset."""
@@ -62,8 +65,43 @@ def test_code(head_dim: int, head_dim_v: int, mask: str, arch: str) -> None:
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
     )
-    key = registry.kernel_key(SPECS[mask], operands, "fwd", arch, 148)
+    # ptxas for sm_103a spills some of the softmax's registers where there is a mask.
+    allowed = MASKED_SPILL_BYTES_SM103 if arch == "sm_103a" and mask != "full" else 0
+    key = check_code(SPECS[mask], operands, arch, allowed)
     assert key.split_kv == (mask == "decode")
+
+
+ELEMENTS = {
+    "functions": (("documents", "relative_bias"), {"group": 2}),
+    "operands": ((None, None), {"soft_cap": 2.0, "bias": "bnts", "mask": "bnts", "sinks": True}),
+    "alibi": ((None, "alibi"), {}),
+}
+ALWAYS_BY_ELEMENT = [("functions", 128, "sm_100a")]
+ALL_BY_ELEMENT = [
+    (name, head_dim, arch)
+    for name in ELEMENTS
+    for head_dim in (64, 128, 256)
+    for arch in ("sm_100a", "sm_103a")
+    if (name, head_dim, arch) not in ALWAYS_BY_ELEMENT
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "arch"),
+    [*ALWAYS_BY_ELEMENT, *(pytest.param(*c, marks=pytest.mark.slow) for c in ALL_BY_ELEMENT)],
+)
+def test_code_of_elements(name: str, head_dim: int, arch: str) -> None:
+    (mask, score), features = ELEMENTS[name]
+    case = Case(2, 300, 300, 1, head_dim=head_dim, head_dim_v=head_dim, causal=True, **features)
+    functions = (table[f](case) if f else None for table, f in ((MASKS, mask), (SCORES, score)))
+    check_code(*operands_of(case, "bfloat16", *functions), arch)
+
+
+def check_code(
+    spec: AttentionSpec, operands: Operands, arch: str, allowed: int = 0
+) -> registry.KernelKey:
+    """``allowed``: bytes a thread that may be spilled."""
+    key = registry.kernel_key(spec, operands, "fwd", arch, 148)
     arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
     kernel = compile_kernel(registry.builder(key), arrays, arch, keep_intermediates=True)
     assert kernel.cubin is not None
@@ -78,8 +116,6 @@ def test_code(head_dim: int, head_dim_v: int, mask: str, arch: str) -> None:
     }
     assert found.highest_register < config.softmax_registers
     assert config.threads * found.registers <= 65536
-    # ptxas for sm_103a spills some of the softmax's registers where there is a mask.
-    allowed = MASKED_SPILL_BYTES_SM103 if arch == "sm_103a" and mask != "full" else 0
     assert found.stack_bytes + found.local_bytes <= allowed
     if not allowed:
         assert (found.spill_loads, found.spill_stores) == (0, 0)
@@ -90,3 +126,4 @@ def test_code(head_dim: int, head_dim_v: int, mask: str, arch: str) -> None:
     assert found.count("STTM") >= 2
     assert found.count("UTMALDG") >= 3
     assert found.count("STG.E.128") > 0
+    return key

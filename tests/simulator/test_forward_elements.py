@@ -10,7 +10,7 @@ import pytest
 
 from jax_flashcute import masks, reference
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.config import FwdConfig
+from jax_flashcute.kernels.config import FwdConfig, FwdConfigSm100
 from jax_flashcute.kernels.elements import element_operands
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
@@ -56,7 +56,8 @@ def check(
     score_mod=None,
     dtype: str = "bfloat16",
     *,
-    config: FwdConfig | None = None,
+    arch: str = "sm_90a",
+    config: FwdConfig | FwdConfigSm100 | None = None,
     num_sms: int = NUM_SMS,
     **how,
 ) -> registry.KernelKey:
@@ -66,8 +67,8 @@ def check(
       config: instead of the configuration that a call gets.
     """
     spec, operands = operands_of(case, dtype, mask_mod, score_mod)
-    assert not registry.reasons_against(spec, operands, "fwd", "sm_90a")
-    key = registry.kernel_key(spec, operands, "fwd", "sm_90a", num_sms)
+    assert not registry.reasons_against(spec, operands, "fwd", arch)
+    key = registry.kernel_key(spec, operands, "fwd", arch, num_sms)
     # Some masks turn out to be one interval of keys, which is none of single scores.
     assert key.elements is not None or mask_mod is not None
     if config is not None:

@@ -61,7 +61,7 @@ class CorrectionWarpgroup:
                     factor = take_factor(pipeline_factor, factors, w, f_phase, thread)
                     pipeline_o.wait(w, o_phase)
                     fence_after_sync()
-                q_head = head * self.kernel.heads_packed + thread % self.kernel.heads_packed
+                q_head = self.kernel.query_head(head, thread)
                 is_stored = self.kernel.is_row(thread) and token < q_length
                 place_in_o = (batch, token, q_head, 0)
                 row = mO.iterator + cute.crd2idx(place_in_o, mO.layout)

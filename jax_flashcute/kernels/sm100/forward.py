@@ -38,12 +38,14 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
+from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import IntervalMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
 from jax_flashcute.kernels.common.splits import SplitOrder, splits_of
 from jax_flashcute.kernels.common.tiles import by_head, slab_tma_layout, smem_layout
 from jax_flashcute.kernels.config import FwdConfigSm100, round_up
+from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
 from jax_flashcute.kernels.sm100.correction import CorrectionWarpgroup
 from jax_flashcute.kernels.sm100.load import LoadWarp
@@ -70,9 +72,11 @@ class ForwardSm100:
         mask: IntervalMask,
         num_sms: int,
         split_kv: bool = False,
+        functions: ElementFunctions | None = None,
     ):
         """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most;
-        ``split_kv``: tiles are parts of a row's keys, and queries fill one row of tiles."""
+        ``split_kv``: tiles are parts of a row's keys, and queries fill one row of tiles;
+        ``functions``: what is done to single scores."""
         self.config = config
         self.dtype = dtype
         self.head_dim = head_dim
@@ -84,6 +88,9 @@ class ForwardSm100:
         self.num_sms = num_sms
         self.split_kv = split_kv
         self.work_fields = WORK_FIELDS + 2 * split_kv
+        self.functions = functions
+        self.by_element = functions is not None and functions.by_element
+        self.has_sinks = functions is not None and functions.sinks
         self.smem_h = round_up(head_dim, 16)
         self.smem_hv = round_up(head_dim_v, 16)
         self.slab_tokens = ROWS // self.heads_packed
@@ -100,6 +107,10 @@ class ForwardSm100:
     def token(self, m_block: Int32, query_tile, row: Int32) -> Int32:
         """The token that a row of a query tile stands for."""
         return m_block * self.tile_tokens + query_tile * self.slab_tokens + row // self.heads_packed
+
+    def query_head(self, head: Int32, row: Int32) -> Int32:
+        """The query head that a row of a query tile belongs to."""
+        return head * self.heads_packed + row % self.heads_packed
 
     def is_row(self, row: Int32):
         """Whether a token fills the row: where heads are packed, some rows may be left over."""
@@ -122,6 +133,7 @@ class ForwardSm100:
         mCounter: cute.Tensor,  # (1,) int32, scratch
         mOPartial: cute.Tensor | None = None,  # (splits, B, T, N, Hv) float32, scratch
         mLSEPartial: cute.Tensor | None = None,  # (splits, B, T, N) float32, scratch
+        mElements: tuple = (),  # arrays of ``functions``
     ):
         cfg = self.config
         batch, q_length, kv_length, kv_heads = (
@@ -175,6 +187,7 @@ class ForwardSm100:
             mCounter,
             mOPartial,
             mLSEPartial,
+            mElements,
             m_blocks,
             section,
             q_length,
@@ -189,9 +202,12 @@ class ForwardSm100:
             use_pdl=True,
         )
         if const_expr(self.split_kv):
+            mSinks = None
+            if const_expr(self.has_sinks):
+                mSinks = Elements(self.functions, mElements).sinks
             Combine(self.dtype, self.head_dim_v, self.splits_of_entry).launch(
                 stream, (mQOffset, mQLengths, mKVLengths), kv_length, mOPartial, mLSEPartial, mO,
-                mLSE,
+                mLSE, mSinks,
             )  # fmt: skip
 
     def shared_storage(self):
@@ -258,6 +274,7 @@ class ForwardSm100:
         mCounter: cute.Tensor,
         mOPartial: cute.Tensor | None,
         mLSEPartial: cute.Tensor | None,
+        mElements: tuple,
         m_blocks: Int32,
         section: Int32,
         q_length: Int32,
@@ -322,7 +339,14 @@ class ForwardSm100:
         if warp_index < 4 * cfg.query_tiles:
             cute.arch.setmaxregister_increase(cfg.softmax_registers)
             SoftmaxWarpgroups(self).softmax_rows(
-                tensor_memory, factors, mLSE, mLSEPartial, pipelines, work, q_length
+                tensor_memory,
+                factors,
+                mLSE,
+                mLSEPartial,
+                pipelines,
+                work,
+                (q_length, kv_length),
+                mElements,
             )
         if warp_index >= 4 * cfg.query_tiles and warp_index < load_warp:
             cute.arch.setmaxregister_decrease(cfg.correction_registers)

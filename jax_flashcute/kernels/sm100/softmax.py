@@ -4,9 +4,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import low_bits
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
-from jax_flashcute.kernels.common.tiles import round_pairs
+from jax_flashcute.kernels.common.tiles import CHUNK, round_pairs
+from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm100.pipeline import WORK_FIELDS, take_work
 from jax_flashcute.kernels.sm100.tensor_memory import (
     fence_after_sync,
@@ -33,17 +35,21 @@ class SoftmaxWarpgroups:
         mLSEPartial: cute.Tensor | None,
         pipelines,
         work: cute.Tensor,
-        q_length: Int32,
+        array_lengths: tuple,
+        mElements: tuple,
     ):
         """One warpgroup for each query tile; its thread t owns row t."""
         cfg = self.kernel.config
+        q_length, _ = array_lengths
         _, _, _, pipeline_s, _, pipeline_factor, pipeline_tile = pipelines
         warps = 4 * cfg.query_tiles
         thread = cute.arch.thread_idx()[0] % 128
         slab = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128)
         place = tensor_memory + self.kernel.s_column(slab)
         scores = cute.make_rmem_tensor((1, cfg.tile_n), Float32)
-        softmax = OnlineSoftmax(1, self.kernel.scale, cfg.rescale_threshold, lanes_per_row=1)
+        # Scores that are looked at one by one are scaled there.
+        scale = 1.0 if self.kernel.by_element else self.kernel.scale
+        softmax = OnlineSoftmax(1, scale, cfg.rescale_threshold, lanes_per_row=1)
         row_scale = cute.make_rmem_tensor(1, Float32)
         lse = cute.make_rmem_tensor(1, Float32)
         s_phase, f_phase, t_stage, t_phase = (Int32(0) for _ in range(4))
@@ -54,13 +60,14 @@ class SoftmaxWarpgroups:
             m_block, head, batch, offset, queries, keys = fields[:6]
             n_min, n_max, full_min, full_max = fields[6:WORK_FIELDS]
             token = self.kernel.token(m_block, slab, thread)
-            lse[0] = -Float32.inf
+            q_head = self.kernel.query_head(head, thread)
+            modify = self.element_step(mElements, (batch, offset, array_lengths), q_head, token)
+            softmax.reset()
             if n_min < n_max:
-                softmax.reset()
                 turn = (pipeline_s, slab, place, thread)
                 bounds = (offset + token, keys)
                 base, factor = self.take_scores(
-                    softmax, scores, turn, s_phase, bounds, n_max - 1, True, True
+                    softmax, scores, turn, s_phase, bounds, modify, n_max - 1, True, True
                 )
                 self.leave_probabilities(softmax, scores, turn, base, factor, True)
                 s_phase ^= 1
@@ -84,6 +91,7 @@ class SoftmaxWarpgroups:
                             turn,
                             s_phase,
                             bounds,
+                            modify,
                             end - 1 - i,
                             False,
                             stretch != 1,
@@ -92,12 +100,19 @@ class SoftmaxWarpgroups:
                         f_phase ^= 1
                         self.leave_probabilities(softmax, scores, turn, base, factor, False)
                         s_phase ^= 1
-                softmax.finish(row_scale, lse)
+            sinks = None
+            if const_expr(self.kernel.has_sinks):
+                sinks = [Elements(self.kernel.functions, mElements).sink(batch, q_head)]
+                if const_expr(self.kernel.split_kv):
+                    # Where a row has several parts, its sink enters as they are added up.
+                    is_whole = fields[WORK_FIELDS + 1] == 1
+                    sinks = [select(is_whole, sinks[0], Float32(-Float32.inf))]
+            softmax.finish(row_scale, lse, sinks)
+            if n_min < n_max:
                 send_factor(pipeline_factor, factors, slab, f_phase, thread, row_scale[0])
                 f_phase ^= 1
             if self.kernel.is_row(thread) and token < q_length:
                 # Rows at or beyond the query length are as good as empty.
-                q_head = head * self.kernel.heads_packed + thread % self.kernel.heads_packed
                 row_lse = lse[0] if token < queries else -Float32.inf
                 if const_expr(self.kernel.split_kv):
                     split, splits = fields[WORK_FIELDS:]
@@ -117,15 +132,22 @@ class SoftmaxWarpgroups:
         turn,
         phase: Int32,
         bounds,
+        modify: cutlass.Constexpr,
         n: Int32,
         is_first: cutlass.Constexpr[bool],
         is_boundary: cutlass.Constexpr[bool],
     ):
-        """Loads and masks a row's scores of key tile n; returns ``OnlineSoftmax.raise_max``."""
+        """Loads and masks a row's scores of key tile n; returns ``OnlineSoftmax.raise_max``.
+
+        Args:
+          modify: of ``element_step``.
+        """
         pipeline_s, slab, place, thread = turn
         position, keys = bounds
         pipeline_s.wait(slab, phase)
         fence_after_sync()
+        if const_expr(self.kernel.by_element):
+            self.change_scores(place, thread, modify, n, is_boundary)
         load_row(
             place, cute.make_tensor(scores.iterator, cute.make_layout(cute.size(scores))), thread
         )
@@ -139,7 +161,48 @@ class SoftmaxWarpgroups:
                 lower = self.kernel.mask.lower(position) - start
                 words = [words[w] & ~low_bits(lower - 32 * w) for w in spans]
             hide_outside(scores, words)
-        return softmax.raise_max(scores, 0, is_first, is_boundary)
+        return softmax.raise_max(scores, 0, is_first, is_boundary or self.kernel.by_element)
+
+    def element_step(self, mElements: tuple, entry: tuple, head: Int32, token: Int32):
+        """What is done to some of a row's scores: a function of these and of the first one's key.
+
+        Its third argument says whether some of their keys may lie beyond the last one.
+        """
+        if not self.kernel.by_element:
+            return None
+        elements = Elements(self.kernel.functions, mElements).of_entry(*entry)
+        queries = [elements.queries(head, token)]
+
+        def modify(scores: cute.Tensor, first: Int32, may_be_beyond: bool) -> None:
+            column = elements.along_keys(queries, first, may_be_beyond)
+            for c in range(cute.size(scores)):
+                (known,) = column(c)
+                scores[c] = elements.element(known, scores[c], self.kernel.scale)
+
+        return modify
+
+    @cute.jit
+    def change_scores(
+        self,
+        place: cute.Pointer,
+        thread: Int32,
+        modify: cutlass.Constexpr,
+        n: Int32,
+        may_be_beyond: cutlass.Constexpr[bool],
+    ):
+        """Replaces a row's products of key tile n, in tensor memory, by its scores.
+
+        A chunk at a time, in a loop that is not unrolled: beside a whole row in registers there is
+        no room for what single scores need.
+        """
+        tile_n = self.kernel.config.tile_n
+        for i in cutlass.range(tile_n // CHUNK, unroll=1):
+            chunk = cute.make_rmem_tensor(CHUNK, Float32)
+            load_row(place + i * CHUNK, chunk, thread)
+            cute.arch.fence_view_async_tmem_load()
+            modify(chunk, n * tile_n + i * CHUNK, may_be_beyond)
+            store_row(place + i * CHUNK, chunk, thread)
+        cute.arch.fence_view_async_tmem_store()
 
     @cute.jit
     def leave_probabilities(
