@@ -912,6 +912,82 @@ def rising_union(keys: KeySet | None, most: int) -> tuple[Interval, ...] | None:
     return None if None in found else tuple(x for x in found if x is not None)
 
 
+@dataclass(frozen=True)
+class RowInterval:
+    """One interval of keys for each batch entry and position, whatever its bounds are made of.
+
+    Attributes:
+      program: the mask.
+      interval: of values of the program that depend on neither ``kv`` nor ``h``.
+    """
+
+    program: Program
+    interval: Interval
+
+    def at(self, arrays: Sequence[jax.Array], b: jax.Array, q: jax.Array):
+        """``(low, high, seen)`` at a position, int32, None for open, and whether guards hold.
+
+        Args:
+          arrays: those that the mask closes over.
+          b, q: int32 scalars.
+        """
+        interval = self.interval
+        wanted = sorted(_values_of(interval))
+        zero = jnp.zeros((), jnp.int32)
+        values = self.program.evaluate(wanted, arrays, (b, zero, q, zero))
+        known = dict(zip(wanted, values, strict=True))
+        numbers = {i: x.astype(jnp.int32) for i, x in known.items()}
+
+        def of(bound: Linear):
+            return jnp.asarray(
+                evaluate(bound, {"b": b, "q": q}, numbers, jnp.minimum, jnp.maximum), jnp.int32
+            )
+
+        seen = jnp.ones((), bool)
+        for guard in _ordered(interval.guards):
+            held = of(guard.value) >= 0 if isinstance(guard.value, Linear) else known[guard.value]
+            seen = seen & (held == guard.holds)
+        low, high = (None if x is None else of(x) for x in (interval.low, interval.high))
+        return low, high, seen
+
+
+def row_interval(program: Program, keys: KeySet | None) -> RowInterval | None:
+    """The one interval that ``keys`` of a mask is, if its bounds are the same for all heads."""
+    if keys is None or len(keys) != 1:
+        return None
+    (interval,) = keys
+    of_head = {program.arguments[1]}
+    for step in program.steps:
+        if of_head & set(step.inputs):
+            of_head |= set(step.outputs)
+    indices = {atom.name for atom in _atoms_of(interval) if isinstance(atom, Index)}
+    if of_head & _values_of(interval) or indices - {"b", "q"}:
+        return None
+    return RowInterval(program, interval)
+
+
+def _atoms_of(value: Interval | Linear | Atom) -> set[Atom]:
+    match value:
+        case Interval():
+            guards = [g.value for g in value.guards if isinstance(g.value, Linear)]
+            inner = [x for x in (value.low, value.high, *guards) if x is not None]
+        case Linear():
+            inner = [atom for atom, _ in value.terms]
+        case Quotient():
+            inner = [value.dividend]
+        case Extreme():
+            inner = list(value.operands)
+        case _:
+            return {value}
+    return set().union(*map(_atoms_of, inner))
+
+
+def _values_of(interval: Interval) -> set[int]:
+    """The values of the program that an interval is made of."""
+    opaque = {atom.value for atom in _atoms_of(interval) if isinstance(atom, Opaque)}
+    return opaque | {g.value for g in interval.guards if isinstance(g.value, int)}
+
+
 def _is_invertible(value: Linear, reach: int) -> bool:
     """Whether the least q with ``value >= target`` can be computed for targets up to ``reach``."""
     if not value.terms:

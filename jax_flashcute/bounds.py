@@ -1,7 +1,8 @@
-"""Packed sequences as kernels take them: for each row, the interval of keys that it sees.
+"""Intervals of keys that stand in arrays, as kernels take them: for each row, the keys it sees.
 
-The segments, the window and the lengths are intersected here, once for each call, in O(T).  A tile
-of rows visits the keys between the least and the greatest bound of its rows, and needs no mask
+So it is with packed sequences, and with masks whose bounds are read from arrays.  The segments or
+the mask, the window and the lengths are intersected here, once for each call, in O(T).  A tile of
+rows visits the keys between the least and the greatest bound of its rows, and needs no mask
 where all of them agree.  The backward has the same the other way round: for each key, its rows.
 """
 
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jax_flashcute.analysis import FAR, Interval, evaluate, first_reaching
+from jax_flashcute.analysis import FAR, Interval, RowInterval, evaluate, first_reaching
 from jax_flashcute.segments import Segments
 from jax_flashcute.spec import Operands
 
@@ -22,10 +23,13 @@ class RowBounds:
     Attributes:
       compares_ids: segments may be scattered; there ids are compared, element by element.
       has_positions: positions start at 0 in every segment.
+      compares_bounds: keys may be seen by rows with others between them; there the rows' own bounds
+        are compared, element by element.  The backward of a mask.
     """
 
     compares_ids: bool
     has_positions: bool
+    compares_bounds: bool = False
 
     @staticmethod
     def of(segments: Segments | None) -> "RowBounds | None":
@@ -37,6 +41,7 @@ class RowBounds:
     def array_ranks(self) -> list[int]:
         """Of ``key_bound_arrays`` and ``query_bound_arrays``, which are int32."""
         pairs = self.compares_ids + (self.compares_ids and self.has_positions)
+        pairs += self.compares_bounds
         return [2, 2, 3] + [2, 2] * pairs
 
 
@@ -123,6 +128,75 @@ def query_bound_arrays(
     counts = jnp.ones_like(low, bool)
     tiles = _tile_fields(low, high, scattered, counts, tile_n, tile_m, length=length)
     return [low, high, tiles, *_compared(segments)]
+
+
+def mask_key_bound_arrays(
+    rows: RowInterval, operands: Operands, tile_rows: int, tile_n: int
+) -> list[jax.Array]:
+    """``key_bound_arrays`` of a mask."""
+    low, high = _mask_bounds(rows, operands)
+    row = jnp.arange(operands.query.shape[1], dtype=jnp.int32)[None]
+    counts = jnp.ones_like(low, bool)
+    if operands.query_seq_lengths is not None:
+        counts = row < operands.query_seq_lengths[:, None]
+    return [low, high, _tile_fields(low, high, None, counts, tile_rows, tile_n)]
+
+
+def mask_query_bound_arrays(
+    rows: RowInterval, operands: Operands, tile_n: int, tile_m: int
+) -> list[jax.Array]:
+    """``query_bound_arrays`` of a mask, and the bounds of each row, (B, T), to be compared."""
+    low, high = _mask_bounds(rows, operands)
+    T, S = operands.query.shape[1], operands.key.shape[1]
+    length = jnp.full((1, 1), T, jnp.int32)
+    if operands.query_seq_lengths is not None:
+        length = operands.query_seq_lengths[:, None]
+        row = jnp.arange(T, dtype=jnp.int32)[None]
+        low, high = _emptied(low, high, (high > low) & (row < length))
+
+    def up_to(bounds: jax.Array, weights=1) -> jax.Array:
+        """For each key, how many of (B, T) bounds are not above it, by weight."""
+        counts = jnp.zeros((bounds.shape[0], S + 1), jnp.int32)
+        entry = jnp.arange(bounds.shape[0])[:, None]
+        return jnp.cumsum(counts.at[entry, jnp.minimum(bounds, S)].add(weights), axis=1)[:, :S]
+
+    # Rows before `first` end at or before the key, and those from `end` on begin after it.
+    first = up_to(jax.lax.cummax(high, axis=1))
+    is_seen = high > low
+    end = up_to(jax.lax.cummin(jnp.where(is_seen, low, S), axis=1, reverse=True))
+    seen_by = up_to(low) - up_to(high)
+    first, end = _emptied(first, end, (end > first) & (seen_by > 0))
+    counts = jnp.ones_like(first, bool)
+    scattered = seen_by != end - first
+    tiles = _tile_fields(first, end, scattered, counts, tile_n, tile_m, length=length)
+    return [first, end, tiles, low, high]
+
+
+def _mask_bounds(rows: RowInterval, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """The first key of each row and one past the last, (B, T) int32; 0 and 0 where there is none.
+
+    Rows beyond the query length are as any other.
+    """
+    B, T = operands.query.shape[:2]
+    S = operands.key.shape[1]
+    position = jnp.arange(T, dtype=jnp.int32)[None] + _offset(operands)
+    position = jnp.broadcast_to(position, (B, T))
+    arrays = operands.mask_mod_arrays
+    is_shared = [isinstance(a.shape[0], int) and a.shape[0] == 1 for a in arrays]
+    arrays = [a[0] if shared else a for a, shared in zip(arrays, is_shared, strict=True)]
+
+    def at(arrays, b, q):
+        low, high, seen = rows.at(arrays, b, q)
+        low = jnp.zeros_like(q) if low is None else jnp.maximum(low, 0)
+        high = jnp.full_like(q, S) if high is None else jnp.minimum(high, S)
+        return low, high, seen
+
+    of_entry = jax.vmap(at, in_axes=(None, None, 0))
+    in_axes = ([None if shared else 0 for shared in is_shared], 0, 0)
+    low, high, seen = jax.vmap(of_entry, in_axes)(arrays, operands.batch_index, position)
+    if operands.key_value_seq_lengths is not None:
+        high = jnp.minimum(high, operands.key_value_seq_lengths[:, None])
+    return _emptied(low, high, seen & (high > low))
 
 
 def _segments(operands: Operands) -> Segments:

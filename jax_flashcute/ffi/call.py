@@ -13,7 +13,12 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_flashcute import plan
-from jax_flashcute.bounds import key_bound_arrays, query_bound_arrays
+from jax_flashcute.bounds import (
+    key_bound_arrays,
+    mask_key_bound_arrays,
+    mask_query_bound_arrays,
+    query_bound_arrays,
+)
 from jax_flashcute.ffi import store
 from jax_flashcute.ffi.compile import CompiledKernel
 from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
@@ -23,6 +28,7 @@ from jax_flashcute.kernels.registry import (
     OPTIONAL_OPERANDS,
     AnyKey,
     KernelKey,
+    rows_of,
     scratch_shapes,
 )
 from jax_flashcute.recording import plans
@@ -98,7 +104,7 @@ def _forward_lowering(ctx: mlir.LoweringRuleContext, *args, spec: AttentionSpec,
     key = plan.make_plan(spec, operands)
 
     def inputs(operands: Operands):
-        return [operands.query, operands.key, operands.value, *other_inputs(key, operands)]
+        return [operands.query, operands.key, operands.value, *other_inputs(key, spec, operands)]
 
     call = plans.Call(spec, operands, "fwd")
     return _kernel_lowering(ctx, args, tree, inputs, key, call)
@@ -111,7 +117,7 @@ def _backward_lowering(ctx: mlir.LoweringRuleContext, *args, spec: AttentionSpec
     def inputs(saved):
         operands, residuals, dout, dlse = saved
         main = [operands.query, operands.key, operands.value]
-        return [*main, residuals.out, residuals.lse, dout, dlse, *other_inputs(key, operands)]
+        return [*main, residuals.out, residuals.lse, dout, dlse, *other_inputs(key, spec, operands)]
 
     call = plans.Call(spec, operands, "bwd")
     return _kernel_lowering(ctx, args, tree, inputs, key, call)
@@ -123,14 +129,20 @@ def _nsa_lowering(ctx: mlir.LoweringRuleContext, *args, key: NSAKernelKey, shape
     return _call(ctx, args, kernel, lambda *arrays: arrays, [])
 
 
-def other_inputs(key: KernelKey, operands: Operands) -> list[jax.Array]:
+def other_inputs(key: KernelKey, spec: AttentionSpec, operands: Operands) -> list[jax.Array]:
     """The arrays besides those of the products, in the order in which kernels take them."""
     given = (getattr(operands, name) for name in (*OPTIONAL_OPERANDS, "page_table"))
     elements = [] if key.elements is None else element_operands(key.elements, operands)
     bounds = []
     if key.row_bounds is not None:
-        arrays = query_bound_arrays if key.direction == "bwd" else key_bound_arrays
-        bounds = arrays(key.interval, operands, *key.tile)
+        forward = key.direction == "fwd"
+        rows = rows_of(spec, operands, key.direction, key.arch)
+        if rows is None:
+            arrays = key_bound_arrays if forward else query_bound_arrays
+            bounds = arrays(key.interval, operands, *key.tile)
+        else:
+            arrays = mask_key_bound_arrays if forward else mask_query_bound_arrays
+            bounds = arrays(rows, operands, *key.tile)
     lists = []
     if key.has_lists and operands.block_mask is not None:
         rows, columns = key.tile

@@ -13,11 +13,14 @@ from jax_flashcute.analysis import (
     Interval,
     KeySet,
     Linear,
+    Program,
+    RowInterval,
     analyse,
     evaluate,
     intersection,
     rising_interval,
     rising_union,
+    row_interval,
     window,
     window_interval,
 )
@@ -161,7 +164,8 @@ def interval_of(spec: AttentionSpec, *, has_lists: bool = False) -> Interval:
 def _intervals(spec: AttentionSpec) -> tuple[Interval, Interval | None]:
     """The interval of the window, and that of ``mask_mod`` within it, where there is one."""
     of_window = _window_interval(spec)
-    return of_window, rising_interval(_keys(spec))
+    found = _keys(spec)
+    return of_window, None if found is None else rising_interval(found[1])
 
 
 def _window_interval(spec: AttentionSpec) -> Interval:
@@ -171,26 +175,48 @@ def _window_interval(spec: AttentionSpec) -> Interval:
     return window_interval(left, right)
 
 
-def _keys(spec: AttentionSpec) -> KeySet | None:
-    """The keys of ``mask_mod`` within the window, where they are known."""
+def _keys(spec: AttentionSpec) -> tuple[Program, KeySet | None] | None:
+    """``mask_mod`` and its keys within the window, where they are known; None without one."""
     if spec.mask_mod is None:
         return None
-    return intersection((_window_interval(spec),), analyse(spec.mask_mod.jaxpr).intervals())
+    program = analyse(spec.mask_mod.jaxpr)
+    return program, intersection((_window_interval(spec),), program.intervals())
+
+
+def _other_keys(
+    spec: AttentionSpec, operands: Operands, arch: str | None
+) -> tuple[Program, KeySet | None] | None:
+    """``_keys`` that are not one interval by position alone, where kernels take others.
+
+    None on Blackwell, and with segments, lists of tiles and pages.
+    """
+    others = (operands.segment_ids, operands.block_mask, operands.page_table)
+    found = _keys(spec)
+    if arch in BLACKWELL or any(x is not None for x in others) or found is None:
+        return None
+    return None if rising_interval(found[1]) is not None else found
 
 
 def union_of(spec: AttentionSpec, operands: Operands, arch: str | None) -> tuple[Interval, ...]:
-    """The intervals within the window whose union ``mask_mod`` shows, where the kernel takes them.
+    """The intervals within the window whose union ``mask_mod`` shows, where a kernel takes them.
 
-    Empty where it is one interval, or is left to single scores: so it is on Blackwell, and with
-    segments, lists of tiles and pages.
+    Empty where it is one interval, or something else.
     """
-    others = (operands.segment_ids, operands.block_mask, operands.page_table)
-    if arch in BLACKWELL or any(x is not None for x in others):
-        return ()
-    keys = _keys(spec)
-    if rising_interval(keys) is not None:
-        return ()
-    return rising_union(keys, MOST_INTERVALS) or ()
+    found = _other_keys(spec, operands, arch)
+    return () if found is None else rising_union(found[1], MOST_INTERVALS) or ()
+
+
+def rows_of(
+    spec: AttentionSpec, operands: Operands, direction: Direction, arch: str | None
+) -> RowInterval | None:
+    """``mask_mod`` within the window as an interval for each row, where a kernel takes its bounds.
+
+    They are computed before the kernel, which reads them from arrays.
+    """
+    found = _other_keys(spec, operands, arch)
+    if found is None or (direction == "bwd" and spec.deterministic):
+        return None
+    return None if rising_union(found[1], MOST_INTERVALS) else row_interval(*found)
 
 
 def keys_of(spec: AttentionSpec, operands: Operands, arch: str | None) -> str | None:
@@ -198,6 +224,8 @@ def keys_of(spec: AttentionSpec, operands: Operands, arch: str | None) -> str | 
     union = union_of(spec, operands, arch)
     if union:
         return " or ".join(map(str, union))
+    if rows_of(spec, operands, "fwd", arch) is not None:
+        return "one interval for each row, computed from arrays"
     has_lists = operands.block_mask is not None
     if by_element(spec, has_lists=has_lists).mask_mod is not None:
         return None
@@ -211,9 +239,11 @@ def by_element(spec: AttentionSpec, *, has_lists: bool = False) -> AttentionSpec
     return dataclasses.replace(spec, mask_mod=None)
 
 
-def _scores(spec: AttentionSpec, operands: Operands, arch: str | None) -> AttentionSpec:
+def _scores(
+    spec: AttentionSpec, operands: Operands, direction: Direction, arch: str | None
+) -> AttentionSpec:
     """The call without a ``mask_mod`` that the kernel takes as intervals."""
-    if union_of(spec, operands, arch):
+    if union_of(spec, operands, arch) or rows_of(spec, operands, direction, arch) is not None:
         return dataclasses.replace(spec, mask_mod=None)
     return by_element(spec, has_lists=operands.block_mask is not None)
 
@@ -247,7 +277,7 @@ def reasons_against(
         if name not in SERVED_OPERANDS:
             reasons.append(f"no kernel takes {name} yet")
     has_lists = operands.block_mask is not None
-    scores = _scores(spec, operands, arch)
+    scores = _scores(spec, operands, direction, arch)
     reasons += reasons_against_elements(scores, operands)
     if arch in BLACKWELL:
         functions = element_functions(scores, operands)
@@ -367,11 +397,13 @@ def kernel_key(
     dims = query.shape[3], value.shape[3]
     present = operands.present()
     has_lists = operands.block_mask is not None
-    functions = element_functions(_scores(spec, operands, arch), operands)
+    functions = element_functions(_scores(spec, operands, direction, arch), operands)
     config: FwdConfig | FwdConfigSm100 | BwdConfig | BwdConfigSm100
     split_kv = False
     interval = interval_of(spec, has_lists=has_lists)
     row_bounds = RowBounds.of(operands.segment_ids)
+    if rows_of(spec, operands, direction, arch) is not None:
+        row_bounds = RowBounds(False, False, compares_bounds=direction == "bwd")
     union = union_of(spec, operands, arch)
     if direction == "fwd":
         blackwell = arch in BLACKWELL
@@ -379,12 +411,12 @@ def kernel_key(
         pack_gqa = packing_pays(query.shape[1], group, config)
         pack_gqa = pack_gqa and _may_pack(operands, group, config)
         # Bounds from arrays and lists are not tried yet.
-        may_split = row_bounds is None and not has_lists
+        may_split = operands.segment_ids is None and not has_lists
         splits = partial(num_splits, arch, batch_invariant=spec.batch_invariant)
         if may_split and splits(interval, operands, num_sms) > 1:
             config, split_kv = _few_rows_config(arch, *dims), True
-            # A part is a stretch of one range of tiles.
-            union = ()
+            # A part is a stretch of one range of tiles, computed from positions.
+            union, row_bounds = (), None
             functions = element_functions(by_element(spec, has_lists=has_lists), operands)
             pack_gqa = packing_pays(query.shape[1], group, config)
         if is_paged(operands):
@@ -481,7 +513,8 @@ def tile_counts(
     if not known or runtime & set(operands.present()):
         return None
     key = kernel_key(spec, operands, "fwd", arch, num_sms)
-    if key.elements is not None and key.elements.mask_mod is not None:
+    by_element = key.elements is not None and key.elements.mask_mod is not None
+    if by_element or key.row_bounds is not None:
         return None
     tile_m, tile_n = key.tile
     total, full, visited = 0, 0, 0

@@ -7,7 +7,7 @@ import pytest
 
 from jax_flashcute import reference, xla
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.elements import element_operands
+from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.spec import Operands, Residuals
 from tests.cases import Case
 from tests.simulator import simulate
@@ -45,8 +45,7 @@ def check(case: Case, mask_mod=None, score_mod=None, *, deterministic=False, **h
     (want,) = pull(clean)
 
     inputs = [*(getattr(operands, n) for n in MAIN), out.astype(dtype), lse, d_out, d_lse]
-    inputs += [getattr(operands, n) for n in registry.OPTIONAL_OPERANDS if n in key.optional]
-    inputs += [] if key.elements is None else element_operands(key.elements, operands)
+    inputs += other_inputs(key, spec, operands)
     outputs = [(want[n].shape, jnp.dtype(dtype)) for n in MAIN]
     outputs += [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]
     found = simulate(compiled(key), *(np.asarray(x) for x in inputs), outputs=outputs, **how)

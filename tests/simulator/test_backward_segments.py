@@ -44,7 +44,7 @@ def check_backward(spec, operands, **how):
         (jnp.where(alive[..., None], d_out.astype(jnp.float32), 0), jnp.where(alive, d_lse, 0))
     )
     inputs = [*(getattr(operands, n) for n in MAIN), out.astype(dtype), lse, d_out, d_lse]
-    inputs += other_inputs(key, operands)
+    inputs += other_inputs(key, spec, operands)
     outputs = [(want[n].shape, dtype) for n in MAIN]
     outputs += [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]
     found = simulate(compiled(key), *(np.asarray(x) for x in inputs), outputs=outputs, **how)

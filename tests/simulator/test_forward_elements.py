@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jax_flashcute import masks, reference
+from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import FwdConfig, FwdConfigSm100
-from jax_flashcute.kernels.elements import element_operands
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
 from tests.simulator import simulate
@@ -80,9 +80,7 @@ def check(
     )
     want = jax.jit(functools.partial(reference.attention, spec))(wide)
     inputs = [operands.query, operands.key, operands.value]
-    inputs += [getattr(operands, n) for n in registry.OPTIONAL_OPERANDS if n in key.optional]
-    if key.elements is not None:
-        inputs += element_operands(key.elements, operands)
+    inputs += other_inputs(key, spec, operands)
     rows = (case.batch, case.seqlen_q, case.q_heads)
     outputs = [((*rows, case.head_dim_v), jnp.dtype(dtype)), (rows, np.dtype(np.float32))]
     outputs += [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]

@@ -43,7 +43,7 @@ def check_forward(spec, operands, **how):
     main = [operands.query, operands.key, operands.value]
     outputs = [(want.out.shape, jnp.dtype(jnp.bfloat16)), (want.lse.shape, np.dtype(np.float32))]
     outputs += [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]
-    arrays = [*main, *other_inputs(key, operands)]
+    arrays = [*main, *other_inputs(key, spec, operands)]
     out, lse, *_ = simulate(
         compiled(key), *(np.asarray(x) for x in arrays), outputs=outputs, **how
     )  # fmt: skip

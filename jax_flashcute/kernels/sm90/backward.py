@@ -125,7 +125,9 @@ class BackwardSm90:
         self.scale = scale
         self.mask = mask
         self.row_bounds = row_bounds
-        self.compares_ids = row_bounds is not None and row_bounds.compares_ids
+        self.compares = row_bounds is not None and (
+            row_bounds.compares_ids or row_bounds.compares_bounds
+        )
         self.has_lists = has_lists
         self.union = mask if isinstance(mask, UnionMask) else None
         self.has_low = row_bounds is not None
@@ -1021,7 +1023,7 @@ class BackwardSm90:
             def row_limits(r):
                 return limits[r]
 
-            if self.compares_ids:
+            if self.compares:
                 compare = compares, self.comparison(bounds, keys, lengths[0])
         return partial(self.apply_mask, scores, thread, row_limits, compare)
 
@@ -1042,9 +1044,12 @@ class BackwardSm90:
     def comparison(self, bounds, keys: list[Int32], offset: Int32):
         """For tile m, a function of a column: whether its row's segment is that of each key.
 
-        Scattered segments with positions of their own are compared with the window here too.
+        Scattered segments with positions of their own are compared with the window here too.  Of a
+        mask: whether the row's interval holds each key.
         """
         mBounds, batch, (q_length, _), _ = bounds
+        if self.row_bounds.compares_bounds:
+            return self.comparison_of_bounds(*mBounds[3:], batch, keys, q_length)
         q_ids, kv_ids, *positions = mBounds[3:]
 
         def compare(m: Int32):
@@ -1061,6 +1066,19 @@ class BackwardSm90:
                 if positions:
                     window = self.mask.limits(q_positions[batch, row] + offset)
                 return [within(places[r], *window, q_id == ids[r]) for r in range(len(ids))]
+
+            return seen
+
+        return compare
+
+    def comparison_of_bounds(self, lows, highs, batch: Int32, keys: list[Int32], q_length: Int32):
+        """For tile m, a function of a column: whether its row's interval holds each key."""
+
+        def compare(m: Int32):
+            def seen(column: Int32) -> list[Boolean]:
+                row = cutlass.min(m * self.config.tile_m + column, Int32(q_length) - 1)
+                low, high = lows[batch, row], highs[batch, row]
+                return [(key >= low) & (key < high) for key in keys]
 
             return seen
 
