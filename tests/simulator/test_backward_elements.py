@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jax_flashcute import reference, xla
-from jax_flashcute.kernels import registry
 from jax_flashcute.ffi.call import other_inputs
+from jax_flashcute.kernels import registry
 from jax_flashcute.spec import Operands, Residuals
 from tests.cases import Case
 from tests.simulator import simulate
