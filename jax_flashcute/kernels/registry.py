@@ -104,7 +104,7 @@ class KernelKey:
       num_sms: multiprocessors that persistent blocks are spread over; 0 where it does not matter.
       split_kv: a row's keys are divided among blocks; forward only.
       elements: what is done to single scores; None where nothing.
-      page_size: keys of a page, where keys and values are paged; Hopper's forward only.
+      page_size: keys of a page, where keys and values are paged; forward only.
       batch_invariant: the parts of a row's keys do not follow from the number of batch entries.
       row_bounds: each row's keys stand in arrays; None where they follow from its position.
       has_lists: the tiles that are visited stand in lists.
@@ -282,7 +282,6 @@ def reasons_against(
     if arch in BLACKWELL:
         functions = element_functions(scores, operands)
         names = names_of(functions) if direction == "bwd" else []
-        names += ["page_table"] if is_paged(operands) else []
         names += ["segment_ids"] if operands.segment_ids is not None else []
         names += ["block_mask"] if has_lists else []
         reasons += [f"no Blackwell kernel takes {name} yet" for name in names]
@@ -419,7 +418,7 @@ def kernel_key(
             union, row_bounds = (), None
             functions = element_functions(by_element(spec, has_lists=has_lists), operands)
             pack_gqa = packing_pays(query.shape[1], group, config)
-        if is_paged(operands):
+        if is_paged(operands) and isinstance(config, FwdConfig):
             config = paged_config(config)
     else:
         config, pack_gqa, num_sms = _existing(_backward_config(arch, spec, operands)), False, 0
@@ -710,7 +709,12 @@ def _forward_builder(key: KernelKey):
             row_bounds=key.row_bounds,
             has_lists=key.has_lists,
         ),
-        "sm100_forward": partial(ForwardSm100, split_kv=key.split_kv, functions=key.elements),
+        "sm100_forward": partial(
+            ForwardSm100,
+            split_kv=key.split_kv,
+            functions=key.elements,
+            page_size=key.page_size,
+        ),
     }[key.kernel]
 
     def build():

@@ -100,13 +100,14 @@ def compiled(call: Call) -> tuple[KernelKey, CompiledKernel]:
 
 def compile_key(key: KernelKey) -> CompiledKernel:
     arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
-    return compile_kernel(registry.builder(key), arrays, ARCH, keep_intermediates=True)
+    return compile_kernel(registry.builder(key), arrays, key.arch, keep_intermediates=True)
 
 
 def main_report(kernel: CompiledKernel) -> ResourceReport:
     """Of the kernel that does the products."""
     assert kernel.cubin is not None
-    (found,) = (r for r in report(kernel.cubin) if r.count("HGMMA"))
+    products = ("HGMMA", "UTCHMMA")
+    (found,) = (r for r in report(kernel.cubin) if any(map(r.count, products)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""The Hopper forward on pages, cross-compiled for sm_90a: no spills, the right copies."""
+"""The forward on pages, cross-compiled for sm_90a and sm_100a: no spills, the right copies."""
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,19 @@ from jax_flashcute.ffi.resources import find_tools, report
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import SMALLEST_BOX
 from jax_flashcute.spec import AttentionSpec, Operands
-from tests.kernels.test_forward_compiles import ARCH, compile_key, main_report
+from tests.kernels.test_forward_compiles import compile_key, main_report
 
-# (page_size, head_dim, value head_dim, queries, group)
-ALWAYS = [(1, 192, 128, 2048, 1), (4, 128, 128, 1, 8)]
+# (architecture, page_size, head_dim, value head_dim, queries, group)
+ALWAYS = [
+    ("sm_90a", 1, 192, 128, 2048, 1),
+    ("sm_90a", 4, 128, 128, 1, 8),
+    ("sm_100a", 8, 128, 128, 2048, 1),
+    ("sm_100a", 1, 128, 128, 1, 8),
+]
 HEAD_DIMS = ((8, 8), (64, 64), (72, 40), (96, 96), (128, 128), (192, 128), (256, 256), (64, 256))
 ALL = [
-    (page_size, *dims, *rows)
+    (arch, page_size, *dims, *rows)
+    for arch in ("sm_90a", "sm_100a")
     for page_size in (1, 2, 4, 8, 16, 128, 512)
     for dims in HEAD_DIMS
     for rows in ((2048, 1), (1, 7))
@@ -48,14 +54,16 @@ def operands(page_size: int, head_dim: int, head_dim_v: int, queries: int, group
         ),
     ],
 )
-def test_code(call: tuple[int, int, int, int, int]) -> None:
+def test_code(call: tuple[str, int, int, int, int, int]) -> None:
     try:
         find_tools()
     except ImportError as error:
         pytest.skip(str(error))
+    arch, page_size, head_dim, head_dim_v, queries, group = call
     spec = AttentionSpec(0.125, is_causal=True)
-    key = registry.kernel_key(spec, operands(*call), "fwd", ARCH, 132)
-    assert key.split_kv == (call[3] == 1)
+    paged = operands(page_size, head_dim, head_dim_v, queries, group)
+    key = registry.kernel_key(spec, paged, "fwd", arch, 132)
+    assert key.split_kv == (queries == 1)
     kernel = compile_key(key)
     assert kernel.cubin is not None
     assert kernel.ptx is not None
@@ -64,5 +72,6 @@ def test_code(call: tuple[int, int, int, int, int]) -> None:
         assert (each.stack_bytes, each.local_bytes) == (0, 0)
     found = main_report(kernel)
     assert found.count("HGMMA") == kernel.ptx.count("wgmma.mma_async")
+    assert found.count("UTCHMMA") == kernel.ptx.count("tcgen05.mma.")
     assert found.count("WARPGROUP.DEPBAR") == kernel.ptx.count("wgmma.wait_group")
-    assert (found.count("LDGSTS") > 0) == (call[0] < SMALLEST_BOX)
+    assert (found.count("LDGSTS") > 0) == (page_size < SMALLEST_BOX)

@@ -1,4 +1,4 @@
-"""The Hopper forward on keys and values in pages, in simulation, against the dense reference.
+"""The forward on keys and values in pages, in simulation, against the dense reference.
 
 Slots and pages that no sequence uses hold NaN, and entries of the table beyond a sequence's length
 hold numbers of no page.
@@ -88,11 +88,11 @@ def check(call: Call, table: jax.Array | None = None, **how) -> registry.KernelK
     return check_operands(call, operands, **how)[0]
 
 
-def check_operands(call: Call, operands: Operands, **how):
+def check_operands(call: Call, operands: Operands, arch: str = "sm_90a", **how):
     """The kernel of a call on these operands, and O and LSE as it leaves them."""
     spec = call.spec
-    assert not registry.reasons_against(spec, operands, "fwd", "sm_90a")
-    key = registry.kernel_key(spec, operands, "fwd", "sm_90a", call.num_sms)
+    assert not registry.reasons_against(spec, operands, "fwd", arch)
+    key = registry.kernel_key(spec, operands, "fwd", arch, call.num_sms)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == BF16 else x, operands)
     want = reference.attention(spec, wide)
     inputs = [operands.query, operands.key, operands.value]
@@ -163,6 +163,26 @@ def test_split_kv(call: Call) -> None:
     assert check(call, timing="shuffled", warps="adversarial").split_kv
 
 
+BLACKWELL_CASES = {
+    "8_prefill": CASES["8_prefill"],
+    "1_decode": Call(1, (1101, 0, 1, 15), group=3, num_sms=16),
+}
+ALL_CASES = CASES | SLOW_CASES | SPLIT_CASES | SLOW_SPLIT_CASES
+SLOW_BLACKWELL_CASES = {n: c for n, c in ALL_CASES.items() if n not in BLACKWELL_CASES}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(pytest.param(c, id=n) for n, c in BLACKWELL_CASES.items()),
+        *(pytest.param(c, id=n, marks=pytest.mark.slow) for n, c in SLOW_BLACKWELL_CASES.items()),
+    ],
+)
+def test_blackwell(call: Call) -> None:
+    key = check(call, timing="shuffled", warps="adversarial", arch="sm_100a")
+    assert key.kernel == "sm100_forward"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("timing", "warps"), [("early", "seeded"), ("late", "adversarial")])
 @pytest.mark.parametrize("name", CASES)
@@ -171,27 +191,29 @@ def test_prefill_under_any_timing(name: str, timing: str, warps: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize("page_size", [4, 16])
-def test_a_page_out_of_range_reads_as_zeros(page_size: int) -> None:
+def test_a_page_out_of_range_reads_as_zeros(page_size: int, arch: str) -> None:
     call = Call(page_size, (100, 37), 72, 40, seqlen_q=3)
     table = call.operands().page_table
     assert table is not None
     for number in (-1, 2**31 - 1):
-        check(call, table=table.at[:, 2].set(number))
+        check(call, table=table.at[:, 2].set(number), arch=arch)
 
 
 @pytest.mark.slow
-def test_a_sequence_does_not_depend_on_the_batch() -> None:
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_a_sequence_does_not_depend_on_the_batch(arch: str) -> None:
     spec = AttentionSpec(0.125, is_causal=True, batch_invariant=True)
     call = Call(16, (1300, 90, 700), group=8, kv_heads=2, num_sms=16, spec=spec)
     operands = call.operands()
-    key, out, lse = check_operands(call, operands)
+    key, out, lse = check_operands(call, operands, arch)
     assert key.split_kv
     batched = ("query", "q_offset", "key_value_seq_lengths", "page_table")
     for b in range(3):
         alone = {name: getattr(operands, name)[b : b + 1] for name in batched}
         alone_key, alone_out, alone_lse = check_operands(
-            call, dataclasses.replace(operands, **alone)
+            call, dataclasses.replace(operands, **alone), arch
         )
         assert alone_key == key
         np.testing.assert_array_equal(alone_out[0], out[b])

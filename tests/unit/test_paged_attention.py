@@ -144,18 +144,19 @@ def in_bfloat16(page_size: int) -> list[jax.Array]:
 
 
 def test_what_no_kernel_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAX_FLASHCUTE_ARCH", "sm_100a")
+    monkeypatch.setenv("JAX_FLASHCUTE_ARCH", "sm_120a")
     arrays = in_bfloat16(8)
-    with pytest.raises(NotImplementedError, match="no Blackwell kernel takes page_table yet"):
+    with pytest.raises(NotImplementedError, match="not for sm_120a"):
         paged_attention(*arrays, implementation="cute")
     program = jax.jit(paged_attention).trace(*arrays).lower(lowering_platforms=("cuda",))
     assert "CuteDSL" not in program.as_text()
 
 
-def test_a_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAX_FLASHCUTE_ARCH", "sm_90a")
+@pytest.mark.parametrize(("arch", "page_size"), [("sm_90a", 16), ("sm_100a", 32)])
+def test_a_kernel_is_taken(monkeypatch: pytest.MonkeyPatch, arch: str, page_size: int) -> None:
+    monkeypatch.setenv("JAX_FLASHCUTE_ARCH", arch)
     # Another page size than above: what is traced is kept.
-    traced = jax.jit(paged_attention).trace(*in_bfloat16(16))
+    traced = jax.jit(paged_attention).trace(*in_bfloat16(page_size))
     assert "CuteDSL" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 

@@ -1,4 +1,4 @@
-"""Key tiles whose rows lie in pages: where each part of a tile is, and how it is copied.
+"""Key tiles in global memory, dense or in pages: where a tile's parts are, how they are copied.
 
 Table entries of keys beyond the length are not read, and a page whose number is out of range reads
 as zeros.
@@ -12,15 +12,83 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
-from jax_flashcute.kernels.common.tiles import slab_tma_layout, swizzle_width, tma_partition
+from jax_flashcute.kernels.common.pipeline import TmaPipeline
+from jax_flashcute.kernels.common.tiles import (
+    slab_tma_layout,
+    smem_layout,
+    swizzle_width,
+    tma_partition,
+)
 from jax_flashcute.kernels.config import loads_pages_by_tma
 
 COPYING_WARPS = 4
+"""On Hopper."""
 
 
-def paged_tiles(page_size: int, tile_n: int) -> "BoxedTiles | CopiedTiles":
-    """How tiles of ``tile_n`` keys are loaded from pages of ``page_size``."""
-    return (BoxedTiles if loads_pages_by_tma(page_size) else CopiedTiles)(page_size, tile_n)
+def tiles_in_pages(
+    page_size: int | None,
+    tile_n: int,
+    copying_warps: int = COPYING_WARPS,
+    boxes_at_once: int = 4,
+) -> "DenseTiles | BoxedTiles | CopiedTiles":
+    """How tiles of ``tile_n`` keys are loaded from pages of ``page_size``; None: from no pages.
+
+    ``boxes_at_once``: how far the loop over a tile's boxes is unrolled, which takes registers.
+    """
+    if page_size is None:
+        return DenseTiles(tile_n)
+    if loads_pages_by_tma(page_size):
+        return BoxedTiles(page_size, tile_n, boxes_at_once)
+    return CopiedTiles(page_size, tile_n, copying_warps)
+
+
+def fill_stage(pipeline: TmaPipeline, load, n: Int32, place, stage: Int32) -> None:
+    """Starts the copies of key tile n, by what ``loader`` gave, into an empty stage."""
+    if not pipeline.copying_threads:
+        pipeline.expect(stage)
+    load(n, place, stage, pipeline.full + stage)
+
+
+class DenseTiles:
+    """Tiles of arrays (B, S, K, H), each copied at once by TMA."""
+
+    copying_threads = 0
+
+    def __init__(self, tile_n: int):
+        self.tile_n = tile_n
+
+    def source(self, dtype, x: cute.Tensor, width: int):
+        """The copy of a tile from ``by_head``'s view of an array, and what it reads."""
+        return cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileG2SOp(),
+            x[0, None, None, None, None],
+            smem_layout(dtype, self.tile_n, width),
+            (self.tile_n, width),
+        )
+
+    def places(self, mPageTable: None, batch: Int32, keys: Int32, warp: Int32, n: Int32):
+        """What ``loader``'s function needs to know of tile n: nothing."""
+        return Int32(0)
+
+    def loader(
+        self,
+        copy: tuple,
+        width: int,
+        stages: int,
+        head: Int32,
+        batch: Int32,
+        keys: Int32,
+        warp: Int32,
+    ):
+        """A function (n, places, stage, barrier) that starts the copy of tile n."""
+        atom, gX, sX = copy
+        tiles = cute.local_tile(gX[None, None, head, batch], (self.tile_n, width), (None, 0))
+        target, source = tma_partition(atom, sX, tiles)
+
+        def load(n: Int32, places: Int32, stage: Int32, barrier) -> None:
+            cute.copy(atom, source[None, n], target[None, stage], tma_bar_ptr=barrier)
+
+        return load
 
 
 class BoxedTiles:
@@ -28,9 +96,10 @@ class BoxedTiles:
 
     copying_threads = 0
 
-    def __init__(self, page_size: int, tile_n: int):
+    def __init__(self, page_size: int, tile_n: int, boxes_at_once: int):
         self.page_size = page_size
         self.tile_n = tile_n
+        self.boxes_at_once = boxes_at_once
         self.box = math.gcd(page_size, tile_n)
         self.boxes = tile_n // self.box
 
@@ -44,13 +113,23 @@ class BoxedTiles:
     def places(self, mPageTable: cute.Tensor, batch: Int32, keys: Int32, warp: Int32, n: Int32):
         """The page of each box of tile n, box i in lane i; one warp.
 
+        It comes from memory: to be asked for before the wait for an empty stage.
         A box beyond the length has the page of the last key: its rows are hidden or cleared.
         """
         box = cutlass.min(cute.arch.lane_idx(), Int32(self.boxes - 1))
         key = cutlass.min(n * self.tile_n + box * self.box, keys - 1)
         return Int32(mPageTable[batch, key // self.page_size])
 
-    def loader(self, copy: tuple, width: int, stages: int, head: Int32, keys: Int32, warp: Int32):
+    def loader(
+        self,
+        copy: tuple,
+        width: int,
+        stages: int,
+        head: Int32,
+        batch: Int32,
+        keys: Int32,
+        warp: Int32,
+    ):
         """A function (n, places, stage, barrier) that starts the copies of tile n."""
         atom, gX, sX = copy
         slab = slab_tma_layout(sX.element_type, self.tile_n, width, 1, self.box)
@@ -67,7 +146,7 @@ class BoxedTiles:
     def copy(
         self, atom: cute.CopyAtom, source, target, n: Int32, places: Int32, stage: Int32, barrier
     ):
-        for i in cutlass.range(self.boxes, unroll=min(self.boxes, 4)):
+        for i in cutlass.range(self.boxes, unroll=min(self.boxes, self.boxes_at_once)):
             page = cute.arch.shuffle_sync(places, i)
             row = (n * self.tile_n + i * self.box) % self.page_size
             cute.copy(
@@ -79,19 +158,20 @@ class BoxedTiles:
 
 
 class CopiedTiles:
-    """Tiles that four warps copy, each an equal part of the rows, 16 bytes at a time.
+    """Tiles that some warps copy, each an equal part of the rows, 16 bytes at a time.
 
     Rows beyond the length become zeros.
     """
 
-    copying_threads = 32 * COPYING_WARPS
-
-    def __init__(self, page_size: int, tile_n: int):
+    def __init__(self, page_size: int, tile_n: int, warps: int):
         self.page_size = page_size
         self.tile_n = tile_n
-        self.rows = tile_n // COPYING_WARPS
-        if tile_n % (COPYING_WARPS * page_size) or self.rows > 32 * page_size:
-            raise ValueError(f"a quarter of {tile_n} keys is not at most 32 pages of {page_size}")
+        self.copying_threads = 32 * warps
+        self.rows = tile_n // warps
+        # Rows of a warp whose pages its lanes hold at once.
+        self.rows_held = min(self.rows, 32 * page_size)
+        if tile_n % (warps * page_size):
+            raise ValueError(f"{tile_n} keys are not {warps} equal parts in pages of {page_size}")
 
     def source(self, dtype, pages: cute.Tensor, width: int):
         """No TMA copy, and what is read: ``by_head``'s view of the pages."""
@@ -99,11 +179,24 @@ class CopiedTiles:
 
     @cute.jit
     def places(self, mPageTable: cute.Tensor, batch: Int32, keys: Int32, warp: Int32, n: Int32):
-        """The pages of this warp's rows of tile n, one a lane; that of the last key beyond it."""
-        key = n * self.tile_n + warp * self.rows + cute.arch.lane_idx() * self.page_size
-        return Int32(mPageTable[batch, cutlass.min(key, keys - 1) // self.page_size])
+        """The pages of this warp's rows of tile n, one a lane; that of the last key beyond it.
 
-    def loader(self, copy: tuple, width: int, stages: int, head: Int32, keys: Int32, warp: Int32):
+        A number for each ``rows_held`` rows.
+        """
+        key = n * self.tile_n + warp * self.rows + cute.arch.lane_idx() * self.page_size
+        held = [cutlass.min(key + r, keys - 1) for r in range(0, self.rows, self.rows_held)]
+        return tuple([Int32(mPageTable[batch, key // self.page_size]) for key in held])
+
+    def loader(
+        self,
+        copy: tuple,
+        width: int,
+        stages: int,
+        head: Int32,
+        batch: Int32,
+        keys: Int32,
+        warp: Int32,
+    ):
         """A function (n, places, stage, barrier) that starts the copies of this warp's rows.
 
         Every thread arrives at the barrier once its copies are done.
@@ -121,7 +214,7 @@ class CopiedTiles:
         keys: Int32,
         warp: Int32,
         n: Int32,
-        places: Int32,
+        places: tuple,
         stage: Int32,
         barrier,
     ):
@@ -134,35 +227,41 @@ class CopiedTiles:
         first = warp * self.rows
         # Rows of this warp that are keys.
         valid = keys - n * self.tile_n - first
-        places = places if (places >= 0) & (places < num_pages) else Int32(-1)
         # As many lanes share a row as divide its lines of 16 bytes.
         lanes = math.gcd(chunks, 32)
         rows_at_once = 32 // lanes
         own_row, own_chunk = cute.arch.lane_idx() // lanes, cute.arch.lane_idx() % lanes
-        steps = -(-self.rows // rows_at_once)
-        fills_steps = const_expr(self.rows % rows_at_once == 0)
-        for i in cutlass.range(steps, unroll=min(steps, 4 if lanes == chunks else 2)):
-            row = i * rows_at_once + own_row
-            page = cute.arch.shuffle_sync(places, row // self.page_size)
-            is_key = (page >= 0) & (row < valid)
-            number = Int64(page) * self.page_size + row % self.page_size
-            source = origin + number * row_bytes
-            source = source if is_key else origin
-            for c in cutlass.range_constexpr(0, chunks, lanes):
-                chunk = c + own_chunk
-                is_read = is_key
-                if const_expr(head_dim < width):
-                    is_read = is_key & (chunk < head_dim // 8)
-                offset = (chunk * 8 // atom * self.tile_n + first + row) * (2 * atom)
-                offset += chunk * 16 % (2 * atom)
-                offset ^= (offset // 128 % (atom // 8)) * 16
-                size = Int32(16) if is_read else Int32(0)
-                line = (target + offset, source + chunk * 16, size)
-                if const_expr(fills_steps):
-                    copy_line(*line)
-                else:
-                    if row < self.rows:
+        for held in cutlass.range_constexpr(len(places)):
+            # Of this warp's rows, those whose pages one number of each lane names.
+            begin = held * self.rows_held
+            rows = min(self.rows_held, self.rows - begin)
+            pages_held = places[held]
+            pages_held = pages_held if (pages_held >= 0) & (pages_held < num_pages) else Int32(-1)
+            steps = -(-rows // rows_at_once)
+            fills_steps = const_expr(rows % rows_at_once == 0)
+            for i in cutlass.range(steps, unroll=min(steps, 4 if lanes == chunks else 2)):
+                row_held = i * rows_at_once + own_row
+                row = begin + row_held
+                page = cute.arch.shuffle_sync(pages_held, row_held // self.page_size)
+                is_key = (page >= 0) & (row < valid)
+                number = Int64(page) * self.page_size + row % self.page_size
+                source = origin + number * row_bytes
+                source = source if is_key else origin
+                for c in cutlass.range_constexpr(0, chunks, lanes):
+                    chunk = c + own_chunk
+                    is_read = is_key
+                    if const_expr(head_dim < width):
+                        is_read = is_key & (chunk < head_dim // 8)
+                    offset = (chunk * 8 // atom * self.tile_n + first + row) * (2 * atom)
+                    offset += chunk * 16 % (2 * atom)
+                    offset ^= (offset // 128 % (atom // 8)) * 16
+                    size = Int32(16) if is_read else Int32(0)
+                    line = (target + offset, source + chunk * 16, size)
+                    if const_expr(fills_steps):
                         copy_line(*line)
+                    else:
+                        if row_held < rows:
+                            copy_line(*line)
         cute.arch.cp_async_mbarrier_arrive_noinc(barrier)
 
 

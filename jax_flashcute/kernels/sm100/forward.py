@@ -12,6 +12,10 @@ With ``split_kv``, for queries that fill one row of tiles, a tile of work is als
 parts of its keys (common/splits.py).  Parts of one row go to scratch in float32 and a second kernel
 adds them up (extra/combine.py); where a row has one part alone, the output is written at once.
 
+Keys and values may lie in pages (common/paging.py): a tile is then several copies, of the part of
+each page that it holds.  Pages too small for TMA are copied by the threads of two warps; the second
+one follows the load warp through its tiles.
+
 Each role has its file; the edges between them are these, one stage for each query tile t where
 nothing else is said:
 
@@ -26,7 +30,8 @@ nothing else is said:
 
 Counts are arrivals of warps; "+ tx" means that the barrier also waits for the copies' bytes;
 "products", one arrival that tcgen05.commit makes once the products before it are done.  ``o`` is
-filled only after the last key tile; it must be empty for every O += P V.
+filled only after the last key tile; it must be empty for every O += P V.  Where threads copy, 64 of
+them arrive at k and v, and one warp more takes a tile.
 """
 
 from functools import partial
@@ -41,6 +46,7 @@ from cutlass.memory import SmemAllocator
 from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import IntervalMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
+from jax_flashcute.kernels.common.paging import tiles_in_pages
 from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
 from jax_flashcute.kernels.common.splits import SplitOrder, splits_of
 from jax_flashcute.kernels.common.tiles import by_head, slab_tma_layout, smem_layout
@@ -48,7 +54,7 @@ from jax_flashcute.kernels.config import FwdConfigSm100, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
 from jax_flashcute.kernels.sm100.correction import CorrectionWarpgroup
-from jax_flashcute.kernels.sm100.load import LoadWarp
+from jax_flashcute.kernels.sm100.load import COPYING_WARPS, FOLLOWING_WARPS, LoadWarp
 from jax_flashcute.kernels.sm100.pipeline import WORK_FIELDS, TensorPipeline
 from jax_flashcute.kernels.sm100.products import ProductWarp
 from jax_flashcute.kernels.sm100.softmax import SoftmaxWarpgroups
@@ -73,10 +79,12 @@ class ForwardSm100:
         num_sms: int,
         split_kv: bool = False,
         functions: ElementFunctions | None = None,
+        page_size: int | None = None,
     ):
         """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most;
         ``split_kv``: tiles are parts of a row's keys, and queries fill one row of tiles;
-        ``functions``: what is done to single scores."""
+        ``functions``: what is done to single scores; ``page_size``: of keys and values in pages,
+        with a page table and lengths of keys."""
         self.config = config
         self.dtype = dtype
         self.head_dim = head_dim
@@ -91,6 +99,10 @@ class ForwardSm100:
         self.functions = functions
         self.by_element = functions is not None and functions.by_element
         self.has_sinks = functions is not None and functions.sinks
+        self.page_size = page_size
+        self.kv_tiles = tiles_in_pages(page_size, config.tile_n, COPYING_WARPS, boxes_at_once=2)
+        self.copying_threads = self.kv_tiles.copying_threads
+        self.following_warps = FOLLOWING_WARPS if self.copying_threads else 0
         self.smem_h = round_up(head_dim, 16)
         self.smem_hv = round_up(head_dim_v, 16)
         self.slab_tokens = ROWS // self.heads_packed
@@ -123,8 +135,8 @@ class ForwardSm100:
         self,
         stream: cuda.CUstream,
         mQ: cute.Tensor,  # (B, T, N, H)
-        mK: cute.Tensor,  # (B, S, K, H)
-        mV: cute.Tensor,  # (B, S, K, Hv)
+        mK: cute.Tensor,  # (B, S, K, H), or (num_pages, page_size, K, H)
+        mV: cute.Tensor,  # (B, S, K, Hv), or (num_pages, page_size, K, Hv)
         mQOffset: cute.Tensor | None,  # (B,) int32
         mQLengths: cute.Tensor | None,  # (B,) int32
         mKVLengths: cute.Tensor | None,  # (B,) int32
@@ -134,6 +146,7 @@ class ForwardSm100:
         mOPartial: cute.Tensor | None = None,  # (splits, B, T, N, Hv) float32, scratch
         mLSEPartial: cute.Tensor | None = None,  # (splits, B, T, N) float32, scratch
         mElements: tuple = (),  # arrays of ``functions``
+        mPageTable: cute.Tensor | None = None,  # (B, max_pages) int32
     ):
         cfg = self.config
         batch, q_length, kv_length, kv_heads = (
@@ -142,28 +155,17 @@ class ForwardSm100:
             mK.shape[1],
             mK.shape[2],
         )
+        if const_expr(self.page_size is not None):
+            kv_length = mPageTable.shape[1] * self.page_size
         q_tensor = by_head(mQ, self.head_dim, self.heads_packed)
-        k_tensor = by_head(mK, self.head_dim, 1)[0, None, None, None, None]
-        v_tensor = by_head(mV, self.head_dim_v, 1)[0, None, None, None, None]
-        load = cpasync.CopyBulkTensorTileG2SOp()
         tma_q = cpasync.make_tiled_tma_atom(
-            load,
+            cpasync.CopyBulkTensorTileG2SOp(),
             q_tensor,
             slab_tma_layout(self.dtype, ROWS, self.smem_h, self.heads_packed, self.slab_tokens),
             (self.heads_packed, self.slab_tokens, self.smem_h),
         )
-        tma_k = cpasync.make_tiled_tma_atom(
-            load,
-            k_tensor,
-            smem_layout(self.dtype, cfg.tile_n, self.smem_h),
-            (cfg.tile_n, self.smem_h),
-        )
-        tma_v = cpasync.make_tiled_tma_atom(
-            load,
-            v_tensor,
-            smem_layout(self.dtype, cfg.tile_n, self.smem_hv),
-            (cfg.tile_n, self.smem_hv),
-        )
+        tma_k = self.kv_tiles.source(self.dtype, by_head(mK, self.head_dim, 1), self.smem_h)
+        tma_v = self.kv_tiles.source(self.dtype, by_head(mV, self.head_dim_v, 1), self.smem_hv)
         m_blocks = cute.ceil_div(q_length, self.tile_tokens)
         kv_bytes_per_key = (self.head_dim + self.head_dim_v) * 2
         # As on Hopper: tiles of unequal length go longest first over the heads that L2 holds.
@@ -188,6 +190,7 @@ class ForwardSm100:
             mOPartial,
             mLSEPartial,
             mElements,
+            mPageTable,
             m_blocks,
             section,
             q_length,
@@ -245,14 +248,29 @@ class ForwardSm100:
         h_bytes, hv_bytes = self.smem_h * 2, self.smem_hv * 2
         slab_bytes = self.heads_packed * self.slab_tokens * h_bytes
         tiles, stages = cfg.query_tiles, cfg.kv_stages
+        takers = 5 + 4 * tiles + self.following_warps
         return (
             TensorPipeline("q", storage.q_barriers.data_ptr(), tiles, slab_bytes, 1),
-            TensorPipeline("k", storage.k_barriers.data_ptr(), stages, cfg.tile_n * h_bytes, 1),
-            TensorPipeline("v", storage.v_barriers.data_ptr(), stages, cfg.tile_n * hv_bytes, 1),
+            TensorPipeline(
+                "k",
+                storage.k_barriers.data_ptr(),
+                stages,
+                cfg.tile_n * h_bytes,
+                1,
+                copying_threads=self.copying_threads,
+            ),
+            TensorPipeline(
+                "v",
+                storage.v_barriers.data_ptr(),
+                stages,
+                cfg.tile_n * hv_bytes,
+                1,
+                copying_threads=self.copying_threads,
+            ),
             TensorPipeline("s", storage.s_barriers.data_ptr(), tiles, 0, 4),
             TensorPipeline("o", storage.o_barriers.data_ptr(), tiles, 0, 4),
             TensorPipeline("factor", storage.factor_barriers.data_ptr(), tiles, 0, 4, 4),
-            TensorPipeline("tile", storage.tile_barriers.data_ptr(), TILE_STAGES, 0, 5 + 4 * tiles),
+            TensorPipeline("tile", storage.tile_barriers.data_ptr(), TILE_STAGES, 0, takers),
         )
 
     # ---- device side -----------------------------------------------------------------------
@@ -262,9 +280,9 @@ class ForwardSm100:
         self,
         tma_q: cute.CopyAtom,
         gQ: cute.Tensor,
-        tma_k: cute.CopyAtom,
+        tma_k: cute.CopyAtom | None,
         gK: cute.Tensor,
-        tma_v: cute.CopyAtom,
+        tma_v: cute.CopyAtom | None,
         gV: cute.Tensor,
         mQOffset: cute.Tensor | None,
         mQLengths: cute.Tensor | None,
@@ -275,6 +293,7 @@ class ForwardSm100:
         mOPartial: cute.Tensor | None,
         mLSEPartial: cute.Tensor | None,
         mElements: tuple,
+        mPageTable: cute.Tensor | None,
         m_blocks: Int32,
         section: Int32,
         q_length: Int32,
@@ -292,7 +311,8 @@ class ForwardSm100:
         product_warp = load_warp + 1
         if warp_index == load_warp:
             for atom in (tma_q, tma_k, tma_v):
-                cpasync.prefetch_descriptor(atom)
+                if const_expr(atom is not None):
+                    cpasync.prefetch_descriptor(atom)
             with cute.arch.elect_one():
                 for pipeline in pipelines:
                     pipeline.init()
@@ -330,12 +350,18 @@ class ForwardSm100:
                     tail_barrier,
                     work,
                     mCounter,
+                    mPageTable,
                     order,
                     lengths,
                     mKVLengths is not None,
                 )
             if warp_index == product_warp:
                 ProductWarp(self).issue_products(sQ, sK, sV, tensor_memory, pipelines, work)
+            if const_expr(self.following_warps > 0):
+                if warp_index == product_warp + 1:
+                    LoadWarp(self).follow(
+                        Int32(1), (tma_k, gK, sK), (tma_v, gV, sV), pipelines, work, mPageTable
+                    )
         if warp_index < 4 * cfg.query_tiles:
             cute.arch.setmaxregister_increase(cfg.softmax_registers)
             SoftmaxWarpgroups(self).softmax_rows(

@@ -1,12 +1,23 @@
-"""The load warp of the Blackwell forward: draws tiles of work, brings their Q, K and V by TMA."""
+"""The load warp of the Blackwell forward: draws tiles of work, brings their Q, K and V.
+
+By TMA; keys and values in pages too small for it are copied by threads, of the load warp and of
+those that follow it through its tiles.
+"""
+
+from functools import partial
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 
+from jax_flashcute.kernels.common.paging import fill_stage
 from jax_flashcute.kernels.common.splits import split_range
 from jax_flashcute.kernels.common.tiles import clear_rows, slab_tma_layout, tma_partition
-from jax_flashcute.kernels.sm100.pipeline import TensorPipeline, write_work
+from jax_flashcute.kernels.sm100.pipeline import TensorPipeline, take_work, write_work
+
+COPYING_WARPS = 2
+"""That copy keys from small pages: the load warp, and one of the two that have nothing to do."""
+FOLLOWING_WARPS = COPYING_WARPS - 1
 
 
 class LoadWarp:
@@ -26,6 +37,7 @@ class LoadWarp:
         tail_barrier,
         work: cute.Tensor,
         mCounter: cute.Tensor,
+        mPageTable: cute.Tensor | None,
         order: cutlass.Constexpr,
         lengths: cutlass.Constexpr,
         has_kv_lengths: cutlass.Constexpr[bool],
@@ -34,8 +46,7 @@ class LoadWarp:
         cfg = self.kernel.config
         pipeline_q, pipeline_k, pipeline_v, _, _, _, pipeline_tile = pipelines
         tma_q, gQ, sQ = q_copy
-        tma_k, gK, sK = k_copy
-        tma_v, gV, sV = v_copy
+        sV = v_copy[2]
         heads, tokens = self.kernel.heads_packed, self.kernel.slab_tokens
         # (heads, tokens, columns, slab): the slabs as TMA writes them.
         slab = slab_tma_layout(self.kernel.dtype, 128, self.kernel.smem_h, heads, tokens)
@@ -73,17 +84,15 @@ class LoadWarp:
             gQ_tile = cute.local_tile(
                 gQ[None, None, None, head, batch], (heads, tokens, self.kernel.smem_h), (0, None, 0)
             )  # (heads, tokens, columns, slabs)
-            gK_tile = cute.local_tile(
-                gK[None, None, kv_head, batch], (cfg.tile_n, self.kernel.smem_h), (None, 0)
-            )
-            gV_tile = cute.local_tile(
-                gV[None, None, kv_head, batch], (cfg.tile_n, self.kernel.smem_hv), (None, 0)
-            )
             tQsQ, tQgQ = tma_partition(tma_q, sQ_tma, gQ_tile)
-            tKsK, tKgK = tma_partition(tma_k, sK, gK_tile)
-            tVsV, tVgV = tma_partition(tma_v, sV, gV_tile)
+            locate = partial(self.kernel.kv_tiles.places, mPageTable, batch, keys, Int32(0))
+            ring = (cfg.kv_stages, kv_head, batch, keys)
+            load_k = self.kernel.kv_tiles.loader(k_copy, self.kernel.smem_h, *ring, Int32(0))
+            load_v = self.kernel.kv_tiles.loader(v_copy, self.kernel.smem_hv, *ring, Int32(0))
             if n_min < n_max:
-                load_stage(pipeline_k, tma_k, tKgK, n_max - 1, tKsK, k_stage, k_phase)
+                place = locate(n_max - 1)
+                pipeline_k.acquire(k_stage, k_phase)
+                fill_stage(pipeline_k, load_k, n_max - 1, place, k_stage)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 for w in cutlass.range_constexpr(cfg.query_tiles):
                     m = m_block * cfg.query_tiles + w
@@ -92,17 +101,20 @@ class LoadWarp:
             for i in cutlass.range(n_max - n_min, unroll=1):
                 n = n_max - 1 - i
                 if n > n_min:
-                    load_stage(pipeline_k, tma_k, tKgK, n - 1, tKsK, k_stage, k_phase)
+                    place = locate(n - 1)
+                    pipeline_k.acquire(k_stage, k_phase)
+                    fill_stage(pipeline_k, load_k, n - 1, place, k_stage)
                     k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+                place = locate(n)
+                pipeline_v.acquire(v_stage, v_phase)
                 is_tail = Boolean(False)
-                if const_expr(has_kv_lengths):
+                if const_expr(has_kv_lengths and not self.kernel.kv_tiles.copying_threads):
                     is_tail = (n + 1) * cfg.tile_n > keys
                 if is_tail:
                     # What lies beyond the length may be NaN, and 0 * NaN is NaN: clear it.
-                    pipeline_v.acquire(v_stage, v_phase)
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive_and_expect_tx(tail_barrier, pipeline_v.tx_bytes)
-                    cute.copy(tma_v, tVgV[None, n], tVsV[None, v_stage], tma_bar_ptr=tail_barrier)
+                    load_v(n, place, v_stage, tail_barrier)
                     cute.arch.mbarrier_wait(tail_barrier, tail_phase)
                     clear_rows(sV, self.kernel.smem_hv, v_stage, keys - n * cfg.tile_n)
                     cute.arch.fence_view_async_shared()
@@ -110,7 +122,7 @@ class LoadWarp:
                     pipeline_v.commit(v_stage)
                     tail_phase ^= 1
                 else:
-                    load_stage(pipeline_v, tma_v, tVgV, n, tVsV, v_stage, v_phase)
+                    fill_stage(pipeline_v, load_v, n, place, v_stage)
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
             tile = draw_tile(mCounter)
             tile = cute.arch.shuffle_sync(tile, 0)
@@ -126,6 +138,44 @@ class LoadWarp:
             v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
         for w in cutlass.range_constexpr(cfg.query_tiles):
             pipeline_q.acquire(Int32(w), q_phase)
+
+    @cute.jit
+    def follow(
+        self,
+        warp: Int32,
+        k_copy,
+        v_copy,
+        pipelines,
+        work: cute.Tensor,
+        mPageTable: cute.Tensor,
+    ):
+        """A warp beside the load warp that copies its rows of that one's tiles of K and V."""
+        _, pipeline_k, pipeline_v, _, _, _, pipeline_tile = pipelines
+        role = (FOLLOWING_WARPS, "following")
+        k_stage, k_phase, v_stage, v_phase, t_stage, t_phase = (Int32(0) for _ in range(6))
+        fields = take_work(work, pipeline_tile, t_stage, t_phase, *role)
+        while fields[0] >= 0:
+            t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
+            head, batch, keys, n_min, n_max = (fields[i] for i in (1, 2, 5, 6, 7))
+            locate = partial(self.kernel.kv_tiles.places, mPageTable, batch, keys, warp)
+            ring = (self.kernel.config.kv_stages, head // self.kernel.heads_per_kv, batch, keys)
+            load_k = self.kernel.kv_tiles.loader(k_copy, self.kernel.smem_h, *ring, warp)
+            load_v = self.kernel.kv_tiles.loader(v_copy, self.kernel.smem_hv, *ring, warp)
+            # K of a tile goes ahead of V of the tile before.
+            for i in cutlass.range(n_max - n_min + 1, unroll=1):
+                n = n_max - 1 - i
+                if n >= n_min:
+                    place = locate(n)
+                    pipeline_k.acquire(k_stage, k_phase)
+                    fill_stage(pipeline_k, load_k, n, place, k_stage)
+                    k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+                if i > 0:
+                    place = locate(n + 1)
+                    pipeline_v.acquire(v_stage, v_phase)
+                    fill_stage(pipeline_v, load_v, n + 1, place, v_stage)
+                    v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
+            fields = take_work(work, pipeline_tile, t_stage, t_phase, *role)
+        cute.arch.cp_async_wait_group(0)
 
 
 @cute.jit

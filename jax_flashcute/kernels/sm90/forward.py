@@ -51,7 +51,7 @@ from jax_flashcute.kernels.common.intervals import (
 )
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.lists import TileLists
-from jax_flashcute.kernels.common.paging import COPYING_WARPS, paged_tiles
+from jax_flashcute.kernels.common.paging import COPYING_WARPS, fill_stage, tiles_in_pages
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
@@ -140,8 +140,9 @@ class ForwardSm90:
         self.functions = functions
         self.has_sinks = functions is not None and functions.sinks
         self.has_mask_mod = functions is not None and functions.mask_mod is not None
-        self.paging = None if page_size is None else paged_tiles(page_size, config.tile_n)
-        self.copying_threads = 0 if self.paging is None else self.paging.copying_threads
+        self.page_size = page_size
+        self.kv_tiles = tiles_in_pages(page_size, config.tile_n)
+        self.copying_threads = self.kv_tiles.copying_threads
         self.smem_h = round_up(head_dim, 16)
         self.smem_hv = round_up(head_dim_v, 16)
         self.slab_tokens = 64 // self.heads_packed
@@ -178,8 +179,8 @@ class ForwardSm90:
             mK.shape[1],
             mK.shape[2],
         )
-        if const_expr(self.paging is not None):
-            kv_length = mPageTable.shape[1] * self.paging.page_size
+        if const_expr(self.page_size is not None):
+            kv_length = mPageTable.shape[1] * self.page_size
         q_tensor = by_head(mQ, self.head_dim, self.heads_packed)
         k_tensor = by_head(mK, self.head_dim, 1)
         v_tensor = by_head(mV, self.head_dim_v, 1)
@@ -191,12 +192,8 @@ class ForwardSm90:
             slab_tma_layout(self.dtype, 64, self.smem_h, self.heads_packed, self.slab_tokens),
             q_box,
         )
-        if const_expr(self.paging is not None):
-            tma_k = self.paging.source(self.dtype, k_tensor, self.smem_h)
-            tma_v = self.paging.source(self.dtype, v_tensor, self.smem_hv)
-        else:
-            tma_k = self.tile_atom(k_tensor, self.smem_h)
-            tma_v = self.tile_atom(v_tensor, self.smem_hv)
+        tma_k = self.kv_tiles.source(self.dtype, k_tensor, self.smem_h)
+        tma_v = self.kv_tiles.source(self.dtype, v_tensor, self.smem_hv)
 
         m_blocks = cute.ceil_div(q_length, self.tile_tokens)
         kv_bytes_per_key = (self.head_dim + self.head_dim_v) * 2
@@ -247,16 +244,6 @@ class ForwardSm90:
                 stream, (mQOffset, mQLengths, mKVLengths), kv_length, mOPartial, mLSEPartial, mO,
                 mLSE, mSinks,
             )  # fmt: skip
-
-    def tile_atom(self, tensor: cute.Tensor, width: int):
-        """The copy of a tile of keys from ``by_head``'s view of an array, and what it reads."""
-        layout = smem_layout(self.dtype, self.config.tile_n, width)
-        return cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(),
-            tensor[0, None, None, None, None],
-            layout,
-            (self.config.tile_n, width),
-        )
 
     def shared_storage(self):
         cfg = self.config
@@ -522,9 +509,10 @@ class ForwardSm90:
             )  # (heads, tokens, columns, slabs)
             tQsQ, tQgQ = tma_partition(tma_q, sQ_tma, gQ_tile)
             visits, nth = self.key_order(fields, self.lists_of(mLists, fields))
-            locate = partial(self.locate_tile, mPageTable, batch, keys, Int32(0))
-            load_k = self.tile_loader(k_copy, self.smem_h, kv_head, batch, keys, Int32(0))
-            load_v = self.tile_loader(v_copy, self.smem_hv, kv_head, batch, keys, Int32(0))
+            locate = partial(self.kv_tiles.places, mPageTable, batch, keys, Int32(0))
+            ring = (cfg.kv_stages, kv_head, batch, keys)
+            load_k = self.kv_tiles.loader(k_copy, self.smem_h, *ring, Int32(0))
+            load_v = self.kv_tiles.loader(v_copy, self.smem_hv, *ring, Int32(0))
             # The consumers take K of the next tile before V of this one: load in that order, and
             # the first K before Q, whose place is given back late.
             n = Int32(0)
@@ -532,7 +520,7 @@ class ForwardSm90:
                 n = nth(0)
                 place = locate(n)
                 pipeline_k.acquire(k_stage, k_phase)
-                self.fill(pipeline_k, load_k, n, place, k_stage)
+                fill_stage(pipeline_k, load_k, n, place, k_stage)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
             pipeline_q.acquire(Int32(0), q_phase)
             pipeline_q.expect(Int32(0))
@@ -550,7 +538,7 @@ class ForwardSm90:
                     following = nth(i + 1)
                     place = locate(following)
                     pipeline_k.acquire(k_stage, k_phase)
-                    self.fill(pipeline_k, load_k, following, place, k_stage)
+                    fill_stage(pipeline_k, load_k, following, place, k_stage)
                     k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 else:
                     tile = self.draw_tile(mCounter)
@@ -575,7 +563,7 @@ class ForwardSm90:
                     pipeline_v.commit(v_stage)
                     tail_phase ^= 1
                 else:
-                    self.fill(pipeline_v, load_v, n, place, v_stage)
+                    fill_stage(pipeline_v, load_v, n, place, v_stage)
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
                 n = following
 
@@ -606,56 +594,25 @@ class ForwardSm90:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
             head, batch, keys, n_min, n_max = (fields[i] for i in (1, 2, 5, 6, 7))
             kv_head = head // self.heads_per_kv
-            locate = partial(self.locate_tile, mPageTable, batch, keys, warp)
-            load_k = self.tile_loader(k_copy, self.smem_h, kv_head, batch, keys, warp)
-            load_v = self.tile_loader(v_copy, self.smem_hv, kv_head, batch, keys, warp)
+            locate = partial(self.kv_tiles.places, mPageTable, batch, keys, warp)
+            ring = (self.config.kv_stages, kv_head, batch, keys)
+            load_k = self.kv_tiles.loader(k_copy, self.smem_h, *ring, warp)
+            load_v = self.kv_tiles.loader(v_copy, self.smem_hv, *ring, warp)
             # K of a tile goes ahead of V of the tile before.
             for i in cutlass.range(n_max - n_min + 1, unroll=1):
                 n = n_max - 1 - i
                 if n >= n_min:
                     place = locate(n)
                     pipeline_k.acquire(k_stage, k_phase)
-                    self.fill(pipeline_k, load_k, n, place, k_stage)
+                    fill_stage(pipeline_k, load_k, n, place, k_stage)
                     k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 if i > 0:
                     place = locate(n + 1)
                     pipeline_v.acquire(v_stage, v_phase)
-                    self.fill(pipeline_v, load_v, n + 1, place, v_stage)
+                    fill_stage(pipeline_v, load_v, n + 1, place, v_stage)
                     v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
             fields = self.take_work(work, pipeline_tile, t_stage, t_phase, *role)
         cute.arch.cp_async_wait_group(0)
-
-    def fill(self, pipeline: TmaPipeline, load, n: Int32, place: Int32, stage: Int32) -> None:
-        """Starts the copies of key tile n into an empty stage."""
-        if not self.copying_threads:
-            pipeline.expect(stage)
-        load(n, place, stage, pipeline.full + stage)
-
-    def locate_tile(self, mPageTable, batch: Int32, keys: Int32, warp: Int32, n: Int32) -> Int32:
-        """What ``tile_loader``'s function needs to know of key tile n.
-
-        It comes from memory: to be asked for before the wait for an empty stage.
-        """
-        if self.paging is None:
-            return Int32(0)
-        return self.paging.places(mPageTable, batch, keys, warp, n)
-
-    def tile_loader(
-        self, copy: tuple, width: int, kv_head: Int32, batch: Int32, keys: Int32, warp: Int32
-    ):
-        """A function (n, place, stage, barrier) that starts the copies of key tile n."""
-        atom, gX, sX = copy
-        if self.paging is not None:
-            return self.paging.loader(copy, width, self.config.kv_stages, kv_head, keys, warp)
-        tiles = cute.local_tile(
-            gX[None, None, kv_head, batch], (self.config.tile_n, width), (None, 0)
-        )
-        target, source = tma_partition(atom, sX, tiles)
-
-        def load(n: Int32, place: Int32, stage: Int32, barrier) -> None:
-            cute.copy(atom, source[None, n], target[None, stage], tma_bar_ptr=barrier)
-
-        return load
 
     @cute.jit
     def draw_tile(self, mCounter: cute.Tensor) -> Int32:
