@@ -48,7 +48,6 @@ from jax_flashcute.kernels.config import (
 from jax_flashcute.kernels.elements import (
     ElementFunctions,
     element_functions,
-    names_of,
     reasons_against_elements,
     reasons_against_gradients,
     without_sinks,
@@ -280,9 +279,7 @@ def reasons_against(
     scores = _scores(spec, operands, direction, arch)
     reasons += reasons_against_elements(scores, operands)
     if arch in BLACKWELL:
-        functions = element_functions(scores, operands)
-        names = names_of(functions) if direction == "bwd" else []
-        names += ["segment_ids"] if operands.segment_ids is not None else []
+        names = ["segment_ids"] if operands.segment_ids is not None else []
         names += ["block_mask"] if has_lists else []
         reasons += [f"no Blackwell kernel takes {name} yet" for name in names]
     if not (math.isfinite(spec.scale) and spec.scale >= 0):
@@ -756,7 +753,7 @@ def _backward_builder(key: KernelKey):
             row_bounds=key.row_bounds,
             has_lists=key.has_lists,
         ),
-        "sm100_backward": BackwardSm100,
+        "sm100_backward": partial(BackwardSm100, functions=key.elements),
     }[key.kernel]
 
     def build():

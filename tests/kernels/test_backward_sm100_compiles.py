@@ -7,11 +7,15 @@ import shutil
 
 import pytest
 
+from jax_flashcute.ffi.compile import ArrayType, compile_kernel
 from jax_flashcute.ffi.resources import find_tools, report
+from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import SMEM_BYTES, backward_config_sm100, workspace_shapes
 from tests.cases import Case
 from tests.kernels.backward_launchers import launcher
 from tests.simulator.simulation import record_launches
+from tests.simulator.test_forward_elements import operands_of
+from tests.user_functions import MASKS, SCORES
 
 BATCH, LENGTH, KV_HEADS = 2, 3000, 2
 FEATURES = {
@@ -84,6 +88,34 @@ def test_code(head_dim: int, head_dim_v: int, features: str, arch: str, determin
     turns = 1 if deterministic else 0
     assert found.count("RED") + found.count("REDG") + found.count("ATOMG") == turns
     check_launches(kernel, case)
+
+
+ELEMENTS = {
+    "functions": (("documents", "gated"), {"group": 2}),
+    "soft_cap": ((None, None), {"soft_cap": 2.0}),
+    "mask": ((None, None), {"mask": "bnts"}),
+}
+INVARIANT_BYTES = 40
+"""Bytes a thread of what loops do not change; none is stored in a loop.  The most is a soft cap's,
+24 at head_dim 128 on sm_100a."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ELEMENTS)
+@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (192, 128)])
+@pytest.mark.parametrize("arch", ["sm_100a", "sm_103a"])
+def test_code_of_elements(name: str, head_dims: tuple[int, int], arch: str):
+    (mask, score), features = ELEMENTS[name]
+    case = Case(2, 300, 300, 1, head_dim=head_dims[0], head_dim_v=head_dims[1], **features)
+    functions = (table[f](case) if f else None for table, f in ((MASKS, mask), (SCORES, score)))
+    spec, operands = operands_of(case, "bfloat16", *functions)
+    assert not registry.reasons_against(spec, operands, "bwd", arch)
+    key = registry.kernel_key(spec, operands, "bwd", arch, 0)
+    arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
+    kernel = compile_kernel(registry.builder(key), arrays, arch, keep_intermediates=True)
+    assert kernel.cubin is not None
+    (found,) = (r for r in report(kernel.cubin) if r.count("UTCHMMA"))
+    assert found.stack_bytes + found.local_bytes <= INVARIANT_BYTES
 
 
 def check_launches(kernel, case: Case) -> None:

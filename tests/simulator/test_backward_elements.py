@@ -19,11 +19,11 @@ TOLERANCE = 8e-3
 """Relative error of a gradient in the Frobenius norm: products of bfloat16 probabilities."""
 
 
-def check(case: Case, mask_mod=None, score_mod=None, *, deterministic=False, **how):
+def check(case: Case, mask_mod=None, score_mod=None, *, arch: str = "sm_90a", **how):
     dtype = "bfloat16"
     spec, operands = operands_of(case, dtype, mask_mod, score_mod)
-    assert not registry.reasons_against(spec, operands, "bwd", "sm_90a")
-    key = registry.kernel_key(spec, operands, "bwd", "sm_90a", 0)
+    assert not registry.reasons_against(spec, operands, "bwd", arch)
+    key = registry.kernel_key(spec, operands, "bwd", arch, 0)
     wide = widened(operands)
     floats = {n: getattr(wide, n) for n in (*MAIN, "sinks") if getattr(wide, n) is not None}
     others = {n: x for n, x in vars(wide).items() if n not in floats}

@@ -52,6 +52,7 @@ from jax_flashcute.kernels.common.scheduler import section_size
 from jax_flashcute.kernels.common.tiles import CHUNK, by_head, smem_layout
 from jax_flashcute.kernels.common.turns import section_in_turns
 from jax_flashcute.kernels.config import BwdConfigSm100, round_up
+from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.postprocess import Postprocess
 from jax_flashcute.kernels.extra.preprocess import Preprocess
 from jax_flashcute.kernels.sm100.backward_gradients import GradientWarpgroups
@@ -80,8 +81,10 @@ class BackwardSm100:
         group: int,
         scale: float,
         mask: IntervalMask,
+        functions: ElementFunctions | None = None,
     ):
-        """``group``: query heads a key/value head serves."""
+        """``group``: query heads a key/value head serves; ``functions``: what is done to single
+        scores."""
         self.config = config
         self.dtype = dtype
         self.head_dim = head_dim
@@ -89,6 +92,8 @@ class BackwardSm100:
         self.group = group
         self.scale = scale
         self.mask = mask
+        self.functions = functions
+        self.by_element = functions is not None and functions.by_element
         self.smem_h = config.padded_head_dim(head_dim)
         self.smem_hv = round_up(head_dim_v, 16)
         # First columns in tensor memory.
@@ -127,6 +132,7 @@ class BackwardSm100:
         mLSE2: cute.Tensor,  # (B, N, m_blocks * 128) float32, scratch
         mdPsum: cute.Tensor,  # (B, N, m_blocks * 128) float32, scratch
         mTurns: cute.Tensor | None = None,  # (B, N, m_blocks * 4) int32, scratch
+        mElements: tuple = (),  # arrays of ``functions``
     ):
         cfg = self.config
         batch, q_length, heads = mQ.shape[0], mQ.shape[1], mQ.shape[2]
@@ -166,6 +172,7 @@ class BackwardSm100:
             mdPsum,
             mdQAccum,
             mTurns,
+            mElements,
             m_blocks,
             n_blocks,
             section,
@@ -252,6 +259,7 @@ class BackwardSm100:
         mdPsum: cute.Tensor,
         mdQAccum: cute.Tensor,
         mTurns: cute.Tensor | None,
+        mElements: tuple,
         m_blocks: Int32,
         n_blocks: Int32,
         section: Int32,
@@ -363,6 +371,7 @@ class BackwardSm100:
                 block,
                 (m_min, m_max, full_min, full_max),
                 (offset, queries, keys),
+                (mElements, (q_length, kv_length)),
             )
         if warp_index >= GRADIENT_WARPS and warp_index < LOAD_WARP:
             cute.arch.setmaxregister_decrease(cfg.reduce_registers)

@@ -2,8 +2,9 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Float32, Int32, Uint32, const_expr
 
+from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import low_bits
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
 from jax_flashcute.kernels.common.tiles import (
@@ -13,6 +14,7 @@ from jax_flashcute.kernels.common.tiles import (
     store_pairs,
     tma_partition,
 )
+from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm100.tensor_memory import (
     ROWS,
     fence_after_sync,
@@ -25,6 +27,8 @@ from jax_flashcute.kernels.sm100.tensor_memory import (
 WARPS = 8
 HALF = ROWS // 2
 """Queries of a tile that a warpgroup works on."""
+PART = 16
+"""Scores that are changed together, one by one: with more, products and scores spilled."""
 STORE_BARRIER = 1
 """Named barrier of the first warpgroup; the second has the one after it."""
 
@@ -47,10 +51,11 @@ class GradientWarpgroups:
         block,
         tiles,
         lengths,
+        elements,
     ):
         """P and dS of every tile of every head; then dV by one warpgroup, dK by the other."""
         kernel = self.kernel
-        n_block, _, _ = block
+        n_block, kv_head, batch = block
         m_min, m_max, full_min, full_max = tiles
         thread = cute.arch.thread_idx()[0] % 128
         half = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128)
@@ -66,14 +71,16 @@ class GradientWarpgroups:
         state = tuple(Int32(0) for _ in range(5))
         full_begin = cutlass.min(cutlass.max(full_min, m_min), m_max)
         full_end = cutlass.max(cutlass.min(full_max, m_max), full_begin)
-        for _ in cutlass.range(kernel.group, unroll=1):
+        for g in cutlass.range(kernel.group, unroll=1):
+            entry = (elements, batch, lengths[0])
+            of_head = self.elements_of_head(entry, kv_head * kernel.group + g, own[2])
             # Three stretches: boundary tiles, full tiles, boundary tiles.
             for stretch in cutlass.range_constexpr(3 if kernel.mask.low is not None else 2):
                 begin, end = ((m_min, full_begin), (full_begin, full_end), (full_end, m_max))[
                     stretch
                 ]
                 for m in cutlass.range(begin, end, unroll=1):
-                    state = self.step(places, smem, pipelines, own, m, state, stretch != 1)
+                    state = self.step(places, smem, pipelines, own, m, state, of_head, stretch != 1)
 
         is_empty = m_min >= m_max
         if not is_empty:
@@ -95,9 +102,14 @@ class GradientWarpgroups:
         own,
         m: Int32,
         state,
+        of_head: cutlass.Constexpr,
         is_masked: cutlass.Constexpr[bool],
     ):
-        """One query tile; returns the next state."""
+        """One query tile; returns the next state.
+
+        Args:
+          of_head: of ``elements_of_head``.
+        """
         kernel = self.kernel
         s_place, p_place, dp_place = places
         sLSE, sdPsum, sdS = smem
@@ -113,10 +125,14 @@ class GradientWarpgroups:
         load_row(s_place, flat, thread)
         pipeline_q.wait(q_stage, q_phase)
         cute.arch.fence_view_async_tmem_load()
-        if const_expr(is_masked):
-            self.hide_unseen(scores, key, m * ROWS + first, lengths)
-        self.probabilities(scores, quads(sLSE, q_stage, first))
-        store_row(p_place, round_pairs(kernel.dtype, flat), thread)
+        tLSE = quads(sLSE, q_stage, first)
+        if const_expr(kernel.by_element):
+            self.change_scores(scores, p_place, tLSE, own, m * ROWS + first, of_head, is_masked)
+        else:
+            if const_expr(is_masked):
+                hide_outside(scores, self.seen(key, m * ROWS + first, lengths))
+            self.probabilities(scores, tLSE, kernel.scale)
+            store_row(p_place, round_pairs(kernel.dtype, flat), thread)
         cute.arch.fence_view_async_tmem_store()
         fence_before_sync()
         cute.arch.sync_warp()
@@ -145,31 +161,91 @@ class GradientWarpgroups:
         following_q = pipeline_q.advance(q_stage, q_phase)
         return *following_q, *pipeline_do.advance(do_stage, do_phase), phase ^ 1
 
+    def elements_of_head(self, elements, head: Int32, key: Int32):
+        """What is done to a key's score with a query, and its derivative.
+
+        Returns:
+          ``(modify, differentiate)``: ``modify(row, product)`` is the score of a product with a
+          query row; ``differentiate(row, product, d_score)`` the gradient of the scaled product
+          from that of the score.  None for what does nothing.
+        """
+        functions, scale = self.kernel.functions, self.kernel.scale
+        if not self.kernel.by_element:
+            return None, None
+        (mElements, array_lengths), batch, offset = elements
+        entry = Elements(functions, mElements).of_entry(batch, offset, array_lengths)
+        of_key = entry.keys(key)
+
+        def modify(row: Int32, product: Float32) -> Float32:
+            return entry.element(entry.both(entry.queries(head, row), of_key), product, scale)
+
+        def differentiate(row: Int32, product: Float32, d_score: Float32) -> Float32:
+            known = entry.both(entry.queries(head, row), of_key)
+            return entry.gradient(known, product, d_score, scale)
+
+        return modify, None if functions.keeps_gradients else differentiate
+
     @cute.jit
-    def hide_unseen(self, scores: cute.Tensor, key: Int32, start: Int32, lengths):
-        """Hides the scores, of queries from ``start`` on, that do not see a key."""
+    def change_scores(
+        self,
+        scores: cute.Tensor,
+        p_place: cute.Pointer,
+        tLSE: cute.Tensor,
+        own,
+        start: Int32,
+        of_head: cutlass.Constexpr,
+        is_masked: cutlass.Constexpr[bool],
+    ):
+        """Products with queries from ``start`` on to probabilities, a few at a time.
+
+        P goes to tensor memory; what stays in registers is multiplied by the derivative of the
+        score, so that P (dP - dPsum) of it is the gradient of the scaled product.
+        """
+        thread, _, key, lengths = own
+        modify, differentiate = of_head
+        if const_expr(is_masked):
+            words = self.seen(key, start, lengths)
+        for first in cutlass.range_constexpr(0, HALF, PART):
+            chunk = cute.make_tensor(scores.iterator + first, cute.make_layout((1, PART)))
+            products = [chunk[0, c] for c in range(PART)]
+            for c in cutlass.range_constexpr(PART):
+                chunk[0, c] = modify(start + first + c, products[c])
+            if const_expr(is_masked):
+                hide_outside(chunk, [words[first // 32] >> Uint32(first % 32)])
+            self.probabilities(chunk, cute.domain_offset((0, first // 4), tLSE), 1.0)
+            flat = cute.make_tensor(chunk.iterator, cute.make_layout(PART))
+            store_row(p_place + first // 2, round_pairs(self.kernel.dtype, flat), thread)
+            if const_expr(differentiate is not None):
+                for c in cutlass.range_constexpr(PART):
+                    chunk[0, c] = differentiate(start + first + c, products[c], chunk[0, c])
+
+    def seen(self, key: Int32, start: Int32, lengths) -> list:
+        """Which of the queries from ``start`` on see a key, as words."""
         offset, queries, keys = lengths
         mask = self.kernel.mask
         spans = range(HALF // 32)
-        end = mask.end_query(key, offset, queries)
-        end = end - start if key < keys else Int32(0)
+        end = select(key < keys, mask.end_query(key, offset, queries) - start, Int32(0))
         words = [low_bits(end - 32 * w) for w in spans]
-        if const_expr(mask.high is not None):
+        if mask.high is not None:
             begin = mask.first_query(key, offset) - start
             words = [words[w] & ~low_bits(begin - 32 * w) for w in spans]
-        hide_outside(scores, words)
+        return words
 
     @cute.jit
-    def probabilities(self, scores: cute.Tensor, tLSE: cute.Tensor):
+    def probabilities(
+        self, scores: cute.Tensor, tLSE: cute.Tensor, scale: cutlass.Constexpr[float]
+    ):
         """exp2(scale log2(e) S - LSE2), in place."""
-        scale = Float32(self.kernel.scale * LOG2_E)
+        scale_log2 = Float32(scale * LOG2_E)
         quad = cute.make_rmem_tensor(4, Float32)
-        for j in cutlass.range_constexpr(HALF // 4):
+        for j in cutlass.range_constexpr(cute.size(scores) // 4):
             cute.autovec_copy(tLSE[None, j], quad)
             for i in cutlass.range_constexpr(0, 4, 2):
                 c = 4 * j + i
                 pair = cute.arch.fma_packed_f32x2(
-                    (scores[0, c], scores[0, c + 1]), (scale, scale), (-quad[i], -quad[i + 1])
+                    (scores[0, c], scores[0, c + 1]),
+                    (scale_log2, scale_log2),
+                    (-quad[i], -quad[i + 1]),
                 )
                 scores[0, c], scores[0, c + 1] = exp2(pair[0]), exp2(pair[1])
 
