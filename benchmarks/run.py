@@ -169,10 +169,10 @@ class SkipLog:
 
 
 def row(
-    run: dict[str, Any], case: Case, pass_: Pass, name: str, dtype: str, timing: Timing
+    run: dict[str, Any], case: Case, pass_: Pass, name: str, step: Step, timing: Timing
 ) -> dict[str, Any]:
     """One measurement as it stands in the results."""
-    rate = case.rate(pass_, dtype, timing.ms)
+    rate = case.rate(pass_, step.dtype, timing.ms)
     return {
         **run,
         "case": case.name,
@@ -186,11 +186,12 @@ def row(
         "head_dim": case.head_dim,
         "head_dim_v": case.head_dim_v,
         "causal": case.causal,
-        "dtype": dtype,
+        "dtype": step.dtype,
         "ms": round(timing.ms, 5),
         "ms_spread": round(timing.ms_spread, 5),
         "calls": timing.calls,
         **{key: round(value, 2) for key, value in rate.items()},
+        **({"setting": step.setting} if step.setting else {}),
     }
 
 
@@ -253,12 +254,13 @@ def main(argv: list[str] | None = None) -> int:
                 steps = build_steps(names, case, pass_, skip)
                 timings = measure(steps, clock, args.rounds, skip, args.warm_up)
                 for name, timing in timings.items():
-                    rows.append(row(run, case, pass_, name, steps[name].dtype, timing))
+                    rows.append(row(run, case, pass_, name, steps[name], timing))
                     rate = case.rate(pass_, steps[name].dtype, timing.ms)
                     shown = ", ".join(f"{value:.0f} {unit}" for unit, value in rate.items())
                     print(
                         f"{case.name} {case.label} {pass_}  {name:<22} "
-                        f"{timing.ms:.4f} ms ± {timing.ms_spread:.4f}  {shown}",
+                        f"{timing.ms:.4f} ms ± {timing.ms_spread:.4f}  {shown}  "
+                        f"{steps[name].setting}".rstrip(),
                         flush=True,
                     )
                 if args.out:

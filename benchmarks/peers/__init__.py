@@ -19,6 +19,7 @@ NAMES = (
     "copy",
     "flash_attention_3_jax",
     "flash_attention_4",
+    "flashinfer",
     "pallas_mgpu",
     "tokamax_mosaic",
     "torch_flex",

@@ -20,15 +20,18 @@ def torch_step(
     *,
     takes_all: bool = False,
     takes_pages: bool = False,
+    takes_lengths: bool = False,
     aligns_ends: bool = False,
 ) -> Step:
     """One pass of an attention function on (batch, length, heads, head_dim) tensors.
 
     ``takes_all``: the function observes lists, documents and functions; others refuse.
     ``takes_pages``: the function observes ``case.page_size``, and is given (num_pages, page_size,
-    heads, head_dim); others refuse such a case.  ``aligns_ends``: its causal mask does.
+    heads, head_dim); others refuse such a case.  ``takes_lengths``: likewise ``case.kv_lengths``.
+    ``aligns_ends``: its causal mask does.
     """
-    if case.kv_lengths is not None or not (case.is_plain or takes_all):
+    has_lengths = case.kv_lengths is not None
+    if not (takes_lengths if has_lengths else case.is_plain or takes_all):
         raise NotImplementedError("this peer is not given lengths, lists, documents or functions")
     if case.page_size is not None and not takes_pages:
         raise NotImplementedError("this peer is not given a page table")

@@ -9,6 +9,7 @@ from benchmarks.measure import (
     Step,
     busy_ms,
     busy_ms_per_call,
+    fastest,
     measure,
 )
 
@@ -125,3 +126,18 @@ def test_warm_up_calls_are_not_timed() -> None:
 def test_host_clock_gives_one_mean() -> None:
     (ms,) = HostClock().time(Step(lambda: None, lambda _: None, "bfloat16"), 10)
     assert 0 <= ms < 100
+
+
+def test_the_fastest_setting_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"a": 3.0, "b": 1.0, "c": 2.0}
+
+    def step(name: str) -> Step:
+        if name not in times:
+            raise ValueError(f"no {name}")
+        return Step(lambda: name, lambda _: None, "float32")
+
+    monkeypatch.setattr(HostClock, "time", lambda self, step, calls: [times[step.call()]])
+    found = fastest((name, lambda name=name: step(name)) for name in "xabc")
+    assert (found.setting, found.call()) == ("b", "b")
+    with pytest.raises(ValueError, match="no y"):
+        fastest((name, lambda name=name: step(name)) for name in "xy")

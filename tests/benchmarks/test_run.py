@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import functions, nsa, peers, report, run, tables
 from benchmarks.cases import DECODE, DENSE, NSA_STAGES, SUITES, Case
+from benchmarks.peers import flashinfer
 
 FIELDS = {
     "run", "commit", "date", "gpu", "clock", "command", "case", "pass", "implementation", "batch",
@@ -209,3 +210,17 @@ def test_functions_are_those_of_the_library_and_of_numpy(name: str) -> None:
         assert (plain is None) == (traced is None)
         if plain is not None and traced is not None:
             np.testing.assert_allclose(traced(*given, 0, 1, q, kv), plain(*given, 0, 1, q, kv))
+
+
+def test_pages_in_use() -> None:
+    """Lists of a skewed case without pages, and of one whose pages are in random order."""
+    case = Case("decode_skewed", 3, 1, 64, 4, 2, 8, 8, kv_lengths=(16, 1, 33))
+    starts, pages, last = flashinfer.pages_in_use(case, 16)
+    assert starts.tolist() == [0, 1, 2, 5]
+    assert pages.tolist() == [0, 4, 8, 9, 10]
+    assert last.tolist() == [16, 1, 1]
+    case = Case("paged8", 2, 1, 64, 4, 2, 8, 8, page_size=8)
+    starts, pages, last = flashinfer.pages_in_use(case, 8)
+    assert starts.tolist() == [0, 8, 16]
+    assert pages.tolist() == case.page_table().ravel().tolist()
+    assert last.tolist() == [8, 8]
