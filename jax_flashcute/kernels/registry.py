@@ -697,10 +697,13 @@ def _forward_builder(key: KernelKey):
     from jax_flashcute.kernels.sm90.forward import ForwardSm90
     from jax_flashcute.kernels.sm100.forward import ForwardSm100
 
+    # Not where a sequence's parts must not follow from the others.
+    lengths_vary = "key_value_seq_lengths" in key.optional and not key.batch_invariant
+    splits = {"split_kv": key.split_kv, "lengths_vary": key.split_kv and lengths_vary}
     forward = {
         "sm90_forward": partial(
             ForwardSm90,
-            split_kv=key.split_kv,
+            **splits,
             functions=key.elements,
             page_size=key.page_size,
             row_bounds=key.row_bounds,
@@ -708,7 +711,7 @@ def _forward_builder(key: KernelKey):
         ),
         "sm100_forward": partial(
             ForwardSm100,
-            split_kv=key.split_kv,
+            **splits,
             functions=key.elements,
             page_size=key.page_size,
         ),

@@ -2,7 +2,8 @@
 
 A batch entry's own key tiles are divided evenly, whatever the others hold, so that one long
 sequence among short ones occupies as many blocks as its length deserves.  How many parts there can
-be at most follows from shapes (``config.most_splits``); how many there are, from the lengths, here.
+be at most follows from shapes (``config.most_splits``); how many there are, from the lengths, here:
+parts are as long as all entries' keys allow, so that there are no more of them than it takes.
 """
 
 from collections.abc import Callable
@@ -12,13 +13,54 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from jax_flashcute.kernels.common.traced import Traced
-from jax_flashcute.kernels.config import MIN_SPLIT_TILES
+from jax_flashcute.kernels.config import MIN_SPLIT_TILES, VARYING_SPLIT_TILES
 
 
-def splits_of(n_min: Int32, n_max: Int32, most: Int32) -> Int32:
-    """Parts into which key tiles n_min..n_max are divided: at least one, at most ``most``."""
-    fitting = (n_max - n_min + (MIN_SPLIT_TILES - 1)) // MIN_SPLIT_TILES
-    return cutlass.max(cutlass.min(fitting, most), Int32(1))
+def splits_of_entry(
+    tiles_of: Callable[[Int32], tuple], partials: tuple, heads_packed: int, num_sms: int | None
+) -> Callable[[Int32], Int32]:
+    """A function of a batch entry: the parts into which the keys of its row of tiles are divided.
+
+    To be made and called by a whole warp.
+
+    Args:
+      tiles_of: of a batch entry, its first and one past its last key tile.
+      partials: shape of the scratch for O, (splits, B, T, N, Hv): there are at most so many parts.
+      heads_packed: query heads that share a tile.
+      num_sms: multiprocessors that share the work; None where a sequence's parts must not follow
+        from the others, or where all are alike.
+    """
+    most, batch, _, heads, _ = partials
+    part_tiles = Int32(MIN_SPLIT_TILES)
+    if num_sms is not None:
+        part_tiles = shared_part_tiles(tiles_of, batch, heads // heads_packed, num_sms)
+
+    def splits(entry: Int32) -> Int32:
+        n_min, n_max = tiles_of(entry)
+        fitting = (n_max - n_min + (part_tiles - 1)) // part_tiles
+        return cutlass.max(cutlass.min(fitting, Int32(most)), Int32(1))
+
+    return splits
+
+
+@cute.jit
+def shared_part_tiles(
+    tiles_of: cutlass.Constexpr, batch: Int32, heads: Int32, num_sms: cutlass.Constexpr[int]
+) -> Int32:
+    """Key tiles of a part such that each multiprocessor has about two; for a whole warp.
+
+    Within ``MIN_SPLIT_TILES`` and ``VARYING_SPLIT_TILES``: shorter ones are not worth their start,
+    longer ones keep the others waiting at the end.
+    """
+    total = Int32(0)
+    for i in cutlass.range((batch + 31) // 32, unroll=1):
+        entry = i * 32 + cute.arch.lane_idx()
+        n_min, n_max = tiles_of(cutlass.min(entry, batch - 1))
+        total += cutlass.max(n_max - n_min, Int32(0)) if entry < batch else Int32(0)
+    for step in cutlass.range_constexpr(5):
+        total += cute.arch.shuffle_sync_bfly(total, offset=1 << step)
+    wanted = (total * heads + (2 * num_sms - 1)) // (2 * num_sms)
+    return cutlass.max(cutlass.min(wanted, Int32(VARYING_SPLIT_TILES)), Int32(MIN_SPLIT_TILES))
 
 
 def split_range(n_min: Int32, n_max: Int32, split: Int32, splits: Int32):

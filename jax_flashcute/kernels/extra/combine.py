@@ -27,7 +27,8 @@ class Combine:
     """Compiles to one kernel; a warp serves one row of one query head."""
 
     def __init__(self, dtype, head_dim_v: int, splits_of_entry: Callable[..., Int32]):
-        """``splits_of_entry``: of (lengths, splits there can be, batch), as the forward has it."""
+        """``splits_of_entry``: a function of (lengths, shape of ``mOPartial``), for a whole warp,
+        that gives a batch entry's number of parts, as the forward has it."""
         self.dtype = dtype
         self.head_dim_v = head_dim_v
         self.splits_of_entry = splits_of_entry
@@ -75,7 +76,7 @@ class Combine:
         cute.arch.griddepcontrol_wait()
         if batch < batches:
             lengths = partial(entry_lengths, mQOffset, mQLengths, mKVLengths, q_length, kv_length)
-            splits = self.splits_of_entry(lengths, mOPartial.shape[0], batch)
+            splits = self.splits_of_entry(lengths, mOPartial.shape)(batch)
             # A row of one part was written by the forward kernel itself.
             if splits > 1:
                 sink = None

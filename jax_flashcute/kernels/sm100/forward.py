@@ -48,7 +48,7 @@ from jax_flashcute.kernels.common.intervals import IntervalMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.paging import tiles_in_pages
 from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
-from jax_flashcute.kernels.common.splits import SplitOrder, splits_of
+from jax_flashcute.kernels.common.splits import SplitOrder, splits_of_entry
 from jax_flashcute.kernels.common.tiles import by_head, slab_tma_layout, smem_layout
 from jax_flashcute.kernels.config import FwdConfigSm100, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
@@ -78,11 +78,13 @@ class ForwardSm100:
         mask: IntervalMask,
         num_sms: int,
         split_kv: bool = False,
+        lengths_vary: bool = False,
         functions: ElementFunctions | None = None,
         page_size: int | None = None,
     ):
         """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most;
         ``split_kv``: tiles are parts of a row's keys, and queries fill one row of tiles;
+        ``lengths_vary``: how long these are follows from the lengths of all entries;
         ``functions``: what is done to single scores; ``page_size``: of keys and values in pages,
         with a page table and lengths of keys."""
         self.config = config
@@ -95,6 +97,7 @@ class ForwardSm100:
         self.mask = mask
         self.num_sms = num_sms
         self.split_kv = split_kv
+        self.lengths_vary = lengths_vary
         self.work_fields = WORK_FIELDS + 2 * split_kv
         self.functions = functions
         self.by_element = functions is not None and functions.by_element
@@ -336,7 +339,7 @@ class ForwardSm100:
         order = TileOrder(m_blocks, kv_heads, batch, self.heads_per_kv, section)
         lengths = partial(entry_lengths, mQOffset, mQLengths, mKVLengths, q_length, kv_length)
         if const_expr(self.split_kv):
-            splits = partial(self.splits_of_entry, lengths, mOPartial.shape[0])
+            splits = self.splits_of_entry(lengths, mOPartial.shape)
             order = SplitOrder(kv_heads, batch, self.heads_per_kv, splits)
 
         if warp_index >= load_warp:
@@ -396,8 +399,11 @@ class ForwardSm100:
         n_max = n_max if first < queries else Int32(0)
         return n_min, n_max, full_min, full_max
 
-    @cute.jit
-    def splits_of_entry(self, lengths: cutlass.Constexpr, most: Int32, batch: Int32) -> Int32:
-        """Parts into which the keys of a batch entry's only row of tiles are divided."""
-        n_min, n_max, _, _ = self.key_tiles(Int32(0), *lengths(batch))
-        return splits_of(n_min, n_max, most)
+    def splits_of_entry(self, lengths, partials: tuple):
+        """``splits.splits_of_entry`` for entries of these lengths."""
+        return splits_of_entry(
+            lambda entry: self.key_tiles(Int32(0), *lengths(entry))[:2],
+            partials,
+            self.heads_packed,
+            self.num_sms if self.lengths_vary else None,
+        )

@@ -55,7 +55,11 @@ from jax_flashcute.kernels.common.paging import COPYING_WARPS, fill_stage, tiles
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
-from jax_flashcute.kernels.common.splits import SplitOrder, split_range, splits_of
+from jax_flashcute.kernels.common.splits import (
+    SplitOrder,
+    split_range,
+    splits_of_entry,
+)
 from jax_flashcute.kernels.common.tiles import (
     by_head,
     clear_rows,
@@ -107,6 +111,7 @@ class ForwardSm90:
         mask: IntervalMask | UnionMask,
         num_sms: int,
         split_kv: bool = False,
+        lengths_vary: bool = False,
         functions: ElementFunctions | None = None,
         page_size: int | None = None,
         row_bounds: RowBounds | None = None,
@@ -114,6 +119,7 @@ class ForwardSm90:
     ):
         """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most;
         ``split_kv``: tiles are parts of a row's keys, and queries fill one row of tiles;
+        ``lengths_vary``: how long these are follows from the lengths of all entries;
         ``page_size``: of keys and values in pages, with a page table and lengths of keys;
         ``row_bounds``: each row's keys stand in arrays, ``mask`` among what they hold;
         ``has_lists``: a tile visits the key tiles that lists name."""
@@ -127,6 +133,7 @@ class ForwardSm90:
         self.mask = mask
         self.num_sms = num_sms
         self.split_kv = split_kv
+        self.lengths_vary = lengths_vary
         self.row_bounds = row_bounds
         self.compares_ids = row_bounds is not None and row_bounds.compares_ids
         self.has_lists = has_lists
@@ -356,7 +363,7 @@ class ForwardSm90:
         work = storage.work.get_tensor(cute.make_layout((self.work_fields, TILE_STAGES)))
         lengths = partial(entry_lengths, mQOffset, mQLengths, mKVLengths, q_length, kv_length)
         if const_expr(self.split_kv):
-            splits = partial(self.splits_of_entry, lengths, mOPartial.shape[0])
+            splits = self.splits_of_entry(lengths, mOPartial.shape)
             order = SplitOrder(kv_heads, batch, self.heads_per_kv, splits)
 
         if warp_index < 4:
@@ -439,11 +446,14 @@ class ForwardSm90:
             for field in (begin, select(first < queries, end, begin), *full)
         )
 
-    @cute.jit
-    def splits_of_entry(self, lengths: cutlass.Constexpr, most: Int32, batch: Int32) -> Int32:
-        """Parts into which the keys of a batch entry's only row of tiles are divided."""
-        n_min, n_max, _, _ = self.key_tiles(Int32(0), *lengths(batch))
-        return splits_of(n_min, n_max, most)
+    def splits_of_entry(self, lengths, partials: tuple):
+        """``splits.splits_of_entry`` for entries of these lengths."""
+        return splits_of_entry(
+            lambda entry: self.key_tiles(Int32(0), *lengths(entry))[:2],
+            partials,
+            self.heads_packed,
+            self.num_sms if self.lengths_vary else None,
+        )
 
     @cute.jit
     def produce(
