@@ -79,13 +79,16 @@ def check_elements(case: Case, score_mod: str | None = None, mask_mod: str | Non
         "score_mod": None if score_mod is None else SCORES[score_mod](case),
         "mask_mod": None if mask_mod is None else MASKS[mask_mod](case),
     }
-    call = functools.partial(
-        flash_attention, return_residual=True, **(case.static | functions | arrays)
-    )
-    assert (explain(**(case.static | functions | arrays)).splits or 1) > 1
-    got = jax.jit(functools.partial(call, implementation="cute"))()
+    features = case.static | functions
+    assert (explain(**features, **arrays).splits or 1) > 1
+
+    def attend(implementation, arrays):
+        call = functools.partial(flash_attention, implementation=implementation, **features)
+        return jax.jit(lambda arrays: call(return_residual=True, **arrays))(arrays)
+
+    got = attend("cute", arrays)
     wide = {n: arrays[n].astype(jnp.float32) for n in ("query", "key", "value")}
-    want = jax.jit(functools.partial(call, implementation="reference", **wide))()
+    want = attend("reference", arrays | wide)
     close("out", got[0], want[0])
     np.testing.assert_allclose(got[1], want[1], atol=1e-3, rtol=1e-4)
 
