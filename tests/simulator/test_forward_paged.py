@@ -145,6 +145,8 @@ SPLIT_CASES = {
     "16_decode": Call(16, (1101, 0, 15), 128, 128, group=8, num_sms=16),
 }
 SLOW_SPLIT_CASES = {
+    # Parts of seven tiles, as long as the sequences' keys together allow: four, three and one.
+    "16_long_parts": Call(16, (2901, 2500, 700), group=8, num_sms=4),
     "1_window": Call(1, (2001, 900), 72, 40, seqlen_q=2, group=7, spec=WIDE, num_sms=16),
     "4_256": Call(4, (801, 300), 256, 256, group=3, num_sms=16),
     "64_shared": Call(64, (1500, 1500, 90), 128, 128, seqlen_q=3, pages="shared", num_sms=32),
