@@ -278,6 +278,61 @@ def few_rows_config_sm100(head_dim: int, head_dim_v: int) -> FwdConfigSm100:
 
 
 @dataclass(frozen=True)
+class DqConfig:
+    """How the backward's pass for dQ is tiled, on Hopper.
+
+    A block owns 64 query rows a warpgroup and goes over the key tiles that they see.
+
+    Attributes:
+      warpgroups: consumer warpgroups.
+      tile_n: keys per tile.
+      k_stages, v_stages: depth of the pipelines of K and of V.
+      consumer_registers, producer_registers: registers a thread, after reallocation.
+    """
+
+    warpgroups: int = 2
+    tile_n: int = 64
+    k_stages: int = 2
+    v_stages: int = 1
+    consumer_registers: int = 240
+    producer_registers: int = 24
+
+    @property
+    def tile_m(self) -> int:
+        return 64 * self.warpgroups
+
+    def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
+        """Shared memory in bytes, without barriers, for 16-bit operands."""
+        h, hv = round_up(head_dim, 16), round_up(head_dim_v, 16)
+        keys = self.tile_n * (self.k_stages * h + self.v_stages * hv)
+        return 2 * (self.tile_m * (h + hv) + keys)
+
+    def reasons_invalid(self, head_dim: int, head_dim_v: int) -> list[str]:
+        """Every reason why this configuration cannot be compiled for these head_dims."""
+        reasons = []
+        if self.warpgroups not in (1, 2):
+            reasons.append(f"warpgroups of dQ must be 1 or 2, got {self.warpgroups}")
+        if self.tile_n % 16 or not 16 <= self.tile_n <= 256:
+            reasons.append(f"tile_n of dQ must be a multiple of 16 up to 256, got {self.tile_n}")
+        if self.k_stages < 2 or self.v_stages < 1:
+            reasons.append(
+                "dQ needs k_stages of at least 2 and v_stages of at least 1, "
+                f"got {self.k_stages} and {self.v_stages}"
+            )
+        smem = self.smem_bytes(head_dim, head_dim_v) + 1024
+        if smem > SMEM_BYTES:
+            reasons.append(f"shared memory for dQ: {smem} bytes needed, {SMEM_BYTES} available")
+        # dQ, S and dP in float32 and dS in 16 bits.
+        accumulators = round_up(head_dim, 16) // 2 + self.tile_n + self.tile_n // 4
+        if accumulators + 24 > self.consumer_registers:
+            reasons.append(
+                f"registers a thread for dQ: {accumulators} for accumulators alone, "
+                f"{self.consumer_registers} available"
+            )
+        return reasons
+
+
+@dataclass(frozen=True)
 class BwdConfig:
     """How the backward kernel is tiled.
 
@@ -289,9 +344,11 @@ class BwdConfig:
       q_stages, do_stages: depth of the pipelines of Q and of dO.
       ds_stages: buffers of dS in shared memory; with one, the warpgroups meet once more a tile.
       dq_split: how the warpgroups share dQ = dS K of a tile: "columns" of K, equal parts; "none",
-        the first one alone; or "chunks" of 64 columns, in turns.
+        the first one alone; "chunks" of 64 columns, in turns; or "apart", by ``dq_pass``.
       by_role: two warpgroups share 64 keys, for head_dims whose dK and dV do not fit in the
         registers of one: the first holds P and dV, the second dP, dS and dK.
+      dq_pass: a kernel of its own for dQ, which computes the scores once more: seven products in
+        place of five, and nothing is added up in global memory.
       deterministic: blocks add to dQ in a fixed order, each waiting for those before it.
       consumer_registers, producer_registers: registers a thread, after reallocation.
     """
@@ -303,6 +360,7 @@ class BwdConfig:
     ds_stages: int = 2
     dq_split: str = "none"
     by_role: bool = False
+    dq_pass: DqConfig | None = None
     deterministic: bool = False
     consumer_registers: int = 240
     producer_registers: int = 24
@@ -324,6 +382,8 @@ class BwdConfig:
         """Parts of a tile's dQ, each computed by one warpgroup."""
         if self.dq_split == "chunks":
             return -(-head_dim // 64)
+        if self.dq_split == "apart":
+            return 0
         return 1 if self.dq_split == "none" else self.warpgroups
 
     def dq_warps(self, head_dim: int) -> int:
@@ -361,16 +421,21 @@ class BwdConfig:
             reasons.append(f"warpgroups must be 1, 2 or 3, got {self.warpgroups}")
         if self.tile_m != 64:
             reasons.append(f"tile_m must be 64, got {self.tile_m}")
-        splits = ("columns", "none", "chunks")
+        splits = ("columns", "none", "chunks", "apart")
         if self.dq_split not in splits:
             reasons.append(f"dq_split must be one of {splits}, got {self.dq_split!r}")
-        if self.by_role != (self.dq_split == "chunks"):
+        if self.by_role != (self.dq_split in ("chunks", "apart")):
             reasons.append(f"by_role={self.by_role} does not go with dq_split={self.dq_split!r}")
-        if self.by_role and (self.warpgroups, self.ds_stages) != (2, 1):
+        ds_stages = 0 if self.dq_split == "apart" else 1
+        if self.by_role and (self.warpgroups, self.ds_stages) != (2, ds_stages):
             reasons.append(
-                f"by_role needs warpgroups=2 and ds_stages=1, "
+                f"by_role needs warpgroups=2 and ds_stages={ds_stages}, "
                 f"got {self.warpgroups} and {self.ds_stages}"
             )
+        if (self.dq_split == "apart") != (self.dq_pass is not None):
+            reasons.append(f"dq_split={self.dq_split!r} does not go with dq_pass={self.dq_pass}")
+        if self.dq_pass is not None:
+            reasons += self.dq_pass.reasons_invalid(head_dim, head_dim_v)
         if self.dq_split == "columns" and h % (64 * self.warpgroups):
             reasons.append(f"dq_split=columns needs head_dim to divide into 64s, got {head_dim}")
         if max(h, hv) > 256:
@@ -381,7 +446,7 @@ class BwdConfig:
         registers = 128 * (self.warpgroups * self.consumer_registers + self.producer_registers)
         if registers > 65536:
             reasons.append(f"registers: {registers} needed, 65536 available")
-        dq = self.dq_part_shape(head_dim)[1] // 2
+        dq = 0 if self.dq_pass else self.dq_part_shape(head_dim)[1] // 2
         if self.by_role:
             # dK or dV, the next S, dQ and the 16-bit P or dS live in registers together.
             accumulators = max(h, hv) // 2 + self.tile_m // 2 + self.tile_m // 4 + dq
@@ -396,13 +461,21 @@ class BwdConfig:
         return reasons
 
 
-def backward_config(head_dim: int, head_dim_v: int, deterministic: bool = False) -> BwdConfig:
+def backward_config(
+    head_dim: int, head_dim_v: int, deterministic: bool = False, *, may_part: bool = False
+) -> BwdConfig:
     """The backward configuration for a pair of head_dims on Hopper.
+
+    ``may_part``: a pass of its own for dQ can serve the call; its gradients do not depend on the
+    order of blocks.
 
     Chosen on an NVIDIA H200 over lengths 4,096 and 16,384, full and causal.  Up to 64, three
     warpgroups and tiles of 64 rows took as long as two and 128 rows, or up to 2% less; two and 64
-    rows took 15% more.
+    rows took 15% more.  With a pass for dQ the backward took 0.67 to 0.74 of its time without at
+    256, and 0.82 to 0.88 at 192.
     """
+    if may_part and max(head_dim, head_dim_v) > 128:
+        return BwdConfig(2, 64, ds_stages=0, dq_split="apart", by_role=True, dq_pass=DqConfig())
     if max(head_dim, head_dim_v) > 128:
         config = BwdConfig(2, 64, ds_stages=1, dq_split="chunks", by_role=True)
         if config.reasons_invalid(head_dim, head_dim_v):
@@ -538,6 +611,11 @@ def dividing_backward(
     return None
 
 
+def has_dq_sums(config: BwdConfig | BwdConfigSm100) -> bool:
+    """Whether blocks add to dQ in global memory, in float32."""
+    return isinstance(config, BwdConfigSm100) or config.dq_pass is None
+
+
 def workspace_shapes(
     config: BwdConfig | BwdConfigSm100,
     batch: int,
@@ -550,18 +628,17 @@ def workspace_shapes(
 ) -> list[tuple[tuple[int, ...], str]]:
     """Shapes and dtypes of the backward launcher's scratch outputs, in its argument order.
 
-    dQ in float32, tile by tile in the order of the registers that held it; the log-sum-exp in
-    base 2 and the row sums of dO * O, both padded to whole query tiles; where the configuration is
-    deterministic, how many blocks have added to each tile's dQ.  None needs initialising.
+    Where it is summed in global memory, dQ in float32, tile by tile in the order of the registers
+    that held it; the log-sum-exp in base 2 and the row sums of dO * O, both padded to whole query
+    tiles; where the configuration is deterministic, how many blocks have added to each tile's dQ.
+    None needs initialising.
     """
     m_blocks = -(-q_length // config.tile_m)
     h = config.padded_head_dim(head_dim)
     rows = (batch, heads, m_blocks * config.tile_m)
-    shapes: list[tuple[tuple[int, ...], str]] = [
-        ((batch, heads, m_blocks * config.tile_m * h), "float32"),
-        (rows, "float32"),
-        (rows, "float32"),
-    ]
+    shapes: list[tuple[tuple[int, ...], str]] = [(rows, "float32")] * 2
+    if has_dq_sums(config):
+        shapes.insert(0, ((batch, heads, m_blocks * config.tile_m * h), "float32"))
     if config.deterministic:
         shapes.append(((batch, heads, m_blocks * config.dq_warps(head_dim)), "int32"))
     return shapes

@@ -40,6 +40,7 @@ from jax_flashcute.kernels.config import (
     few_rows_config_sm100,
     forward_config,
     forward_config_sm100,
+    has_dq_sums,
     loads_pages_by_tma,
     most_splits,
     paged_config,
@@ -357,10 +358,18 @@ def _backward_config(
     blocks = operands.block_mask
     if arch in BLACKWELL:
         return backward_config_sm100(*dims, spec.deterministic)
-    config = backward_config(*dims, spec.deterministic)
+    config = backward_config(*dims, spec.deterministic, may_part=_may_part(spec, operands, arch))
     if blocks is None:
         return config
     return dividing_backward(config, blocks.tile_m, blocks.tile_n, *dims)
+
+
+def _may_part(spec: AttentionSpec, operands: Operands, arch: str | None) -> bool:
+    """Whether a pass of its own for dQ can serve a call: it knows intervals by position alone."""
+    if operands.segment_ids is not None or operands.block_mask is not None:
+        return False
+    functions = element_functions(_scores(spec, operands, "bwd", arch), operands)
+    return without_sinks(functions) is None and rows_of(spec, operands, "bwd", arch) is None
 
 
 def _existing[T](config: T | None) -> T:
@@ -621,7 +630,8 @@ def _backward_arrays(key: KernelKey):
     turns = [(cutlass.Int32, (1, 1, 1))] if key.config.deterministic else []
     others = [*_optional_arrays(key), *_element_arrays(key), *_bound_arrays(key)]
     others += _list_arrays(key)
-    return [qk, qk, v, v, rows, v, rows, *others, qk, qk, v, rows, rows, rows, *turns]
+    sums = rows if has_dq_sums(key.config) else None
+    return [qk, qk, v, v, rows, v, rows, *others, qk, qk, v, sums, rows, rows, *turns]
 
 
 def _optional_arrays(key: KernelKey):

@@ -11,6 +11,7 @@ from jax_flashcute.kernels.config import (
     BwdConfigSm100,
     backward_config,
     backward_config_sm100,
+    has_dq_sums,
     workspace_shapes,
 )
 from jax_flashcute.spec import Operands
@@ -60,6 +61,7 @@ class Launcher:
             )
         ]
 
+        sums = rows if has_dq_sums(self.config) else None
         turns = [ArrayType(cutlass.Int32, (1, 1, 1))] if self.config.deterministic else []
 
         def build():
@@ -75,7 +77,7 @@ class Launcher:
 
         return compile_to_simulate(
             build,
-            [qk, qk, v, v, rows, v, *optional, qk, qk, v, rows, rows, rows, *turns],
+            [qk, qk, v, v, rows, v, *optional, qk, qk, v, sums, rows, rows, *turns],
             self.arch,
             repr(self),
         )
@@ -93,7 +95,8 @@ def launcher(
     optional = (("dlse",) if case.lengths else ()) + (("q_offset",) if case.offset else ())
     if case.lengths:
         optional += ("query_seq_lengths", "key_value_seq_lengths")
-    choose = backward_config if arch == "sm_90a" else backward_config_sm100
+    choose = functools.partial(backward_config, may_part=True)
+    choose = choose if arch == "sm_90a" else backward_config_sm100
     return Launcher(
         case.head_dim,
         case.head_dim_v,

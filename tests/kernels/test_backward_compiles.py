@@ -40,17 +40,22 @@ ALL = {
         ("window", 1, {"window": (300, 20)}),
     )
 }
+SUMMED, IN_TURNS, APART = {}, {"deterministic": True}, {"may_part": True}
 PARAMETERS = [
-    *(pytest.param(case, "bfloat16", False, id=name) for name, case in ALWAYS.items()),
-    pytest.param(ALWAYS["128_everything"], "bfloat16", True, id="128_deterministic"),
+    *(pytest.param(case, "bfloat16", SUMMED, id=name) for name, case in ALWAYS.items()),
+    pytest.param(ALWAYS["128_everything"], "bfloat16", IN_TURNS, id="128_deterministic"),
+    pytest.param(ALWAYS["256_everything"], "bfloat16", APART, id="256_apart"),
     *(
-        pytest.param(case, dtype, deterministic, id=f"{name}_{label}", marks=pytest.mark.slow)
+        pytest.param(case, dtype, how, id=f"{name}_{label}", marks=pytest.mark.slow)
         for name, case in ALL.items()
-        for dtype, deterministic, label in (
-            ("bfloat16", False, "bfloat16"),
-            ("float16", False, "float16"),
-            ("bfloat16", True, "deterministic"),
+        for dtype, how, label in (
+            ("bfloat16", SUMMED, "bfloat16"),
+            ("float16", SUMMED, "float16"),
+            ("bfloat16", IN_TURNS, "deterministic"),
+            ("bfloat16", APART, "apart"),
+            ("float16", APART, "apart_float16"),
         )
+        if how is not APART or max(case.head_dim, case.head_dim_v) > 128
     ),
 ]
 
@@ -63,24 +68,26 @@ def tools() -> None:
         pytest.skip(str(error))
 
 
-def main_report(kernel: Launcher) -> ResourceReport:
-    """Of the kernel that does the products."""
+def main_reports(kernel: Launcher) -> list[ResourceReport]:
+    """Of the kernels that do the products; the one of dK and dV comes last."""
     cubin = kernel.compiled().cubin
     assert cubin is not None
-    (found,) = (r for r in report(cubin) if r.count("HGMMA"))
-    return found
+    found = [r for r in report(cubin) if r.count("HGMMA")]
+    return sorted(found, key=lambda each: "QueryGradient" not in each.kernel)
 
 
-@pytest.mark.parametrize(("case", "dtype", "deterministic"), PARAMETERS)
-def test_code(case: Case, dtype: str, deterministic: bool) -> None:
-    config = backward_config(case.head_dim, case.head_dim_v, deterministic)
+@pytest.mark.parametrize(("case", "dtype", "how"), PARAMETERS)
+def test_code(case: Case, dtype: str, how: dict) -> None:
+    config = backward_config(case.head_dim, case.head_dim_v, **how)
     kernel = launcher(case, dtype, config=config)
     compiled = kernel.compiled()
-    found = main_report(kernel)
-    assert found.reallocated_registers == (config.producer_registers, config.consumer_registers)
-    assert found.highest_register < config.consumer_registers
-    # At launch every warpgroup has the same number.
-    assert 128 * (config.warpgroups + 1) * found.registers <= 65536
+    *others, found = main_reports(kernel)
+    tilings = [config, *([config.dq_pass] if config.dq_pass else [])]
+    for each, tiling in zip((found, *others), tilings, strict=True):
+        assert each.reallocated_registers == (tiling.producer_registers, tiling.consumer_registers)
+        assert each.highest_register < tiling.consumer_registers
+        # At launch every warpgroup has the same number.
+        assert 128 * (tiling.warpgroups + 1) * each.registers <= 65536
     assert compiled.cubin is not None
     for each in report(compiled.cubin):
         assert (each.spill_loads, each.spill_stores) == (0, 0), each.kernel
@@ -88,21 +95,22 @@ def test_code(case: Case, dtype: str, deterministic: bool) -> None:
     # One instruction for each product that was written and one wait for each wait: where ptxas
     # cannot follow the accumulators, it serialises products by waiting for each.
     assert compiled.ptx is not None
-    assert found.count("HGMMA") == compiled.ptx.count("wgmma.mma_async")
-    assert found.count("WARPGROUP.DEPBAR") == compiled.ptx.count("wgmma.wait_group")
-    # Q, dO, K and V come by TMA, dK and dV leave by it; dQ leaves by bulk reductions.
-    assert found.count("UTMALDG") >= 4
+    for sass, ptx in (("HGMMA", "wgmma.mma_async"), ("WARPGROUP.DEPBAR", "wgmma.wait_group")):
+        assert sum(each.count(sass) for each in (found, *others)) == compiled.ptx.count(ptx)
+    # Q, dO, K and V come by TMA, dK and dV leave by it; dQ leaves by bulk reductions, or from
+    # registers.
+    assert all(each.count("UTMALDG") >= 4 for each in (found, *others))
     assert found.count("UTMASTG") >= 2
-    assert found.count("UBLKRED") >= 1
+    assert (found.count("UBLKRED") >= 1) == (config.dq_pass is None)
     # No gradient is added element by element; turns are counted by the dQ warps.
-    turns = config.dq_warps(case.head_dim) if deterministic else 0
+    turns = config.dq_warps(case.head_dim) if config.deterministic else 0
     assert found.count("RED") + found.count("REDG") + found.count("ATOMG") == turns
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="recording a launch needs a C compiler")
-@pytest.mark.parametrize(("case", "dtype", "deterministic"), PARAMETERS)
-def test_launches(case: Case, dtype: str, deterministic: bool) -> None:
-    config = backward_config(case.head_dim, case.head_dim_v, deterministic)
+@pytest.mark.parametrize(("case", "dtype", "how"), PARAMETERS)
+def test_launches(case: Case, dtype: str, how: dict) -> None:
+    config = backward_config(case.head_dim, case.head_dim_v, **how)
     kernel = launcher(case, dtype, config=config)
     heads = KV_HEADS * case.group
     q, o = ((BATCH, LENGTH, heads, h) for h in (case.head_dim, case.head_dim_v))
@@ -116,10 +124,14 @@ def test_launches(case: Case, dtype: str, deterministic: bool) -> None:
     buffers = [(256 * (i + 1) << 32, dim) for i, dim in enumerate(dims)]
     before, main, after = record_launches(kernel.compiled(), buffers, num_sms=132)
     m_blocks, n_blocks = -(-LENGTH // config.tile_m), -(-LENGTH // config.tile_n)
-    assert before.grid == after.grid == (m_blocks * heads * BATCH, 1, 1)
+    assert before.grid == (m_blocks * heads * BATCH, 1, 1)
+    after_blocks = m_blocks if config.dq_pass is None else -(-LENGTH // config.dq_pass.tile_m)
+    assert after.grid == (after_blocks * heads * BATCH, 1, 1)
     assert main.grid == (n_blocks * KV_HEADS * BATCH, 1, 1)
     assert main.block == (128 * (config.warpgroups + 1), 1, 1)
-    smem = config.smem_bytes(case.head_dim, case.head_dim_v)
-    # Barriers and alignment come on top.
-    assert smem < main.shared_bytes <= smem + 1024
-    assert main.shared_bytes <= SMEM_BYTES
+    for launch, tiling in ((main, config), (after, config.dq_pass)):
+        if tiling is not None:
+            smem = tiling.smem_bytes(case.head_dim, case.head_dim_v)
+            # Barriers and alignment come on top.
+            assert smem < launch.shared_bytes <= smem + 1024
+            assert launch.shared_bytes <= SMEM_BYTES

@@ -134,6 +134,8 @@ SLOW_CASES = {
     "256_prefix_window": sized(
         256, mask_mod=masks.prefix_lm(70), window=(90, None), lengths=True, batch=2
     ),
+    "256_window_lengths": sized(256, window=(90, 20), group=3, **EVERYTHING | {"causal": False}),
+    "256_first_keys": sized(256, mask_mod=FIRST_KEYS, seqlen_k=500, offset=True, lengths=True),
     "256_everything": sized(256, **EVERYTHING),
     "128_long": sized(128, seqlen_q=400, seqlen_k=500, kv_heads=2, causal=True),
     "128_more_queries": sized(128, seqlen_q=300, seqlen_k=70, causal=True, offset=True),
@@ -142,6 +144,10 @@ SLOW_CASES = {
 
 def slowly(cases: dict[str, Case]) -> list:
     return [pytest.param(case, id=name, marks=pytest.mark.slow) for name, case in cases.items()]
+
+
+def slowly_named(*names: str) -> list:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.mark.parametrize(
@@ -177,8 +183,16 @@ def test_deterministic(case: Case) -> None:
     check(case, config=backward_config(case.head_dim, case.head_dim_v, deterministic=True))
 
 
+@pytest.mark.parametrize("name", ["256", *slowly_named("192_128_everything", "256_64_window")])
+def test_dq_summed_in_global_memory(name: str) -> None:
+    """Above 128 the other kernel, of calls that the pass for dQ does not serve."""
+    case = (CASES | SLOW_CASES)[name]
+    check(case, config=backward_config(case.head_dim, case.head_dim_v))
+
+
 def test_configurations_are_valid() -> None:
     for head_dim in range(8, 257, 8):
         for head_dim_v in range(8, 257, 8):
-            config = backward_config(head_dim, head_dim_v)
-            assert config.reasons_invalid(head_dim, head_dim_v) == []
+            for may_part in (False, True):
+                config = backward_config(head_dim, head_dim_v, may_part=may_part)
+                assert config.reasons_invalid(head_dim, head_dim_v) == []

@@ -524,15 +524,22 @@ def _fence(asm, st):
 
 @instruction("griddepcontrol")
 def _griddepcontrol(asm, st):
-    """Launches run one after another; a use of what an earlier one used needs the wait."""
-    if st.parts[1] != "wait":
-        return lambda v, m: None
+    """Launches run one after another; a use of what an earlier one used needs the wait.
+
+    Where a launch lets its dependents start after its own wait alone, the next one starts when the
+    launches before it have completed.
+    """
+
+    def launch_dependents(block, g, m):
+        if block.ordering:
+            waited = block.ordering.clock[g.warps, block.ordering.prerequisites].all()
+            block.machine.triggers.add(bool(waited))
 
     def wait(block, g, m):
         if block.ordering:
             block.ordering.clock[g.warps, block.ordering.prerequisites] = 1
 
-    return effect(wait)
+    return effect(wait if st.parts[1] == "wait" else launch_dependents)
 
 
 @instruction("nanosleep")

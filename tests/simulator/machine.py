@@ -237,6 +237,7 @@ class Machine:
       ordering: the happens-before checker, or None.
       log: the findings.
       launch_index, overlaps_from: its number, and that of the first launch that may overlap it.
+      triggers: of each launch_dependents that ran, whether griddepcontrol.wait was behind it.
       coverage: where set, collects the PTX lines of memory and synchronisation that ran.
     """
 
@@ -263,6 +264,7 @@ class Machine:
         self.executed = 0
         self.coverage: set[int] | None = None
         self.launch_index = self.overlaps_from = 0
+        self.triggers: set[bool] = set()
 
     # ---- one cluster
 

@@ -122,11 +122,13 @@ def _simulate(
     for index, launch in enumerate(record_launches(kernel, buffers, num_sms=num_sms)):
         if not launch.programmatic:
             overlaps_from = index  # it starts when all before it have completed
-        run_launch(
+        triggers = run_launch(
             launch, _program(kernel.ptx, launch.kernel), memory, schedule, log,
             check=check, poison=poison, num_sms=num_sms, trace=trace, coverage=coverage,
             order=(index, overlaps_from),
         )  # fmt: skip
+        if triggers == {True}:
+            overlaps_from = index  # the next one starts when all before this one have completed
     findings = [f for f in log.findings if f.kind not in ignore]
     if own_log and findings:
         raise SimulationError(findings)
@@ -153,9 +155,13 @@ def run_launch(
 
     Clusters run one after another; one that waits for another one's writes stands aside until the
     others have run.
+
+    Returns:
+      For the launch_dependents that ran, whether griddepcontrol.wait was behind them.
     """
+    triggers: set[bool] = set()
     if 0 in launch.grid:
-        return
+        return triggers
     threads = program.kernel.num_threads
     if threads is not None and threads != int(np.prod(launch.block)):
         raise ValueError(f"{launch.kernel}: launched with {launch.block}, compiled for {threads}")
@@ -167,6 +173,7 @@ def run_launch(
         )  # fmt: skip
         machine.coverage = coverage
         machine.launch_index, machine.overlaps_from = order
+        machine.triggers = triggers
         return machine
 
     machine, waiting = new_machine(), []
@@ -179,6 +186,7 @@ def run_launch(
                 if len(waiting) * machine.cluster_size >= num_sms:
                     _take_turns(waiting, memory, log, until=len(waiting) - 1)
         _take_turns(waiting, memory, log, until=0)
+    return triggers
 
 
 def _clusters(grid, cluster):

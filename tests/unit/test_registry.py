@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jax_flashcute import masks
 from jax_flashcute.analysis import Interval, evaluate
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import (
@@ -27,6 +28,7 @@ from jax_flashcute.kernels.config import (
     round_up,
 )
 from jax_flashcute.spec import AttentionSpec, Operands
+from tests.cases import Case
 
 HEAD_DIMS = range(8, 257, 8)
 SPEC = AttentionSpec(0.125)
@@ -215,6 +217,30 @@ def test_a_key_tells_calls_apart() -> None:
     ]
     assert len(set(keys)) == len(keys)
     assert len({repr(key) for key in keys}) == len(keys)
+
+
+def test_what_has_a_pass_of_its_own_for_dq() -> None:
+    """Above head_dim 128, whatever is known of the keys by position alone."""
+
+    def has_pass(spec: AttentionSpec = SPEC, **changes) -> bool:
+        operands = shapes(**{"H": 256} | changes)
+        key = registry.kernel_key(spec, operands, "bwd", "sm_90a", 132)
+        assert (registry.arrays_of(key)[-3] is None) == (key.config.dq_pass is not None)
+        assert len(registry.scratch_shapes(key, operands)) == (2 if key.config.dq_pass else 3)
+        return key.config.dq_pass is not None
+
+    spec = dataclasses.replace
+    first_keys = Case(window=(50, 0), mask_mod=masks.prefix_lm(4)).spec()
+    assert has_pass()
+    assert has_pass(H=192, Hv=128)
+    assert has_pass(H=64, Hv=136)
+    assert has_pass(spec(SPEC, is_causal=True, deterministic=True))
+    assert has_pass(first_keys)
+    assert has_pass(present=(*registry.OPTIONAL_OPERANDS, "sinks"))
+    assert not has_pass(H=128)
+    assert not has_pass(present=("mask",))
+    assert not has_pass(spec(SPEC, logits_soft_cap=5.0))
+    assert not has_pass(Case(mask_mod=lambda b, h, q, kv: (q + kv) % 2 == 0).spec())
 
 
 def test_the_array_list_has_a_place_for_every_operand() -> None:

@@ -31,7 +31,7 @@ class Preprocess:
         self.turns = turns
 
     def launch(self, stream, m_blocks: Int32, mO, mdO, mLSE, mdLSE, mQLengths, out) -> None:
-        """``out``: (LSE2, dPsum, dQ accumulator, turns or None)."""
+        """``out``: (LSE2, dPsum, dQ accumulator or None, turns or None)."""
         heads, batch = mO.shape[2], mO.shape[0]
         self.kernel(mO, mdO, mLSE, mdLSE, mQLengths, *out, m_blocks).launch(
             grid=[m_blocks * heads * batch, 1, 1], block=[THREADS, 1, 1], stream=stream
@@ -64,7 +64,7 @@ class Preprocess:
         mQLengths: cute.Tensor | None,  # (B,) int32
         mLSE2: cute.Tensor,  # (B, N, m_blocks * tile_m) float32
         mdPsum: cute.Tensor,  # (B, N, m_blocks * tile_m) float32
-        mdQAccum: cute.Tensor,  # (B, N, m_blocks * tile_m * width) float32
+        mdQAccum: cute.Tensor | None,  # (B, N, m_blocks * tile_m * width) float32
         mTurns: cute.Tensor | None,  # (B, N, m_blocks * turns) int32
         m_blocks: Int32,
     ):
@@ -81,16 +81,17 @@ class Preprocess:
         if const_expr(mQLengths is not None):
             queries = cutlass.max(cutlass.min(mQLengths[batch], queries), Int32(0))
 
-        tile = self.tile_m * self.accumulator_width
-        first = (Int64(entry) * m_blocks + m_block) * tile
-        cleared = cute.make_tensor(
-            (mdQAccum.iterator + first).align(16),
-            cute.make_layout((4, THREADS, tile // (4 * THREADS)), stride=(1, 4, 4 * THREADS)),
-        )
-        zeros = cute.make_rmem_tensor(4, Float32)
-        zeros.fill(0.0)
-        for i in cutlass.range_constexpr(tile // (4 * THREADS)):
-            cute.autovec_copy(zeros, cleared[None, thread, i])
+        if const_expr(mdQAccum is not None):
+            tile = self.tile_m * self.accumulator_width
+            first = (Int64(entry) * m_blocks + m_block) * tile
+            cleared = cute.make_tensor(
+                (mdQAccum.iterator + first).align(16),
+                cute.make_layout((4, THREADS, tile // (4 * THREADS)), stride=(1, 4, 4 * THREADS)),
+            )
+            zeros = cute.make_rmem_tensor(4, Float32)
+            zeros.fill(0.0)
+            for i in cutlass.range_constexpr(tile // (4 * THREADS)):
+                cute.autovec_copy(zeros, cleared[None, thread, i])
         if const_expr(mTurns is not None):
             if thread < self.turns:
                 mTurns[batch, head, m_block * self.turns + thread] = Int32(0)

@@ -9,10 +9,10 @@ every query head of the group:
 The scores are computed transposed, a warpgroup owning 64 keys, so that P^T and dS^T are in
 registers just as the products dV and dK take them; only dS goes through shared memory, for dQ,
 which needs all keys of the block.  dQ is summed in float32 in global memory by bulk reductions,
-tile by tile in the order of the registers (extra/postprocess.py turns it into 16 bits), and dK is
-multiplied by the scale at the end.  Sums of floats depend on their order: a deterministic kernel
-counts the blocks that have added to a tile, and a block waits for those of the keys before its own,
-which were launched before it.
+tile by tile in the order of the registers (extra/postprocess.py turns it into 16 bits), unless it
+has a pass of its own (backward_dq.py); dK is multiplied by the scale at the end.  Sums of floats
+depend on their order: a deterministic kernel counts the blocks that have added to a tile, and a
+block waits for those of the keys before its own, which were launched before it.
 
     edge       producer             consumer               stages     full       empty
     k, v       TMA, producer warp   every warpgroup        1 each     1 + tx     used once
@@ -69,6 +69,7 @@ from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.postprocess import Postprocess
 from jax_flashcute.kernels.extra.preprocess import Preprocess
 from jax_flashcute.kernels.primitives import select
+from jax_flashcute.kernels.sm90.backward_dq import QueryGradientSm90
 from jax_flashcute.kernels.sm90.backward_roles import RoleConsumers
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
@@ -161,7 +162,7 @@ class BackwardSm90:
         mdQ: cute.Tensor,  # (B, T, N, H)
         mdK: cute.Tensor,  # (B, S, K, H)
         mdV: cute.Tensor,  # (B, S, K, Hv)
-        mdQAccum: cute.Tensor,  # (B, N, m_blocks * tile_m * smem_h) float32, scratch
+        mdQAccum: cute.Tensor | None,  # (B, N, m_blocks * tile_m * smem_h) float32, scratch
         mLSE2: cute.Tensor,  # (B, N, m_blocks * tile_m) float32, scratch
         mdPsum: cute.Tensor,  # (B, N, m_blocks * tile_m) float32, scratch
         mTurns: cute.Tensor | None = None,  # (B, N, m_blocks * dq_warps) int32, scratch
@@ -197,8 +198,9 @@ class BackwardSm90:
         tma_dk = tma(store, mdK, cfg.tile_n, self.head_dim, self.smem_h)
         tma_dv = tma(store, mdV, cfg.tile_n, self.head_dim_v, self.smem_hv)
 
-        # Queries, dO and the float32 dQ of the heads in flight should stay in L2.
-        bytes_per_query = self.group * (6 * self.head_dim + 2 * self.head_dim_v)
+        # Queries, dO and a float32 dQ of the heads in flight should stay in L2.
+        dq_bytes = 4 * self.head_dim if cfg.dq_pass is None else 0
+        bytes_per_query = self.group * (2 * (self.head_dim + self.head_dim_v) + dq_bytes)
         section = section_size(q_length, bytes_per_query, kv_heads, batch)
         if const_expr(cfg.deterministic):
             section = section_in_turns(section, kv_heads, batch)
@@ -234,9 +236,22 @@ class BackwardSm90:
             min_blocks_per_mp=1,
             use_pdl=True,
         )
-        Postprocess(cfg, self.dtype, self.head_dim, self.scale).launch(
-            stream, m_blocks, mdQAccum, mdQ
-        )
+        if const_expr(cfg.dq_pass is None):
+            Postprocess(cfg, self.dtype, self.head_dim, self.scale).launch(
+                stream, m_blocks, mdQAccum, mdQ
+            )
+        else:
+            QueryGradientSm90(
+                cfg.dq_pass,
+                self.dtype,
+                self.head_dim,
+                self.head_dim_v,
+                self.group,
+                self.scale,
+                self.mask,
+            ).launch(
+                stream, (mQ, mdO, mK, mV), (mQOffset, mQLengths, mKVLengths), mLSE2, mdPsum, mdQ
+            )
 
     def shared_storage(self):
         cfg = self.config
@@ -283,7 +298,7 @@ class BackwardSm90:
         mKVLengths: cute.Tensor | None,
         mLSE2: cute.Tensor,
         mdPsum: cute.Tensor,
-        mdQAccum: cute.Tensor,
+        mdQAccum: cute.Tensor | None,
         mTurns: cute.Tensor | None,
         mElements: tuple,
         mBounds: tuple,
@@ -335,17 +350,20 @@ class BackwardSm90:
         sdO = staged(storage.sdO, cfg.tile_m, self.smem_hv, cfg.do_stages)
         sK = staged(storage.sK, cfg.tile_n, self.smem_h, 1)
         sV = staged(storage.sV, cfg.tile_n, self.smem_hv, 1)
-        sdS = staged(storage.sdS, cfg.tile_m, cfg.tile_n, cfg.ds_stages)
+        sdS = None
+        if const_expr(cfg.ds_stages > 0):
+            sdS = staged(storage.sdS, cfg.tile_m, cfg.tile_n, cfg.ds_stages)
         sLSE = storage.sLSE.get_tensor(cute.make_layout((cfg.tile_m, cfg.q_stages)))
         sdPsum = storage.sdPsum.get_tensor(cute.make_layout((cfg.tile_m, cfg.do_stages)))
-        parts = cfg.dq_parts(self.head_dim)
-        part_values = cfg.tile_m * self.smem_h // parts
-        sdQ = storage.sdQ.get_tensor(
-            cute.make_layout(
-                (4, 128, part_values // 512, min(parts, cfg.warpgroups)),
-                stride=(1, 4, 512, part_values),
+        sdQ, parts, part_values = None, cfg.dq_parts(self.head_dim), 0
+        if const_expr(parts > 0):
+            part_values = cfg.tile_m * self.smem_h // parts
+            sdQ = storage.sdQ.get_tensor(
+                cute.make_layout(
+                    (4, 128, part_values // 512, min(parts, cfg.warpgroups)),
+                    stride=(1, 4, 512, part_values),
+                )
             )
-        )
 
         # Longest first: with a causal mask the first keys are seen by most queries.
         per_section = section * n_blocks
@@ -382,6 +400,12 @@ class BackwardSm90:
                     (queries, keys),
                     (mQLengths is not None, mKVLengths is not None),
                 )
+            if const_expr(cfg.dq_pass is not None):
+                if warp_index == 1:
+                    # Row statistics are all that the pass for dQ needs: once they are there, its
+                    # blocks may begin where blocks of this kernel have ended.
+                    cute.arch.griddepcontrol_wait()
+                    cute.arch.griddepcontrol_launch_dependents()
             # Where the parts of dQ come independently of each other, each has a warp of its own.
             dq_warps = cfg.dq_warps(self.head_dim)
             for w in cutlass.range_constexpr(dq_warps):

@@ -14,6 +14,9 @@ backward.py; there is a dQ warp for each warpgroup.
     P       first      second     1        named barrier 8, 256 threads, first arrives  by dS
     dS      second     both       1        named barrier 9, 256 threads                 by P
 
+Where dQ has a pass of its own (backward_dq.py), neither computes it: dS stays in the registers of
+the second, and its barrier only says that P has been read.
+
 Both hold one tile: the first writes the next P after the second wrote dS, and so had read P; the
 second writes the next dS after it got the next P, which the first makes once its dQ is done.
 """
@@ -48,6 +51,7 @@ class RoleConsumers:
     def __init__(self, kernel):
         self.kernel = kernel
         self.config = kernel.config
+        self.apart = kernel.config.dq_pass is not None
 
     @cute.jit
     def consume(
@@ -87,7 +91,7 @@ class RoleConsumers:
         thread = cute.arch.thread_idx()[0] % 128
         mma_s, tSrK, tSrQ, acc_S = self.scores(sK, sQ)
         mma_dv, tVrO, acc_dV = self.gradient(sdO, self.kernel.smem_hv)
-        query_gradient = partial(self.query_gradient, self.dq_operands(sdS, sK, 0), sdQ, thread, 0)
+        query_gradient = self.query_gradients(sdS, sK, sdQ, thread, 0)
         scores = rows_and_columns(acc_S)
         tLSE = self.kernel.column_pairs(sLSE, thread)
         tP = sP[None, thread, None]
@@ -155,14 +159,16 @@ class RoleConsumers:
         thread = cute.arch.thread_idx()[0] % 128
         mma_s, tPrV, tPrO, acc_P = self.scores(sV, sdO)
         mma_dk, tKrQ, acc_dK = self.gradient(sQ, self.kernel.smem_h)
-        query_gradient = partial(self.query_gradient, self.dq_operands(sdS, sK, 1), sdQ, thread, 1)
+        query_gradient = self.query_gradients(sdS, sK, sdQ, thread, 1)
         tdPsum = self.kernel.column_pairs(sdPsum, thread)
-        copy_ds = cute.make_tiled_copy_C(
-            cute.make_copy_atom(warp.StMatrix8x8x16bOp(True, 4), self.kernel.dtype), mma_s
-        ).get_slice(thread)
-        tSsS = copy_ds.partition_D(
-            cute.local_tile(transposed(sdS)[None, None, 0], (64, cfg.tile_m), (0, 0))
-        )
+        copy_ds, tSsS = None, None
+        if const_expr(not self.apart):
+            copy_ds = cute.make_tiled_copy_C(
+                cute.make_copy_atom(warp.StMatrix8x8x16bOp(True, 4), self.kernel.dtype), mma_s
+            ).get_slice(thread)
+            tSsS = copy_ds.partition_D(
+                cute.local_tile(transposed(sdS)[None, None, 0], (64, cfg.tile_m), (0, 0))
+            )
 
         q_stage, q_phase, do_stage, do_phase = (Int32(0) for _ in range(4))
         if steps > 0:
@@ -179,11 +185,15 @@ class RoleConsumers:
                 do_stage, do_phase = pipeline_do.advance(do_stage, do_phase)
                 rdS = cute.make_rmem_tensor(acc_P.layout, self.kernel.dtype)
                 convert_pairs(acc_P, rdS)
-                cute.copy(copy_ds, copy_ds.retile(rdS), tSsS)
+                if const_expr(self.apart):
+                    cute.arch.barrier_arrive(barrier_id=DS_BARRIER, number_of_threads=256)
+                else:
+                    cute.copy(copy_ds, copy_ds.retile(rdS), tSsS)
                 gemm(mma_dk, acc_dK, as_operand_a(rdS), tKrQ[None, None, None, q_stage], True)
-                cute.arch.fence_view_async_shared()
-                cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=256)
-                query_gradient()
+                if const_expr(not self.apart):
+                    cute.arch.fence_view_async_shared()
+                    cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=256)
+                    query_gradient()
                 warpgroup.wait_group(0)
                 pipeline_q.release(q_stage, self.kernel.consumer_warps)
                 q_stage, q_phase = pipeline_q.advance(q_stage, q_phase)
@@ -227,6 +237,13 @@ class RoleConsumers:
             for c in range(role, self.config.dq_parts(self.kernel.head_dim), 2)
         ]
         return mma, a, chunks, (rows, columns)
+
+    def query_gradients(self, sdS, sK: cute.Tensor, sdQ, thread: Int32, role: int):
+        """A function that computes a role's part of dQ of a tile; nothing where a pass does."""
+        if self.apart:
+            return lambda: None
+        operands = self.dq_operands(sdS, sK, role)
+        return partial(self.query_gradient, operands, sdQ, thread, role)
 
     def query_gradient(self, operands, sdQ: cute.Tensor, thread: Int32, role: int) -> None:
         """A role's chunks of dQ of a tile, handed to its dQ warp."""

@@ -85,6 +85,7 @@ from jax_flashcute.kernels.sm90.fragments import (
     rounded_row,
     row_in_slab,
     rows_and_columns,
+    store_lines,
     tiled_mma,
 )
 
@@ -1057,7 +1058,8 @@ class ForwardSm90:
                 q_head = head * self.heads_packed + row % self.heads_packed
                 if thread % 4 == 0:
                     mLSE[batch, token, q_head] = lse[r] if is_valid else -Float32.inf
-                self.store_row(lines, mO, (batch, token, q_head, 0), thread)
+                start = cute.crd2idx((batch, token, q_head, 0), mO.layout)
+                store_lines(lines, mO.iterator + start, self.head_dim_v, thread)
 
     @cute.jit
     def store_partial(
@@ -1098,24 +1100,3 @@ class ForwardSm90:
                     for i in cutlass.range_constexpr(2):
                         pair[i] = out[r, 2 * j + i] * row_scale[r]
                     cute.autovec_copy(pair, target)
-
-    @cute.jit
-    def store_row(self, lines: list, mO: cute.Tensor, start, thread: Int32):
-        """Stores this lane's share of a row of O, 16 bytes at a time; ``start``: its coordinate."""
-        row = mO.iterator + cute.crd2idx(start, mO.layout)
-        for k in cutlass.range_constexpr(len(lines)):
-            column = 32 * k + 8 * (thread % 4)
-            line = cute.make_rmem_tensor(4, Uint32)
-            for i in cutlass.range_constexpr(4):
-                line[i] = lines[k][i]
-            target = cute.make_tensor(
-                cute.make_ptr(
-                    Uint32, (row + column).toint(), cute.AddressSpace.gmem, assumed_align=16
-                ),
-                cute.make_layout(4),
-            )
-            if const_expr(32 * (k + 1) <= self.head_dim_v):
-                cute.autovec_copy(line, target)
-            else:
-                if column < self.head_dim_v:
-                    cute.autovec_copy(line, target)

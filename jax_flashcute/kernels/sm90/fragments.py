@@ -9,7 +9,7 @@ from collections.abc import Callable
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Int32, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from jax_flashcute.kernels.common.intervals import low_bits
@@ -189,6 +189,25 @@ def rounded_row(rows: cute.Tensor, r: int, factor: Float32, dtype) -> list[Uint3
         round_pair(dtype, rows[r, c] * factor, rows[r, c + 1] * factor)
         for c in range(0, cute.size(rows, mode=[1]), 2)
     ]
+
+
+@cute.jit
+def store_lines(lines: list, row: cute.Pointer, columns: cutlass.Constexpr[int], thread: Int32):
+    """Stores this lane's share of a row of so many columns, of ``lines_of_quads``."""
+    for k in cutlass.range_constexpr(len(lines)):
+        column = 32 * k + 8 * (thread % 4)
+        line = cute.make_rmem_tensor(4, Uint32)
+        for i in cutlass.range_constexpr(4):
+            line[i] = lines[k][i]
+        target = cute.make_tensor(
+            cute.make_ptr(Uint32, (row + column).toint(), cute.AddressSpace.gmem, assumed_align=16),
+            cute.make_layout(4),
+        )
+        if const_expr(32 * (k + 1) <= columns):
+            cute.autovec_copy(line, target)
+        else:
+            if column < columns:
+                cute.autovec_copy(line, target)
 
 
 def convert_pairs(source: cute.Tensor, target: cute.Tensor) -> None:
