@@ -19,7 +19,7 @@ from jax_flashcute.block_mask import BlockMask
 from jax_flashcute.dispatch import IMPLEMENTATIONS, Implementation
 from jax_flashcute.kernels import registry
 from jax_flashcute.paged import check_page_size
-from jax_flashcute.segments import Segments, ids_of_boundaries, make_segments
+from jax_flashcute.segments import Segments, segments_of_boundaries, segments_of_ids
 from jax_flashcute.spec import AttentionSpec, Operands
 
 Positions = Literal["sequence", "segment"] | None
@@ -949,16 +949,16 @@ def _checked_segments(
             'positions must be "segment" or "sequence" where query and key have segments of their '
             "own and a mask or a score reads positions; got None"
         )
+    per_segment = positions == "segment"
+    is_empty = any(isinstance(length, int) and length == 0 for length in (T, S))
     if segment_ids is not None:
         q_ids = _ids("segment_ids", pair[0], B, T)
         kv_ids = _ids("segment_ids", pair[1], B, S) if is_pair else q_ids
-    else:
-        q_ids, kv_ids = _ids_of_cu_seqlens(pair, (B, T, S))
-    if any(isinstance(length, int) and length == 0 for length in (T, S)):
+        return None if is_empty else segments_of_ids(q_ids, kv_ids, per_segment=per_segment)
+    boundaries = _checked_boundaries(pair, B)
+    if is_empty:
         return None
-    return make_segments(
-        q_ids, kv_ids, per_segment=positions == "segment", are_stretches=segment_ids is None
-    )
+    return segments_of_boundaries(*boundaries, T, S, per_segment=per_segment)
 
 
 def _ids(name: str, array, B: int, length: int) -> jax.Array:
@@ -970,8 +970,8 @@ def _ids(name: str, array, B: int, length: int) -> jax.Array:
     return jnp.broadcast_to(array.astype(jnp.int32), (B, length))
 
 
-def _ids_of_cu_seqlens(pair, shape) -> tuple[jax.Array, jax.Array]:
-    B, T, S = shape
+def _checked_boundaries(pair, B: int) -> tuple[jax.Array, jax.Array]:
+    """``cu_seqlens_q`` and ``cu_seqlens_k`` as (B, segments + 1) int32."""
     boundaries = []
     for name, array in zip(("cu_seqlens_q", "cu_seqlens_k"), pair, strict=True):
         array = jnp.asarray(array)
@@ -987,7 +987,7 @@ def _ids_of_cu_seqlens(pair, shape) -> tuple[jax.Array, jax.Array]:
             "cu_seqlens_k must have as many segments as cu_seqlens_q, "
             f"{boundaries[0].shape[1] - 1}; got {boundaries[1].shape[1] - 1}"
         )
-    return ids_of_boundaries(boundaries[0], T), ids_of_boundaries(boundaries[1], S)
+    return boundaries[0], boundaries[1]
 
 
 def _zero_padding(array: jax.Array, ids: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ from jax.typing import ArrayLike
 from jax_flashcute import analysis, api, autodiff, masks, xla
 from jax_flashcute.dispatch import Implementation
 from jax_flashcute.masks import TracedFunction
-from jax_flashcute.segments import make_segments
+from jax_flashcute.segments import segments_of_ids
 from jax_flashcute.sharding import LAYOUTS
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 from jax_flashcute.visibility import reach
@@ -728,7 +728,7 @@ class _PartCall:
 
         segments = None
         if rows.ids is not None and keys.ids is not None:
-            segments = make_segments(rows.ids, keys.ids, per_segment=False)
+            segments = segments_of_ids(rows.ids, keys.ids, per_segment=False)
         part = Operands(
             query=rows.query,
             key=keys.key,

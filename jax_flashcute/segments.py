@@ -15,7 +15,7 @@ from jax import lax
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Segments:
-    """The segments of one call; made by ``make_segments``, once for all layers that share it.
+    """The segments of one call, made once for all layers that share it.
 
     Attributes:
       q_ids: (B, T) int32; negative is padding.
@@ -43,16 +43,10 @@ class Segments:
     q_scattered: jax.Array | None = None
 
 
-def make_segments(
-    q_ids: jax.Array, kv_ids: jax.Array, *, per_segment: bool, are_stretches: bool = False
-) -> Segments:
-    """Metadata from ids (B, T) and (B, S), in O(T log T) time.
+def segments_of_ids(q_ids: jax.Array, kv_ids: jax.Array, *, per_segment: bool) -> Segments:
+    """Metadata from ids (B, T) and (B, S) int32, in O(T log T) time.
 
-    Args:
-      q_ids: (B, T) int32.
-      kv_ids: (B, S) int32.
-      per_segment: positions start at 0 in every segment.
-      are_stretches: equal ids are known to stand side by side.
+    ``per_segment``: positions start at 0 in every segment.
     """
     kv_start, kv_end, kv_scattered = key_ranges(q_ids, kv_ids)
     q_start, q_end, q_scattered = key_ranges(kv_ids, q_ids)
@@ -65,9 +59,52 @@ def make_segments(
         q_end=q_end,
         q_positions=positions_within(q_ids) if per_segment else None,
         kv_positions=positions_within(kv_ids) if per_segment else None,
-        kv_scattered=None if are_stretches else kv_scattered,
-        q_scattered=None if are_stretches else q_scattered,
+        kv_scattered=kv_scattered,
+        q_scattered=q_scattered,
     )
+
+
+def segments_of_boundaries(
+    cu_seqlens_q: jax.Array, cu_seqlens_k: jax.Array, T: int, S: int, *, per_segment: bool
+) -> Segments:
+    """Metadata of segments that are stretches, in O(T log n) time and without sorting.
+
+    Segment i is rows ``cu_seqlens_q[i] <= row < cu_seqlens_q[i + 1]`` and likewise keys; the rest
+    is padding.  Both are (B, n + 1) int32, not decreasing; equal neighbours are an empty segment,
+    so n may be a maximum, filled up with the last value.  ``per_segment``: positions start at 0
+    in every segment.
+    """
+    q_ids, kv_ids = ids_of_boundaries(cu_seqlens_q, T), ids_of_boundaries(cu_seqlens_k, S)
+    kv_start, kv_end = _stretch(cu_seqlens_k, q_ids, S)
+    q_start, q_end = _stretch(cu_seqlens_q, kv_ids, T)
+    return Segments(
+        q_ids=q_ids,
+        kv_ids=kv_ids,
+        kv_start=kv_start,
+        kv_end=kv_end,
+        q_start=q_start,
+        q_end=q_end,
+        q_positions=_places(cu_seqlens_q, q_ids) if per_segment else None,
+        kv_positions=_places(cu_seqlens_k, kv_ids) if per_segment else None,
+    )
+
+
+def _stretch(boundaries: jax.Array, ids: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+    """Where the segments of ids begin and end among ``length`` elements; 0 and 0 for nowhere."""
+    start = jnp.maximum(_at(boundaries, ids), 0)
+    end = jnp.minimum(_at(boundaries, ids + 1), length)
+    found = (ids >= 0) & (end > start)
+    return jnp.where(found, start, 0), jnp.where(found, end, 0)
+
+
+def _places(boundaries: jax.Array, ids: jax.Array) -> jax.Array:
+    """How many elements of its segment stand before each; 0 in padding."""
+    row = jnp.arange(ids.shape[1], dtype=jnp.int32)
+    return jnp.where(ids >= 0, row - jnp.maximum(_at(boundaries, ids), 0), 0)
+
+
+def _at(boundaries: jax.Array, ids: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(boundaries, ids, axis=1, mode="clip")
 
 
 def key_ranges(q_ids: jax.Array, kv_ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -83,8 +120,8 @@ def key_ranges(q_ids: jax.Array, kv_ids: jax.Array) -> tuple[jax.Array, jax.Arra
             return jnp.zeros_like(q_ids), jnp.zeros_like(q_ids), jnp.zeros_like(q_ids, bool)
         order = jnp.argsort(kv_ids, stable=True).astype(jnp.int32)
         ids = kv_ids[order]
-        first = jnp.searchsorted(ids, q_ids, side="left")
-        after = jnp.searchsorted(ids, q_ids, side="right")
+        first = _search(ids, q_ids, "left")
+        after = _search(ids, q_ids, "right")
         found = (after > first) & (q_ids >= 0)
         # A stable sort keeps the keys of an id in order.
         start = order.at[first].get(mode="clip")
@@ -110,15 +147,18 @@ def positions_within(ids: jax.Array) -> jax.Array:
 
 
 def ids_of_boundaries(cu_seqlens: jax.Array, length: int) -> jax.Array:
-    """Ids (B, length) of segments ``cu_seqlens[i] <= row < cu_seqlens[i + 1]``; -1 outside.
-
-    ``cu_seqlens`` is (B, n + 1) int32, not decreasing.  Equal neighbours are an empty segment, so
-    n may be a maximum, filled up with the last value.
-    """
+    """Ids (B, length) of segments ``cu_seqlens[i] <= row < cu_seqlens[i + 1]``; -1 outside."""
     row = jnp.arange(length, dtype=jnp.int32)
 
     def of_one(boundaries):
-        ids = jnp.searchsorted(boundaries, row, side="right").astype(jnp.int32) - 1
+        ids = _search(boundaries, row, "right") - 1
         return jnp.where(row < boundaries[-1], ids, -1)
 
     return jax.vmap(of_one)(cu_seqlens)
+
+
+def _search(ascending: jax.Array, values: jax.Array, side: str) -> jax.Array:
+    """``jnp.searchsorted`` as int32; where the length is known unrolled, so that XLA makes one
+    kernel of it and no loop."""
+    method = "scan_unrolled" if isinstance(ascending.shape[0], int) else "scan"
+    return jnp.searchsorted(ascending, values, side=side, method=method).astype(jnp.int32)

@@ -16,7 +16,7 @@ from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.elements import program_of
 from jax_flashcute.kernels.nsa import NSAKernelKey
 from jax_flashcute.recording import plans
-from jax_flashcute.segments import make_segments
+from jax_flashcute.segments import segments_of_ids
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
 from tests.user_functions import MASKS, SCORES
@@ -117,7 +117,7 @@ def test_every_operand_comes_back(tmp_path: Path) -> None:
             *(jnp.zeros(s.shape, s.dtype) for s in shapes()),
             q_offset=jnp.zeros(B, jnp.int32),
             mask_mod_arrays=(jnp.zeros((1, 3)), jnp.zeros((2, 5), jnp.uint8)),
-            segment_ids=make_segments(*ids, per_segment=False),
+            segment_ids=segments_of_ids(*ids, per_segment=False),
             block_mask=make_block_mask(masks.causal, B, 6, T, S, tile_m=32, tile_n=32),
         )
 

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from jax_flashcute import explain, flash_attention, xla
-from jax_flashcute.segments import ids_of_boundaries, key_ranges, positions_within
+from jax_flashcute.segments import (
+    ids_of_boundaries,
+    key_ranges,
+    positions_within,
+    segments_of_boundaries,
+    segments_of_ids,
+)
 from tests.compare import assert_close, cotangent
 
 B, N, K, H = 2, 6, 2, 8
@@ -53,6 +59,22 @@ def test_boundaries_with_empty_segments_and_padding() -> None:
     boundaries = jnp.asarray([[2, 4, 4, 7, 7, 7], [0, 0, 0, 9, 10, 10]], jnp.int32)
     expected = [[-1, -1, 0, 0, 2, 2, 2, -1, -1, -1], [2] * 9 + [3]]
     np.testing.assert_array_equal(ids_of_boundaries(boundaries, 10), expected)
+
+
+def test_boundaries_say_what_their_ids_say() -> None:
+    cu_q = jnp.asarray([[2, 4, 4, 7, 7, 7], [0, 0, 0, 9, 10, 10]], jnp.int32)
+    cu_k = jnp.asarray([[0, 3, 5, 5, 8, 40], [1, 2, 3, 4, 5, 6]], jnp.int32)
+    got = segments_of_boundaries(cu_q, cu_k, 10, 12, per_segment=True)
+    want = segments_of_ids(got.q_ids, got.kv_ids, per_segment=True)
+    for name in ("kv_start", "kv_end", "q_start", "q_end"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), name)
+    for ids, positions, expected in (
+        (got.q_ids, got.q_positions, want.q_positions),
+        (got.kv_ids, got.kv_positions, want.kv_positions),
+    ):
+        np.testing.assert_array_equal(positions, jnp.where(ids >= 0, expected, 0))
+    assert not jnp.any(want.kv_scattered)
+    assert not jnp.any(want.q_scattered)
 
 
 def random(seed: int, *shape: int) -> jax.Array:
