@@ -14,6 +14,7 @@ from types import ModuleType
 
 NAMES = (
     "jax_flashcute",
+    "jax_flashcute_dense",
     "jax_nn_cudnn",
     "jax_nn_xla",
     "copy",
