@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+COMPARED_AT_MOST = 2**28
+"""Pairs of a row and a boundary that are compared in one kernel; beyond, rows search."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def segments_of_ids(q_ids: jax.Array, kv_ids: jax.Array, *, per_segment: bool) -
 def segments_of_boundaries(
     cu_seqlens_q: jax.Array, cu_seqlens_k: jax.Array, T: int, S: int, *, per_segment: bool
 ) -> Segments:
-    """Metadata of segments that are stretches, in O(T log n) time and without sorting.
+    """Metadata of segments that are stretches, without sorting.
 
     Segment i is rows ``cu_seqlens_q[i] <= row < cu_seqlens_q[i + 1]`` and likewise keys; the rest
     is padding.  Both are (B, n + 1) int32, not decreasing; equal neighbours are an empty segment,
@@ -120,8 +123,8 @@ def key_ranges(q_ids: jax.Array, kv_ids: jax.Array) -> tuple[jax.Array, jax.Arra
             return jnp.zeros_like(q_ids), jnp.zeros_like(q_ids), jnp.zeros_like(q_ids, bool)
         order = jnp.argsort(kv_ids, stable=True).astype(jnp.int32)
         ids = kv_ids[order]
-        first = _search(ids, q_ids, "left")
-        after = _search(ids, q_ids, "right")
+        first = jnp.searchsorted(ids, q_ids, side="left")
+        after = jnp.searchsorted(ids, q_ids, side="right")
         found = (after > first) & (q_ids >= 0)
         # A stable sort keeps the keys of an id in order.
         start = order.at[first].get(mode="clip")
@@ -149,16 +152,12 @@ def positions_within(ids: jax.Array) -> jax.Array:
 def ids_of_boundaries(cu_seqlens: jax.Array, length: int) -> jax.Array:
     """Ids (B, length) of segments ``cu_seqlens[i] <= row < cu_seqlens[i + 1]``; -1 outside."""
     row = jnp.arange(length, dtype=jnp.int32)
+    few = isinstance(length, int) and length * cu_seqlens.shape[1] <= COMPARED_AT_MOST
+    method = "compare_all" if few else "scan"
 
     def of_one(boundaries):
-        ids = _search(boundaries, row, "right") - 1
+        # All compared at once: a binary search is a loop of kernels to XLA.
+        ids = jnp.searchsorted(boundaries, row, side="right", method=method).astype(jnp.int32) - 1
         return jnp.where(row < boundaries[-1], ids, -1)
 
     return jax.vmap(of_one)(cu_seqlens)
-
-
-def _search(ascending: jax.Array, values: jax.Array, side: str) -> jax.Array:
-    """``jnp.searchsorted`` as int32; where the length is known unrolled, so that XLA makes one
-    kernel of it and no loop."""
-    method = "scan_unrolled" if isinstance(ascending.shape[0], int) else "scan"
-    return jnp.searchsorted(ascending, values, side=side, method=method).astype(jnp.int32)
