@@ -575,7 +575,7 @@ class Program:
 
     def intervals(self) -> KeySet | None:
         """The keys a mask shows, as a union of intervals, if it reduces to one."""
-        return self.keys.get(self.result)
+        return key_set(self, self.result)
 
     def conjuncts(self) -> list[int]:
         """Booleans whose conjunction is the result, as many as there are."""
