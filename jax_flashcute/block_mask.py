@@ -360,6 +360,12 @@ def compact(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(flags, axis=-1, dtype=jnp.int32), indices
 
 
+def visits_before(visited: jax.Array) -> jax.Array:
+    """How many earlier rows of tiles visit a tile, of booleans (..., rows, tiles): int32."""
+    counts = visited.astype(jnp.int32)
+    return jnp.cumsum(counts, axis=-2) - counts
+
+
 def num_tiles(length: int, tile: int) -> int:
     """Tiles that ``length`` is cut into; at least one."""
     return max(1, -(-length // tile))

@@ -199,6 +199,16 @@ def _mask_bounds(rows: RowInterval, operands: Operands) -> tuple[jax.Array, jax.
     return _emptied(low, high, seen & (high > low))
 
 
+def visited_tiles(tiles: jax.Array, columns: int) -> jax.Array:
+    """Which of so many column tiles a tile visits, (B, 1, tiles, columns) bool.
+
+    ``tiles`` are the (B, tiles, ``TILE_FIELDS``) of either function above.
+    """
+    column = jnp.arange(columns, dtype=jnp.int32)
+    first, end = (tiles[:, None, :, i, None] for i in range(2))
+    return (column >= first) & (column < end)
+
+
 def _segments(operands: Operands) -> Segments:
     if operands.segment_ids is None:
         raise ValueError("operands must have segment_ids")

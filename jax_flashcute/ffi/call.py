@@ -13,11 +13,13 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_flashcute import plan
+from jax_flashcute.block_mask import HIDDEN, visits_before
 from jax_flashcute.bounds import (
     key_bound_arrays,
     mask_key_bound_arrays,
     mask_query_bound_arrays,
     query_bound_arrays,
+    visited_tiles,
 )
 from jax_flashcute.ffi import store
 from jax_flashcute.ffi.compile import CompiledKernel
@@ -143,14 +145,23 @@ def other_inputs(key: KernelKey, spec: AttentionSpec, operands: Operands) -> lis
         else:
             arrays = mask_key_bound_arrays if forward else mask_query_bound_arrays
             bounds = arrays(rows, operands, *key.tile)
-    lists = []
-    if key.has_lists and operands.block_mask is not None:
-        rows, columns = key.tile
-        if key.direction == "bwd":
-            lists = operands.block_mask.in_tiles(columns, rows).transpose().kernel_lists()
-        else:
-            lists = operands.block_mask.in_tiles(rows, columns).kernel_lists()
-    return [*(x for x in given if x is not None), *elements, *bounds, *lists]
+    given = [x for x in given if x is not None]
+    return [*given, *elements, *bounds, *_visits(key, operands, bounds)]
+
+
+def _visits(key: KernelKey, operands: Operands, bounds: list[jax.Array]) -> list[jax.Array]:
+    """The lists of tiles that a kernel visits, and how many blocks visit a tile before another."""
+    rows, columns = key.tile
+    lists, visited = [], None
+    if operands.block_mask is not None:
+        if key.direction == "fwd":
+            return operands.block_mask.in_tiles(rows, columns).kernel_lists()
+        block_mask = operands.block_mask.in_tiles(columns, rows)
+        lists = block_mask.transpose().kernel_lists()
+        visited = jnp.swapaxes(block_mask.kinds(), 2, 3) != HIDDEN
+    elif bounds:
+        visited = visited_tiles(bounds[2], -(-operands.query.shape[1] // columns))
+    return [*lists, *([visits_before(visited)] if key.has_ranks and visited is not None else [])]
 
 
 def _kernel_lowering(ctx, args, tree, inputs: Callable, key: KernelKey, call: plans.Call):

@@ -137,6 +137,12 @@ class KernelKey:
         return "bwd" if isinstance(self.config, (BwdConfig, BwdConfigSm100)) else "fwd"
 
     @property
+    def has_ranks(self) -> bool:
+        """Whether blocks take turns at dQ in an order that stands in an array."""
+        in_arrays = self.has_lists or self.row_bounds is not None
+        return self.direction == "bwd" and self.config.deterministic and in_arrays
+
+    @property
     def tile(self) -> tuple[int, int]:
         """Query rows (of each head) and keys of a tile; for the backward, keys and query rows."""
         if isinstance(self.config, (BwdConfig, BwdConfigSm100)):
@@ -292,12 +298,6 @@ def reasons_against(
         reasons += _reasons_against_pages(operands, direction)
     if has_lists and all(isinstance(x.shape[-1], int) for x in (operands.query, operands.value)):
         reasons += _reasons_against_lists(spec, operands, direction)
-    if direction == "bwd" and spec.deterministic:
-        reasons += [
-            f"no kernel gives deterministic gradients with {name} yet"
-            for name in ("segment_ids", "block_mask")
-            if getattr(operands, name) is not None
-        ]
     if direction == "bwd" and not reasons:
         dims = operands.query.shape[-1], operands.value.shape[-1]
         config = _existing(_backward_config(arch, spec, operands))
@@ -629,7 +629,7 @@ def _backward_arrays(key: KernelKey):
     rows = (cutlass.Float32, (1, 1, 1))
     turns = [(cutlass.Int32, (1, 1, 1))] if key.config.deterministic else []
     others = [*_optional_arrays(key), *_element_arrays(key), *_bound_arrays(key)]
-    others += _list_arrays(key)
+    others += [*_list_arrays(key), *_rank_arrays(key)]
     sums = rows if has_dq_sums(key.config) else None
     return [qk, qk, v, v, rows, v, rows, *others, qk, qk, v, sums, rows, rows, *turns]
 
@@ -679,6 +679,12 @@ def _list_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
     return [(cutlass.Int32, (1,) * rank) for rank in (3, 4, 3, 4) if key.has_lists]
 
 
+def _rank_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
+    import cutlass
+
+    return [(cutlass.Int32, (1, 1, 1, 1))] if key.has_ranks else []
+
+
 def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
     """``launcher``, which takes the page table and groups of arrays by name, with these from
     ``first`` on."""
@@ -687,6 +693,7 @@ def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
         "mElements": len(_element_arrays(key)),
         "mBounds": len(_bound_arrays(key)),
         "mLists": len(_list_arrays(key)),
+        "mRanks": len(_rank_arrays(key)),
     }
     groups = {name: count for name, count in groups.items() if count}
     if not groups and not paged:

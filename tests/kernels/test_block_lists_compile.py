@@ -17,13 +17,15 @@ KINDS = {
     "positions": {"segment_ids": IDS, "positions": "segment"},
     "lists": {"block_mask": random_lists(LENGTHS, 1, 1)},
     "small_lists": {"block_mask": random_lists(LENGTHS, 1, 1, (64, 64))},
+    "lists_in_turns": {"block_mask": random_lists(LENGTHS, 1, 1), "deterministic": True},
+    "boundaries_in_turns": {"cu_seqlens_q": [0, 100, 300], "deterministic": True},
     "lists_and_mask": {"block_mask": random_lists(LENGTHS, 1, 1), "mask_mod": odd},
 }
 ALWAYS = [
     ("fwd", 64, "positions"),
     ("fwd", 128, "lists_and_mask"),
     ("bwd", 128, "positions"),
-    ("bwd", 128, "lists"),
+    ("bwd", 128, "lists_in_turns"),
 ]
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from jax_flashcute import BlockMask, explain, flash_attention, make_block_mask, masks
 
@@ -137,6 +138,68 @@ def test_all_tiles_full_are_the_dense_result(head_dim: int) -> None:
             np.testing.assert_array_equal(listed[name], dense[name], name)
     for name, x in dense.items():
         np.testing.assert_allclose(listed[name], x, atol=0.05, rtol=0.02)
+
+
+def mismatches(main: dict, repeats: int, **call) -> int:
+    """How often the gradients of repeated calls, on the device, differ from the first ones."""
+    arrays = {n: x for n, x in call.items() if isinstance(x, (jax.Array, BlockMask, tuple))}
+    static = {n: x for n, x in call.items() if n not in arrays}
+    draw = np.random.default_rng(1).standard_normal
+    shape = (*main["query"].shape[:3], main["value"].shape[3])
+    d_out = jnp.asarray(draw(shape), jnp.bfloat16)
+
+    def gradients(main, arrays):
+        def attend(main):
+            return flash_attention(
+                **main, **arrays, **static, implementation="cute", deterministic=True
+            )
+
+        (found,) = jax.vjp(attend, main)[1](d_out)
+        return jax.tree.map(lambda x: lax.bitcast_convert_type(x, jnp.uint16), found)
+
+    @jax.jit
+    def run(main, arrays):
+        first = gradients(main, arrays)
+
+        def repeat(i, count):
+            # A barrier, so that the call is not taken out of the loop.
+            again = gradients(*lax.optimization_barrier((main, arrays, i))[:2])
+            differs = [jnp.any(again[name] != first[name]) for name in first]
+            return count + jnp.any(jnp.stack(differs))
+
+        return lax.fori_loop(0, repeats, repeat, jnp.int32(0))
+
+    return int(run(main, arrays))
+
+
+DETERMINISTIC = {
+    "lists_64": ((6, 2), 64),
+    "lists_128": ((3, 1), 128),
+    "lists_256": ((2, 1), 256),
+    "documents_128": ((7, 1), 128),
+    "scattered_64": ((2, 2), 64),
+    "scattered_256": ((2, 2), 256),
+}
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_deterministic_gradients(name: str) -> None:
+    """Right, and 1,000 times the same bits; a wrong turn would hang instead."""
+    heads, head_dim = DETERMINISTIC[name]
+    length = 2000
+    main = inputs((length, length), heads, head_dim)
+    call: dict = {"is_causal": True}
+    if name.startswith("lists"):
+        sizes = {"q_length": length, "kv_length": length, "tile_m": 128, "tile_n": 128}
+        kinds = random_kinds((16, 16), 2, heads[0])
+        call["block_mask"] = BlockMask.from_blocks(kinds > 0, kinds == 2, **sizes)
+        call["mask_mod"] = MASKS["dilated"](0, 0)
+    else:
+        ids = np.random.default_rng(5).integers(-1, 9, (2, length))
+        ids = np.sort(ids) if name.startswith("documents") else ids
+        call["segment_ids"] = jnp.asarray(ids, jnp.int32)
+    check(main, **call, deterministic=True)
+    assert mismatches(main, 1000, **call) == 0
 
 
 def test_no_tile_and_a_sink() -> None:

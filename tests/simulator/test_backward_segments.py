@@ -81,6 +81,15 @@ def test_segments(name: str):
     check_backward(*call_of(lengths, **arguments))
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "scattered")) for n in BACKWARD]
+)
+def test_deterministic(name: str):
+    """Blocks of keys that see no row of a query tile stand between some that do."""
+    lengths, arguments = BACKWARD[name]
+    check_backward(*call_of(lengths, **arguments, deterministic=True))
+
+
 def test_keys_beyond_the_array_are_hidden():
     """Their zeros are scores far above these, of which dS would be infinite and dQ NaN."""
     ids = np.zeros((1, 40), np.int32), np.zeros((1, 130), np.int32)

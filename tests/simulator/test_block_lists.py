@@ -116,6 +116,24 @@ def test_backward(name: str):
     check_backward(spec, operands)
 
 
+DETERMINISTIC = {
+    "64": (
+        (1, 140, 300),
+        {"mask_mod": odd, "heads": (3, 1), "block_mask": random_lists((1, 140, 300), 1, 3)},
+    ),
+    **{n: BACKWARD[n] for n in ("128_everything", "128_small_tiles", "256", "none_with_a_sink")},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "64")) for n in DETERMINISTIC]
+)
+def test_deterministic(name: str):
+    """A block that waits for a turn that never comes, or has passed, is a deadlock."""
+    lengths, arguments = DETERMINISTIC[name]
+    check_backward(*call_of(lengths, **arguments, deterministic=True))
+
+
 def test_all_tiles_are_the_dense_result_bit_for_bit():
     lengths = (1, 300, 300)
     every = np.ones((3, 3), bool)

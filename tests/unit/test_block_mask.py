@@ -421,8 +421,7 @@ def test_what_the_kernels_serve() -> None:
     explanation = explain(**arrays, block_mask=made)
     assert (explanation.forward_reasons, explanation.backward_reasons) == ((), ())
     explanation = explain(**arrays, block_mask=made, deterministic=True)
-    reason = "no kernel gives deterministic gradients with block_mask yet"
-    assert (explanation.forward_reasons, explanation.backward_reasons) == ((), (reason,))
+    assert (explanation.forward_reasons, explanation.backward_reasons) == ((), ())
 
 
 def test_tiles_that_no_kernel_has_are_refused() -> None:

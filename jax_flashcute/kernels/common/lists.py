@@ -12,6 +12,16 @@ from cutlass import Int32, Int64
 from jax_flashcute.kernels.primitives import select
 
 
+def row_of(array: cute.Tensor, batch: Int32, head: Int32, row: Int32) -> cute.Tensor:
+    """A row's entries in (1|B, 1|N, rows) or (1|B, 1|N, rows, width), as (1,) or (width,)."""
+    shape = array.shape
+    batch = cutlass.min(batch, Int32(shape[0]) - 1)
+    head = cutlass.min(head, Int32(shape[1]) - 1)
+    index = (Int64(batch) * shape[1] + head) * shape[2] + row
+    width = shape[3] if len(shape) > 3 else 1
+    return cute.make_tensor(array.iterator + index * width, cute.make_layout(width))
+
+
 class TileLists:
     """The two lists of one row of tiles.
 
@@ -21,23 +31,11 @@ class TileLists:
 
     def __init__(self, arrays: tuple, batch: Int32, head: Int32, row: Int32, *, backwards: bool):
         """``backwards``: each list is visited from its end."""
-        self.partial, self.full = (
-            self.list_of(i, batch, head, row) for i in (arrays[1], arrays[3])
-        )
+        self.partial, self.full = (row_of(i, batch, head, row) for i in (arrays[1], arrays[3]))
         self.partial_count, self.full_count = (
-            self.list_of(c, batch, head, row)[0] for c in (arrays[0], arrays[2])
+            row_of(c, batch, head, row)[0] for c in (arrays[0], arrays[2])
         )
         self.backwards = backwards
-
-    @staticmethod
-    def list_of(array: cute.Tensor, batch: Int32, head: Int32, row: Int32) -> cute.Tensor:
-        """A row's entries; where batch entries or heads share their lists, the shared one's."""
-        shape = array.shape
-        batch = cutlass.min(batch, Int32(shape[0]) - 1)
-        head = cutlass.min(head, Int32(shape[1]) - 1)
-        index = (Int64(batch) * shape[1] + head) * shape[2] + row
-        width = shape[3] if len(shape) > 3 else 1
-        return cute.make_tensor(array.iterator + index * width, cute.make_layout(width))
 
     @property
     def count(self):

@@ -12,7 +12,8 @@ which needs all keys of the block.  dQ is summed in float32 in global memory by 
 tile by tile in the order of the registers (extra/postprocess.py turns it into 16 bits), unless it
 has a pass of its own (backward_dq.py); dK is multiplied by the scale at the end.  Sums of floats
 depend on their order: a deterministic kernel counts the blocks that have added to a tile, and a
-block waits for those of the keys before its own, which were launched before it.
+block waits for those of the keys before its own, which were launched before it.  How many those are follows from the
+mask, or stands in an array where the tiles that are visited do.
 
     edge       producer             consumer               stages     full       empty
     k, v       TMA, producer warp   every warpgroup        1 each     1 + tx     used once
@@ -46,7 +47,7 @@ from jax_flashcute.kernels.common.intervals import (
     within,
 )
 from jax_flashcute.kernels.common.lengths import entry_lengths
-from jax_flashcute.kernels.common.lists import TileLists
+from jax_flashcute.kernels.common.lists import TileLists, row_of
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import section_size
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
@@ -169,6 +170,7 @@ class BackwardSm90:
         mElements: tuple = (),  # arrays of ``functions``
         mBounds: tuple = (),  # arrays of ``bounds.query_bound_arrays``
         mLists: tuple = (),  # arrays of ``BlockMask.kernel_lists``, transposed
+        mRanks: tuple = (),  # (1|B, 1|N, n_blocks, m_blocks) int32: of ``visits_before``
     ):
         cfg = self.config
         batch, q_length, heads = mQ.shape[0], mQ.shape[1], mQ.shape[2]
@@ -221,6 +223,7 @@ class BackwardSm90:
             mElements,
             mBounds,
             mLists,
+            mRanks,
             m_blocks,
             n_blocks,
             section,
@@ -303,6 +306,7 @@ class BackwardSm90:
         mElements: tuple,
         mBounds: tuple,
         mLists: tuple,
+        mRanks: tuple,
         m_blocks: Int32,
         n_blocks: Int32,
         section: Int32,
@@ -412,7 +416,7 @@ class BackwardSm90:
                 if warp_index == 1 + w:
                     self.reduce_dq(
                         sdQ,
-                        (mdQAccum, mTurns),
+                        (mdQAccum, mTurns, mRanks),
                         (n_block, kv_head, batch, heads),
                         (visits, m_blocks, offset),
                         (part_values, tuple(range(w, parts, dq_warps))),
@@ -692,7 +696,7 @@ class BackwardSm90:
         cfg = self.config
         part_values, mine = parts
         buffers = 1 if cfg.by_role else len(mine)
-        mdQAccum, mTurns = sums
+        mdQAccum, mTurns, mRanks = sums
         n_block, kv_head, batch, heads = block
         visits, m_blocks, offset = tiles
         dq_warps = cfg.dq_warps(self.head_dim)
@@ -703,6 +707,7 @@ class BackwardSm90:
         for g in cutlass.range(self.group, unroll=1):
             entry = Int64(batch) * heads + kv_head * self.group + g
             count, tile_of, _ = visits(g)
+            turn_at = partial(self.turn, mRanks, (n_block, kv_head, batch), g, offset)
             for j in cutlass.range(count, unroll=1):
                 m = tile_of(j)
                 first = (entry * m_blocks + m) * values
@@ -718,9 +723,8 @@ class BackwardSm90:
                         barrier_id=DQ_FULL_BARRIER + buffer, number_of_threads=threads
                     )
                     if const_expr(cfg.deterministic and i == 0):
-                        turn = turn_of(self.mask, n_block, m, offset, cfg.tile_m, cfg.tile_n)
                         index = (entry * m_blocks + m) * dq_warps + mine[0]
-                        take_turn(mTurns.iterator + index, turn)
+                        take_turn(mTurns.iterator + index, turn_at(m))
                     if cute.arch.lane_idx() == 0:
                         bulk_add(
                             mdQAccum.iterator + (first + part * part_values),
@@ -731,6 +735,14 @@ class BackwardSm90:
                 if const_expr(cfg.deterministic):
                     pass_turn(mTurns.iterator + (entry * m_blocks + m) * dq_warps + mine[0])
         cute.arch.cp_async_bulk_wait_group(0)
+
+    def turn(self, mRanks: tuple, block, g: Int32, offset: Int32, m: Int32):
+        """How many blocks add to a query tile of the g-th head before this one."""
+        cfg = self.config
+        n_block, kv_head, batch = block
+        if not mRanks:
+            return turn_of(self.mask, n_block, m, offset, cfg.tile_m, cfg.tile_n)
+        return row_of(mRanks[0], batch, kv_head * self.group + g, n_block)[m]
 
     @cute.jit
     def consume(
