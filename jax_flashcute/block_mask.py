@@ -16,18 +16,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export, lax
+from jax import export
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jax_flashcute import masks
+from jax_flashcute.analysis import POSITION_LIMIT
+from jax_flashcute.tile_kinds import FULL, HIDDEN, PARTIAL, Tiling, classify, kind_of, num_tiles
 
-HIDDEN, PARTIAL, FULL = 0, 1, 2
-"""What ``BlockMask.kinds`` says of a tile."""
-
-# Elements of a mask that are evaluated at once.  They are counted as they are made, so they take
-# memory only where XLA does not fuse the two.
-_ELEMENTS_AT_ONCE = 2**24
+_FEW_TILES = 128
+"""Tiles of a row up to which a list is made by comparing each tile with each place in it."""
 
 
 @functools.partial(
@@ -188,7 +186,7 @@ class BlockMask:
         kinds = jnp.where(arrays["partial"], PARTIAL, HIDDEN)
         if full is not None:
             kinds = jnp.where(arrays["full"], FULL, kinds)
-        return _from_kinds(kinds, **sizes)
+        return BlockMask.from_kinds(kinds, **sizes)
 
     @staticmethod
     def from_mask(mask: ArrayLike, *, tile_m: int, tile_n: int) -> "BlockMask":
@@ -208,12 +206,17 @@ class BlockMask:
         sizes = _checked_sizes(T, S, tile_m, tile_n)
         M, tiles = num_tiles(T, tile_m), num_tiles(S, tile_n)
         if T == 0 or S == 0:
-            return _from_kinds(jnp.zeros((b, n, M, tiles), jnp.int8), **sizes)
+            return BlockMask.from_kinds(jnp.zeros((b, n, M, tiles), jnp.int8), **sizes)
         padding = ((0, 0), (0, 0), (0, M * tile_m - T), (0, tiles * tile_n - S))
         # The last row and key, repeated, change neither "some" nor "all".
         mask = jnp.pad(mask, padding, mode="edge").reshape(b, n, M, tile_m, tiles, tile_n)
-        kinds = _kind(jnp.sum(mask, axis=(3, 5), dtype=jnp.int32), tile_m * tile_n)
-        return _from_kinds(kinds, **sizes)
+        kinds = kind_of(jnp.sum(mask, axis=(3, 5), dtype=jnp.int32), tile_m * tile_n)
+        return BlockMask.from_kinds(kinds, **sizes)
+
+    @staticmethod
+    def from_kinds(kinds: jax.Array, **sizes: int) -> "BlockMask":
+        """From ``kinds()``, (1|B, 1|N, M, key tiles), and the four sizes."""
+        return BlockMask(*compact(kinds == PARTIAL), *compact(kinds == FULL), **sizes)
 
     def kinds(self) -> jax.Array:
         """(1|B, 1|N, M, key tiles) int8: HIDDEN, PARTIAL or FULL for every tile."""
@@ -276,7 +279,7 @@ class BlockMask:
 
     def transpose(self) -> "BlockMask":
         """The same tiles by key tile: for each, the query tiles that see it; for the backward."""
-        return _from_kinds(
+        return BlockMask.from_kinds(
             jnp.swapaxes(self.kinds(), 2, 3),
             q_length=self.kv_length,
             kv_length=self.q_length,
@@ -298,8 +301,9 @@ def make_block_mask(
 ) -> BlockMask:
     """The tiles of a mask, classified exactly, on the device, inside ``jit`` or not.
 
-    Every element is evaluated, in chunks; memory is that of the lists, O(tiles).  Where
-    ``mask_mod`` reads no batch index or no head, all share one list.
+    Where ``mask_mod`` reduces to intervals of keys (``explain`` says), their bounds decide, in O(T)
+    evaluations; of any other mask every element is evaluated, in chunks.  Memory is that of the
+    lists, O(tiles).  Where ``mask_mod`` reads no batch index or no head, all share one list.
 
     Args:
       mask_mod: ``(b, h, q_idx, kv_idx) -> bool``, as for ``flash_attention``.
@@ -319,68 +323,41 @@ def make_block_mask(
     for name, size in (("B", B), ("N", N)):
         if not isinstance(size, int) or size < 0:
             raise ValueError(f"{name} must be an integer of at least 0; got {size!r}")
-    function, arrays = masks.trace_mask(mask_mod)
+    mask, arrays = masks.trace_mask(mask_mod)
     offset = _integers("q_offset", q_offset)
     if offset.shape not in ((), (1,), (B,)):
         raise ValueError(f"q_offset must be a scalar or ({B},); got shape {offset.shape}")
-    b = jnp.arange(B, dtype=jnp.int32).reshape(B, 1, 1, 1)
-    h = jnp.arange(N, dtype=jnp.int32).reshape(1, N, 1, 1)
-    M, tiles = num_tiles(T, tile_m), num_tiles(S, tile_n)
-
-    def kind(tile):
-        q = (tile // tiles) * tile_m + jnp.arange(tile_m, dtype=jnp.int32)
-        kv = (tile % tiles) * tile_n + jnp.arange(tile_n, dtype=jnp.int32)
-        # Padding repeats the last row and key, which changes neither "some" nor "all".
-        q = jnp.minimum(q, T - 1)[:, None] + offset.reshape(-1, 1, 1, 1)
-        kv = jnp.minimum(kv, S - 1).reshape(1, 1, 1, tile_n)
-        seen = function(arrays, b, h, q, kv)
-        elements = seen.shape[2] * seen.shape[3]
-        return _kind(jnp.sum(seen, axis=(2, 3), dtype=jnp.int32), elements)
-
-    first = jax.ShapeDtypeStruct((), jnp.int32)
-    shape = jax.eval_shape(kind, first).shape
-    if T == 0 or S == 0:
-        return _from_kinds(jnp.zeros((*shape, M, tiles), jnp.int8), **sizes)
-    at_once = max(1, _ELEMENTS_AT_ONCE // max(1, math.prod(shape) * tile_m * tile_n))
-    numbers = jnp.arange(M * tiles, dtype=jnp.int32)
-    kinds = lax.map(kind, numbers, batch_size=min(at_once, M * tiles))
-    return _from_kinds(jnp.moveaxis(kinds, 0, -1).reshape(*shape, M, tiles), **sizes)
+    heads, batch = (jnp.arange(n, dtype=jnp.int32) for n in (N, B))
+    is_near = not isinstance(q_offset, int) or abs(q_offset) + T < POSITION_LIMIT
+    entries = batch, heads, offset.reshape(-1)
+    kinds = classify(mask, arrays, entries, Tiling(**sizes), is_near=is_near)
+    return BlockMask.from_kinds(kinds, **sizes)
 
 
+@jax.jit
 def compact(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Lists of the set places of ``flags`` (..., X), ascending: counts (...) and indices (..., X).
 
     What stands in a list beyond its count is 0.
     """
     X = flags.shape[-1]
-    place = jnp.where(flags, jnp.cumsum(flags, axis=-1, dtype=jnp.int32) - 1, X)
-    numbers = jnp.arange(X, dtype=jnp.int32)
-    lists = jax.vmap(lambda row: jnp.zeros(X, jnp.int32).at[row].set(numbers, mode="drop"))
-    indices = lists(place.reshape(math.prod(flags.shape[:-1]), X)).reshape(flags.shape)
-    return jnp.sum(flags, axis=-1, dtype=jnp.int32), indices
+    before = jnp.cumsum(flags, axis=-1, dtype=jnp.int32)
+    counts = jnp.sum(flags, axis=-1, dtype=jnp.int32)
+    place = jnp.arange(X, dtype=jnp.int32)
+    if X <= _FEW_TILES:
+        is_jth = flags[..., None, :] & (before[..., None, :] == place[:, None] + 1)
+        return counts, jnp.sum(jnp.where(is_jth, place, 0), axis=-1)
+    # The j-th set place is how many places have at most j set ones up to them.
+    rows = before.reshape(math.prod(before.shape[:-1]), X)
+    find = functools.partial(jnp.searchsorted, side="right", method="scan_unrolled")
+    found = jax.vmap(find, in_axes=(0, None))(rows, place).astype(jnp.int32).reshape(flags.shape)
+    return counts, jnp.where(place < counts[..., None], found, 0)
 
 
 def visits_before(visited: jax.Array) -> jax.Array:
     """How many earlier rows of tiles visit a tile, of booleans (..., rows, tiles): int32."""
     counts = visited.astype(jnp.int32)
     return jnp.cumsum(counts, axis=-2) - counts
-
-
-def num_tiles(length: int, tile: int) -> int:
-    """Tiles that ``length`` is cut into; at least one."""
-    return max(1, -(-length // tile))
-
-
-def _from_kinds(kinds: jax.Array, **sizes: int) -> BlockMask:
-    partial_counts, partial_indices = compact(kinds == PARTIAL)
-    full_counts, full_indices = compact(kinds == FULL)
-    return BlockMask(partial_counts, partial_indices, full_counts, full_indices, **sizes)
-
-
-def _kind(visible: jax.Array, elements: int) -> jax.Array:
-    """The kind of a tile of which so many of so many elements are visible."""
-    kind = jnp.where(visible == 0, HIDDEN, jnp.where(visible == elements, FULL, PARTIAL))
-    return kind.astype(jnp.int8)
 
 
 def _checked_sizes(q_length: int, kv_length: int, tile_m: int, tile_n: int) -> dict[str, int]:

@@ -52,32 +52,12 @@ class TracedFunction:
           function reads varies.
         """
         needed = self._needed()
-        varies = [
-            [v in needed and not _is_one(length) for length in x.shape]
-            for v, x in zip(self.jaxpr.invars, arguments, strict=True)
-        ]
-        squeezed = [
-            x[tuple(slice(None) if varying else 0 for varying in axes)]
-            if v in needed
-            else jnp.zeros((), x.dtype)
-            for v, x, axes in zip(self.jaxpr.invars, arguments, varies, strict=True)
-        ]
-        batched = [not _is_one(array.shape[0]) for array in arrays]
-        arrays = [a if per_batch else a[0] for a, per_batch in zip(arrays, batched, strict=True)]
 
         def of_scalars(arrays, arguments):
             (result,) = jaxpr_as_fun(ClosedJaxpr(self.jaxpr, arrays))(*arguments)
             return result
 
-        function, expanded = of_scalars, []
-        for axis in reversed(range(arguments[0].ndim)):
-            in_arrays = [0 if axis == 0 and per_batch else None for per_batch in batched]
-            in_arguments = [0 if axes[axis] else None for axes in varies]
-            if any(a == 0 for a in (*in_arrays, *in_arguments)):
-                function = jax.vmap(function, in_axes=(in_arrays, in_arguments))
-            else:
-                expanded.append(axis)
-        return jnp.expand_dims(function(arrays, squeezed), expanded)
+        return on_block(of_scalars, arrays, arguments, [v in needed for v in self.jaxpr.invars])
 
     def reads(self, argument: int) -> bool:
         """Whether the function depends on this one of its arguments."""
@@ -87,6 +67,46 @@ class TracedFunction:
         """Variables that an equation or the result reads."""
         read = [v for equation in self.jaxpr.eqns for v in equation.invars]
         return {v for v in (*read, *self.jaxpr.outvars) if isinstance(v, Var)}
+
+
+def on_block(
+    of_scalars: Callable[..., jax.Array],
+    arrays: Sequence[jax.Array],
+    arguments: Sequence[jax.Array],
+    reads: Sequence[bool],
+) -> jax.Array:
+    """A function of arrays and scalars, ``of_scalars(arrays, arguments)``, on a block.
+
+    Args:
+      of_scalars: the function.
+      arrays: (1|B, ...) each; the function takes them without the batch.
+      arguments: as for ``TracedFunction``.
+      reads: which of the arguments have an effect.
+
+    Returns:
+      As for ``TracedFunction``, followed by the dimensions of the function's result.
+    """
+    varies = [
+        [is_read and not _is_one(length) for length in x.shape]
+        for is_read, x in zip(reads, arguments, strict=True)
+    ]
+    squeezed = [
+        x[tuple(slice(None) if varying else 0 for varying in axes)]
+        if is_read
+        else jnp.zeros((), x.dtype)
+        for is_read, x, axes in zip(reads, arguments, varies, strict=True)
+    ]
+    batched = [not _is_one(array.shape[0]) for array in arrays]
+    arrays = [a if per_batch else a[0] for a, per_batch in zip(arrays, batched, strict=True)]
+    function, expanded = of_scalars, []
+    for axis in reversed(range(arguments[0].ndim)):
+        in_arrays = [0 if axis == 0 and per_batch else None for per_batch in batched]
+        in_arguments = [0 if axes[axis] else None for axes in varies]
+        if any(a == 0 for a in (*in_arrays, *in_arguments)):
+            function = jax.vmap(function, in_axes=(in_arrays, in_arguments))
+        else:
+            expanded.append(axis)
+    return jnp.expand_dims(function(arrays, squeezed), expanded)
 
 
 def trace_mask(function: Callable[..., Any]) -> tuple[TracedFunction, tuple[jax.Array, ...]]:

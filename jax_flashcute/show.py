@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashcute import analysis, masks
-from jax_flashcute.block_mask import FULL, HIDDEN, PARTIAL
+from jax_flashcute.tile_kinds import FULL, HIDDEN, PARTIAL
 
 LARGEST_WITH_ELEMENTS = 512
 """Up to so many rows and keys, elements are drawn; beyond, tiles alone."""

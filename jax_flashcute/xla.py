@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flashcute.block_mask import FULL, HIDDEN, BlockMask, compact
+from jax_flashcute.block_mask import BlockMask, compact
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
+from jax_flashcute.tile_kinds import FULL, HIDDEN
 from jax_flashcute.visibility import (
     element_indices,
     key_block_range,

@@ -13,7 +13,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_flashcute import plan
-from jax_flashcute.block_mask import HIDDEN, visits_before
+from jax_flashcute.block_mask import visits_before
 from jax_flashcute.bounds import (
     key_bound_arrays,
     mask_key_bound_arrays,
@@ -35,6 +35,7 @@ from jax_flashcute.kernels.registry import (
 )
 from jax_flashcute.recording import plans
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
+from jax_flashcute.tile_kinds import HIDDEN
 
 EXPORT_CHECKS = (jax.export.DisabledSafetyCheck.custom_call(CALL_TARGET),)
 """For ``jax.export.export(..., disabled_checks=EXPORT_CHECKS)``: the call target is stable."""

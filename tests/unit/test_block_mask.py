@@ -13,13 +13,13 @@ import pytest
 from jax import export
 
 from jax_flashcute import BlockMask, explain, flash_attention, make_block_mask
-from jax_flashcute.block_mask import FULL, PARTIAL
 from jax_flashcute.kernels.config import (
     backward_config,
     dividing,
     dividing_backward,
     forward_config,
 )
+from jax_flashcute.tile_kinds import FULL, PARTIAL
 from tests.compare import assert_close, cotangent
 
 B, N = 2, 6
