@@ -12,8 +12,8 @@ which needs all keys of the block.  dQ is summed in float32 in global memory by 
 tile by tile in the order of the registers (extra/postprocess.py turns it into 16 bits), unless it
 has a pass of its own (backward_dq.py); dK is multiplied by the scale at the end.  Sums of floats
 depend on their order: a deterministic kernel counts the blocks that have added to a tile, and a
-block waits for those of the keys before its own, which were launched before it.  How many those are follows from the
-mask, or stands in an array where the tiles that are visited do.
+block waits for those of the keys before its own, which were launched before it.  How many those
+are follows from the mask, or stands in an array where the tiles that are visited do.
 
     edge       producer             consumer               stages     full       empty
     k, v       TMA, producer warp   every warpgroup        1 each     1 + tx     used once
