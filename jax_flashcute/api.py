@@ -19,7 +19,13 @@ from jax_flashcute.block_mask import BlockMask
 from jax_flashcute.dispatch import IMPLEMENTATIONS, Implementation
 from jax_flashcute.kernels import registry
 from jax_flashcute.paged import check_page_size
-from jax_flashcute.segments import Segments, segments_of_boundaries, segments_of_ids
+from jax_flashcute.segments import (
+    Segments,
+    packed_rows,
+    rows_by_sequence,
+    segments_of_boundaries,
+    segments_of_ids,
+)
 from jax_flashcute.spec import AttentionSpec, Operands
 
 Positions = Literal["sequence", "segment"] | None
@@ -176,6 +182,8 @@ def paged_attention(
     kv_lengths: ArrayLike,
     *,
     q_lengths: ArrayLike | None = None,
+    cu_seqlens_q: ArrayLike | None = None,
+    max_q_length: int | None = None,
     q_offset: ArrayLike | None = None,
     scale: float | None = None,
     is_causal: bool = True,
@@ -197,12 +205,19 @@ def paged_attention(
     XLA path they are gathered a block at a time.  It has no derivatives, but for ``"reference"``.
 
     Args:
-      query: (B, T, N, H): the last tokens of each sequence, as far as ``q_offset`` is left out.
+      query: (B, T, N, H), or with ``cu_seqlens_q`` (total, N, H): the last tokens of each sequence,
+        as far as ``q_offset`` is left out.
       k_pages: (num_pages, page_size, K, H), page_size a power of two from 1 to 512; query's dtype.
       v_pages: (num_pages, page_size, K, Hv), same dtype.
       page_table: (B, max_pages) integers.
       kv_lengths: (B,) or scalar integers: tokens in the pages, at most max_pages * page_size.
       q_lengths: (B,) or scalar integers; rows at or beyond give output 0 and LSE -inf.
+      cu_seqlens_q: (B + 1,) integers, not decreasing, in place of ``q_lengths``: sequence b's
+        queries are rows ``cu_seqlens_q[b]`` up to ``cu_seqlens_q[b + 1]`` of one array, so that
+        prefill, chunks and decode share a call; rows outside of all give output 0 and LSE -inf.
+        Between, they are copied to (B, max_q_length, N, H).
+      max_q_length: the most rows of a sequence, static; by default all rows there are.  Rows beyond
+        give output 0 and LSE -inf; ``checked`` refuses them.
       q_offset: position of query row 0, (B,) or scalar integers; by default ``kv_lengths -
         q_lengths``, which aligns queries and keys at their ends.
       scale: as for ``flash_attention``.
@@ -224,7 +239,8 @@ def paged_attention(
 
     Returns:
       out (B, T, N, Hv) in the query's dtype; with ``return_residual``, ``(out, lse)`` with lse
-      (B, T, N) in float32 (float64 for float64 operands).
+      (B, T, N) in float32 (float64 for float64 operands).  With ``cu_seqlens_q``, (total, N, Hv)
+      and (total, N).
 
     Raises:
       ValueError: an argument does not fit; it is named.
@@ -238,6 +254,8 @@ def paged_attention(
         page_table,
         kv_lengths,
         q_lengths=q_lengths,
+        cu_seqlens_q=cu_seqlens_q,
+        max_q_length=max_q_length,
         q_offset=q_offset,
         scale=scale,
         is_causal=is_causal,
@@ -253,7 +271,11 @@ def paged_attention(
     if reason := _reason_against_invariance(spec, implementation):
         raise NotImplementedError(reason)
     residuals = autodiff.paged_attention(spec, operands, implementation)
-    return (residuals.out, residuals.lse) if return_residual else residuals.out
+    out, lse = residuals.out, residuals.lse
+    if cu_seqlens_q is not None:
+        total, ends = jnp.shape(query)[0], jnp.asarray(cu_seqlens_q, jnp.int32)
+        out, lse = packed_rows(out, ends, total, 0), packed_rows(lse, ends, total, -jnp.inf)
+    return (out, lse) if return_residual else out
 
 
 def _checked_paged_call(
@@ -264,6 +286,8 @@ def _checked_paged_call(
     kv_lengths,
     *,
     q_lengths,
+    cu_seqlens_q,
+    max_q_length,
     q_offset,
     batch_invariant,
     checked,
@@ -273,6 +297,12 @@ def _checked_paged_call(
     query, k_pages, v_pages, page_table = (
         jnp.asarray(x) for x in (query, k_pages, v_pages, page_table)
     )
+    if cu_seqlens_q is not None:
+        query, q_lengths = _rows_by_sequence(
+            query, page_table, q_lengths, cu_seqlens_q, max_q_length, checked=checked
+        )
+    elif max_q_length is not None:
+        raise ValueError(f"max_q_length goes with cu_seqlens_q alone; got {max_q_length}")
     _check_pages(query, k_pages, v_pages, page_table)
     B, T = query.shape[:2]
     num_pages, page_size = k_pages.shape[:2]
@@ -308,6 +338,36 @@ def _checked_paged_call(
     return spec, dataclasses.replace(operands, key=k_pages, value=v_pages, page_table=table)
 
 
+def _rows_by_sequence(query, page_table, q_lengths, cu_seqlens_q, max_q_length, *, checked):
+    """Packed queries as (B, T, N, H), and how many of the rows are some."""
+    if q_lengths is not None:
+        raise ValueError("q_lengths must be left out where cu_seqlens_q is given; got both")
+    if query.ndim != 3:
+        raise ValueError(
+            f"query must be (total, heads, head_dim) with cu_seqlens_q; got shape {query.shape}"
+        )
+    ends = jnp.asarray(cu_seqlens_q)
+    if not jnp.issubdtype(ends.dtype, jnp.integer):
+        raise ValueError(f"cu_seqlens_q must be integers; got dtype {ends.dtype.name}")
+    if page_table.ndim == 2 and ends.shape != (page_table.shape[0] + 1,):
+        raise ValueError(
+            f"cu_seqlens_q must be (batch + 1 = {page_table.shape[0] + 1},); got shape {ends.shape}"
+        )
+    total = query.shape[0]
+    length = total if max_q_length is None else max_q_length
+    if not isinstance(length, int) or length < 0:
+        raise ValueError(f"max_q_length must be an integer that is not negative; got {length!r}")
+    ends = ends.astype(jnp.int32)
+    counts = ends[1:] - ends[:-1]
+    if checked:
+        _raise_where(
+            jnp.any((counts < 0) | (counts > length)) | (ends[0] < 0) | (ends[-1] > total),
+            f"cu_seqlens_q must rise within 0..{total}, by at most max_q_length={length}",
+            f"{ends}",
+        )
+    return rows_by_sequence(query, ends, length), jnp.clip(counts, 0, length)
+
+
 def _reason_against_invariance(spec: AttentionSpec, implementation: Implementation) -> str | None:
     if not spec.batch_invariant or implementation == "cute":
         return None
@@ -340,14 +400,18 @@ def _check_page_numbers(page_table, lengths, num_pages: int, page_size: int) -> 
     first = jnp.arange(page_table.shape[1]) * page_size
     is_bad = (first < lengths[:, None]) & ((page_table < 0) | (page_table >= num_pages))
     is_unfit = (lengths < 0) | (lengths > page_table.shape[1] * page_size)
-    for wrong, message in (
-        (jnp.any(is_bad), f"page_table must hold numbers from 0 to {num_pages - 1} in use"),
-        (jnp.any(is_unfit), "kv_lengths must be from 0 to max_pages * page_size"),
-    ):
-        if isinstance(wrong, Tracer):
-            checkify.check(~wrong, message)
-        elif wrong:
-            raise ValueError(f"{message}; got {page_table} and lengths {lengths}")
+    got = f"{page_table} and lengths {lengths}"
+    message = f"page_table must hold numbers from 0 to {num_pages - 1} in use"
+    _raise_where(jnp.any(is_bad), message, got)
+    _raise_where(jnp.any(is_unfit), "kv_lengths must be from 0 to max_pages * page_size", got)
+
+
+def _raise_where(wrong: jax.Array, message: str, got: str) -> None:
+    """Raises at once for concrete arrays, through ``checkify`` for traced ones."""
+    if isinstance(wrong, Tracer):
+        checkify.check(~wrong, message)
+    elif wrong:
+        raise ValueError(f"{message}; got {got}")
 
 
 def dot_product_attention(
@@ -570,6 +634,8 @@ def explain_paged_attention(
     kv_lengths,
     *,
     q_lengths=None,
+    cu_seqlens_q=None,
+    max_q_length: int | None = None,
     q_offset=None,
     scale: float | None = None,
     is_causal: bool = True,
@@ -599,12 +665,14 @@ def explain_paged_attention(
         "page_table": page_table,
         "kv_lengths": kv_lengths,
         "q_lengths": q_lengths,
+        "cu_seqlens_q": cu_seqlens_q,
         "q_offset": q_offset,
         "sinks": sinks,
     }
     spec, operands = _abstract_call(
         _checked_paged_call,
         arrays,
+        max_q_length=max_q_length,
         scale=scale,
         is_causal=is_causal,
         local_window_size=local_window_size,

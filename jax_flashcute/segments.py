@@ -161,3 +161,25 @@ def ids_of_boundaries(cu_seqlens: jax.Array, length: int) -> jax.Array:
         return jnp.where(row < boundaries[-1], ids, -1)
 
     return jax.vmap(of_one)(cu_seqlens)
+
+
+def rows_by_sequence(packed: jax.Array, cu_seqlens: jax.Array, length: int) -> jax.Array:
+    """(B, length, ...) from rows (total, ...) of B sequences between boundaries (B + 1,).
+
+    What stands beyond a sequence's rows is no matter.
+    """
+    rows = cu_seqlens[:-1, None] + jnp.arange(length, dtype=jnp.int32)
+    return packed.at[rows].get(mode="clip")
+
+
+def packed_rows(padded: jax.Array, cu_seqlens: jax.Array, total: int, fill: float) -> jax.Array:
+    """The inverse of ``rows_by_sequence``; ``fill`` in rows that it left out."""
+    row = jnp.arange(total, dtype=jnp.int32)
+    # Of sequences without rows that begin at the same place, the last is looked up: the next one's.
+    entry = jnp.searchsorted(cu_seqlens, row, side="right").astype(jnp.int32) - 1
+    B, length = padded.shape[:2]
+    entry_or_first = jnp.clip(entry, 0, B - 1)
+    place = row - cu_seqlens[entry_or_first]
+    is_row = (entry == entry_or_first) & (place < length)
+    found = padded[entry_or_first, jnp.clip(place, 0, max(length - 1, 0))]
+    return jnp.where(is_row.reshape(-1, *[1] * (padded.ndim - 2)), found, fill)

@@ -204,6 +204,26 @@ def test_a_sequence_does_not_depend_on_the_batch(
         np.testing.assert_array_equal(part_lse[kept], lse[kept])
 
 
+@pytest.mark.parametrize("page_size", [4, 64])
+def test_packed_queries(page_size: int) -> None:
+    """Prefill, a chunk and decode in one array: bit for bit as with rows of padding."""
+    pages = Pages(page_size, (300, 8191, 1000, 0, 77), "permuted", (192, 128), jnp.bfloat16)
+    query = query_of(pages, 300, 3)
+    counts = np.array([300, 1, 64, 0, 2], np.int32)
+    ends = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    packed = np.concatenate([query[b, :count] for b, count in enumerate(counts)])
+    features = {"local_window_size": (3000, 0), "logits_soft_cap": 5.0, "return_residual": True}
+    call = jax.jit(functools.partial(paged_attention, implementation="cute", **features))
+    together = functools.partial(paged_attention, implementation="cute", max_q_length=300)
+    out, lse = jax.jit(functools.partial(together, **features))(
+        packed, *pages.paged, cu_seqlens_q=ends
+    )
+    want, want_lse = call(query, *pages.paged, q_lengths=counts)
+    for b, count in enumerate(counts):
+        np.testing.assert_array_equal(out[ends[b] : ends[b + 1]], want[b, :count])
+        np.testing.assert_array_equal(lse[ends[b] : ends[b + 1]], want_lse[b, :count])
+
+
 @pytest.mark.parametrize("page_size", [4, 32])
 def test_a_page_out_of_range_reads_as_zeros(page_size: int) -> None:
     pages = Pages(page_size, (100, 700), "permuted", dtype=jnp.bfloat16)

@@ -160,9 +160,62 @@ def test_a_kernel_is_taken(monkeypatch: pytest.MonkeyPatch, arch: str, page_size
     assert "CuteDSL" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.parametrize(("implementation", "longest"), [("xla", None), ("reference", 30)])
+def test_packed_queries(implementation, longest: int | None) -> None:
+    """Prefill, a chunk, decode and a sequence without rows in one array, and rows of none."""
+    (query, k_pages, v_pages, table, lengths), dense = make(8, (30, 100, 77, 5), seqlen_q=30)
+    counts = np.array([30, 7, 0, 1], np.int32)
+    ends = np.concatenate([[2], 2 + np.cumsum(counts)]).astype(np.int32)
+    rows = [query[b, :count] for b, count in enumerate(counts)]
+    nan = np.full((2, *query.shape[2:]), np.nan, np.float32)
+    packed = np.concatenate([nan, *rows, nan])
+    features = {"logits_soft_cap": 2.0, "local_window_size": (60, 0)}
+    attend = functools.partial(paged_attention, implementation=implementation, **features)
+    call = functools.partial(attend, max_q_length=longest, return_residual=True)
+    given = packed, k_pages, v_pages, table, lengths
+    out, lse = jax.jit(call)(*given, cu_seqlens_q=ends)
+    want, want_lse = flash_attention(
+        query,
+        *dense,
+        is_causal=True,
+        q_offset=lengths - counts,
+        query_seq_lengths=counts,
+        key_value_seq_lengths=lengths,
+        return_residual=True,
+        implementation="reference",
+        **features,
+    )
+    for b, count in enumerate(counts):
+        np.testing.assert_allclose(out[ends[b] : ends[b + 1]], want[b, :count], atol=2e-5)
+        np.testing.assert_allclose(lse[ends[b] : ends[b + 1]], want_lse[b, :count], atol=2e-5)
+    for outside in (slice(0, 2), slice(int(ends[-1]), None)):
+        assert (out[outside] == 0).all()
+        assert np.isneginf(lse[outside]).all()
+    assert attend(packed[:0], *given[1:], cu_seqlens_q=np.zeros(5, np.int32)).shape[0] == 0
+    with pytest.raises(ValueError, match="by at most max_q_length=29"):
+        attend(*given, cu_seqlens_q=ends, max_q_length=29, checked=True)
+
+
+def test_packed_queries_that_do_not_fit_are_named() -> None:
+    (query, *pages), _ = make(4, (9, 30))
+    ends = np.array([0, 1, 2], np.int32)
+    for wrong, message in (
+        ({"cu_seqlens_q": ends}, "query must be"),
+        ({"cu_seqlens_q": ends, "q_lengths": 1}, "q_lengths must be left out"),
+        ({"max_q_length": 3}, "max_q_length goes with"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            paged_attention(query, *pages, **wrong)
+    with pytest.raises(ValueError, match="cu_seqlens_q must be"):
+        paged_attention(query[0], *pages, cu_seqlens_q=ends[1:])
+    with pytest.raises(ValueError, match="max_q_length must be"):
+        paged_attention(query[0], *pages, cu_seqlens_q=ends, max_q_length=-1)
+
+
 def decode(page_size: int, **how):
     """``explain_paged_attention`` of a decode step of 16 sequences, by shapes alone."""
     query = jax.ShapeDtypeStruct((16, how.pop("seqlen_q", 1), 32, 128), jnp.bfloat16)
+    query = how.pop("query", query)
     pages = jax.ShapeDtypeStruct((2**20 // page_size, page_size, 8, 128), jnp.bfloat16)
     table = jax.ShapeDtypeStruct((16, 2**16 // page_size), jnp.int32)
     lengths = jax.ShapeDtypeStruct((16,), jnp.int32)
@@ -180,6 +233,10 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "divided into 32 parts at most" in str(told)
     assert decode(16, seqlen_q=300).splits == 1
     assert decode(16, implementation="cute", batch_invariant=True).splits == 128
+    packed = jax.ShapeDtypeStruct((40, 32, 128), jnp.bfloat16)
+    ends = jax.ShapeDtypeStruct((17,), jnp.int32)
+    told = decode(16, query=packed, cu_seqlens_q=ends, max_q_length=8)
+    assert (told.forward, told.splits) == ("cute", 32)
     refused = decode(16, batch_invariant=True)
     assert (refused.forward, refused.elsewhere) == ("refused", "refused")
     assert "batch_invariant" in refused.forward_reasons[0]
