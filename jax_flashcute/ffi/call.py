@@ -24,7 +24,7 @@ from jax_flashcute.bounds import (
 from jax_flashcute.ffi import store
 from jax_flashcute.ffi.compile import CompiledKernel
 from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
-from jax_flashcute.kernels.elements import element_operands
+from jax_flashcute.kernels.elements import element_operands, summed_arrays
 from jax_flashcute.kernels.nsa import NSAKernelKey
 from jax_flashcute.kernels.registry import (
     OPTIONAL_OPERANDS,
@@ -55,16 +55,22 @@ def backward(
     dout: jax.Array,
     dlse: jax.Array,
 ) -> Operands:
-    """The backward kernel: gradients of query, key and value; lowers for CUDA only.
-
-    A call for which it is not refused has no other operand with a gradient but sinks.
-    """
+    """The backward kernel: all gradients but that of sinks; lowers for CUDA only."""
     leaves, tree = jax.tree.flatten((operands, residuals, dout, dlse))
-    query, key, value = _backward_p.bind(*leaves, spec=spec, tree=tree)
+    query, key, value, *sums = _backward_p.bind(*leaves, spec=spec, tree=tree)
+    biases, arrays = summed_arrays(spec, operands)
+    found = [sums.pop(0).astype(x.dtype) for x in (*biases, *arrays)]
+    bias = found.pop(0) if biases else None
+
+    def of_array(x: jax.Array) -> jax.Array | None:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return None
+        return found.pop(0) if arrays else jnp.zeros_like(x)
+
     return dataclasses.replace(
-        Operands(query=query, key=key, value=value),
+        Operands(query=query, key=key, value=value, bias=bias),
         mask_mod_arrays=(None,) * len(operands.mask_mod_arrays),
-        score_mod_arrays=(None,) * len(operands.score_mod_arrays),
+        score_mod_arrays=tuple(of_array(x) for x in operands.score_mod_arrays),
     )
 
 
@@ -91,7 +97,10 @@ def _forward_abstract(*avals, spec: AttentionSpec, tree):
 
 def _backward_abstract(*avals, spec: AttentionSpec, tree):
     operands = jax.tree.unflatten(tree, avals)[0]
-    return [x.update(weak_type=False) for x in (operands.query, operands.key, operands.value)]
+    main = [x.update(weak_type=False) for x in (operands.query, operands.key, operands.value)]
+    biases, arrays = summed_arrays(spec, operands)
+    sums = [*biases, *arrays]
+    return main + [x.update(dtype=jnp.dtype(jnp.float32), weak_type=False) for x in sums]
 
 
 def _nsa_abstract(*avals, key: NSAKernelKey, shapes):

@@ -5,7 +5,8 @@ import functools
 from collections.abc import Sequence
 
 from jax_flashcute.analysis import POSITION_LIMIT
-from jax_flashcute.kernels.lower_jaxpr import ElementProgram, derivative
+from jax_flashcute.kernels.config import BwdConfig, BwdConfigSm100
+from jax_flashcute.kernels.lower_jaxpr import Derivative, ElementProgram, derivative
 from jax_flashcute.kernels.primitives import SCALAR_DTYPES
 from jax_flashcute.masks import TracedFunction
 from jax_flashcute.spec import AttentionSpec, Operands
@@ -75,12 +76,22 @@ class ElementFunctions:
     @property
     def keeps_gradients(self) -> bool:
         """Whether the gradient of the changed score is that of the scaled one."""
-        identity = self.score_mod is None or derivative_of(self.score_mod).is_identity
+        identity = self.score_mod is None or derivative_of(self.score_mod).program.is_identity
         return identity and self.soft_cap is None
+
+    @property
+    def summed_ranks(self) -> list[int]:
+        """Ranks of the arrays that have gradients: the bias, and those of floats of the score."""
+        ranks = [4] * (self.bias is not None)
+        if self.score_mod is not None:
+            derivative = derivative_of(self.score_mod)
+            types = derivative.program.array_types
+            ranks += [len(types[i][1]) + 1 for i in derivative.numbered]
+        return ranks
 
 
 @functools.cache
-def derivative_of(function: TracedFunction, keys: int = POSITION_LIMIT) -> ElementProgram:
+def derivative_of(function: TracedFunction, keys: int = POSITION_LIMIT) -> Derivative:
     """The transposed derivative of a score, of ``("cotangent", "score", *INDICES)``."""
     return derivative(function.jaxpr, ("score", *INDICES), keys)
 
@@ -158,32 +169,41 @@ def element_operands(functions: ElementFunctions, operands: Operands) -> list:
     return arrays + ([operands.sinks] if functions.sinks else [])
 
 
-def reasons_against_gradients(
-    spec: AttentionSpec, operands: Operands, *, by_role: bool
-) -> list[str]:
-    """Every reason why the backward kernel cannot differentiate what a call does to scores.
+def summed_arrays(spec: AttentionSpec, operands: Operands) -> tuple[list, list]:
+    """The operands of ``ElementFunctions.summed_ranks``: the bias, and arrays of the score."""
+    arrays = operands.score_mod_arrays
+    if spec.score_mod is None or program_of(spec.score_mod).is_identity:
+        arrays = ()
+    biases = [] if operands.bias is None else [operands.bias]
+    return biases, [a for a in arrays if str(a.dtype) in FLOATS]
 
-    ``by_role``: one warpgroup computes probabilities, another the gradients of scores.
-    """
+
+def reasons_against_gradients(
+    spec: AttentionSpec, operands: Operands, config: BwdConfig | BwdConfigSm100
+) -> list[str]:
+    """Every reason why the backward kernel cannot differentiate what a call does to scores."""
     reasons = []
-    if operands.bias is not None:
-        reasons.append("no kernel computes the gradient of bias yet")
-    if any(str(a.dtype) in FLOATS for a in operands.score_mod_arrays):
-        reasons.append(
-            "no kernel computes the gradients of floating-point arrays that score_mod closes over"
-        )
+    by_role = isinstance(config, BwdConfig) and config.by_role
     if spec.score_mod is not None:
         try:
-            unsupported = derivative_of(spec.score_mod).unsupported()
+            unsupported = derivative_of(spec.score_mod).program.unsupported()
         except NotImplementedError as error:
             unsupported = [str(error)]
         reasons += [f"the derivative of score_mod: {why}" for why in unsupported]
+    biases, arrays = summed_arrays(spec, operands)
+    names = ["bias"] if biases else []
+    names += ["the floating-point arrays that score_mod closes over"] if arrays else []
+    of_what = f"the gradient of {' and of '.join(names)}"
+    if names and spec.deterministic:
+        reasons.append(f"no kernel sums {of_what} in a fixed order, as deterministic=True asks")
+    by_role_only = "where two warpgroups share 64 keys (head_dim above 128, or small listed tiles)"
+    if names and isinstance(config, BwdConfigSm100):
+        reasons.append(f"no Blackwell kernel sums {of_what}")
+    if names and by_role:
+        reasons.append(f"{by_role_only} no kernel sums {of_what}")
     functions = element_functions(spec, operands)
     if not reasons and by_role and functions is not None and not functions.keeps_gradients:
-        reasons.append(
-            "where two warpgroups share 64 keys (head_dim above 128, or small listed tiles) no "
-            "kernel differentiates a score that is not additive"
-        )
+        reasons.append(f"{by_role_only} no kernel differentiates a score that is not additive")
     return reasons
 
 

@@ -11,13 +11,14 @@ computed once a tile, and each column adds a constant.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from jax_flashcute.analysis import POSITION_LIMIT
 from jax_flashcute.kernels.affine import AFFINE_RULES, Affine
@@ -38,7 +39,7 @@ LARGEST_VECTOR = 16
 
 
 class ElementProgram:
-    """A scalar function of named arguments, and of the arrays that it closes over."""
+    """Scalar functions of named arguments, and of the arrays that they close over."""
 
     def __init__(self, jaxpr: Jaxpr, arguments: Sequence[str], keys: int = POSITION_LIMIT):
         """``jaxpr``: its last inputs are the arguments; constants and inputs before are arrays.
@@ -49,7 +50,7 @@ class ElementProgram:
         arrays = variables[: len(variables) - len(arguments)]
         self.arguments = tuple(arguments)
         self.array_types = tuple((str(v.aval.dtype), v.aval.shape) for v in arrays)
-        self.result_dtype = str(jaxpr.outvars[0].aval.dtype)
+        self.result_dtypes = tuple(str(v.aval.dtype) for v in jaxpr.outvars)
         self._equations: list[Equation] = []
         self._effects: list[str] = []
         self._count = 0
@@ -57,7 +58,7 @@ class ElementProgram:
         self._inputs = {name: self._new_value() for name in arguments}
         numbers = [*self._arrays, *self._inputs.values()]
         constants = numbers[: len(jaxpr.constvars)]
-        (self._result,) = self._inline(jaxpr, constants, numbers[len(constants) :])
+        self._results = self._inline(jaxpr, constants, numbers[len(constants) :])
         self._equations = self._needed()
         self._limits = self._limits_of_values(INDEX_LIMITS | {"kv_idx": (0, keys - 1)})
         self._equations = self._without_decided()
@@ -110,8 +111,8 @@ class ElementProgram:
         return self._equations[-1].output
 
     def _needed(self) -> list[Equation]:
-        """The equations that the result depends on."""
-        needed = {self._result} if isinstance(self._result, int) else set()
+        """The equations that the results depend on."""
+        needed = self._computed_results()
         kept = []
         for equation in reversed(self._equations):
             if equation.output in needed:
@@ -119,10 +120,27 @@ class ElementProgram:
                 needed.update(equation.inputs_known)
         return kept[::-1]
 
+    def _computed_results(self) -> set[int]:
+        return {x for x in self._results if isinstance(x, int)}
+
     @property
     def is_identity(self) -> bool:
-        """Whether the result is the first argument, untouched."""
-        return isinstance(self._result, int) and self._result == self._inputs[self.arguments[0]]
+        """Whether the first result is the first argument, untouched."""
+        result = self._results[0]
+        return isinstance(result, int) and result == self._inputs[self.arguments[0]]
+
+    def is_zero(self, result: int) -> bool:
+        """Whether a result, by its place among them, is the constant 0."""
+        found = self._results[result]
+        return isinstance(found, np.ndarray) and not found.any()
+
+    def depends_on(self, result: int) -> frozenset[str]:
+        """The arguments that a result, by its place among them, is a function of."""
+        needed = {x for x in (self._results[result],) if isinstance(x, int)}
+        for equation in reversed(self._equations):
+            if equation.output in needed:
+                needed.update(equation.inputs_known)
+        return frozenset(name for name, number in self._inputs.items() if number in needed)
 
     def unsupported(self) -> list[str]:
         """Every reason why the program cannot be lowered, with the user's line."""
@@ -152,7 +170,7 @@ class ElementProgram:
     def at_column(self, known: Mapping[int, Any], column: int) -> dict[int, Any]:
         """``known`` for one column of the tile: nothing is ``Affine`` any more."""
         wanted = {i for e in self._equations if e.output not in known for i in e.inputs_known}
-        wanted.add(self._result if isinstance(self._result, int) else -1)
+        wanted |= self._computed_results()
         at = {
             number: value.at(column) if isinstance(value, Affine) else value
             for number, value in known.items()
@@ -160,9 +178,9 @@ class ElementProgram:
         }
         return self._completed(at)
 
-    def value(self, known: Mapping[int, Any]) -> Any:
-        """The result, a CuTe number, once all arguments that it depends on are known."""
-        return as_number(self._result, known, self.result_dtype)
+    def value(self, known: Mapping[int, Any], result: int = 0) -> Any:
+        """A result, a CuTe number, once all arguments that it depends on are known."""
+        return as_number(self._results[result], known, self.result_dtypes[result])
 
     def _completed(self, known: dict[int, Any]) -> dict[int, Any]:
         for equation in self._equations:
@@ -212,8 +230,7 @@ class ElementProgram:
                     continue
             inside = self._is_inside(equation)
             kept.append(dataclasses.replace(equation, params={**equation.params, "inside": inside}))
-        if isinstance(self._result, int):
-            self._result = same.get(self._result, self._result)
+        self._results = [same.get(x, x) if isinstance(x, int) else x for x in self._results]
         self._equations = kept
         return self._needed()
 
@@ -231,12 +248,12 @@ class ElementProgram:
         return all(found is not None and 0 <= found[0] and found[1] <= n for found, n in pairs)
 
     def _reaching_result_continuously(self) -> set[int]:
-        """Values that go into the result by sums and products alone.
+        """Values that go into the results by sums and products alone.
 
         Their rounding may differ by what a sum's does; elsewhere, as before a comparison, a
         value is what its own operations give.
         """
-        reaching: set[Any] = {self._result} if isinstance(self._result, int) else set()
+        reaching: set[Any] = self._computed_results()
         elsewhere: set[int] = set()
         for equation in reversed(self._equations):
             passes = equation.primitive in AFFINE_RULES
@@ -265,32 +282,135 @@ class ElementProgram:
         return AFFINE_RULES[name](*values)
 
 
-def derivative(
-    jaxpr: Jaxpr, arguments: Sequence[str], keys: int = POSITION_LIMIT
-) -> ElementProgram:
-    """The transposed derivative of a score in its first argument.
+@dataclasses.dataclass(frozen=True)
+class Derivative:
+    """The transposed derivative of a score.
 
-    Returns:
-      A program of ``("cotangent", *arguments)`` and of the arrays of the score: the cotangent of
-      the score that was given, from that of the result.
+    Attributes:
+      program: of ``("cotangent", *arguments)``, of the arrays of the score, and of an int32 array
+        of the shape of each of ``numbered`` that holds its elements' numbers.  Its results: the
+        cotangent of the score that was given, from that of the result; then, for each element that
+        is read from an array of floats, its number, negative for none, and its cotangent.
+      numbered: the arrays of floats, by their places among the score's.
+      reads: of each element that is read, the array, likewise.
     """
 
-    def pulled_back(arrays, cotangent, score, *indices):
-        def of_score(score):
-            return jaxpr_as_fun(ClosedJaxpr(jaxpr, arrays))(score, *indices)[0]
+    program: ElementProgram
+    numbered: tuple[int, ...]
+    reads: tuple[int, ...]
 
-        result, pull = jax.vjp(of_score, score)
-        return pull(cotangent.astype(result.dtype))[0]
+    def cotangents(self) -> list[tuple[int, int]]:
+        """Of each read that has a gradient: the array, and the place of its number in results."""
+        places = [(array, 1 + 2 * i) for i, array in enumerate(self.reads)]
+        return [(array, at) for array, at in places if not self.program.is_zero(at + 1)]
 
+
+def derivative(jaxpr: Jaxpr, arguments: Sequence[str], keys: int = POSITION_LIMIT) -> Derivative:
+    """The transposed derivative of a score in its first argument and in its arrays of floats.
+
+    Raises:
+      NotImplementedError: it does more with such an array than to read single elements.
+    """
     arrays = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.constvars]
+    floats = [i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
+    reads: list[int] = []
+
+    def pulled_back(arrays, numbers, cotangent, score, *indices):
+        numbers = {i: (i, x) for i, x in zip(floats, numbers, strict=True)}
+        numbers = [numbers.get(i) for i in range(len(arrays))]
+        found = []
+
+        def of(score, read):
+            given = [(x, n) for x, n in zip(arrays, numbers, strict=True)]
+            given += [(x, None) for x in (score, *indices)]
+            return _with_reads(jaxpr, given, read)[0][0]
+
+        def noted(value, number):
+            found.append((value.reshape(()), number))
+            return value
+
+        of(score, noted)
+
+        def of_reads(score, values):
+            rest = iter(values)
+            return of(score, lambda value, _: next(rest).reshape(value.shape))
+
+        result, pull = jax.vjp(of_reads, score, [value for value, _ in found])
+        d_score, d_values = pull(cotangent.astype(result.dtype))
+        reads[:] = [array for _, (array, _) in found]
+        pairs = zip(found, d_values, strict=True)
+        return d_score, [(number.reshape(()), d) for (_, (_, number)), d in pairs]
+
     given = [jax.ShapeDtypeStruct((), v.aval.dtype) for v in jaxpr.invars]
-    closed = jax.make_jaxpr(pulled_back)(arrays, given[0], *given)
+    numbers = [jax.ShapeDtypeStruct(arrays[i].shape, jnp.int32) for i in floats]
+    closed = jax.make_jaxpr(pulled_back)(arrays, numbers, given[0], *given)
     if closed.consts:
-        raise NotImplementedError("the derivative of score_mod closes over arrays of its own")
-    return ElementProgram(closed.jaxpr, ("cotangent", *arguments), keys)
+        raise NotImplementedError("it closes over arrays of its own")
+    program = ElementProgram(closed.jaxpr, ("cotangent", *arguments), keys)
+    return Derivative(program, tuple(floats), tuple(reads))
 
 
-CALLS = ("jit", "closed_call", "core_call", "checkpoint", "custom_jvp_call", "custom_vjp_call")
+def _with_reads(jaxpr: Jaxpr, given: Sequence[tuple], read: Callable) -> list[tuple]:
+    """Evaluates a jaxpr, each element that is read from some arrays replaced.
+
+    Args:
+      given: for each constant and input its value, and for those arrays ``(name, numbers of the
+        elements)``, else None.
+      read: of a value of one element and its ``(name, number)``: what to put in its place.
+
+    Returns:
+      The results, likewise.
+    """
+
+    def replaced(value, number):
+        if number is None or math.prod(value.shape) != 1:
+            return value, number
+        return read(value, number), None
+
+    variables = [*jaxpr.constvars, *jaxpr.invars]
+    known = {v: replaced(*pair) for v, pair in zip(variables, given, strict=True)}
+
+    def of(atom):
+        return (atom.val, None) if isinstance(atom, Literal) else known[atom]
+
+    for equation in jaxpr.eqns:
+        inputs = [of(atom) for atom in equation.invars]
+        values = [value for value, _ in inputs]
+        if all(number is None for _, number in inputs):
+            results = [(x, None) for x in _bound(equation, values, equation.params)]
+        elif equation.primitive.name in PLAIN_CALLS:
+            inner = _inner_program(equation)
+            assert inner is not None
+            constants = [(x, None) for x in inner.consts]
+            results = _with_reads(inner.jaxpr, [*constants, *inputs], read)
+        elif equation.primitive.name in VIEWS and all(number is None for _, number in inputs[1:]):
+            name, numbers = inputs[0][1] or (None, None)
+            # Beyond the array there is no element: the least integer.
+            params = equation.params
+            params = params | {"fill_value": None} if "fill_value" in params else params
+            (value,) = _bound(equation, values, equation.params)
+            (number,) = _bound(equation, [numbers, *values[1:]], params)
+            results = [replaced(value, (name, number))]
+        else:
+            raise NotImplementedError(
+                f"{equation.primitive.name} of an array of floats as a whole, at "
+                f"{source_info_util.summarize(equation.source_info).strip()}"
+            )
+        known.update(zip(equation.outvars, results, strict=True))
+    return [of(atom) for atom in jaxpr.outvars]
+
+
+def _bound(equation, values: Sequence[Any], params: Mapping[str, Any]) -> Sequence[Any]:
+    """The results of an equation's primitive, of other values."""
+    params = equation.primitive.get_bind_params(dict(params))
+    results = equation.primitive.bind(*values, **params)
+    return results if equation.primitive.multiple_results else [results]
+
+
+PLAIN_CALLS = ("jit", "closed_call", "core_call", "checkpoint")
+"""Primitives whose derivative is that of the program they call."""
+
+CALLS = (*PLAIN_CALLS, "custom_jvp_call", "custom_vjp_call")
 """Primitives that are replaced by the program they call."""
 
 

@@ -179,6 +179,13 @@ def arrays_as_views(
     return views
 
 
+def numbered_view(shape: Sequence[int]) -> View:
+    """An int32 array of its elements' numbers, which is in no memory."""
+    import cutlass
+
+    return View(lambda offset: offset, cutlass.Int32(0), tuple(shape), row_major(shape))
+
+
 def _load(base: Any, dtype: str, offset: Any) -> Any:
     import cutlass
     import cutlass.cute as cute

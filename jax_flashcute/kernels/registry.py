@@ -302,8 +302,7 @@ def reasons_against(
         dims = operands.query.shape[-1], operands.value.shape[-1]
         config = _existing(_backward_config(arch, spec, operands))
         reasons += config.reasons_invalid(*dims)
-        by_role = isinstance(config, BwdConfig) and config.by_role
-        reasons += reasons_against_gradients(scores, operands, by_role=by_role)
+        reasons += reasons_against_gradients(scores, operands, config)
     return reasons
 
 
@@ -630,8 +629,14 @@ def _backward_arrays(key: KernelKey):
     turns = [(cutlass.Int32, (1, 1, 1))] if key.config.deterministic else []
     others = [*_optional_arrays(key), *_element_arrays(key), *_bound_arrays(key)]
     others += [*_list_arrays(key), *_rank_arrays(key)]
-    sums = rows if has_dq_sums(key.config) else None
-    return [qk, qk, v, v, rows, v, rows, *others, qk, qk, v, sums, rows, rows, *turns]
+    sums = [(cutlass.Float32, (1,) * rank) for rank in _summed_ranks(key)]
+    of_dq = rows if has_dq_sums(key.config) else None
+    return [qk, qk, v, v, rows, v, rows, *others, qk, qk, v, *sums, of_dq, rows, rows, *turns]
+
+
+def _summed_ranks(key: KernelKey) -> list[int]:
+    """Ranks of the gradients that the backward sums, after those of query, key and value."""
+    return key.elements.summed_ranks if key.elements is not None else []
 
 
 def _optional_arrays(key: KernelKey):
@@ -687,8 +692,9 @@ def _rank_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
 
 def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
     """``launcher``, which takes the page table and groups of arrays by name, with these from
-    ``first`` on."""
+    ``first`` on; and gradients that are summed after three others."""
     paged = len(_table_arrays(key))
+    sums = len(_summed_ranks(key)) if key.direction == "bwd" else 0
     groups = {
         "mElements": len(_element_arrays(key)),
         "mBounds": len(_bound_arrays(key)),
@@ -704,6 +710,8 @@ def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
         rest = arrays[first + paged :]
         for name, count in groups.items():
             named[name], rest = rest[:count], rest[count:]
+        if sums:
+            named["mGradients"], rest = rest[3 : 3 + sums], rest[:3] + rest[3 + sums :]
         launcher(stream, *arrays[:first], *rest, **named)
 
     return launch

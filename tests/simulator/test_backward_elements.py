@@ -8,6 +8,7 @@ import pytest
 from jax_flashcute import reference, xla
 from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.elements import summed_arrays
 from jax_flashcute.spec import Operands, Residuals
 from tests.cases import Case
 from tests.simulator import simulate
@@ -17,6 +18,13 @@ from tests.user_functions import MASKS, SCORES
 MAIN = ("query", "key", "value")
 TOLERANCE = 8e-3
 """Relative error of a gradient in the Frobenius norm: products of bfloat16 probabilities."""
+OF_ROUNDED = 0.2
+"""Likewise of an array by which bfloat16 scores change: the gradients of a row, each rounded to
+bfloat16, cancel but for those of the LSE."""
+
+
+def is_float(x) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def check(case: Case, mask_mod=None, score_mod=None, *, arch: str = "sm_90a", **how):
@@ -25,11 +33,17 @@ def check(case: Case, mask_mod=None, score_mod=None, *, arch: str = "sm_90a", **
     assert not registry.reasons_against(spec, operands, "bwd", arch)
     key = registry.kernel_key(spec, operands, "bwd", arch, 0)
     wide = widened(operands)
-    floats = {n: getattr(wide, n) for n in (*MAIN, "sinks") if getattr(wide, n) is not None}
+    names = (*MAIN, "sinks", "bias")
+    floats = {n: getattr(wide, n) for n in names if getattr(wide, n) is not None}
+    biases, arrays = summed_arrays(spec, operands)
+    floats |= {f"array {i}": x for i, x in enumerate(arrays)}
     others = {n: x for n, x in vars(wide).items() if n not in floats}
 
     def attend(floats):
-        found = reference.attention(spec, Operands(**floats, **others))
+        given = [x for n, x in floats.items() if n not in names]
+        of_mod = tuple(given.pop(0) if is_float(x) else x for x in operands.score_mod_arrays)
+        main = {n: x for n, x in floats.items() if n in names}
+        found = reference.attention(spec, Operands(**main, **others | {"score_mod_arrays": of_mod}))
         return found.out, found.lse
 
     rng = np.random.default_rng(1)
@@ -47,9 +61,11 @@ def check(case: Case, mask_mod=None, score_mod=None, *, arch: str = "sm_90a", **
     inputs = [*(getattr(operands, n) for n in MAIN), out.astype(dtype), lse, d_out, d_lse]
     inputs += other_inputs(key, spec, operands)
     outputs = [(want[n].shape, jnp.dtype(dtype)) for n in MAIN]
+    summed = ["bias"] * len(biases) + [f"array {i}" for i in range(len(arrays))]
+    outputs += [(want[n].shape, np.dtype(np.float32)) for n in summed]
     outputs += [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]
     found = simulate(compiled(key), *(np.asarray(x) for x in inputs), outputs=outputs, **how)
-    got = dict(zip(MAIN, found, strict=False))
+    got = dict(zip((*MAIN, *summed), found, strict=False))
     if case.sinks:
         residuals = Residuals(out=out, lse=lse)
         got["sinks"] = xla.sink_gradient(operands, residuals, d_out, d_lse)
@@ -58,7 +74,8 @@ def check(case: Case, mask_mod=None, score_mod=None, *, arch: str = "sm_90a", **
         actual = np.asarray(got[name]).astype(np.float64)
         assert np.isfinite(actual).all(), name
         error = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-2)
-        assert error < TOLERANCE, (name, error)
+        rounded = name.startswith("array") and want[name].dtype == jnp.bfloat16
+        assert error < (OF_ROUNDED if rounded else TOLERANCE), (name, error)
 
 
 EVERYTHING = {"batch": 3, "causal": True, "offset": True, "lengths": True}
@@ -76,13 +93,37 @@ def test_operand(case: Case):
     check(case)
 
 
+def slow_but(quick: set[str], names) -> list:
+    return [pytest.param(n, marks=[] if n in quick else pytest.mark.slow) for n in names]
+
+
+BIASES = {
+    "bnts": sized(64, bias="bnts", kv_heads=2, group=3, lengths=True, batch=2, soft_cap=2.0),
+    "s": sized(64, bias="s", group=3, seqlen_q=70, seqlen_k=140, batch=2),
+    "nt": sized(128, bias="nt", group=3, **EVERYTHING),
+    "b": sized(64, bias="b", **EVERYTHING),
+}
+
+
+@pytest.mark.parametrize("name", slow_but({"bnts", "nt"}, BIASES))
+def test_bias(name: str):
+    check(BIASES[name])
+
+
 SMALL = sized(64, group=3, kv_heads=2, seqlen_q=70, seqlen_k=140, batch=2, offset=True)
+
+
 OF_NUMBERS = (
     *("alibi_of_numbers", "soft_cap", "squared", "gated", "hidden_by_score", "distance_decay"),
 )
+"""Scores that close over no array of floats."""
+QUICK = {
+    *("alibi", "t5_buckets", "query_temperature", "key_bias", "bias_with_fill"),
+    *("gated", "hidden_by_score"),
+}
 
 
-@pytest.mark.parametrize("name", OF_NUMBERS)
+@pytest.mark.parametrize("name", slow_but(QUICK, SCORES))
 def test_score(name: str):
     check(SMALL, score_mod=SCORES[name](SMALL))
 

@@ -21,7 +21,7 @@ def program_of(function) -> tuple[ElementProgram, str]:
 
 
 def limits_of_result(program: ElementProgram):
-    return program._limits_of(program._result, program._limits)
+    return program._limits_of(program._results[0], program._limits)
 
 
 def test_limits_hold_for_random_programs() -> None:

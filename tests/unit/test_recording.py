@@ -216,3 +216,32 @@ def test_values_as_toml_writes_them() -> None:
         "t": {"x": []},
     }
     assert tomllib.loads(f"value = {plans._toml(value)}") == {"value": value}
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_one_kernel_for_the_gradients_of_bias_and_of_arrays(mapped: bool) -> None:
+    query, key, value = shapes()
+    bias = jax.ShapeDtypeStruct((1, 6, 1, 90), jnp.bfloat16)
+    slopes = jax.ShapeDtypeStruct((6,), jnp.float16)
+
+    def total(query, key, value, bias, slopes):
+        out = flash_attention(
+            *(query, key, value),
+            bias=bias,
+            score_mod=lambda score, b, h, q, kv: score - slopes[h] * jnp.abs(q - kv),
+            implementation="cute",
+        )
+        return out.astype(jnp.float32).sum()
+
+    gradient = jax.grad(total, argnums=range(5))
+    given = [query, key, value, bias, slopes]
+    if mapped:
+        gradient = jax.vmap(gradient, in_axes=(0, 0, 0, None, None))
+        given = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in given[:3]] + given[3:]
+    with plans.collecting() as found:
+        lowered = jax.jit(gradient).trace(*given).lower(lowering_platforms=("cuda",))
+    assert sorted(key.direction for key in found) == ["bwd", "fwd"]
+    results = [(x.shape[1:] if mapped else x.shape, x.dtype) for x in lowered.out_info]
+    assert results == [
+        ((x.shape[1:] if mapped and i < 3 else x.shape), x.dtype) for i, x in enumerate(given)
+    ]

@@ -27,6 +27,7 @@ from jax_flashcute.kernels.config import (
     most_splits,
     round_up,
 )
+from jax_flashcute.masks import trace_score
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
 
@@ -427,3 +428,28 @@ def test_batch_invariant_splits_do_not_follow_from_the_batch(arch: str) -> None:
             assert key.batch_invariant
             splits.add(registry.scratch_shapes(key, operands)[1][0][0])
         assert splits == {min(-(-S // 512), 128)}
+
+
+# ---- gradients of what changes scores ------------------------------------------------------
+
+
+def test_what_sums_no_gradients() -> None:
+    in_order = "no kernel sums the gradient of bias in a fixed order, as deterministic=True asks"
+    assert reasons_against("bwd", present=("bias",)) == []
+    assert reasons_against("bwd", present=("bias",), deterministic=True) == [in_order]
+    on_blackwell = ["no Blackwell kernel sums the gradient of bias"]
+    assert reasons_against("bwd", "sm_100a", present=("bias",)) == on_blackwell
+    (reason,) = reasons_against("bwd", present=("bias",), H=256)
+    assert "no kernel sums the gradient of bias" in reason
+
+
+def test_an_array_of_floats_is_read_by_element() -> None:
+    table = jnp.ones(6)
+    whole = trace_score(lambda score, b, h, q, kv: score + table.sum(), jnp.float32)
+    single = trace_score(lambda score, b, h, q, kv: score * table[h] + table[q], jnp.float32)
+    for (function, arrays), served in ((whole, False), (single, True)):
+        operands = dataclasses.replace(shapes(), score_mod_arrays=arrays)
+        spec = dataclasses.replace(SPEC, score_mod=function)
+        reasons = registry.reasons_against(spec, operands, "bwd", "sm_90a")
+        assert [r for r in reasons if "of an array of floats as a whole, at" in r] == reasons
+        assert served == (not reasons)

@@ -19,6 +19,7 @@ from jax_flashcute.kernels.elements import ElementArray, ElementFunctions, deriv
 from jax_flashcute.kernels.primitives import (
     arrays_as_views,
     convert,
+    numbered_view,
     select,
     tanh,
 )
@@ -38,9 +39,15 @@ def sink_of(sinks: cute.Tensor, entry: Int32, head: Int32) -> Float32:
 class Elements:
     """What a call does to single scores, with its arrays."""
 
-    def __init__(self, functions: ElementFunctions, tensors: tuple):
-        """``tensors``: as ``functions.array_types`` has them."""
+    def __init__(
+        self, functions: ElementFunctions, tensors: tuple, *, differentiates: bool = False
+    ):
+        """``tensors``: as ``functions.array_types`` has them.
+
+        ``differentiates``: for ``EntryElements.gradient`` instead of ``element``.
+        """
         self.functions = functions
+        self.derivative = None
         rest = list(tensors)
         self.programs = {}
         self.arrays: dict[str, Any] = {}
@@ -57,6 +64,18 @@ class Elements:
         self.bias = rest.pop(0) if functions.bias is not None else None
         self.mask = rest.pop(0) if functions.mask is not None else None
         self.sinks = rest.pop(0) if functions.sinks else None
+        if differentiates:
+            self._prepare_derivative()
+
+    def _prepare_derivative(self) -> None:
+        score_mod = self.functions.score_mod
+        self.programs.pop("mask_mod", None)
+        if self.functions.soft_cap is None:
+            self.programs.pop("score_mod", None)
+        if score_mod is not None:
+            self.derivative = derivative_of(score_mod, self.functions.keys)
+            self.programs["derivative"] = self.derivative.program
+            self.arrays["derivative"] = self.arrays["score_mod"]
 
     def of_entry(self, entry: Int32, offset: Int32, lengths: tuple) -> "EntryElements":
         """For a batch entry whose first query is at ``offset``; lengths of the arrays."""
@@ -77,7 +96,9 @@ class EntryElements:
         self.q_length, self.kv_length = lengths
         self.known = {}
         for name, program in elements.programs.items():
-            views = arrays_as_views(program.array_types, elements.arrays[name], entry)
+            arrays = elements.arrays[name]
+            views = arrays_as_views(program.array_types[: len(arrays)], arrays, entry)
+            views += [numbered_view(shape) for _, shape in program.array_types[len(arrays) :]]
             known = program.start(views)
             self.known[name] = program.given(known, b=elements.batch_index[entry])
 
@@ -183,37 +204,50 @@ class EntryElements:
         if program is None:
             return score
         value = program.value(program.given(known["score_mod"], score=score))
-        return convert(value, program.result_dtype, "float32")
+        return convert(value, program.result_dtypes[0], "float32")
 
     def gradient(
-        self, known: dict[str, Any], score: Float32, d_score: Float32, scale: float
-    ) -> Float32:
-        """The gradient of the scaled score from that of what ``element`` made of it."""
-        functions = self.elements.functions
-        score = score * scale
+        self, known: dict[str, Any], score: Float32 | None, d_score: Float32, scale: float
+    ) -> tuple[Float32, dict[int, Any]]:
+        """Derivatives of what ``element`` made of a score, times ``d_score``.
+
+        Args:
+          known: of ``both``.
+          score: the product, not scaled; may be None where ``reads_score`` is False.
+          d_score: the gradient of the result.
+          scale: of the call.
+
+        Returns:
+          The gradient of the scaled score, and all values of ``Derivative.program``.
+        """
+        functions, derivative = self.elements.functions, self.elements.derivative
+        given = {} if score is None else {"score": score * scale}
         if functions.soft_cap is not None:
-            bounded = tanh(self.modified(known, score) * (1.0 / functions.soft_cap))
+            bounded = tanh(self.modified(known, given["score"]) * (1.0 / functions.soft_cap))
             d_score = d_score * (Float32(1.0) - bounded * bounded)
-        if functions.score_mod is not None:
-            # A program of its own numbers; what is known of row and column is made again.
-            program = derivative_of(functions.score_mod, functions.keys)
-            views = arrays_as_views(
-                program.array_types, self.elements.arrays["score_mod"], self.entry
-            )
-            values = program.given(
-                program.start(views),
-                b=self.elements.batch_index[self.entry],
-                h=known["n"],
-                q_idx=self.position(known["t"]),
-                kv_idx=self.key_position(known["s"]),
-                score=score,
-                cotangent=d_score,
-            )
-            d_score = program.value(values)
-        return d_score
+        if derivative is None:
+            return d_score, {}
+        values = derivative.program.given(known["derivative"], cotangent=d_score, **given)
+        return derivative.program.value(values), values
+
+    @property
+    def reads_score(self) -> bool:
+        """Whether ``gradient`` is a function of the score too."""
+        derivative = self.elements.derivative
+        if derivative is None:
+            return self.elements.functions.soft_cap is not None
+        program = derivative.program
+        results = range(len(program.result_dtypes))
+        of_score = any("score" in program.depends_on(result) for result in results)
+        return self.elements.functions.soft_cap is not None or of_score
 
     def load(self, tensor: cute.Tensor, array: ElementArray, known: dict[str, Any]):
         """An element of a (1|B, 1|N, 1|T, 1|S) array; ``known``: of ``both``."""
+        place = tensor.iterator + self.place(tensor, array, known)
+        return cute.make_tensor(place, cute.make_layout(1))[0]
+
+    def place(self, tensor: cute.Tensor, array: ElementArray, known: dict[str, Any]) -> Int64:
+        """How far from its first element that of ``load`` lies."""
         index = Int64(0)
         lengths = [Int64(tensor.shape[axis]) for axis in range(4)]
         if "b" in array.full:
@@ -229,4 +263,4 @@ class EntryElements:
                     # Keys are the last axis: columns lie at constant distances.
                     place, step = place.base, known["column"]
                 index = index + Int64(place) * stride
-        return cute.make_tensor(tensor.iterator + index + step, cute.make_layout(1))[0]
+        return index + step

@@ -1,4 +1,4 @@
-"""Before the backward: row sums of dO * O less dLSE, LSE in base 2, dQ and its turns set to zero.
+"""Before the backward: row sums of dO * O less dLSE, LSE in base 2, sums set to zero.
 
     dPsum[i] = sum_j dO[i, j] O[i, j] - dLSE[i]        LSE2[i] = LSE[i] log2(e)
 
@@ -6,6 +6,8 @@ Rows are padded to whole query tiles, so that the main kernel loads a tile's sta
 bulk copy.  Rows without a visible key (LSE -inf), rows at or beyond the query length and padding
 get LSE2 = +inf and dPsum = 0: then P = exp2(S - LSE2) is exactly 0.
 """
+
+import math
 
 import cutlass
 import cutlass.cute as cute
@@ -30,10 +32,15 @@ class Preprocess:
         self.accumulator_width = accumulator_width
         self.turns = turns
 
-    def launch(self, stream, m_blocks: Int32, mO, mdO, mLSE, mdLSE, mQLengths, out) -> None:
-        """``out``: (LSE2, dPsum, dQ accumulator or None, turns or None)."""
+    def launch(
+        self, stream, m_blocks: Int32, mO, mdO, mLSE, mdLSE, mQLengths, out, mSums: tuple = ()
+    ) -> None:
+        """``out``: (LSE2, dPsum, dQ accumulator or None, turns or None).
+
+        ``mSums``: float32 arrays that are cleared.
+        """
         heads, batch = mO.shape[2], mO.shape[0]
-        self.kernel(mO, mdO, mLSE, mdLSE, mQLengths, *out, m_blocks).launch(
+        self.kernel(mO, mdO, mLSE, mdLSE, mQLengths, *out, mSums, m_blocks).launch(
             grid=[m_blocks * heads * batch, 1, 1], block=[THREADS, 1, 1], stream=stream
         )
 
@@ -66,6 +73,7 @@ class Preprocess:
         mdPsum: cute.Tensor,  # (B, N, m_blocks * tile_m) float32
         mdQAccum: cute.Tensor | None,  # (B, N, m_blocks * tile_m * width) float32
         mTurns: cute.Tensor | None,  # (B, N, m_blocks * turns) int32
+        mSums: tuple,
         m_blocks: Int32,
     ):
         # The next kernel waits for this one before it reads what this one writes.
@@ -95,6 +103,8 @@ class Preprocess:
         if const_expr(mTurns is not None):
             if thread < self.turns:
                 mTurns[batch, head, m_block * self.turns + thread] = Int32(0)
+        for i in cutlass.range_constexpr(len(mSums)):
+            self.clear(mSums[i], Int64(block) * THREADS + thread)
 
         gO, gdO = self.row_vectors(mO), self.row_vectors(mdO)
         lane = thread % LANES_PER_ROW
@@ -129,3 +139,15 @@ class Preprocess:
                         total = Float32(0.0)
                 mLSE2[batch, head, token] = lse2
                 mdPsum[batch, head, token] = total
+
+    @cute.jit
+    def clear(self, mSum: cute.Tensor, first: Int64):
+        """Sets a float32 array to zero; every thread of the grid does, ``first`` its number."""
+        count = math.prod((Int64(mSum.shape[i]) for i in range(cute.rank(mSum))), start=Int64(1))
+        at_once = Int64(cute.arch.grid_dim()[0]) * THREADS
+        zero = cute.make_rmem_tensor(1, Float32)
+        zero.fill(0.0)
+        turns = Int32((count - first + at_once - 1) // at_once)
+        for i in cutlass.range(turns, unroll=1):
+            place = mSum.iterator + (first + i * at_once)
+            cute.autovec_copy(zero, cute.make_tensor(place, cute.make_layout(1)))

@@ -175,15 +175,21 @@ class GradientWarpgroups:
         (mElements, array_lengths), batch, offset = elements
         entry = Elements(functions, mElements).of_entry(batch, offset, array_lengths)
         of_key = entry.keys(key)
+        if functions.keeps_gradients:
+            pulling = None
+        else:
+            pulling = Elements(functions, mElements, differentiates=True)
+            pulling = pulling.of_entry(batch, offset, array_lengths)
+        of_key_pulling = None if pulling is None else pulling.keys(key)
 
         def modify(row: Int32, product: Float32) -> Float32:
             return entry.element(entry.both(entry.queries(head, row), of_key), product, scale)
 
         def differentiate(row: Int32, product: Float32, d_score: Float32) -> Float32:
-            known = entry.both(entry.queries(head, row), of_key)
-            return entry.gradient(known, product, d_score, scale)
+            known = pulling.both(pulling.queries(head, row), of_key_pulling)
+            return pulling.gradient(known, product, d_score, scale)[0]
 
-        return modify, None if functions.keeps_gradients else differentiate
+        return modify, None if pulling is None else differentiate
 
     @cute.jit
     def change_scores(

@@ -86,6 +86,7 @@ from jax_flashcute.kernels.sm90.fragments import (
     rows_and_columns,
     tiled_mma,
 )
+from jax_flashcute.kernels.sm90.gradient_sums import Pullback
 
 CONSUMER_BARRIER = 1
 DQ_FULL_BARRIER = 2
@@ -171,6 +172,7 @@ class BackwardSm90:
         mBounds: tuple = (),  # arrays of ``bounds.query_bound_arrays``
         mLists: tuple = (),  # arrays of ``BlockMask.kernel_lists``, transposed
         mRanks: tuple = (),  # (1|B, 1|N, n_blocks, m_blocks) int32: of ``visits_before``
+        mGradients: tuple = (),  # of ``functions.summed_ranks``, float32
     ):
         cfg = self.config
         batch, q_length, heads = mQ.shape[0], mQ.shape[1], mQ.shape[2]
@@ -180,7 +182,15 @@ class BackwardSm90:
 
         dq_warps = cfg.dq_warps(self.head_dim)
         Preprocess(self.dtype, self.head_dim_v, cfg.tile_m, self.smem_h, dq_warps).launch(
-            stream, m_blocks, mO, mdO, mLSE, mdLSE, mQLengths, (mLSE2, mdPsum, mdQAccum, mTurns)
+            stream,
+            m_blocks,
+            mO,
+            mdO,
+            mLSE,
+            mdLSE,
+            mQLengths,
+            (mLSE2, mdPsum, mdQAccum, mTurns),
+            mGradients,
         )
 
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
@@ -224,6 +234,7 @@ class BackwardSm90:
             mBounds,
             mLists,
             mRanks,
+            mGradients,
             m_blocks,
             n_blocks,
             section,
@@ -307,6 +318,7 @@ class BackwardSm90:
         mBounds: tuple,
         mLists: tuple,
         mRanks: tuple,
+        mGradients: tuple,
         m_blocks: Int32,
         n_blocks: Int32,
         section: Int32,
@@ -428,7 +440,7 @@ class BackwardSm90:
             bounds = (mBounds, batch, (q_length, kv_length), compares)
             mask_step = partial(self.mask_step, (offset, queries, keys), bounds)
             barriers = (pipeline_q, pipeline_do, kv_full)
-            elements = (mElements, offset, (q_length, kv_length))
+            elements = (mElements, offset, (q_length, kv_length), mGradients)
             if const_expr(cfg.by_role):
                 sP = storage.sP.get_tensor(
                     cute.make_layout((4, 128, cfg.p_values // 512), stride=(1, 4, 512))
@@ -762,7 +774,7 @@ class BackwardSm90:
         tma_dk, gdK = dk_copy
         tma_dv, gdV = dv_copy
         pipeline_q, pipeline_do, kv_full = barriers
-        n_block, _, _ = block
+        n_block, kv_head, _ = block
         visits, steps, ranges = tiles
         thread = cute.arch.thread_idx()[0] % 128
         slab = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128) - 1
@@ -847,15 +859,22 @@ class BackwardSm90:
         if steps > 0:
             cute.arch.mbarrier_wait(kv_full, 0)
             cute.arch.mbarrier_wait(kv_full + 1, 0)
+            pullback = self.pullback(elements, block, n_block * cfg.tile_n + slab * 64, thread)
+            sums = [] if pullback is None else [pullback.start, pullback.finish]
             for g in cutlass.range(self.group, unroll=1):
                 of_head = self.elements_of_head(
                     elements, block, g, n_block * cfg.tile_n + slab * 64, thread
                 )
+                of_head = of_head, pullback, kv_head * self.group + g
+                if const_expr(sums):
+                    sums[0]()
                 _, _, stretches = visits(g)
                 for stretch in cutlass.range_constexpr(len(stretches)):
                     count, tile_of = stretches[stretch]
                     for i in cutlass.range(count, unroll=1):
                         state = step(tile_of(i), state, stretch == 1, of_head)
+                if const_expr(sums):
+                    sums[1](of_head[2])
 
         # Nobody reads K and V any more: they give their place to dK and dV.
         self.meet()
@@ -898,41 +917,42 @@ class BackwardSm90:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def elements_of_head(self, elements, block, g: Int32, first_key: Int32, thread: Int32):
-        """What is done to each score of a tile of the g-th head of the group, and its derivative.
+        """What is done to each score of a tile of the g-th head of the group.
 
         Returns:
-          ``(modify, differentiate)``: ``modify(m, scores)`` changes a tile's products to scores;
-          ``differentiate(m, products, dscores)`` changes the gradients of these to those of the
-          scaled products.  None for what does nothing.
+          ``modify(m, scores, is_full)``, which changes a tile's products to scores; or None.
         """
         if not self.by_element:
-            return None, None
-        mElements, offset, array_lengths = elements
+            return None
+        mElements, offset, array_lengths, _ = elements
         _, kv_head, batch = block
         head = kv_head * self.group + g
         entry = Elements(self.functions, mElements).of_entry(batch, offset, array_lengths)
         keys = [entry.keys(first_key + row_in_slab(thread, r)) for r in range(ROWS_PER_THREAD)]
         scale, tile_m = self.scale, self.config.tile_m
 
-        def queries(m: Int32, c: int):
-            return entry.queries(head, m * tile_m + first_column(thread) + column_step(c))
-
         def modify(m: Int32, scores: cute.Tensor, is_full: bool) -> None:
             is_full = is_full and self.has_lists
             for c in range(cute.size(scores, mode=[1])):
-                query = queries(m, c)
+                query = entry.queries(head, m * tile_m + first_column(thread) + column_step(c))
                 for r in range(ROWS_PER_THREAD):
                     known = entry.both(query, keys[r])
                     scores[r, c] = entry.element(known, scores[r, c], scale, is_full=is_full)
 
-        def differentiate(m: Int32, products: cute.Tensor, dscores: cute.Tensor) -> None:
-            for c in range(cute.size(dscores, mode=[1])):
-                query = queries(m, c)
-                for r in range(ROWS_PER_THREAD):
-                    known = entry.both(query, keys[r])
-                    dscores[r, c] = entry.gradient(known, products[r, c], dscores[r, c], scale)
+        return modify
 
-        return modify, None if self.functions.keeps_gradients else differentiate
+    def pullback(self, elements, block, first_key: Int32, thread: Int32) -> Pullback | None:
+        """What the gradients of a thread's scores go through; None where they stay as they are."""
+        functions = self.functions
+        if not self.by_element or (functions.keeps_gradients and not functions.summed_ranks):
+            return None
+        mElements, offset, array_lengths, mGradients = elements
+        derivatives = Elements(functions, mElements, differentiates=True)
+        entry = derivatives.of_entry(block[2], offset, array_lengths)
+        if mGradients:
+            # The kernel before this one clears the sums.
+            cute.arch.griddepcontrol_wait()
+        return Pullback(entry, mGradients, self.scale, self.config.tile_m, first_key, thread)
 
     def step(self, products, pipeline_q, pipeline_do, m: Int32, state, is_full: bool, of_head):
         """One query tile; returns the next state.
@@ -941,7 +961,7 @@ class BackwardSm90:
           state: stage and phase of Q, stage and phase of dO, buffer of dS.
           is_full: every query of the tile sees every key of the block; of a listed tile, as far
             as its mask function goes.
-          of_head: of ``elements_of_head``.
+          of_head: of ``elements_of_head``, of ``pullback``, and the head.
         """
         cfg, c, warps = self.config, products, self.consumer_warps
         q_stage, q_phase, do_stage, do_phase, ds_stage = state
@@ -951,9 +971,9 @@ class BackwardSm90:
         gemm(c.mma_s, c.acc_P, c.tPrV, c.tPrO[None, None, None, do_stage], False)
         warpgroup.wait_group(1)
         scores, dscores = rows_and_columns(c.acc_S), rows_and_columns(c.acc_P)
-        modify, differentiate = of_head
+        modify, pullback, head = of_head
         raw = None
-        if differentiate is not None:
+        if pullback is not None and pullback.reads_score:
             raw = cute.make_rmem_tensor(c.acc_S.layout, Float32)
             for i in range(cute.size(raw)):
                 raw[i] = c.acc_S[i]
@@ -967,8 +987,8 @@ class BackwardSm90:
         rP, tVrO = as_operand_a(rP), c.tVrO[None, None, None, do_stage]
         warpgroup.wait_group(0)
         self.score_gradients(scores, dscores, c.tdPsum, do_stage)
-        if differentiate is not None:
-            differentiate(m, rows_and_columns(raw), dscores)
+        if pullback is not None:
+            pullback.tile(head, m, None if raw is None else rows_and_columns(raw), dscores)
         convert_pairs(c.acc_P, rdS)
         if cfg.ds_stages == 1:
             # Every warpgroup has read the dS of the tile before.

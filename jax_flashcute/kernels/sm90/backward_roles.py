@@ -107,7 +107,7 @@ class RoleConsumers:
             gemm(mma_s, acc_S, tSrK, tSrQ[None, None, None, q_stage], False)
             warpgroup.wait_group(0)
             for g in cutlass.range(self.kernel.group, unroll=1):
-                of_head = self.kernel.elements_of_head(
+                modify = self.kernel.elements_of_head(
                     elements, block, g, n_block * cfg.tile_n, thread
                 )
                 _, _, stretches = visits(g)
@@ -115,8 +115,8 @@ class RoleConsumers:
                     count, tile_of = stretches[stretch]
                     for i in cutlass.range(count, unroll=1):
                         m = tile_of(i)
-                        if const_expr(of_head[0] is not None):
-                            of_head[0](m, scores, stretch == 1)
+                        if const_expr(modify is not None):
+                            modify(m, scores, stretch == 1)
                         mask_tile(m, stretch == 1)
                         self.kernel.probabilities(scores, tLSE, q_stage)
                         pipeline_q.release(q_stage, self.kernel.consumer_warps, lanes_read=True)

@@ -1,0 +1,276 @@
+"""Gradients of a bias, and of arrays of floats that a score closes over, in the Hopper backward.
+
+Each score adds its part to one element of such an array.  A thread of the transposed scores holds
+two keys and some columns of queries, so what it adds to
+
+    an element of a head    is summed over all tiles of a head, then over the warp
+    an element of a key     is summed over all tiles of a head, then over the four lanes of the key
+    an element of a query   is summed over the thread's keys, then over the eight lanes of the query
+    any element             is summed as long as the element stays the same
+
+before it goes to the float32 sum in global memory by an atomic addition.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
+
+from jax_flashcute.kernels.common.elements import EntryElements
+from jax_flashcute.kernels.primitives import select
+from jax_flashcute.kernels.sm90.fragments import (
+    ROWS_PER_THREAD,
+    column_step,
+    first_column,
+    row_in_slab,
+)
+
+
+class Pullback:
+    """From the gradients of a thread's scores to those of the products, and the thread's sums.
+
+    Python that makes straight-line code.
+    """
+
+    def __init__(
+        self,
+        entry: EntryElements,
+        tensors: Sequence[cute.Tensor],
+        scale: float,
+        tile_m: int,
+        first_key: Int32,
+        thread: Int32,
+    ):
+        """
+        Args:
+          entry: of ``Elements`` that differentiate.
+          tensors: float32, of ``ElementFunctions.summed_ranks``.
+          scale: of the call.
+          tile_m: queries of a tile.
+          first_key: of the warpgroup's 64.
+          thread: 0..127 of the warpgroup.
+        """
+        self.entry = entry
+        self.scale = scale
+        self.tile_m = tile_m
+        self.thread = thread
+        self.reads_score = entry.reads_score
+        self.keys = [entry.keys(first_key + row_in_slab(thread, r)) for r in range(ROWS_PER_THREAD)]
+        rest = list(tensors)
+        self.sums: list[_Sum] = []
+        bias, derivative = entry.elements.functions.bias, entry.elements.derivative
+        if bias is not None:
+            self.sums.append(_BiasSum(entry, rest.pop(0)))
+        if derivative is not None:
+            of_array = dict(zip(derivative.numbered, rest, strict=True))
+            for array, at in derivative.cotangents():
+                self.sums.append(_ReadSum(entry, of_array[array], array, at))
+
+    def start(self) -> None:
+        """At the first tile of a head."""
+        for each in self.sums:
+            each.start()
+
+    def tile(self, head: Int32, m: Int32, products: cute.Tensor | None, dscores: cute.Tensor):
+        """Tile m: the gradients of its scaled products in place of those of its scores.
+
+        ``products``, not scaled, may be None where ``reads_score`` is False.
+        """
+        entry, first = self.entry, m * self.tile_m + first_column(self.thread)
+        rows = range(ROWS_PER_THREAD)
+        for c in range(cute.size(dscores, mode=[1])):
+            query = entry.queries(head, first + column_step(c))
+            known = [entry.both(query, key) for key in self.keys]
+            d_scores, values = [dscores[r, c] for r in rows], []
+            for r in rows:
+                product = None if products is None else products[r, c]
+                dscores[r, c], found = entry.gradient(known[r], product, d_scores[r], self.scale)
+                values.append(found)
+            for each in self.sums:
+                each.add(known, values, d_scores)
+        for each in self.sums:
+            if each.varies == "q":
+                totals, column = _over_keys(each.columns, self.thread)
+                each.columns = []
+                for i, total in enumerate(totals):
+                    query = entry.queries(head, first + column_step(column + i))
+                    each.add_to(query, total)
+
+    def finish(self, head: Int32) -> None:
+        """After the last tile of a head."""
+        lane = self.thread % 32
+        of_head = self.entry.known_of(head=head)
+        for each in self.sums:
+            match each.varies:
+                case "":
+                    total = _over_lanes(each.totals[0], (1, 2, 4, 8, 16))
+                    each.add_to(of_head, total, lane == 0)
+                case "k":
+                    for r, key in enumerate(self.keys):
+                        total = _over_lanes(each.totals[r], (1, 2))
+                        each.add_to(self.entry.both(of_head, key), total, lane % 4 == 0)
+                case _:
+                    each.flush()
+
+
+class _Sum:
+    """Sums that go into one array.
+
+    Attributes:
+      varies: "", "q", "k" or "qk": whether the element depends on the query and on the key.
+      totals: what has been summed of a head; by the thread's keys where these matter.
+      columns: likewise of a tile, by its queries.
+    """
+
+    varies: str
+
+    def __init__(self):
+        self.totals = cute.make_rmem_tensor(1 if self.varies == "" else ROWS_PER_THREAD, Float32)
+        self.columns: list[Float32] = []
+
+    def start(self) -> None:
+        self.totals.fill(0.0)
+
+    def add(self, known: list[dict], values: list[dict[int, Any]], d_bias: list[Float32]) -> None:
+        """A column of a tile; as ``GradientSums.add`` has it."""
+        parts = self.parts(values, d_bias)
+        match self.varies:
+            case "":
+                self.totals[0] = self.totals[0] + (parts[0] + parts[1])
+            case "k":
+                for r, part in enumerate(parts):
+                    self.totals[r] = self.totals[r] + part
+            case "q":
+                self.columns.append(parts[0] + parts[1])
+            case _:
+                for r, part in enumerate(parts):
+                    self.add_element(r, known[r], values[r], part)
+
+    def parts(self, values: list[dict[int, Any]], d_bias: list[Float32]) -> list[Float32]:
+        """What a column's scores add."""
+        raise NotImplementedError
+
+    def add_to(self, known: dict, total: Float32, where: Boolean | None = None) -> None:
+        """Adds to the element that follows from what is known, in memory."""
+        raise NotImplementedError
+
+    def add_element(self, r: int, known: dict, values: dict[int, Any], part: Float32) -> None:
+        """Adds what one score adds, for the thread's r-th key."""
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Adds what ``add_element`` has kept."""
+
+
+class _BiasSum(_Sum):
+    """The gradient of a (1|B, 1|N, 1|T, 1|S) bias."""
+
+    def __init__(self, entry: EntryElements, tensor: cute.Tensor):
+        self.entry = entry
+        self.tensor = tensor
+        self.array = entry.elements.functions.bias
+        self.varies = "".join(x for x, d in (("q", "t"), ("k", "s")) if d in self.array.full)
+        super().__init__()
+
+    def parts(self, values: list[dict[int, Any]], d_bias: list[Float32]) -> list[Float32]:
+        return d_bias
+
+    def add_to(self, known: dict, total: Float32, where: Boolean | None = None) -> None:
+        place = self.entry.place(self.tensor, self.array, known)
+        _add(self.tensor.iterator + place, total, where)
+
+    def add_element(self, r: int, known: dict, values: dict[int, Any], part: Float32) -> None:
+        place = self.entry.place(self.tensor, self.array, known)
+        _add_if(part != Float32(0.0), self.tensor.iterator + place, part)
+
+
+class _ReadSum(_Sum):
+    """What one read of a score adds to the gradient of the array that it reads."""
+
+    def __init__(self, entry: EntryElements, tensor: cute.Tensor, array: int, at: int):
+        self.program = entry.elements.derivative.program
+        self.at = at
+        reads = self.program.depends_on(at)
+        by_score = bool({"score", "cotangent"} & reads)
+        by = (("q", "q_idx" in reads or by_score), ("k", "kv_idx" in reads or by_score))
+        self.varies = "".join(letter for letter, varies in by if varies)
+        size = math.prod(self.program.array_types[array][1])
+        batch = cutlass.min(entry.entry, Int32(tensor.shape[0]) - 1)
+        self.base = tensor.iterator + Int64(batch) * size
+        self.kept = cute.make_rmem_tensor(ROWS_PER_THREAD, Int32) if self.varies == "qk" else None
+        super().__init__()
+
+    def start(self) -> None:
+        super().start()
+        if self.kept is not None:
+            self.kept.fill(-1)
+
+    def parts(self, values: list[dict[int, Any]], d_bias: list[Float32]) -> list[Float32]:
+        return [Float32(self.program.value(of_key, self.at + 1)) for of_key in values]
+
+    def add_to(self, known: dict, total: Float32, where: Boolean | None = None) -> None:
+        number = self.program.value(known["derivative"], self.at)
+        is_inside = number >= 0
+        _add(self.base + number, total, is_inside if where is None else is_inside & where)
+
+    def add_element(self, r: int, known: dict, values: dict[int, Any], part: Float32) -> None:
+        number = self.program.value(values, self.at)
+        kept, total = self.kept[r], self.totals[r]
+        _add_if((number != kept) & (kept >= 0), self.base + kept, total)
+        self.totals[r] = select(number == kept, total + part, part)
+        self.kept[r] = number
+
+    def flush(self) -> None:
+        for r in range(ROWS_PER_THREAD if self.kept is not None else 0):
+            _add(self.base + self.kept[r], self.totals[r], self.kept[r] >= 0)
+
+
+@cute.jit
+def _add(pointer: cute.Pointer, value: Float32, where: Boolean | None = None):
+    """Adds to a float32 in global memory."""
+    if const_expr(where is None):
+        where = Boolean(True)
+    if where:
+        cute.arch.red(pointer, value, op="add", dtype="f32", sem="relaxed", scope="gpu")
+
+
+def _add_if(where: Boolean, pointer: cute.Pointer, value: Float32) -> None:
+    """The same without a branch; ``where`` may not be a constant in disguise."""
+    cute.arch.inline_ptx(
+        "red.relaxed.gpu.global.add.f32 [{$r0}], {$r1};",
+        read_only_args=[pointer.toint(), value],
+        predicate=where,
+    )
+
+
+def _over_lanes(value: Float32, offsets: Sequence[int]) -> Float32:
+    for offset in offsets:
+        value = value + cute.arch.shuffle_sync_bfly(value, offset=offset)
+    return value
+
+
+def _over_keys(values: list[Float32], thread: Int32) -> tuple[list[Float32], Int32]:
+    """Sums over the eight lanes that hold the same columns.
+
+    Each exchange of two lanes halves the columns that a lane goes on with.
+
+    Returns:
+      The sums that this lane is left with, of neighbouring columns, and the first column.
+    """
+    first = Int32(0)
+    for offset in (4, 8, 16):
+        is_upper = (thread & offset) != 0
+        if len(values) % 2:
+            totals = [_over_lanes(x, (offset,)) for x in values]
+            values = [select(is_upper, Float32(0.0), x) for x in totals]
+            continue
+        half = len(values) // 2
+        kept = []
+        for low, high in zip(values[:half], values[half:], strict=True):
+            given = cute.arch.shuffle_sync_bfly(select(is_upper, low, high), offset=offset)
+            kept.append(select(is_upper, high, low) + given)
+        values, first = kept, first + select(is_upper, Int32(half), Int32(0))
+    return values, first
