@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_flashcute import masks
 from tests.cases import Case
 
 
@@ -172,3 +173,40 @@ MASKS = {
         *(per_query_window, from_bits, boolean_table, nothing, odd_heads_only),
     )
 }
+
+
+def first_keys_and_window(case: Case):
+    return lambda b, h, q, kv: (kv < 20) | ((kv <= q) & (q - kv < 150))
+
+
+def three_intervals(case: Case):
+    return lambda b, h, q, kv: (kv < 9) | ((kv >= q - 150) & (kv < q - 100)) | (kv >= q + 30)
+
+
+def outside_a_window(case: Case):
+    return lambda b, h, q, kv: ~((kv >= q - 60) & (kv < q + 20))
+
+
+def documents_by_offsets(case: Case):
+    length = max(case.seqlen_q, case.seqlen_k)
+    offsets = jnp.asarray([0, 0, 3, length // 3, length // 2, length - 9])
+    return masks.documents_by_offsets(offsets, length - 9)
+
+
+def prefix_of_each_sequence(case: Case):
+    return masks.prefix_lm(_integers(12, case.seqlen_k, case.batch))
+
+
+def interval_of_each_query(case: Case):
+    low, width = (_integers(s, 200, case.batch, case.seqlen_q) for s in (13, 14))
+    return lambda b, h, q, kv: (kv >= low[b, q] * 2) & (kv < low[b, q] + width[b, q] + 60)
+
+
+INTERVALS = {
+    f.__name__: f
+    for f in (
+        *(first_keys_and_window, three_intervals, outside_a_window, documents_by_offsets),
+        *(prefix_of_each_sequence, interval_of_each_query),
+    )
+}
+"""Masks that kernels take as intervals."""

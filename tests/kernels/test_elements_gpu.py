@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from jax_flashcute import explain, flash_attention, masks
 from tests.cases import Case
-from tests.user_functions import MASKS, SCORES
+from tests.user_functions import INTERVALS, MASKS, SCORES
 
 pytestmark = pytest.mark.gpu
 
@@ -116,10 +116,10 @@ def test_scores(shape: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", MASKS | INTERVALS)
 def test_masks(shape: str, name: str) -> None:
     case = case_of(shape)
-    check(case, mask_mod=MASKS[name](case))
+    check(case, mask_mod=(MASKS | INTERVALS)[name](case))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
