@@ -43,6 +43,7 @@ def flash_attention(
     *,
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
+    packed_mask: ArrayLike | None = None,
     scale: float | None = None,
     is_causal: bool = False,
     q_offset: ArrayLike = 0,
@@ -84,6 +85,8 @@ def flash_attention(
       bias: (1|B, 1|N, 1|T, 1|S) floating point, added to the scaled and capped scores; leading
         dimensions may be left out.  It is never expanded, and has a gradient.
       mask: booleans of such a shape; False hides a key.
+      packed_mask: the same in bits, (1|B, 1|N, 1|T, ceil(S / 32)) uint32: bit j, from the lowest,
+        of word w is key ``32 w + j``.  ``mask_mod=masks.from_bits(words)`` is the same by position.
       scale: factor on the scores; 1 / sqrt(H) by default.  A traced scale multiplies the query
         instead, in the query's dtype.
       is_causal: the row at position p sees keys ``kv <= p``.
@@ -148,6 +151,7 @@ def flash_attention(
         value,
         bias=bias,
         mask=mask,
+        packed_mask=packed_mask,
         scale=scale,
         is_causal=is_causal,
         q_offset=q_offset,
@@ -563,6 +567,7 @@ def explain(
     *,
     bias=None,
     mask=None,
+    packed_mask=None,
     scale: float | None = None,
     is_causal: bool = False,
     q_offset=0,
@@ -602,6 +607,7 @@ def explain(
         "value": value,
         "bias": bias,
         "mask": mask,
+        "packed_mask": packed_mask,
         "q_offset": q_offset,
         "query_seq_lengths": query_seq_lengths,
         "key_value_seq_lengths": key_value_seq_lengths,
@@ -784,6 +790,7 @@ def checked_call(
     cu_seqlens_k,
     positions,
     deterministic,
+    packed_mask=None,
 ) -> tuple[AttentionSpec, Operands]:
     """The call's spec and operands, or a ValueError that names the argument."""
     query, key, value = _checked_inputs(query, key, value)
@@ -803,6 +810,9 @@ def checked_call(
     if segments is not None:
         query = _zero_padding(query, segments.q_ids)
         key, value = (_zero_padding(x, segments.kv_ids) for x in (key, value))
+    at_rows = isinstance(q_offset, int) and q_offset == 0 and segments is None
+    if packed_mask is None and at_rows and block_mask is None:
+        mask_mod, packed_mask = _words_of(mask_mod, element_shape)
     mask_mod_arrays = ()
     if mask_mod is not None:
         mask_mod, mask_mod_arrays = masks.trace_mask(mask_mod)
@@ -836,6 +846,7 @@ def checked_call(
         key_value_seq_lengths=_per_batch("key_value_seq_lengths", key_value_seq_lengths, B),
         bias=_elementwise("bias", bias, jnp.floating, "floating point", element_shape),
         mask=_elementwise("mask", mask, jnp.bool_, "bool", element_shape),
+        packed_mask=_checked_words(packed_mask, element_shape),
         sinks=_checked_sinks(sinks, N),
         batch_index=jnp.arange(B, dtype=jnp.int32) if indexed else None,
         mask_mod_arrays=mask_mod_arrays,
@@ -981,6 +992,34 @@ def _elementwise(name: str, array, kind, kind_name: str, full_shape) -> jax.Arra
             f"got shape {array.shape}"
         )
     return array.reshape(shape)
+
+
+def _words_of(mask_mod, element_shape):
+    """``(mask_mod, packed_mask)``: ``masks.from_bits`` alone, as the latter where it fits."""
+    words = mask_mod.words if isinstance(mask_mod, masks.Mask) else None
+    if words is None:
+        return mask_mod, None
+    B, N, T, S = element_shape
+    shape = words.shape
+    fits = shape[0] in (1, B) and shape[1] in (1, N) and shape[2:] == (T, -(-S // 32))
+    return (None, words) if fits else (mask_mod, None)
+
+
+def _checked_words(words, element_shape) -> jax.Array | None:
+    if words is None:
+        return None
+    words = jnp.asarray(words)
+    *full, S = element_shape
+    full = (*full, -(-S // 32))
+    fits = words.ndim == 4 and words.shape[3] == full[3] and words.dtype == jnp.uint32
+    fits = fits and all(n in (1, length) for n, length in zip(words.shape, full, strict=True))
+    if not fits:
+        raise ValueError(
+            "packed_mask must be uint32 of shape (1 or batch, 1 or heads, 1 or query length, "
+            f"ceil(key length / 32)), here up to {full}; got {words.dtype.name} of shape "
+            f"{words.shape}"
+        )
+    return words
 
 
 def _checked_segments(

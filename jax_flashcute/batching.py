@@ -11,7 +11,8 @@ from jax.custom_batching import custom_vmap
 from jax_flashcute.spec import Operands, Residuals
 
 # Operands whose batch dimension may be 1 and then holds for the whole batch.
-_BROADCAST = ("bias", "mask", "sinks", "mask_mod_arrays", "score_mod_arrays", "block_mask")
+_SHARED_MASKS = ("mask", "packed_mask", "mask_mod_arrays", "block_mask")
+_BROADCAST = (*_SHARED_MASKS, "bias", "sinks", "score_mod_arrays")
 
 
 def fold_forward(function: Callable[[Operands], Residuals]) -> Callable[[Operands], Residuals]:
@@ -47,7 +48,7 @@ def fold_backward(
         fold = _Fold(axis_size, B)
         others = jax.tree.map(fold.array, tuple(others), tuple(others_batched))
         gradients = folded(
-            fold.operands(operands, batched, shared=("mask", "mask_mod_arrays", "block_mask")),
+            fold.operands(operands, batched, shared=_SHARED_MASKS),
             *others,
         )
         unfolded = {}

@@ -295,13 +295,15 @@ def _is_one(length) -> bool:
 class Mask:
     """A ``mask_mod`` that composes: ``&``, ``|`` and ``~`` with masks and with plain functions.
 
-    ``Mask(function)`` makes one of any function ``(b, h, q_idx, kv_idx) -> bool``.
+    ``Mask(function)`` makes one of any function ``(b, h, q_idx, kv_idx) -> bool``; ``words``, of
+    ``from_bits``, are the same in bits.
     """
 
-    def __init__(self, function: Callable[..., Any]):
+    def __init__(self, function: Callable[..., Any], words: jax.Array | None = None):
         if not callable(function):
             raise ValueError(f"a mask must be a function (b, h, q_idx, kv_idx); got {function!r}")
         self._function = function
+        self.words = words
 
     def __call__(self, b, h, q_idx, kv_idx):
         return self._function(b, h, q_idx, kv_idx)
@@ -448,6 +450,8 @@ def compressed_causal(compress_factor: int, *, complete_only: bool = False) -> M
 def from_bits(words: ArrayLike) -> Mask:
     """A mask as bits: bit i, from the lowest, of word w is key ``32 w + i``.
 
+    Alone, and where positions are those of rows, it is the argument ``packed_mask``.
+
     Args:
       words: (1|B, 1|N, T, ceil(S / 32)) uint32.
     """
@@ -458,4 +462,4 @@ def from_bits(words: ArrayLike) -> Mask:
         word = words[b, h, q, kv // 32]
         return (word >> (kv % 32).astype(jnp.uint32)) & 1 == 1
 
-    return Mask(mask)
+    return Mask(mask, words)

@@ -9,7 +9,13 @@ from jax import lax
 
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 from jax_flashcute.tile_kinds import FULL, HIDDEN
-from jax_flashcute.visibility import element_indices, paged_rows, visible, zero_beyond
+from jax_flashcute.visibility import (
+    element_indices,
+    paged_rows,
+    unpacked,
+    visible,
+    zero_beyond,
+)
 
 
 def attention(spec: AttentionSpec, operands: Operands) -> Residuals:
@@ -52,6 +58,8 @@ def attention(spec: AttentionSpec, operands: Operands) -> Residuals:
     seen = visible(spec, operands, row, column)
     if operands.mask is not None:
         seen = seen & operands.mask
+    if operands.packed_mask is not None:
+        seen = seen & unpacked(operands.packed_mask, row[:, 0], column[0])
     kind = None
     if operands.block_mask is not None:
         blocks = operands.block_mask

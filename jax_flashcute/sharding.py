@@ -44,6 +44,7 @@ LAYOUTS: Mapping[str, str] = {
     "key_value_seq_lengths": "b",
     "bias": "bnts",
     "mask": "bnts",
+    "packed_mask": "bnt",
     "sinks": "bn",
     "batch_index": "b",
     "head_index": "n",

@@ -67,6 +67,8 @@ class Operands:
       key_value_seq_lengths: (B,) int32: keys at or beyond it are invisible and may hold NaN.
       bias: (1|B, 1|N, 1|T, 1|S) floating point, added to the scaled score.
       mask: (1|B, 1|N, 1|T, 1|S) bool, False hides.
+      packed_mask: (1|B, 1|N, 1|T, ceil(S / 32)) uint32: bit j, from the lowest, of word w is key
+        32 w + j; 0 hides.
       sinks: (1|B, N) float32: one extra logit per head that takes part in the normaliser only.
       batch_index: (B,) int32: the ``b`` that ``mask_mod`` and ``score_mod`` see; present where one
         of them is.
@@ -89,6 +91,7 @@ class Operands:
     key_value_seq_lengths: jax.Array | None = None
     bias: jax.Array | None = None
     mask: jax.Array | None = None
+    packed_mask: jax.Array | None = None
     sinks: jax.Array | None = None
     batch_index: jax.Array | None = None
     head_index: jax.Array | None = None

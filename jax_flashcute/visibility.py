@@ -62,6 +62,19 @@ def visible(
     return seen
 
 
+def unpacked(words: jax.Array, rows: jax.Array, keys: jax.Array) -> jax.Array:
+    """The booleans of a packed mask, (1|B, 1|N, 1|rows, keys); False beyond the last word.
+
+    Args:
+      words: ``operands.packed_mask``.
+      rows, keys: (rows,) and (keys,) integers; beyond the last row, the last one's.
+    """
+    if not (isinstance(words.shape[2], int) and words.shape[2] == 1):
+        words = jnp.take(words, rows, axis=2, mode="clip")
+    words = jnp.take(words, keys // 32, axis=3, mode="fill", fill_value=0)
+    return (words >> (keys % 32).astype(jnp.uint32)) & 1 == 1
+
+
 def _per_index(array: jax.Array, index: jax.Array) -> jax.Array:
     """(B, length) at an index of any shape, (B, *shape); beyond the end, the last element."""
     return jnp.take(array, index, axis=1, mode="clip")

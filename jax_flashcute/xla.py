@@ -26,6 +26,7 @@ from jax_flashcute.visibility import (
     key_block_range,
     paged_rows,
     query_block_range,
+    unpacked,
     visible,
     zero_beyond,
 )
@@ -555,6 +556,9 @@ class _Tiles:
         if mask is not None:
             mask = self._element_tile(mask, i, j)
             seen = mask if seen is None else seen & mask
+        if operands.packed_mask is not None:
+            bits = self._unpacked_tile(operands.packed_mask, i, j)
+            seen = bits if seen is None else seen & bits
         mask_mod = spec.mask_mod
         full = None
         if operands.block_mask is not None:
@@ -579,6 +583,13 @@ class _Tiles:
             shown = mask_mod(operands.mask_mod_arrays, *indices)
             tile = jnp.where(shown if full is None else shown | full, tile, -jnp.inf)
         return tile.reshape(score.shape)
+
+    def _unpacked_tile(self, words: jax.Array, i, j) -> jax.Array:
+        """Tile (i, j) of a packed mask, like ``_element_tile``'s."""
+        rows = i * self.block_q + jnp.arange(self.block_q)
+        bits = unpacked(words, rows, j * self.block_kv + jnp.arange(self.block_kv))
+        heads = (1, 1) if bits.shape[1] == 1 else (self.K, self.G)
+        return bits.reshape(bits.shape[0], *heads, *bits.shape[2:])
 
     def add_to_elements(self, array: jax.Array, i, j, tile: jax.Array) -> jax.Array:
         """Add a transposed tile's values to a padded (1|B, 1|N, 1|T, 1|S) array, reduced to it."""

@@ -156,7 +156,8 @@ def other_inputs(key: KernelKey, spec: AttentionSpec, operands: Operands) -> lis
             arrays = mask_key_bound_arrays if forward else mask_query_bound_arrays
             bounds = arrays(rows, operands, *key.tile)
     given = [x for x in given if x is not None]
-    return [*given, *elements, *bounds, *_visits(key, operands, bounds)]
+    packed = [] if operands.packed_mask is None else [operands.packed_mask]
+    return [*given, *elements, *bounds, *_visits(key, operands, bounds), *packed]
 
 
 def _visits(key: KernelKey, operands: Operands, bounds: list[jax.Array]) -> list[jax.Array]:

@@ -225,11 +225,13 @@ def _has_positions(operands: Operands) -> bool:
 
 
 def _element_array(array) -> ElementArray | None:
-    if array is None:
-        return None
-    full = (
+    return None if array is None else ElementArray(str(array.dtype), full_axes("bnts", array))
+
+
+def full_axes(letters: str, array) -> str:
+    """Those of an array's axes, by letter, that are not of length 1."""
+    return "".join(
         letter
-        for letter, length in zip("bnts", array.shape, strict=True)
+        for letter, length in zip(letters, array.shape, strict=False)
         if not (isinstance(length, int) and length == 1)
     )
-    return ElementArray(str(array.dtype), "".join(full))

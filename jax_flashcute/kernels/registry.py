@@ -49,6 +49,7 @@ from jax_flashcute.kernels.config import (
 from jax_flashcute.kernels.elements import (
     ElementFunctions,
     element_functions,
+    full_axes,
     reasons_against_elements,
     reasons_against_gradients,
     without_sinks,
@@ -72,7 +73,7 @@ SERVED_OPERANDS = frozenset(
     (
         *("query", "key", "value", "q_offset", "query_seq_lengths", "key_value_seq_lengths"),
         *("bias", "mask", "sinks", "batch_index", "mask_mod_arrays", "score_mod_arrays"),
-        *("page_table", "segment_ids", "block_mask"),
+        *("page_table", "segment_ids", "block_mask", "packed_mask"),
     )
 )
 OPTIONAL_OPERANDS = ("q_offset", "query_seq_lengths", "key_value_seq_lengths")
@@ -110,6 +111,8 @@ class KernelKey:
       has_lists: the tiles that are visited stand in lists.
       union: intervals within ``interval``: a query sees the keys of at least one; none where it
         sees all of ``interval``; Hopper only.
+      packed_mask: which of batch, heads and rows a mask in bits varies along, of "bnt"; None
+        without one; Hopper only.
     """
 
     kernel: str
@@ -131,6 +134,7 @@ class KernelKey:
     row_bounds: RowBounds | None = None
     has_lists: bool = False
     union: tuple[Interval, ...] = ()
+    packed_mask: str | None = None
 
     @property
     def direction(self) -> Direction:
@@ -288,6 +292,7 @@ def reasons_against(
     if arch in BLACKWELL:
         names = ["segment_ids"] if operands.segment_ids is not None else []
         names += ["block_mask"] if has_lists else []
+        names += ["packed_mask"] if operands.packed_mask is not None else []
         reasons += [f"no Blackwell kernel takes {name} yet" for name in names]
     if not (math.isfinite(spec.scale) and spec.scale >= 0):
         reasons.append(f"scale must be finite and not negative, got {spec.scale}")
@@ -408,7 +413,7 @@ def kernel_key(
     row_bounds = RowBounds.of(operands.segment_ids)
     if rows_of(spec, operands, direction, arch) is not None:
         row_bounds = RowBounds(False, False, compares_bounds=direction == "bwd")
-    union = union_of(spec, operands, arch)
+    union, packed = union_of(spec, operands, arch), operands.packed_mask
     if direction == "fwd":
         blackwell = arch in BLACKWELL
         config = forward_config_sm100(*dims) if blackwell else _existing(_forward_config(operands))
@@ -448,6 +453,7 @@ def kernel_key(
         row_bounds=row_bounds,
         has_lists=has_lists,
         union=union,
+        packed_mask=None if packed is None else full_axes("bnt", packed),
     )
 
 
@@ -617,6 +623,7 @@ def _forward_arrays(key: KernelKey):
         ]
     inputs = [qk, qk, v, *_optional_arrays(key), *_table_arrays(key)]
     inputs += [*_element_arrays(key), *_bound_arrays(key), *_list_arrays(key)]
+    inputs += _packed_arrays(key)
     return [*inputs, v, lse, counter, *partials]
 
 
@@ -628,7 +635,7 @@ def _backward_arrays(key: KernelKey):
     rows = (cutlass.Float32, (1, 1, 1))
     turns = [(cutlass.Int32, (1, 1, 1))] if key.config.deterministic else []
     others = [*_optional_arrays(key), *_element_arrays(key), *_bound_arrays(key)]
-    others += [*_list_arrays(key), *_rank_arrays(key)]
+    others += [*_list_arrays(key), *_rank_arrays(key), *_packed_arrays(key)]
     sums = [(cutlass.Float32, (1,) * rank) for rank in _summed_ranks(key)]
     of_dq = rows if has_dq_sums(key.config) else None
     return [qk, qk, v, v, rows, v, rows, *others, qk, qk, v, *sums, of_dq, rows, rows, *turns]
@@ -690,6 +697,12 @@ def _rank_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
     return [(cutlass.Int32, (1, 1, 1, 1))] if key.has_ranks else []
 
 
+def _packed_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
+    import cutlass
+
+    return [] if key.packed_mask is None else [(cutlass.Uint32, (1, 1, 1, 1))]
+
+
 def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
     """``launcher``, which takes the page table and groups of arrays by name, with these from
     ``first`` on; and gradients that are summed after three others."""
@@ -700,6 +713,7 @@ def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
         "mBounds": len(_bound_arrays(key)),
         "mLists": len(_list_arrays(key)),
         "mRanks": len(_rank_arrays(key)),
+        "mPacked": len(_packed_arrays(key)),
     }
     groups = {name: count for name, count in groups.items() if count}
     if not groups and not paged:
@@ -733,6 +747,7 @@ def _forward_builder(key: KernelKey):
             page_size=key.page_size,
             row_bounds=key.row_bounds,
             has_lists=key.has_lists,
+            packed_mask=key.packed_mask,
         ),
         "sm100_forward": partial(
             ForwardSm100,
@@ -780,6 +795,7 @@ def _backward_builder(key: KernelKey):
             functions=key.elements,
             row_bounds=key.row_bounds,
             has_lists=key.has_lists,
+            packed_mask=key.packed_mask,
         ),
         "sm100_backward": partial(BackwardSm100, functions=key.elements),
     }[key.kernel]

@@ -122,6 +122,16 @@ def test_masks(shape: str, name: str) -> None:
     check(case, mask_mod=(MASKS | INTERVALS)[name](case))
 
 
+@pytest.mark.parametrize("full", ["bnt", "t", "n"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_masks(shape: str, full: str) -> None:
+    case = case_of(shape)
+    lengths = zip("bnt", (case.batch, case.q_heads, case.seqlen_q), strict=True)
+    rows = tuple(length if axis in full else 1 for axis, length in lengths)
+    words = np.random.default_rng(3).integers(0, 2**32, (*rows, -(-case.seqlen_k // 32)), np.uint32)
+    check(case, packed_mask=jnp.asarray(words))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_together(shape: str) -> None:
     case = case_of(shape, soft_cap=4.0, sinks=True)

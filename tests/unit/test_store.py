@@ -302,6 +302,7 @@ CHANGES = {
     "batch_invariant": True,
     "row_bounds": RowBounds(compares_ids=False, has_positions=True),
     "has_lists": True,
+    "packed_mask": "bt",
     "union": (window_interval(3, 0), window_interval(None, -9)),
 }
 

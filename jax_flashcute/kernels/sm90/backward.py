@@ -33,7 +33,7 @@ from types import SimpleNamespace
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
@@ -48,6 +48,7 @@ from jax_flashcute.kernels.common.intervals import (
 )
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.lists import TileLists, row_of
+from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import section_size
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
@@ -116,10 +117,12 @@ class BackwardSm90:
         functions: ElementFunctions | None = None,
         row_bounds: RowBounds | None = None,
         has_lists: bool = False,
+        packed_mask: str | None = None,
     ):
         """``group``: query heads a key/value head serves; ``row_bounds``: the rows that see a key
         stand in arrays, ``mask`` among what they hold; ``has_lists``: a block visits the query
-        tiles that lists name."""
+        tiles that lists name; ``packed_mask``: the axes along which a mask in bits varies, of
+        "bnt"."""
         self.config = config
         self.dtype = dtype
         self.head_dim = head_dim
@@ -132,6 +135,7 @@ class BackwardSm90:
             row_bounds.compares_ids or row_bounds.compares_bounds
         )
         self.has_lists = has_lists
+        self.packed_mask = packed_mask
         self.union = mask if isinstance(mask, UnionMask) else None
         self.has_low = row_bounds is not None
         if isinstance(mask, IntervalMask):
@@ -173,6 +177,7 @@ class BackwardSm90:
         mLists: tuple = (),  # arrays of ``BlockMask.kernel_lists``, transposed
         mRanks: tuple = (),  # (1|B, 1|N, n_blocks, m_blocks) int32: of ``visits_before``
         mGradients: tuple = (),  # of ``functions.summed_ranks``, float32
+        mPacked: tuple = (),  # a mask in bits, (1|B, 1|N, 1|T, words) uint32
     ):
         cfg = self.config
         batch, q_length, heads = mQ.shape[0], mQ.shape[1], mQ.shape[2]
@@ -235,6 +240,7 @@ class BackwardSm90:
             mLists,
             mRanks,
             mGradients,
+            mPacked,
             m_blocks,
             n_blocks,
             section,
@@ -319,6 +325,7 @@ class BackwardSm90:
         mLists: tuple,
         mRanks: tuple,
         mGradients: tuple,
+        mPacked: tuple,
         m_blocks: Int32,
         n_blocks: Int32,
         section: Int32,
@@ -440,7 +447,7 @@ class BackwardSm90:
             bounds = (mBounds, batch, (q_length, kv_length), compares)
             mask_step = partial(self.mask_step, (offset, queries, keys), bounds)
             barriers = (pipeline_q, pipeline_do, kv_full)
-            elements = (mElements, offset, (q_length, kv_length), mGradients)
+            elements = (mElements, offset, (q_length, kv_length), mGradients, mPacked)
             if const_expr(cfg.by_role):
                 sP = storage.sP.get_tensor(
                     cute.make_layout((4, 128, cfg.p_values // 512), stride=(1, 4, 512))
@@ -922,22 +929,30 @@ class BackwardSm90:
         Returns:
           ``modify(m, scores, is_full)``, which changes a tile's products to scores; or None.
         """
-        if not self.by_element:
+        if not self.by_element and self.packed_mask is None:
             return None
-        mElements, offset, array_lengths, _ = elements
+        mElements, offset, array_lengths, _, mPacked = elements
         _, kv_head, batch = block
         head = kv_head * self.group + g
+        scale, tile_m = self.scale, self.config.tile_m
+
+        def first_query(m: Int32) -> Int32:
+            return m * tile_m + first_column(thread)
+
+        hide_bits = self.packed_step(mPacked, (batch, head, array_lengths[0]), first_key, thread)
+        if not self.by_element:
+            return lambda m, scores, is_full: hide_bits(first_query(m), scores)
         entry = Elements(self.functions, mElements).of_entry(batch, offset, array_lengths)
         keys = [entry.keys(first_key + row_in_slab(thread, r)) for r in range(ROWS_PER_THREAD)]
-        scale, tile_m = self.scale, self.config.tile_m
 
         def modify(m: Int32, scores: cute.Tensor, is_full: bool) -> None:
             is_full = is_full and self.has_lists
             for c in range(cute.size(scores, mode=[1])):
-                query = entry.queries(head, m * tile_m + first_column(thread) + column_step(c))
+                query = entry.queries(head, first_query(m) + column_step(c))
                 for r in range(ROWS_PER_THREAD):
                     known = entry.both(query, keys[r])
                     scores[r, c] = entry.element(known, scores[r, c], scale, is_full=is_full)
+            hide_bits(first_query(m), scores)
 
         return modify
 
@@ -946,13 +961,41 @@ class BackwardSm90:
         functions = self.functions
         if not self.by_element or (functions.keeps_gradients and not functions.summed_ranks):
             return None
-        mElements, offset, array_lengths, mGradients = elements
+        mElements, offset, array_lengths, mGradients, _ = elements
         derivatives = Elements(functions, mElements, differentiates=True)
         entry = derivatives.of_entry(block[2], offset, array_lengths)
         if mGradients:
             # The kernel before this one clears the sums.
             cute.arch.griddepcontrol_wait()
         return Pullback(entry, mGradients, self.scale, self.config.tile_m, first_key, thread)
+
+    def packed_step(self, mPacked: tuple, place, first_key: Int32, thread: Int32):
+        """What a mask in bits does to a tile: a function of a thread's first query and the scores.
+
+        A thread's keys share their words: they are 8 apart, among 16 that 16 divides.
+        """
+        if self.packed_mask is None:
+            return lambda first, scores: None
+        batch, head, q_length = place
+        packed = PackedMask(self.packed_mask, *mPacked)
+        key = first_key + row_in_slab(thread, 0)
+        shift = Uint32(key % 32)
+
+        def hide(first: Int32, scores: cute.Tensor) -> None:
+            last = Int32(q_length) - 1
+            columns = cute.size(scores, mode=[1])
+            rows = [
+                packed.row(batch, head, cutlass.min(first + column_step(c), last))
+                for c in range(columns)
+            ]
+            words = [packed.word(row, key // 32) for row in rows]
+            for c in range(columns):
+                bits = words[c] >> shift
+                for r in range(ROWS_PER_THREAD):
+                    is_seen = (bits & Uint32(1 << (8 * r))) != Uint32(0)
+                    scores[r, c] = select(is_seen, scores[r, c], Float32(-Float32.inf))
+
+        return hide
 
     def step(self, products, pipeline_q, pipeline_do, m: Int32, state, is_full: bool, of_head):
         """One query tile; returns the next state.

@@ -51,6 +51,7 @@ from jax_flashcute.kernels.common.intervals import (
 )
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.lists import TileLists
+from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.paging import COPYING_WARPS, fill_stage, tiles_in_pages
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
@@ -82,6 +83,7 @@ from jax_flashcute.kernels.sm90.fragments import (
     hide_outside,
     interval_words,
     lines_of_quads,
+    own_bits,
     rounded_row,
     row_in_slab,
     rows_and_columns,
@@ -117,13 +119,15 @@ class ForwardSm90:
         page_size: int | None = None,
         row_bounds: RowBounds | None = None,
         has_lists: bool = False,
+        packed_mask: str | None = None,
     ):
         """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most;
         ``split_kv``: tiles are parts of a row's keys, and queries fill one row of tiles;
         ``lengths_vary``: how long these are follows from the lengths of all entries;
         ``page_size``: of keys and values in pages, with a page table and lengths of keys;
         ``row_bounds``: each row's keys stand in arrays, ``mask`` among what they hold;
-        ``has_lists``: a tile visits the key tiles that lists name."""
+        ``has_lists``: a tile visits the key tiles that lists name; ``packed_mask``: the axes along
+        which a mask in bits varies, of "bnt"."""
         self.config = config
         self.dtype = dtype
         self.head_dim = head_dim
@@ -138,6 +142,7 @@ class ForwardSm90:
         self.row_bounds = row_bounds
         self.compares_ids = row_bounds is not None and row_bounds.compares_ids
         self.has_lists = has_lists
+        self.packed_mask = packed_mask
         self.union = mask if isinstance(mask, UnionMask) else None
         self.work_fields = WORK_FIELDS + 2 * split_kv + self.compares_ids
         self.has_low = row_bounds is not None
@@ -180,6 +185,7 @@ class ForwardSm90:
         mPageTable: cute.Tensor | None = None,  # (B, max_pages) int32
         mBounds: tuple = (),  # arrays of ``bounds.key_bound_arrays``
         mLists: tuple = (),  # arrays of ``BlockMask.kernel_lists``
+        mPacked: tuple = (),  # a mask in bits, (1|B, 1|N, 1|T, words) uint32
     ):
         batch, q_length, kv_length, kv_heads = (
             mQ.shape[0],
@@ -231,6 +237,7 @@ class ForwardSm90:
             mPageTable,
             mBounds,
             mLists,
+            mPacked,
             m_blocks,
             section,
             q_length,
@@ -297,6 +304,7 @@ class ForwardSm90:
         mPageTable: cute.Tensor | None,
         mBounds: tuple,
         mLists: tuple,
+        mPacked: tuple,
         m_blocks: Int32,
         section: Int32,
         q_length: Int32,
@@ -407,6 +415,7 @@ class ForwardSm90:
                 mElements,
                 mBounds,
                 mLists,
+                mPacked,
             )
         for pipeline in pipelines:
             pipeline.check_arrivals()
@@ -680,6 +689,7 @@ class ForwardSm90:
         mElements: tuple,
         mBounds: tuple,
         mLists: tuple,
+        mPacked: tuple,
     ):
         """A consumer warpgroup: products, softmax and output of its slab of every tile."""
         cfg = self.config
@@ -706,6 +716,7 @@ class ForwardSm90:
         tOrP = as_operand_a(rP)
         scores, out = rows_and_columns(acc_S), rows_and_columns(acc_O)
         by_element = const_expr(self.functions is not None and self.functions.by_element)
+        has_bits = const_expr(self.packed_mask is not None)
         # Scores that are looked at one by one are scaled there.
         scale = 1.0 if by_element else self.scale
         softmax = OnlineSoftmax(ROWS_PER_THREAD, scale, cfg.rescale_threshold)
@@ -740,6 +751,9 @@ class ForwardSm90:
             modify = self.element_step(
                 mElements, scores, thread, (batch, offset, array_lengths, first_token, head)
             )
+            read_bits, hide_bits = self.packed_step(
+                mPacked, scores, thread, (batch, head, first_token, q_length)
+            )
             softmax.reset()
             pipeline_q.wait(Int32(0), q_phase)
             q_phase ^= 1
@@ -748,6 +762,7 @@ class ForwardSm90:
             if visits > 0:
                 # S of the first tile (of a range, the rightmost), alone.
                 n = nth(0)
+                bits = read_bits(n)
                 pipeline_k.wait(k_stage, k_phase)
                 self.take_turn(slab)
                 gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False)
@@ -762,6 +777,7 @@ class ForwardSm90:
                         modify(n, True)
                     else:
                         modify(n, True, is_full=True)
+                hide_bits(n, bits)
                 mask_tile(n)
                 softmax.step(scores, row_scale, True, True)
                 convert_pairs(acc_S, rP)
@@ -772,6 +788,8 @@ class ForwardSm90:
                     count, tile_of = stretches[stretch]
                     for i in cutlass.range(count, unroll=1):
                         n = tile_of(i)
+                        # On their way from memory while the product is.
+                        bits = read_bits(n)
                         pipeline_k.wait(k_stage, k_phase)
                         self.take_turn(slab)
                         gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False)
@@ -783,6 +801,7 @@ class ForwardSm90:
                         k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                         may_be_beyond = const_expr(stretch != 1 or self.has_lists)
                         modify(n, may_be_beyond, is_full=stretch == 1)
+                        hide_bits(n, bits)
                         if const_expr(stretch != 1):
                             mask_tile(n)
                         elif const_expr(self.has_lists):
@@ -790,7 +809,7 @@ class ForwardSm90:
                             if n < full_min or n >= full_max:
                                 mask_tile(n)
                         needs_rescale = softmax.step(
-                            scores, row_scale, False, may_be_beyond or by_element
+                            scores, row_scale, False, may_be_beyond or by_element or has_bits
                         )
                         warpgroup.wait_group(0)
                         pipeline_v.release(v_stage, warps)
@@ -873,6 +892,37 @@ class ForwardSm90:
                     )
 
         return modify
+
+    def packed_step(self, mPacked: tuple, scores: cute.Tensor, thread: Int32, place):
+        """What a mask in bits does to a tile, in two parts.
+
+        A function of the tile's number that reads its words, and one of the number and the words
+        that hides scores.
+        """
+        if self.packed_mask is None:
+            return lambda n: None, lambda n, words: None
+        batch, head, first_token, q_length = place
+        tile_n = self.config.tile_n
+        packed = PackedMask(self.packed_mask, *mPacked)
+        tokens = self.clamped_tokens(thread, first_token, q_length)
+        rows = [
+            packed.row(batch, self.query_head(head, thread, r), token)
+            for r, token in enumerate(tokens)
+        ]
+        # Tiles begin with a word, or else in the midst of one.
+        is_aligned = tile_n % 32 == 0
+        count = -(-tile_n // 32) + (not is_aligned)
+
+        def read(n: Int32):
+            first = n * tile_n // 32
+            return [[packed.word(row, first + i) for i in range(count)] for row in rows]
+
+        def hide(n: Int32, words: list) -> None:
+            first = None if is_aligned else n * tile_n % 32
+            for r in range(ROWS_PER_THREAD):
+                hide_outside(scores, r, own_bits(words[r], first, thread, tile_n))
+
+        return read, hide
 
     def lists_of(self, mLists: tuple, fields: tuple) -> TileLists | None:
         """The lists of a tile; empty where it holds no valid row."""

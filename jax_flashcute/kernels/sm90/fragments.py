@@ -135,6 +135,33 @@ def interval_words(
     return found
 
 
+def own_bits(words: list[Uint32], first: Int32 | None, thread: Int32, columns: int) -> list[Uint32]:
+    """A thread's columns among bits in the order of columns, as ``column_words`` has them.
+
+    Args:
+      words: consecutive ones that hold the bits.
+      first: the bit of the first word that is column 0, an even one up to 16; None for 0.
+    """
+    shift = Uint32(first_column(thread) if first is None else first + first_column(thread))
+    eights = []
+    for i in range(-(-columns // 32)):
+        bits = words[i] >> shift
+        if first is not None:
+            # A shift by 32 is not defined in the compiler's IR.
+            bits = bits | ((words[i + 1] << Uint32(1)) << (Uint32(31) - shift))
+        # Two bits of each eight are the thread's.
+        bits = bits & Uint32(0x03030303)
+        bits = (bits | (bits >> Uint32(6))) & Uint32(0x000F000F)
+        eights.append((bits | (bits >> Uint32(12))) & Uint32(0xFF))
+    found = []
+    for w in range(0, len(eights), 4):
+        word = eights[w]
+        for i, bits in enumerate(eights[w + 1 : w + 4], 1):
+            word = word | (bits << Uint32(8 * i))
+        found.append(word)
+    return found
+
+
 def compared_words(is_needed: Int32, seen: Callable, thread: Int32, columns: int) -> list:
     """Which of a thread's columns each of its rows sees, as words; all where 0 ``is_needed``.
 
