@@ -148,7 +148,7 @@ def other_inputs(key: KernelKey, spec: AttentionSpec, operands: Operands) -> lis
     bounds = []
     if key.row_bounds is not None:
         forward = key.direction == "fwd"
-        rows = rows_of(spec, operands, key.direction, key.arch)
+        rows = rows_of(spec, operands, key.arch)
         if rows is None:
             arrays = key_bound_arrays if forward else query_bound_arrays
             bounds = arrays(key.interval, operands, *key.tile)

@@ -216,17 +216,13 @@ def union_of(spec: AttentionSpec, operands: Operands, arch: str | None) -> tuple
     return () if found is None else rising_union(found[1], MOST_INTERVALS) or ()
 
 
-def rows_of(
-    spec: AttentionSpec, operands: Operands, direction: Direction, arch: str | None
-) -> RowInterval | None:
+def rows_of(spec: AttentionSpec, operands: Operands, arch: str | None) -> RowInterval | None:
     """``mask_mod`` within the window as an interval for each row, where a kernel takes its bounds.
 
     They are computed before the kernel, which reads them from arrays.
     """
     found = _other_keys(spec, operands, arch)
-    if found is None or (direction == "bwd" and spec.deterministic):
-        return None
-    return None if rising_union(found[1], MOST_INTERVALS) else row_interval(*found)
+    return None if found is None or rising_union(found[1], MOST_INTERVALS) else row_interval(*found)
 
 
 def keys_of(spec: AttentionSpec, operands: Operands, arch: str | None) -> str | None:
@@ -234,7 +230,7 @@ def keys_of(spec: AttentionSpec, operands: Operands, arch: str | None) -> str | 
     union = union_of(spec, operands, arch)
     if union:
         return " or ".join(map(str, union))
-    if rows_of(spec, operands, "fwd", arch) is not None:
+    if rows_of(spec, operands, arch) is not None:
         return "one interval for each row, computed from arrays"
     has_lists = operands.block_mask is not None
     if by_element(spec, has_lists=has_lists).mask_mod is not None:
@@ -249,11 +245,9 @@ def by_element(spec: AttentionSpec, *, has_lists: bool = False) -> AttentionSpec
     return dataclasses.replace(spec, mask_mod=None)
 
 
-def _scores(
-    spec: AttentionSpec, operands: Operands, direction: Direction, arch: str | None
-) -> AttentionSpec:
+def _scores(spec: AttentionSpec, operands: Operands, arch: str | None) -> AttentionSpec:
     """The call without a ``mask_mod`` that the kernel takes as intervals."""
-    if union_of(spec, operands, arch) or rows_of(spec, operands, direction, arch) is not None:
+    if union_of(spec, operands, arch) or rows_of(spec, operands, arch) is not None:
         return dataclasses.replace(spec, mask_mod=None)
     return by_element(spec, has_lists=operands.block_mask is not None)
 
@@ -287,7 +281,7 @@ def reasons_against(
         if name not in SERVED_OPERANDS:
             reasons.append(f"no kernel takes {name} yet")
     has_lists = operands.block_mask is not None
-    scores = _scores(spec, operands, direction, arch)
+    scores = _scores(spec, operands, arch)
     reasons += reasons_against_elements(scores, operands)
     if arch in BLACKWELL:
         names = ["segment_ids"] if operands.segment_ids is not None else []
@@ -370,10 +364,11 @@ def _backward_config(
 
 def _may_part(spec: AttentionSpec, operands: Operands, arch: str | None) -> bool:
     """Whether a pass of its own for dQ can serve a call: it knows intervals by position alone."""
-    if operands.segment_ids is not None or operands.block_mask is not None:
+    others = (operands.segment_ids, operands.block_mask, operands.packed_mask)
+    if any(x is not None for x in others):
         return False
-    functions = element_functions(_scores(spec, operands, "bwd", arch), operands)
-    return without_sinks(functions) is None and rows_of(spec, operands, "bwd", arch) is None
+    functions = element_functions(_scores(spec, operands, arch), operands)
+    return without_sinks(functions) is None and rows_of(spec, operands, arch) is None
 
 
 def _existing[T](config: T | None) -> T:
@@ -406,12 +401,12 @@ def kernel_key(
     dims = query.shape[3], value.shape[3]
     present = operands.present()
     has_lists = operands.block_mask is not None
-    functions = element_functions(_scores(spec, operands, direction, arch), operands)
+    functions = element_functions(_scores(spec, operands, arch), operands)
     config: FwdConfig | FwdConfigSm100 | BwdConfig | BwdConfigSm100
     split_kv = False
     interval = interval_of(spec, has_lists=has_lists)
     row_bounds = RowBounds.of(operands.segment_ids)
-    if rows_of(spec, operands, direction, arch) is not None:
+    if rows_of(spec, operands, arch) is not None:
         row_bounds = RowBounds(False, False, compares_bounds=direction == "bwd")
     union, packed = union_of(spec, operands, arch), operands.packed_mask
     if direction == "fwd":
