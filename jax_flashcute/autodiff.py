@@ -5,11 +5,14 @@
 Forward mode and second derivatives are refused, in words; ``implementation="reference"`` has both.
 """
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -57,22 +60,46 @@ def _attention(
     return forward_pass(spec, implementation)(operands)
 
 
-def _attention_fwd(spec: AttentionSpec, implementation: Implementation, operands: Operands):
+def _attention_fwd(spec: AttentionSpec, implementation: Implementation, primals: Operands):
+    """``primals``: an array and whether anyone differentiates by it, for each operand."""
+    operands = jax.tree.map(lambda x: x.value, primals, is_leaf=_is_primal)
+    spec = dataclasses.replace(spec, constants=_constants(primals))
     if implementation == "cute":
         dispatch.refuse_unless_served(spec, operands, "bwd")
     residuals = named(forward_pass(spec, implementation)(operands))
-    return residuals, (operands, residuals)
+    return residuals, (operands, residuals, _Static(spec))
 
 
 def _attention_bwd(spec: AttentionSpec, implementation: Implementation, saved, cotangents):
-    operands, residuals = saved
-    gradients = backward_pass(spec, implementation)(
-        operands, residuals, cotangents.out, cotangents.lse
+    operands, residuals, static = saved
+    d_out, d_lse = (
+        jnp.zeros_like(primal) if isinstance(x, SymbolicZero) else x
+        for x, primal in ((cotangents.out, residuals.out), (cotangents.lse, residuals.lse))
     )
+    gradients = backward_pass(static.spec, implementation)(operands, residuals, d_out, d_lse)
     return (gradients,)
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+_attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """The static part of a call among the residuals: it says whose gradients are asked for."""
+
+    spec: AttentionSpec
+
+
+def _constants(primals: Operands) -> tuple[str, ...]:
+    """Of the operands whose gradients are sums over scores those that have none, by name."""
+    names = ("bias", "score_mod_arrays")
+    leaves = {n: jax.tree.leaves(getattr(primals, n), is_leaf=_is_primal) for n in names}
+    return tuple(n for n in names if leaves[n] and not any(x.perturbed for x in leaves[n]))
+
+
+def _is_primal(x: object) -> bool:
+    return isinstance(x, CustomVJPPrimal)
 
 
 def equally_varying[Tree](operands: Tree) -> Tree:

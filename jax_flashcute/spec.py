@@ -38,6 +38,8 @@ class AttentionSpec:
       mask_mod: traced ``(b, h, q_idx, kv_idx) -> bool``; False hides a key.
       score_mod: traced ``(score, b, h, q_idx, kv_idx) -> score``, applied to the scaled score
         before the soft cap.
+      constants: of the operands ``"bias"`` and ``"score_mod_arrays"`` those whose gradients nobody
+        asks for, which a backward pass may give as zeros.
 
     A query row i stands at position ``i + q_offset``; ``q_offset`` is an operand.  Where segments
     have positions of their own, those stand in for i and for the number of a key.
@@ -51,6 +53,7 @@ class AttentionSpec:
     batch_invariant: bool = False
     mask_mod: TracedFunction | None = None
     score_mod: TracedFunction | None = None
+    constants: tuple[str, ...] = ()
 
 
 @jax.tree_util.register_dataclass

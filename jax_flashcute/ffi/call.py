@@ -60,7 +60,9 @@ def backward(
     query, key, value, *sums = _backward_p.bind(*leaves, spec=spec, tree=tree)
     biases, arrays = summed_arrays(spec, operands)
     found = [sums.pop(0).astype(x.dtype) for x in (*biases, *arrays)]
-    bias = found.pop(0) if biases else None
+    bias = None
+    if operands.bias is not None:
+        bias = found.pop(0) if biases else jnp.zeros_like(operands.bias)
 
     def of_array(x: jax.Array) -> jax.Array | None:
         if not jnp.issubdtype(x.dtype, jnp.floating):

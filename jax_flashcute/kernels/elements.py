@@ -35,6 +35,7 @@ class ElementFunctions:
     The scaled score goes through ``score_mod``, the soft cap and the bias, in this order.
 
     ``keys``: there are at most so many, which saves looking up arrays of that length with care.
+    ``constants``: of ``"bias"`` and ``"score_mod_arrays"`` those that have no gradients.
     ``positions``: the functions read positions from arrays, not from the numbers of rows and keys.
     """
 
@@ -46,6 +47,7 @@ class ElementFunctions:
     sinks: bool = False
     keys: int = POSITION_LIMIT
     positions: bool = False
+    constants: tuple[str, ...] = ()
 
     @property
     def changes_scores(self) -> bool:
@@ -82,8 +84,8 @@ class ElementFunctions:
     @property
     def summed_ranks(self) -> list[int]:
         """Ranks of the arrays that have gradients: the bias, and those of floats of the score."""
-        ranks = [4] * (self.bias is not None)
-        if self.score_mod is not None:
+        ranks = [4] * (self.bias is not None and "bias" not in self.constants)
+        if self.score_mod is not None and "score_mod_arrays" not in self.constants:
             derivative = derivative_of(self.score_mod)
             types = derivative.program.array_types
             ranks += [len(types[i][1]) + 1 for i in derivative.numbered]
@@ -144,11 +146,22 @@ def names_of(functions: ElementFunctions | None) -> list[str]:
     return [name for name, present in given.items() if present]
 
 
-def without_sinks(functions: ElementFunctions | None) -> ElementFunctions | None:
-    """What the backward kernel does: sinks are in the LSE, and their gradient needs no kernel."""
+def without_sinks(
+    functions: ElementFunctions | None, constants: tuple[str, ...] = ()
+) -> ElementFunctions | None:
+    """What the backward kernel does: sinks are in the LSE, and their gradient needs no kernel.
+
+    ``constants``: of the call.
+    """
     if functions is None or not functions.by_element:
         return None
-    return dataclasses.replace(functions, sinks=False)
+    functions = dataclasses.replace(functions, sinks=False)
+    # Kernels differ by names of what is there alone.
+    kept = [] if functions.bias is None else ["bias"]
+    if constants and functions.score_mod is not None:
+        kept += ["score_mod_arrays"] * bool(derivative_of(functions.score_mod).numbered)
+    constants = tuple(name for name in kept if name in constants)
+    return dataclasses.replace(functions, constants=constants)
 
 
 def element_operands(functions: ElementFunctions, operands: Operands) -> list:
@@ -172,9 +185,10 @@ def element_operands(functions: ElementFunctions, operands: Operands) -> list:
 def summed_arrays(spec: AttentionSpec, operands: Operands) -> tuple[list, list]:
     """The operands of ``ElementFunctions.summed_ranks``: the bias, and arrays of the score."""
     arrays = operands.score_mod_arrays
-    if spec.score_mod is None or program_of(spec.score_mod).is_identity:
+    is_constant = "score_mod_arrays" in spec.constants
+    if is_constant or spec.score_mod is None or program_of(spec.score_mod).is_identity:
         arrays = ()
-    biases = [] if operands.bias is None else [operands.bias]
+    biases = [] if operands.bias is None or "bias" in spec.constants else [operands.bias]
     return biases, [a for a in arrays if str(a.dtype) in FLOATS]
 
 

@@ -427,7 +427,7 @@ def kernel_key(
             config = paged_config(config)
     else:
         config, pack_gqa, num_sms = _existing(_backward_config(arch, spec, operands)), False, 0
-        functions = without_sinks(functions)
+        functions = without_sinks(functions, spec.constants)
     return KernelKey(
         kernel=f"{'sm100' if arch in BLACKWELL else 'sm90'}_{passes}",
         arch=arch,

@@ -245,3 +245,30 @@ def test_one_kernel_for_the_gradients_of_bias_and_of_arrays(mapped: bool) -> Non
     assert results == [
         ((x.shape[1:] if mapped and i < 3 else x.shape), x.dtype) for i, x in enumerate(given)
     ]
+
+
+@pytest.mark.parametrize("by", [("bias",), ("slopes",), (), ("bias", "slopes")])
+def test_nothing_is_summed_that_nobody_asks_for(by: tuple[str, ...]) -> None:
+    query, key, value = shapes()
+    given = {"bias": jnp.zeros((1, 6, 1, 90)), "slopes": jnp.zeros(6)}
+
+    def total(query, asked):
+        arrays = given | asked
+        out = flash_attention(
+            *(query, key, value),
+            bias=arrays["bias"],
+            score_mod=lambda score, b, h, q, kv: score - arrays["slopes"][h] * jnp.abs(q - kv),
+            implementation="cute",
+        )
+        return out.astype(jnp.float32).sum()
+
+    key, value = (jnp.zeros(x.shape, x.dtype) for x in (key, value))
+    asked = {name: given[name] for name in by}
+    with plans.collecting() as found:
+        gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
+        gradient.trace(query, asked).lower(lowering_platforms=("cuda",))
+    (backward,) = (key for key in found if key.direction == "bwd")
+    names = {"bias": "bias", "slopes": "score_mod_arrays"}
+    assert set(backward.elements.constants) == {names[n] for n in given if n not in by}
+    ranks = {"bias": 4, "slopes": 2}
+    assert backward.elements.summed_ranks == [ranks[n] for n in given if n in by]

@@ -61,10 +61,10 @@ class Pullback:
         self.keys = [entry.keys(first_key + row_in_slab(thread, r)) for r in range(ROWS_PER_THREAD)]
         rest = list(tensors)
         self.sums: list[_Sum] = []
-        bias, derivative = entry.elements.functions.bias, entry.elements.derivative
-        if bias is not None:
+        functions, derivative = entry.elements.functions, entry.elements.derivative
+        if functions.bias is not None and "bias" not in functions.constants:
             self.sums.append(_BiasSum(entry, rest.pop(0)))
-        if derivative is not None:
+        if derivative is not None and "score_mod_arrays" not in functions.constants:
             of_array = dict(zip(derivative.numbered, rest, strict=True))
             for array, at in derivative.cotangents():
                 self.sums.append(_ReadSum(entry, of_array[array], array, at))
