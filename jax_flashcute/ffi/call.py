@@ -150,7 +150,7 @@ def other_inputs(key: KernelKey, spec: AttentionSpec, operands: Operands) -> lis
     bounds = []
     if key.row_bounds is not None:
         forward = key.direction == "fwd"
-        rows = rows_of(spec, operands, key.arch)
+        rows = rows_of(spec, operands)
         if rows is None:
             arrays = key_bound_arrays if forward else query_bound_arrays
             bounds = arrays(key.interval, operands, *key.tile)

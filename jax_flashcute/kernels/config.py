@@ -144,6 +144,9 @@ def dividing(
     return None
 
 
+ROWS_SM100 = 128
+"""Query rows of one matrix product on Blackwell."""
+
 MIN_SPLIT_TILES = 4
 """A row's keys are divided into one part for each so many key tiles, at most."""
 MAX_SPLITS = 128
@@ -275,6 +278,28 @@ def few_rows_config_sm100(head_dim: int, head_dim_v: int) -> FwdConfigSm100:
     while config.reasons_invalid(head_dim, head_dim_v):
         config = dataclasses.replace(config, kv_stages=config.kv_stages - 1)
     return config
+
+
+def dividing_sm100(
+    config: FwdConfigSm100, tile_m: int, tile_n: int, head_dim: int, head_dim_v: int
+) -> FwdConfigSm100 | None:
+    """The configuration nearest to ``config`` whose tiles divide these; None where none does."""
+    if tile_m % ROWS_SM100:
+        return None
+    if tile_m % config.tile_m:
+        # One query tile: registers as for the head_dims that have no room for two.
+        config = dataclasses.replace(
+            config,
+            query_tiles=1,
+            softmax_registers=224,
+            correction_registers=96,
+            other_registers=96,
+        )
+    for columns in range(config.tile_n, 0, -32):
+        found = dataclasses.replace(config, tile_n=columns)
+        if tile_n % columns == 0 and not found.reasons_invalid(head_dim, head_dim_v):
+            return found
+    return None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from jax_flashcute.kernels.config import (
     batch_invariant_splits,
     dividing,
     dividing_backward,
+    dividing_sm100,
     few_rows_config,
     few_rows_config_sm100,
     forward_config,
@@ -193,16 +194,14 @@ def _keys(spec: AttentionSpec) -> tuple[Program, KeySet | None] | None:
     return program, intersection((_window_interval(spec),), program.intervals())
 
 
-def _other_keys(
-    spec: AttentionSpec, operands: Operands, arch: str | None
-) -> tuple[Program, KeySet | None] | None:
+def _other_keys(spec: AttentionSpec, operands: Operands) -> tuple[Program, KeySet | None] | None:
     """``_keys`` that are not one interval by position alone, where kernels take others.
 
-    None on Blackwell, and with segments, lists of tiles and pages.
+    None with segments, lists of tiles and pages.
     """
     others = (operands.segment_ids, operands.block_mask, operands.page_table)
     found = _keys(spec)
-    if arch in BLACKWELL or any(x is not None for x in others) or found is None:
+    if any(x is not None for x in others) or found is None:
         return None
     return None if rising_interval(found[1]) is not None else found
 
@@ -210,18 +209,20 @@ def _other_keys(
 def union_of(spec: AttentionSpec, operands: Operands, arch: str | None) -> tuple[Interval, ...]:
     """The intervals within the window whose union ``mask_mod`` shows, where a kernel takes them.
 
-    Empty where it is one interval, or something else.
+    Empty where it is one interval, or something else, and on Blackwell.
     """
-    found = _other_keys(spec, operands, arch)
-    return () if found is None else rising_union(found[1], MOST_INTERVALS) or ()
+    found = _other_keys(spec, operands)
+    if found is None or arch in BLACKWELL:
+        return ()
+    return rising_union(found[1], MOST_INTERVALS) or ()
 
 
-def rows_of(spec: AttentionSpec, operands: Operands, arch: str | None) -> RowInterval | None:
+def rows_of(spec: AttentionSpec, operands: Operands) -> RowInterval | None:
     """``mask_mod`` within the window as an interval for each row, where a kernel takes its bounds.
 
     They are computed before the kernel, which reads them from arrays.
     """
-    found = _other_keys(spec, operands, arch)
+    found = _other_keys(spec, operands)
     return None if found is None or rising_union(found[1], MOST_INTERVALS) else row_interval(*found)
 
 
@@ -230,7 +231,7 @@ def keys_of(spec: AttentionSpec, operands: Operands, arch: str | None) -> str | 
     union = union_of(spec, operands, arch)
     if union:
         return " or ".join(map(str, union))
-    if rows_of(spec, operands, arch) is not None:
+    if rows_of(spec, operands) is not None:
         return "one interval for each row, computed from arrays"
     has_lists = operands.block_mask is not None
     if by_element(spec, has_lists=has_lists).mask_mod is not None:
@@ -247,7 +248,7 @@ def by_element(spec: AttentionSpec, *, has_lists: bool = False) -> AttentionSpec
 
 def _scores(spec: AttentionSpec, operands: Operands, arch: str | None) -> AttentionSpec:
     """The call without a ``mask_mod`` that the kernel takes as intervals."""
-    if union_of(spec, operands, arch) or rows_of(spec, operands, arch) is not None:
+    if union_of(spec, operands, arch) or rows_of(spec, operands) is not None:
         return dataclasses.replace(spec, mask_mod=None)
     return by_element(spec, has_lists=operands.block_mask is not None)
 
@@ -283,11 +284,8 @@ def reasons_against(
     has_lists = operands.block_mask is not None
     scores = _scores(spec, operands, arch)
     reasons += reasons_against_elements(scores, operands)
-    if arch in BLACKWELL:
-        names = ["segment_ids"] if operands.segment_ids is not None else []
-        names += ["block_mask"] if has_lists else []
-        names += ["packed_mask"] if operands.packed_mask is not None else []
-        reasons += [f"no Blackwell kernel takes {name} yet" for name in names]
+    if arch in BLACKWELL and operands.packed_mask is not None:
+        reasons.append("no Blackwell kernel takes packed_mask yet")
     if not (math.isfinite(spec.scale) and spec.scale >= 0):
         reasons.append(f"scale must be finite and not negative, got {spec.scale}")
     arrays = [*_main(operands), *([operands.page_table] if is_paged(operands) else [])]
@@ -296,7 +294,7 @@ def reasons_against(
     if is_paged(operands):
         reasons += _reasons_against_pages(operands, direction)
     if has_lists and all(isinstance(x.shape[-1], int) for x in (operands.query, operands.value)):
-        reasons += _reasons_against_lists(spec, operands, direction)
+        reasons += _reasons_against_lists(spec, operands, direction, arch)
     if direction == "bwd" and not reasons:
         dims = operands.query.shape[-1], operands.value.shape[-1]
         config = _existing(_backward_config(arch, spec, operands))
@@ -328,23 +326,29 @@ def _reasons_against_pages(operands: Operands, direction: Direction) -> list[str
 
 
 def _reasons_against_lists(
-    spec: AttentionSpec, operands: Operands, direction: Direction
+    spec: AttentionSpec, operands: Operands, direction: Direction, arch: str | None
 ) -> list[str]:
     forward = direction == "fwd"
-    config = _forward_config(operands) if forward else _backward_config(None, spec, operands)
+    config = _forward_config(arch, operands) if forward else _backward_config(arch, spec, operands)
     if config is not None:
         return []
     blocks = operands.block_mask
+    tiles = "128 x 128" if arch in BLACKWELL else "64 x 64 or 128 x 128"
     return [
-        f"block_mask's tiles must be multiples of tiles that a kernel has, such as 64 x 64 or "
-        f"128 x 128, got {blocks.tile_m} x {blocks.tile_n}"
+        f"block_mask's tiles must be multiples of tiles that a kernel has, such as {tiles}, "
+        f"got {blocks.tile_m} x {blocks.tile_n}"
     ]
 
 
-def _forward_config(operands: Operands) -> FwdConfig | None:
-    """Hopper's; None where no tile divides those of the call's lists."""
+def _forward_config(arch: str | None, operands: Operands) -> FwdConfig | FwdConfigSm100 | None:
+    """None where no tile divides those of the call's lists."""
     dims = operands.query.shape[3], operands.value.shape[3]
     blocks = operands.block_mask
+    if arch in BLACKWELL:
+        found = forward_config_sm100(*dims)
+        if blocks is None:
+            return found
+        return dividing_sm100(found, blocks.tile_m, blocks.tile_n, *dims)
     config = forward_config(*dims)
     return config if blocks is None else dividing(config, blocks.tile_m, blocks.tile_n, *dims)
 
@@ -355,7 +359,11 @@ def _backward_config(
     dims = operands.query.shape[3], operands.value.shape[3]
     blocks = operands.block_mask
     if arch in BLACKWELL:
-        return backward_config_sm100(*dims, spec.deterministic)
+        found = backward_config_sm100(*dims, spec.deterministic)
+        divides = blocks is None or not (
+            blocks.tile_m % found.tile_m or blocks.tile_n % found.tile_n
+        )
+        return found if divides else None
     config = backward_config(*dims, spec.deterministic, may_part=_may_part(spec, operands, arch))
     if blocks is None:
         return config
@@ -368,7 +376,7 @@ def _may_part(spec: AttentionSpec, operands: Operands, arch: str | None) -> bool
     if any(x is not None for x in others):
         return False
     functions = element_functions(_scores(spec, operands, arch), operands)
-    return without_sinks(functions) is None and rows_of(spec, operands, arch) is None
+    return without_sinks(functions) is None and rows_of(spec, operands) is None
 
 
 def _existing[T](config: T | None) -> T:
@@ -406,12 +414,11 @@ def kernel_key(
     split_kv = False
     interval = interval_of(spec, has_lists=has_lists)
     row_bounds = RowBounds.of(operands.segment_ids)
-    if rows_of(spec, operands, arch) is not None:
+    if rows_of(spec, operands) is not None:
         row_bounds = RowBounds(False, False, compares_bounds=direction == "bwd")
     union, packed = union_of(spec, operands, arch), operands.packed_mask
     if direction == "fwd":
-        blackwell = arch in BLACKWELL
-        config = forward_config_sm100(*dims) if blackwell else _existing(_forward_config(operands))
+        config = _existing(_forward_config(arch, operands))
         pack_gqa = packing_pays(query.shape[1], group, config)
         pack_gqa = pack_gqa and _may_pack(operands, group, config)
         # Bounds from arrays and lists are not tried yet.
@@ -749,6 +756,8 @@ def _forward_builder(key: KernelKey):
             **splits,
             functions=key.elements,
             page_size=key.page_size,
+            row_bounds=key.row_bounds,
+            has_lists=key.has_lists,
         ),
     }[key.kernel]
 
@@ -792,7 +801,12 @@ def _backward_builder(key: KernelKey):
             has_lists=key.has_lists,
             packed_mask=key.packed_mask,
         ),
-        "sm100_backward": partial(BackwardSm100, functions=key.elements),
+        "sm100_backward": partial(
+            BackwardSm100,
+            functions=key.elements,
+            row_bounds=key.row_bounds,
+            has_lists=key.has_lists,
+        ),
     }[key.kernel]
 
     def build():

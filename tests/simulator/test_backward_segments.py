@@ -21,11 +21,11 @@ TOLERANCE = 8e-3
 """Relative error of a gradient in the Frobenius norm: products of bfloat16 probabilities."""
 
 
-def check_backward(spec, operands, **how):
+def check_backward(spec, operands, arch="sm_90a", **how):
     """Simulate the kernel that a call gets and compare with the dense reference."""
     dtype = operands.query.dtype
-    assert not registry.reasons_against(spec, operands, "bwd", "sm_90a")
-    key = registry.kernel_key(spec, operands, "bwd", "sm_90a", 0)
+    assert not registry.reasons_against(spec, operands, "bwd", arch)
+    key = registry.kernel_key(spec, operands, "bwd", arch, 0)
     wide = widened(operands)
     main = {n: getattr(wide, n) for n in MAIN}
     others = {n: x for n, x in vars(wide).items() if n not in MAIN}

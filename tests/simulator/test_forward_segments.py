@@ -35,10 +35,10 @@ def call_of(lengths, heads=(1, 1), head_dim=64, seed=0, dtype=jnp.bfloat16, **ar
     return api.checked_call(*main, **defaults | arguments)
 
 
-def check_forward(spec, operands, **how):
+def check_forward(spec, operands, arch="sm_90a", **how):
     """Simulate the kernel that a call gets and compare with the dense reference."""
-    assert not registry.reasons_against(spec, operands, "fwd", "sm_90a")
-    key = registry.kernel_key(spec, operands, "fwd", "sm_90a", NUM_SMS)
+    assert not registry.reasons_against(spec, operands, "fwd", arch)
+    key = registry.kernel_key(spec, operands, "fwd", arch, NUM_SMS)
     want = jax.jit(functools.partial(reference.attention, spec))(widened(operands))
     main = [operands.query, operands.key, operands.value]
     outputs = [(want.out.shape, jnp.dtype(jnp.bfloat16)), (want.lse.shape, np.dtype(np.float32))]

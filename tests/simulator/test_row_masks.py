@@ -59,5 +59,5 @@ SLOW = {
 def test_rows(direction: str, name: str) -> None:
     lengths, arguments = CASES[name]
     spec, operands = call_of(lengths, **arguments)
-    assert registry.rows_of(spec, operands, "sm_90a") is not None
+    assert registry.rows_of(spec, operands) is not None
     {"fwd": check_forward, "bwd": check_backward}[direction](spec, operands)

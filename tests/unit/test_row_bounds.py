@@ -43,7 +43,7 @@ def test_bounds_are_what_the_mask_shows(name: str) -> None:
     mask_mod, others = MASKS[name]
     spec, operands = call_of((B, T, S), mask_mod=mask_mod, **others)
     seen = what_is_seen(spec, operands, mask_mod)
-    mask = registry.rows_of(spec, operands, "sm_90a")
+    mask = registry.rows_of(spec, operands)
     assert mask is not None
     low, high, tiles = (
         np.asarray(x) for x in jax.jit(lambda o: mask_key_bound_arrays(mask, o, 16, 8))(operands)
@@ -102,4 +102,4 @@ def check_tiles(tiles, seen, counts, rows: int, columns: int, *, always: bool) -
 )
 def test_what_is_no_interval_of_a_row_is_none(mask_mod: Callable[..., Any]) -> None:
     spec, operands = call_of((B, T, S), mask_mod=mask_mod)
-    assert registry.rows_of(spec, operands, "sm_90a") is None
+    assert registry.rows_of(spec, operands) is None

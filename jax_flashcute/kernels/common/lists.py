@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Boolean, Int32, Int64
 
 from jax_flashcute.kernels.primitives import select
 
@@ -29,11 +29,21 @@ class TileLists:
     1|N, rows, at least 1) of the partial tiles, then of the full ones.
     """
 
-    def __init__(self, arrays: tuple, batch: Int32, head: Int32, row: Int32, *, backwards: bool):
-        """``backwards``: each list is visited from its end."""
+    def __init__(
+        self,
+        arrays: tuple,
+        batch: Int32,
+        head: Int32,
+        row: Int32,
+        exists: Boolean,
+        *,
+        backwards: bool,
+    ):
+        """``exists``: the row holds anything, or both lists are as good as empty; ``backwards``:
+        each list is visited from its end."""
         self.partial, self.full = (row_of(i, batch, head, row) for i in (arrays[1], arrays[3]))
         self.partial_count, self.full_count = (
-            row_of(c, batch, head, row)[0] for c in (arrays[0], arrays[2])
+            select(exists, row_of(c, batch, head, row)[0], Int32(0)) for c in (arrays[0], arrays[2])
         )
         self.backwards = backwards
 

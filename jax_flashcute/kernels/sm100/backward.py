@@ -39,6 +39,8 @@ and in turn, where a head_dim is above 128 and dP can only follow S:
     0: S, dP, dS    128: P    0: dQ, over both    192: dV    192 + Hv: dK
 """
 
+from functools import partial
+
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -46,8 +48,10 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
+from jax_flashcute.bounds import TILE_FIELDS, RowBounds
 from jax_flashcute.kernels.common.intervals import IntervalMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
+from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.scheduler import section_size
 from jax_flashcute.kernels.common.tiles import CHUNK, by_head, smem_layout
 from jax_flashcute.kernels.common.turns import section_in_turns
@@ -82,9 +86,12 @@ class BackwardSm100:
         scale: float,
         mask: IntervalMask,
         functions: ElementFunctions | None = None,
+        row_bounds: RowBounds | None = None,
+        has_lists: bool = False,
     ):
         """``group``: query heads a key/value head serves; ``functions``: what is done to single
-        scores."""
+        scores; ``row_bounds``: the rows that see a key stand in arrays, ``mask`` among what they
+        hold; ``has_lists``: a block visits the query tiles that lists name."""
         self.config = config
         self.dtype = dtype
         self.head_dim = head_dim
@@ -93,6 +100,12 @@ class BackwardSm100:
         self.scale = scale
         self.mask = mask
         self.functions = functions
+        self.row_bounds = row_bounds
+        self.compares = row_bounds is not None and (
+            row_bounds.compares_ids or row_bounds.compares_bounds
+        )
+        self.has_lists = has_lists
+        self.has_low = mask.low is not None or row_bounds is not None
         self.by_element = functions is not None and functions.by_element
         self.smem_h = config.padded_head_dim(head_dim)
         self.smem_hv = round_up(head_dim_v, 16)
@@ -133,6 +146,9 @@ class BackwardSm100:
         mdPsum: cute.Tensor,  # (B, N, m_blocks * 128) float32, scratch
         mTurns: cute.Tensor | None = None,  # (B, N, m_blocks * 4) int32, scratch
         mElements: tuple = (),  # arrays of ``functions``
+        mBounds: tuple = (),  # arrays of ``bounds.query_bound_arrays``
+        mLists: tuple = (),  # arrays of ``BlockMask.kernel_lists``, transposed
+        mRanks: tuple = (),  # (1|B, 1|N, n_blocks, m_blocks) int32: of ``visits_before``
     ):
         cfg = self.config
         batch, q_length, heads = mQ.shape[0], mQ.shape[1], mQ.shape[2]
@@ -173,6 +189,9 @@ class BackwardSm100:
             mdQAccum,
             mTurns,
             mElements,
+            mBounds,
+            mLists,
+            mRanks,
             m_blocks,
             n_blocks,
             section,
@@ -260,6 +279,9 @@ class BackwardSm100:
         mdQAccum: cute.Tensor,
         mTurns: cute.Tensor | None,
         mElements: tuple,
+        mBounds: tuple,
+        mLists: tuple,
+        mRanks: tuple,
         m_blocks: Int32,
         n_blocks: Int32,
         section: Int32,
@@ -323,16 +345,10 @@ class BackwardSm100:
         offset, queries, keys = entry_lengths(
             mQOffset, mQLengths, mKVLengths, q_length, kv_length, batch
         )
-        first_key = n_block * cfg.tile_n
-        last_key = cutlass.min(first_key + cfg.tile_n, keys) - 1
-        m_min, m_max, full_min, full_max = self.mask.query_range(
-            first_key, last_key, offset, queries, cfg.tile_m
-        )
-        m_max = m_max if first_key < keys else Int32(0)
-        # Where keys beyond the length share the block they are hidden in every tile.
-        full_min = full_min if first_key + cfg.tile_n <= keys else m_max
+        tiles, compares = self.query_tiles(n_block, batch, (offset, queries, keys), mBounds)
         block = (n_block, kv_head, batch)
-        num_tiles = cutlass.max(m_max - m_min, Int32(0)) * self.group
+        visits = partial(self.visits, tiles, mLists, block, keys)
+        num_tiles = self.all_tiles(visits)
 
         if warp_index >= LOAD_WARP:
             if const_expr(cfg.other_registers > LAUNCH_REGISTERS):
@@ -348,7 +364,7 @@ class BackwardSm100:
                     pipelines,
                     key_barriers,
                     block,
-                    (m_min, m_max, m_blocks),
+                    (visits, m_blocks),
                     (queries, keys),
                     (mQLengths is not None, mKVLengths is not None),
                 )
@@ -369,22 +385,81 @@ class BackwardSm100:
                 pipelines,
                 done_barrier,
                 block,
-                (m_min, m_max, full_min, full_max),
+                (visits, num_tiles, tiles),
                 (offset, queries, keys),
-                (mElements, (q_length, kv_length)),
+                (mElements, mBounds, compares, (q_length, kv_length)),
             )
         if warp_index >= GRADIENT_WARPS and warp_index < LOAD_WARP:
             cute.arch.setmaxregister_decrease(cfg.reduce_registers)
             ReduceWarps(self).add_query_gradients(
                 tensor_memory,
                 sdQ,
-                (mdQAccum, mTurns),
+                (mdQAccum, mTurns, mRanks),
                 pipelines,
                 (*block, heads),
-                (m_min, m_max, m_blocks, offset),
+                (visits, m_blocks, offset),
             )
         for pipeline in pipelines:
             pipeline.check_arrivals()
         cute.arch.sync_threads()
         if warp_index == PRODUCT_WARP:
             cute.arch.dealloc_tmem(tensor_memory, COLUMNS)
+
+    @cute.jit
+    def query_tiles(self, n_block: Int32, batch: Int32, lengths, mBounds: tuple):
+        """The query tiles that a block visits, as ``IntervalMask.query_range`` has them.
+
+        And whether ids have to be compared in those that need a mask.
+        """
+        cfg = self.config
+        offset, queries, keys = lengths
+        compares = Int32(0)
+        if const_expr(self.row_bounds is None):
+            first_key = n_block * cfg.tile_n
+            last_key = cutlass.min(first_key + cfg.tile_n, keys) - 1
+            m_min, m_max, full_min, full_max = self.mask.query_range(
+                first_key, last_key, offset, queries, cfg.tile_m
+            )
+            m_max = m_max if first_key < keys else Int32(0)
+            # Where keys beyond the length share the block they are hidden in every tile.
+            full_min = full_min if first_key + cfg.tile_n <= keys else m_max
+        else:
+            m_min, m_max, full_min, full_max, compares = (
+                mBounds[2][batch, n_block, i] for i in range(TILE_FIELDS)
+            )
+        return (m_min, m_max, full_min, full_max), compares
+
+    def visits(self, tiles, mLists: tuple, block, keys: Int32, g: Int32):
+        """The query tiles of the g-th head of the group: how many, the i-th, and both by stretch.
+
+        Stretches are boundary tiles, full ones and boundary tiles of a range; or the two lists.
+        """
+        n_block, kv_head, batch = block
+        if self.has_lists:
+            head = kv_head * self.group + g
+            has_keys = n_block * self.config.tile_n < keys
+            lists = TileLists(mLists, batch, head, n_block, has_keys, backwards=False)
+            return lists.count, lists.tile, lists.stretches(0)
+        m_min, m_max, full_min, full_max = tiles
+        full_begin = cutlass.min(cutlass.max(full_min, m_min), m_max)
+        full_end = m_max
+        if self.has_low:
+            full_end = cutlass.max(cutlass.min(full_max, m_max), full_begin)
+        ends = [(m_min, full_begin), (full_begin, full_end), (full_end, m_max)]
+
+        def after(begin: Int32):
+            return lambda i: begin + i
+
+        stretches = [(end - begin, after(begin)) for begin, end in ends]
+        return m_max - m_min, after(m_min), stretches[: 3 if self.has_low else 2]
+
+    @cute.jit
+    def all_tiles(self, visits: cutlass.Constexpr) -> Int32:
+        """Query tiles that a block visits, of all heads of the group."""
+        count = Int32(0)
+        if const_expr(self.has_lists):
+            for g in cutlass.range(self.group, unroll=1):
+                count += visits(g)[0]
+        else:
+            count = cutlass.max(visits(Int32(0))[0], Int32(0)) * self.group
+        return count

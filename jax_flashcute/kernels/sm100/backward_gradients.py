@@ -2,10 +2,10 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 
 from jax_flashcute.kernels.common.elements import Elements
-from jax_flashcute.kernels.common.intervals import low_bits
+from jax_flashcute.kernels.common.intervals import low_bits, within
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
 from jax_flashcute.kernels.common.tiles import (
     CHUNK,
@@ -17,6 +17,7 @@ from jax_flashcute.kernels.common.tiles import (
 from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm100.tensor_memory import (
     ROWS,
+    compared_word,
     fence_after_sync,
     fence_before_sync,
     hide_outside,
@@ -51,12 +52,13 @@ class GradientWarpgroups:
         block,
         tiles,
         lengths,
-        elements,
+        arrays,
     ):
         """P and dS of every tile of every head; then dV by one warpgroup, dK by the other."""
         kernel = self.kernel
         n_block, kv_head, batch = block
-        m_min, m_max, full_min, full_max = tiles
+        visits, num_tiles, (_, _, full_min, full_max) = tiles
+        mElements, mBounds, compares, array_lengths = arrays
         thread = cute.arch.thread_idx()[0] % 128
         half = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128)
         p_step = kernel.p_columns[1] - kernel.p_columns[0]
@@ -69,20 +71,24 @@ class GradientWarpgroups:
 
         # Stages and phases of Q and of dO, and the phase of S and of dP.
         state = tuple(Int32(0) for _ in range(5))
-        full_begin = cutlass.min(cutlass.max(full_min, m_min), m_max)
-        full_end = cutlass.max(cutlass.min(full_max, m_max), full_begin)
+        seen = self.mask_step(own, batch, (mBounds, compares), array_lengths)
         for g in cutlass.range(kernel.group, unroll=1):
-            entry = (elements, batch, lengths[0])
+            entry = (mElements, array_lengths, batch, lengths[0])
             of_head = self.elements_of_head(entry, kv_head * kernel.group + g, own[2])
-            # Three stretches: boundary tiles, full tiles, boundary tiles.
-            for stretch in cutlass.range_constexpr(3 if kernel.mask.low is not None else 2):
-                begin, end = ((m_min, full_begin), (full_begin, full_end), (full_end, m_max))[
-                    stretch
-                ]
-                for m in cutlass.range(begin, end, unroll=1):
-                    state = self.step(places, smem, pipelines, own, m, state, of_head, stretch != 1)
+            _, _, stretches = visits(g)
+            for stretch in cutlass.range_constexpr(len(stretches)):
+                count, tile_of = stretches[stretch]
+                for i in cutlass.range(count, unroll=1):
+                    m = tile_of(i)
+                    is_full = const_expr(stretch == 1 and kernel.has_lists)
+                    is_hiding = const_expr(stretch != 1)
+                    if const_expr(is_full):
+                        # Full to its mask function; the window and the lengths have no lists.
+                        is_hiding = (m < full_min) | (m >= full_max)
+                    masks = (of_head, seen, is_full, is_hiding)
+                    state = self.step(places, smem, pipelines, own, m, state, masks)
 
-        is_empty = m_min >= m_max
+        is_empty = num_tiles == 0
         if not is_empty:
             cute.arch.mbarrier_wait(done_barrier, 0)
             fence_after_sync()
@@ -102,19 +108,20 @@ class GradientWarpgroups:
         own,
         m: Int32,
         state,
-        of_head: cutlass.Constexpr,
-        is_masked: cutlass.Constexpr[bool],
+        masks: cutlass.Constexpr,
     ):
         """One query tile; returns the next state.
 
         Args:
-          of_head: of ``elements_of_head``.
+          masks: of ``elements_of_head`` and of ``mask_step``; whether lists have the tile as one
+            that ``mask_mod`` hides nothing of; whether the other masks may hide some (traced).
         """
         kernel = self.kernel
         s_place, p_place, dp_place = places
         sLSE, sdPsum, sdS = smem
         pipeline_q, pipeline_do, pipeline_s, pipeline_dp, _ = pipelines
-        thread, half, key, lengths = own
+        thread, half, _, _ = own
+        _, seen, _, is_hiding = masks
         q_stage, q_phase, do_stage, do_phase, phase = state
         first = half * HALF
 
@@ -127,10 +134,13 @@ class GradientWarpgroups:
         cute.arch.fence_view_async_tmem_load()
         tLSE = quads(sLSE, q_stage, first)
         if const_expr(kernel.by_element):
-            self.change_scores(scores, p_place, tLSE, own, m * ROWS + first, of_head, is_masked)
+            self.change_scores(scores, p_place, tLSE, thread, m * ROWS + first, masks)
         else:
-            if const_expr(is_masked):
-                hide_outside(scores, self.seen(key, m * ROWS + first, lengths))
+            if const_expr(is_hiding is True):
+                hide_outside(scores, seen(m * ROWS + first))
+            elif const_expr(is_hiding is not False):
+                if is_hiding:
+                    hide_outside(scores, seen(m * ROWS + first))
             self.probabilities(scores, tLSE, kernel.scale)
             store_row(p_place, round_pairs(kernel.dtype, flat), thread)
         cute.arch.fence_view_async_tmem_store()
@@ -165,14 +175,14 @@ class GradientWarpgroups:
         """What is done to a key's score with a query, and its derivative.
 
         Returns:
-          ``(modify, differentiate)``: ``modify(row, product)`` is the score of a product with a
-          query row; ``differentiate(row, product, d_score)`` the gradient of the scaled product
-          from that of the score.  None for what does nothing.
+          ``(modify, differentiate)``: ``modify(row, product, is_full)`` is the score of a product
+          with a query row; ``differentiate(row, product, d_score)`` the gradient of the scaled
+          product from that of the score.  None for what does nothing.
         """
         functions, scale = self.kernel.functions, self.kernel.scale
         if not self.kernel.by_element:
             return None, None
-        (mElements, array_lengths), batch, offset = elements
+        mElements, array_lengths, batch, offset = elements
         entry = Elements(functions, mElements).of_entry(batch, offset, array_lengths)
         of_key = entry.keys(key)
         if functions.keeps_gradients:
@@ -182,8 +192,9 @@ class GradientWarpgroups:
             pulling = pulling.of_entry(batch, offset, array_lengths)
         of_key_pulling = None if pulling is None else pulling.keys(key)
 
-        def modify(row: Int32, product: Float32) -> Float32:
-            return entry.element(entry.both(entry.queries(head, row), of_key), product, scale)
+        def modify(row: Int32, product: Float32, is_full: bool) -> Float32:
+            known = entry.both(entry.queries(head, row), of_key)
+            return entry.element(known, product, scale, is_full=is_full)
 
         def differentiate(row: Int32, product: Float32, d_score: Float32) -> Float32:
             known = pulling.both(pulling.queries(head, row), of_key_pulling)
@@ -197,26 +208,24 @@ class GradientWarpgroups:
         scores: cute.Tensor,
         p_place: cute.Pointer,
         tLSE: cute.Tensor,
-        own,
+        thread: Int32,
         start: Int32,
-        of_head: cutlass.Constexpr,
-        is_masked: cutlass.Constexpr[bool],
+        masks: cutlass.Constexpr,
     ):
         """Products with queries from ``start`` on to probabilities, a few at a time.
 
         P goes to tensor memory; what stays in registers is multiplied by the derivative of the
         score, so that P (dP - dPsum) of it is the gradient of the scaled product.
         """
-        thread, _, key, lengths = own
-        modify, differentiate = of_head
-        if const_expr(is_masked):
-            words = self.seen(key, start, lengths)
+        (modify, differentiate), seen, is_full, is_hiding = masks
+        if const_expr(is_hiding is not False):
+            words = seen(start)
         for first in cutlass.range_constexpr(0, HALF, PART):
             chunk = cute.make_tensor(scores.iterator + first, cute.make_layout((1, PART)))
             products = [chunk[0, c] for c in range(PART)]
             for c in cutlass.range_constexpr(PART):
-                chunk[0, c] = modify(start + first + c, products[c])
-            if const_expr(is_masked):
+                chunk[0, c] = modify(start + first + c, products[c], is_full)
+            if const_expr(is_hiding is not False):
                 hide_outside(chunk, [words[first // 32] >> Uint32(first % 32)])
             self.probabilities(chunk, cute.domain_offset((0, first // 4), tLSE), 1.0)
             flat = cute.make_tensor(chunk.iterator, cute.make_layout(PART))
@@ -225,17 +234,81 @@ class GradientWarpgroups:
                 for c in cutlass.range_constexpr(PART):
                     chunk[0, c] = differentiate(start + first + c, products[c], chunk[0, c])
 
-    def seen(self, key: Int32, start: Int32, lengths) -> list:
-        """Which of the queries from ``start`` on see a key, as words."""
-        offset, queries, keys = lengths
+    def mask_step(self, own, batch: Int32, bounds: tuple, array_lengths: tuple):
+        """Which queries see a key, as words: a function of the first of them."""
+        _, _, key, (offset, queries, keys) = own
+        mBounds, compares = bounds
         mask = self.kernel.mask
-        spans = range(HALF // 32)
-        end = select(key < keys, mask.end_query(key, offset, queries) - start, Int32(0))
-        words = [low_bits(end - 32 * w) for w in spans]
-        if mask.high is not None:
-            begin = mask.first_query(key, offset) - start
-            words = [words[w] & ~low_bits(begin - 32 * w) for w in spans]
-        return words
+        spans = range(0, HALF, 32)
+        limits = compare = None
+        if self.kernel.row_bounds is not None:
+            place = cutlass.min(key, Int32(array_lengths[1]) - 1)
+            # Keys beyond the array are hidden: their zeros may be a score far above the LSE.
+            end = select(place == key, mBounds[1][batch, place], Int32(0))
+            limits = mBounds[0][batch, place], end
+            if self.kernel.compares:
+                compare = self.comparison(mBounds, batch, place, offset, array_lengths)
+
+        def seen(start: Int32) -> list:
+            if limits is None:
+                end = mask.end_query(key, offset, queries) - start
+                end = select(key < keys, end, Int32(0))
+                begin = None if mask.high is None else mask.first_query(key, offset) - start
+            else:
+                begin, end = (limit - start for limit in limits)
+            words = [low_bits(end - w) for w in spans]
+            if begin is not None:
+                pairs = zip(words, spans, strict=True)
+                words = [word & ~low_bits(begin - w) for word, w in pairs]
+            if compare is not None:
+                is_seen, pairs = compare(start), zip(words, spans, strict=True)
+                words = [word & compared_word(compares, is_seen, w) for word, w in pairs]
+            return words
+
+        return seen
+
+    def comparison(
+        self, mBounds: tuple, batch: Int32, key: Int32, offset: Int32, array_lengths: tuple
+    ):
+        """For rows from ``start`` on, a function of a column: whether its segment is the key's.
+
+        Scattered segments with positions of their own are compared with the window here too.  Of a
+        mask: whether the row's interval holds the key.
+        """
+        if self.kernel.row_bounds.compares_bounds:
+            return self.comparison_of_bounds(*mBounds[3:], batch, key, array_lengths[0])
+        q_ids, kv_ids, *positions = mBounds[3:]
+        q_length, _ = array_lengths
+
+        def compare(start: Int32):
+            # Read here and not once: scattered segments are rare, registers are too.
+            kv_id = kv_ids[batch, key]
+            place = positions[1][batch, key] if positions else Int32(0)
+
+            def seen(column: Int32) -> Boolean:
+                row = cutlass.min(start + column, Int32(q_length) - 1)
+                window = (None, None)
+                if positions:
+                    window = self.kernel.mask.limits(positions[0][batch, row] + offset)
+                return within(place, *window, q_ids[batch, row] == kv_id)
+
+            return seen
+
+        return compare
+
+    def comparison_of_bounds(
+        self, lows: cute.Tensor, highs: cute.Tensor, batch: Int32, key: Int32, q_length: Int32
+    ):
+        """For rows from ``start`` on, a function of a column: whether its interval holds a key."""
+
+        def compare(start: Int32):
+            def seen(column: Int32) -> Boolean:
+                row = cutlass.min(start + column, Int32(q_length) - 1)
+                return (key >= lows[batch, row]) & (key < highs[batch, row])
+
+            return seen
+
+        return compare
 
     @cute.jit
     def probabilities(

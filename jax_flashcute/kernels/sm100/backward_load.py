@@ -37,7 +37,7 @@ class LoadWarp:
         """Every tile of every head of the group; LSE2 comes with Q, dPsum with dO."""
         pipeline_q, pipeline_do = pipelines[:2]
         n_block, kv_head, batch = block
-        m_min, m_max, m_blocks = tiles
+        visits, m_blocks = tiles
         queries, keys = lengths
         has_q_lengths, has_kv_lengths = has_lengths
         tail_bar = key_barriers + TAIL
@@ -66,8 +66,13 @@ class LoadWarp:
             tOsO, tOgO = self.partition(*do_copy, head, batch)
             gLSE, gdPsum = (self.rows(x, m_blocks, head, batch) for x, _ in statistics)
             sLSE, sdPsum = (smem for _, smem in statistics)
-            for m in cutlass.range(m_min, m_max, unroll=1):
+            count, tile_of, _ = visits(g)
+            for i in cutlass.range(count, unroll=1):
+                m = tile_of(i)
                 rows_here = queries - m * ROWS
+                if const_expr(self.kernel.has_lists):
+                    # A list may hold tiles that lie beyond the length altogether.
+                    rows_here = cutlass.max(rows_here, Int32(0))
                 has_tail = Boolean(False)
                 if const_expr(has_q_lengths):
                     has_tail = rows_here < ROWS

@@ -4,6 +4,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
+from jax_flashcute.kernels.common.lists import row_of
 from jax_flashcute.kernels.common.tiles import chunks
 from jax_flashcute.kernels.common.turns import bulk_add, pass_turn, take_turn, turn_of
 from jax_flashcute.kernels.sm100.tensor_memory import (
@@ -38,9 +39,9 @@ class ReduceWarps:
         """Adds every tile's dQ; a warp's 32 rows lie together, four columns of each row a time."""
         kernel = self.kernel
         pipeline_dq = pipelines[4]
-        mdQAccum, mTurns = sums
+        mdQAccum, mTurns, mRanks = sums
         n_block, kv_head, batch, heads = block
-        m_min, m_max, m_blocks, offset = tiles
+        visits, m_blocks, offset = tiles
         thread = cute.arch.thread_idx()[0] % 128
         warp = cute.arch.make_warp_uniform(thread // 32)
         place = tensor_memory + kernel.dq_column
@@ -51,7 +52,9 @@ class ReduceWarps:
         cute.arch.griddepcontrol_wait()
         for g in cutlass.range(kernel.group, unroll=1):
             entry = Int64(batch) * heads + kv_head * kernel.group + g
-            for m in cutlass.range(m_min, m_max, unroll=1):
+            count, tile_of, _ = visits(g)
+            for j in cutlass.range(count, unroll=1):
+                m = tile_of(j)
                 tile = entry * m_blocks + m
                 rows = tile * (ROWS * kernel.smem_h) + warp * (32 * kernel.smem_h)
                 pipeline_dq.wait(0, phase)
@@ -76,7 +79,11 @@ class ReduceWarps:
                     cute.arch.fence_view_async_shared()
                     cute.arch.sync_warp()
                     if const_expr(is_deterministic and i == 0):
-                        turn = turn_of(kernel.mask, n_block, m, offset, ROWS, ROWS)
+                        if const_expr(len(mRanks) > 0):
+                            head = kv_head * kernel.group + g
+                            turn = row_of(mRanks[0], batch, head, n_block)[m]
+                        else:
+                            turn = turn_of(kernel.mask, n_block, m, offset, ROWS, ROWS)
                         take_turn(mTurns.iterator + (tile * WARPS + warp), turn)
                     if cute.arch.lane_idx() == 0:
                         bulk_add(

@@ -43,9 +43,11 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
+from jax_flashcute.bounds import TILE_FIELDS, RowBounds
 from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import IntervalMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
+from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.paging import tiles_in_pages
 from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
 from jax_flashcute.kernels.common.splits import SplitOrder, splits_of_entry
@@ -81,12 +83,16 @@ class ForwardSm100:
         lengths_vary: bool = False,
         functions: ElementFunctions | None = None,
         page_size: int | None = None,
+        row_bounds: RowBounds | None = None,
+        has_lists: bool = False,
     ):
         """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most;
         ``split_kv``: tiles are parts of a row's keys, and queries fill one row of tiles;
         ``lengths_vary``: how long these are follows from the lengths of all entries;
         ``functions``: what is done to single scores; ``page_size``: of keys and values in pages,
-        with a page table and lengths of keys."""
+        with a page table and lengths of keys; ``row_bounds``: each row's keys stand in arrays,
+        ``mask`` among what they hold; ``has_lists``: a tile visits the key tiles that lists name.
+        """
         self.config = config
         self.dtype = dtype
         self.head_dim = head_dim
@@ -98,9 +104,15 @@ class ForwardSm100:
         self.num_sms = num_sms
         self.split_kv = split_kv
         self.lengths_vary = lengths_vary
-        self.work_fields = WORK_FIELDS + 2 * split_kv
+        self.row_bounds = row_bounds
+        self.compares_ids = row_bounds is not None and row_bounds.compares_ids
+        self.has_lists = has_lists
+        self.has_low = mask.low is not None or row_bounds is not None
+        # Even: of an odd number the compiler reads one more, which belongs to the next stage.
+        self.work_fields = round_up(WORK_FIELDS + 2 * split_kv + self.compares_ids, 2)
         self.functions = functions
         self.by_element = functions is not None and functions.by_element
+        self.has_mask_mod = functions is not None and functions.mask_mod is not None
         self.has_sinks = functions is not None and functions.sinks
         self.page_size = page_size
         self.kv_tiles = tiles_in_pages(page_size, config.tile_n, COPYING_WARPS, boxes_at_once=2)
@@ -150,6 +162,8 @@ class ForwardSm100:
         mLSEPartial: cute.Tensor | None = None,  # (splits, B, T, N) float32, scratch
         mElements: tuple = (),  # arrays of ``functions``
         mPageTable: cute.Tensor | None = None,  # (B, max_pages) int32
+        mBounds: tuple = (),  # arrays of ``bounds.key_bound_arrays``
+        mLists: tuple = (),  # arrays of ``BlockMask.kernel_lists``
     ):
         cfg = self.config
         batch, q_length, kv_length, kv_heads = (
@@ -194,6 +208,8 @@ class ForwardSm100:
             mLSEPartial,
             mElements,
             mPageTable,
+            mBounds,
+            mLists,
             m_blocks,
             section,
             q_length,
@@ -297,6 +313,8 @@ class ForwardSm100:
         mLSEPartial: cute.Tensor | None,
         mElements: tuple,
         mPageTable: cute.Tensor | None,
+        mBounds: tuple,
+        mLists: tuple,
         m_blocks: Int32,
         section: Int32,
         q_length: Int32,
@@ -357,6 +375,8 @@ class ForwardSm100:
                     order,
                     lengths,
                     mKVLengths is not None,
+                    mBounds,
+                    mLists,
                 )
             if warp_index == product_warp:
                 ProductWarp(self).issue_products(sQ, sK, sV, tensor_memory, pipelines, work)
@@ -376,6 +396,8 @@ class ForwardSm100:
                 work,
                 (q_length, kv_length),
                 mElements,
+                mBounds,
+                mLists,
             )
         if warp_index >= 4 * cfg.query_tiles and warp_index < load_warp:
             cute.arch.setmaxregister_decrease(cfg.correction_registers)
@@ -387,6 +409,33 @@ class ForwardSm100:
         cute.arch.sync_threads()
         if warp_index == product_warp:
             cute.arch.dealloc_tmem(tensor_memory, COLUMNS)
+
+    @cute.jit
+    def visited_tiles(self, m_block: Int32, batch: Int32, lengths, mBounds: tuple):
+        """The key tiles that a tile of work visits, as ``IntervalMask.block_range`` has them.
+
+        One number more where ids are compared: whether those of this tile's rows have to be.
+        """
+        if const_expr(self.row_bounds is None):
+            return self.key_tiles(m_block, *lengths)
+        fields = [mBounds[2][batch, m_block, i] for i in range(TILE_FIELDS)]
+        return tuple(fields if self.compares_ids else fields[:-1])
+
+    def lists_of(
+        self, mLists: tuple, m_block: Int32, head: Int32, batch: Int32, queries: Int32
+    ) -> TileLists | None:
+        """The lists of a tile of work; empty where it holds no valid row."""
+        if not self.has_lists:
+            return None
+        has_rows = m_block * self.tile_tokens < queries
+        return TileLists(mLists, batch, head, m_block, has_rows, backwards=True)
+
+    def key_order(self, ends: tuple, lists: TileLists | None):
+        """How many key tiles a tile of work visits, and a function that gives the i-th."""
+        if lists is not None:
+            return lists.count, lists.tile
+        n_min, n_max = ends
+        return n_max - n_min, lambda i: n_max - 1 - i
 
     @cute.jit
     def key_tiles(self, m_block: Int32, offset: Int32, queries: Int32, keys: Int32):

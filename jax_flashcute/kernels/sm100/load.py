@@ -41,8 +41,10 @@ class LoadWarp:
         order: cutlass.Constexpr,
         lengths: cutlass.Constexpr,
         has_kv_lengths: cutlass.Constexpr[bool],
+        mBounds: tuple,
+        mLists: tuple,
     ):
-        """K of key tile n - 1 goes ahead of V of tile n, the order in which products take them."""
+        """K of the next key tile goes ahead of V of this one, the order that products take."""
         cfg = self.kernel.config
         pipeline_q, pipeline_k, pipeline_v, _, _, _, pipeline_tile = pipelines
         tma_q, gQ, sQ = q_copy
@@ -73,12 +75,18 @@ class LoadWarp:
             else:
                 m_block, head, kv_head, batch = order.coordinates(tile)
             offset, queries, keys = lengths(batch)
-            n_min, n_max, full_min, full_max = self.kernel.key_tiles(m_block, offset, queries, keys)
+            visited = self.kernel.visited_tiles(m_block, batch, (offset, queries, keys), mBounds)
+            n_min, n_max = visited[:2]
+            lists = self.kernel.lists_of(mLists, m_block, head, batch, queries)
+            if const_expr(lists is not None):
+                # For those who only count.
+                n_min, n_max = Int32(0), lists.count
             if const_expr(split_kv):
                 n_min, n_max = split_range(n_min, n_max, *part)
             pipeline_tile.acquire(t_stage, t_phase)
-            fields = (m_block, head, batch, offset, queries, keys, n_min, n_max, full_min, full_max)
-            write_work(work[None, t_stage], fields + part)
+            fields = (m_block, head, batch, offset, queries, keys, n_min, n_max, *visited[2:])
+            unused = (Int32(0),) * (self.kernel.work_fields - len(fields) - len(part))
+            write_work(work[None, t_stage], fields + part + unused)
             pipeline_tile.commit(t_stage)
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
             gQ_tile = cute.local_tile(
@@ -89,21 +97,25 @@ class LoadWarp:
             ring = (cfg.kv_stages, kv_head, batch, keys)
             load_k = self.kernel.kv_tiles.loader(k_copy, self.kernel.smem_h, *ring, Int32(0))
             load_v = self.kernel.kv_tiles.loader(v_copy, self.kernel.smem_hv, *ring, Int32(0))
-            if n_min < n_max:
-                place = locate(n_max - 1)
+            visits, nth = self.kernel.key_order((n_min, n_max), lists)
+            n = Int32(0)
+            if visits > 0:
+                n = nth(0)
+                place = locate(n)
                 pipeline_k.acquire(k_stage, k_phase)
-                fill_stage(pipeline_k, load_k, n_max - 1, place, k_stage)
+                fill_stage(pipeline_k, load_k, n, place, k_stage)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 for w in cutlass.range_constexpr(cfg.query_tiles):
                     m = m_block * cfg.query_tiles + w
                     load_stage(pipeline_q, tma_q, tQgQ, m, tQsQ, Int32(w), q_phase)
                 q_phase ^= 1
-            for i in cutlass.range(n_max - n_min, unroll=1):
-                n = n_max - 1 - i
-                if n > n_min:
-                    place = locate(n - 1)
+            for i in cutlass.range(visits, unroll=1):
+                following = n
+                if i + 1 < visits:
+                    following = nth(i + 1)
+                    place = locate(following)
                     pipeline_k.acquire(k_stage, k_phase)
-                    fill_stage(pipeline_k, load_k, n - 1, place, k_stage)
+                    fill_stage(pipeline_k, load_k, following, place, k_stage)
                     k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 place = locate(n)
                 pipeline_v.acquire(v_stage, v_phase)
@@ -116,7 +128,11 @@ class LoadWarp:
                         cute.arch.mbarrier_arrive_and_expect_tx(tail_barrier, pipeline_v.tx_bytes)
                     load_v(n, place, v_stage, tail_barrier)
                     cute.arch.mbarrier_wait(tail_barrier, tail_phase)
-                    clear_rows(sV, self.kernel.smem_hv, v_stage, keys - n * cfg.tile_n)
+                    # A list may hold tiles that lie beyond the length altogether.
+                    inside = keys - n * cfg.tile_n
+                    if const_expr(self.kernel.has_lists):
+                        inside = cutlass.max(inside, Int32(0))
+                    clear_rows(sV, self.kernel.smem_hv, v_stage, inside)
                     cute.arch.fence_view_async_shared()
                     cute.arch.sync_warp()
                     pipeline_v.commit(v_stage)
@@ -124,6 +140,7 @@ class LoadWarp:
                 else:
                     fill_stage(pipeline_v, load_v, n, place, v_stage)
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
+                n = following
             tile = draw_tile(mCounter)
             tile = cute.arch.shuffle_sync(tile, 0)
 

@@ -9,7 +9,8 @@ from jax_flashcute.kernels.common.pipeline import TmaPipeline
 
 WORK_FIELDS = 10
 """Numbers that describe a tile: its coordinates, its lengths and its range of key tiles.  With
-split-KV two more: which part of a row's keys it is, and of how many."""
+split-KV two more: which part of a row's keys it is, and of how many; where ids are compared, one
+more: whether this tile's have to be."""
 
 
 class TensorPipeline(TmaPipeline):

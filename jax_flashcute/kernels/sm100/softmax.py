@@ -2,15 +2,17 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 
 from jax_flashcute.kernels.common.elements import Elements
-from jax_flashcute.kernels.common.intervals import low_bits
+from jax_flashcute.kernels.common.intervals import low_bits, within
+from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
 from jax_flashcute.kernels.common.tiles import CHUNK, round_pairs
 from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm100.pipeline import WORK_FIELDS, take_work
 from jax_flashcute.kernels.sm100.tensor_memory import (
+    compared_word,
     fence_after_sync,
     fence_before_sync,
     hide_outside,
@@ -37,6 +39,8 @@ class SoftmaxWarpgroups:
         work: cute.Tensor,
         array_lengths: tuple,
         mElements: tuple,
+        mBounds: tuple,
+        mLists: tuple,
     ):
         """One warpgroup for each query tile; its thread t owns row t."""
         cfg = self.kernel.config
@@ -57,44 +61,39 @@ class SoftmaxWarpgroups:
         fields = take_work(work, pipeline_tile, t_stage, t_phase, warps, "softmax")
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
-            m_block, head, batch, offset, queries, keys = fields[:6]
-            n_min, n_max, full_min, full_max = fields[6:WORK_FIELDS]
+            m_block, head, batch, offset, queries = fields[:5]
+            ranges = fields[6:WORK_FIELDS]
+            n_min, n_max, full_min, full_max = ranges
             token = self.kernel.token(m_block, slab, thread)
             q_head = self.kernel.query_head(head, thread)
             modify = self.element_step(mElements, (batch, offset, array_lengths), q_head, token)
+            hide = self.mask_step(mBounds, fields, token, array_lengths)
             softmax.reset()
             if n_min < n_max:
                 turn = (pipeline_s, slab, place, thread)
-                bounds = (offset + token, keys)
+                lists = self.kernel.lists_of(mLists, m_block, head, batch, queries)
+                _, nth = self.kernel.key_order((n_min, n_max), lists)
+                # Of lists, the first tile may be from either.
+                is_full = False if const_expr(lists is None) else lists.partial_count == 0
+                steps = (modify, hide)
                 base, factor = self.take_scores(
-                    softmax, scores, turn, s_phase, bounds, modify, n_max - 1, True, True
+                    softmax, scores, turn, s_phase, steps, nth(0), (True, is_full, True)
                 )
                 self.leave_probabilities(softmax, scores, turn, base, factor, True)
                 s_phase ^= 1
-                # Three stretches, right to left: boundary tiles, full tiles, boundary tiles.
-                full_end = cutlass.max(cutlass.min(full_max, n_max - 1), n_min)
-                full_begin = cutlass.min(cutlass.max(full_min, n_min), full_end)
-                for stretch in cutlass.range_constexpr(
-                    3 if self.kernel.mask.low is not None else 2
-                ):
-                    begin, end = (
-                        (full_end, n_max - 1),
-                        (full_begin, full_end),
-                        (n_min, full_begin),
-                    )[stretch]
-                    if const_expr(stretch == 1 and self.kernel.mask.low is None):
-                        begin = n_min
-                    for i in cutlass.range(end - begin, unroll=1):
+                stretches = self.stretches(ranges, lists)
+                for stretch in cutlass.range_constexpr(len(stretches)):
+                    count, tile_of = stretches[stretch]
+                    for i in cutlass.range(count, unroll=1):
+                        n = tile_of(i)
+                        is_full = const_expr(stretch == 1 and self.kernel.has_lists)
+                        is_hiding = const_expr(stretch != 1)
+                        if const_expr(is_full):
+                            # Full to its mask function; the window and the lengths have no lists.
+                            is_hiding = (n < full_min) | (n >= full_max)
+                        kind = (False, is_full, is_hiding)
                         base, factor = self.take_scores(
-                            softmax,
-                            scores,
-                            turn,
-                            s_phase,
-                            bounds,
-                            modify,
-                            end - 1 - i,
-                            False,
-                            stretch != 1,
+                            softmax, scores, turn, s_phase, steps, n, kind
                         )
                         send_factor(pipeline_factor, factors, slab, f_phase, thread, factor)
                         f_phase ^= 1
@@ -131,53 +130,135 @@ class SoftmaxWarpgroups:
         scores: cute.Tensor,
         turn,
         phase: Int32,
-        bounds,
-        modify: cutlass.Constexpr,
+        steps: cutlass.Constexpr,
         n: Int32,
-        is_first: cutlass.Constexpr[bool],
-        is_boundary: cutlass.Constexpr[bool],
+        kind: cutlass.Constexpr,
     ):
         """Loads and masks a row's scores of key tile n; returns ``OnlineSoftmax.raise_max``.
 
         Args:
-          modify: of ``element_step``.
+          steps: of ``element_step`` and of ``mask_step``.
+          kind: whether it is the first tile, whether lists have it as one that ``mask_mod`` hides
+            nothing of, whether the other masks may hide some; all but the first may be traced.
         """
         pipeline_s, slab, place, thread = turn
-        position, keys = bounds
+        modify, hide = steps
+        is_first, is_full, is_hiding = kind
+        may_hide = const_expr(is_hiding is not False)
         pipeline_s.wait(slab, phase)
         fence_after_sync()
         if const_expr(self.kernel.by_element):
-            self.change_scores(place, thread, modify, n, is_boundary)
+            if const_expr(isinstance(is_full, bool) or not self.kernel.has_mask_mod):
+                self.change_scores(place, thread, modify, n, (may_hide, is_full is True))
+            else:
+                if is_full:
+                    self.change_scores(place, thread, modify, n, (may_hide, True))
+                else:
+                    self.change_scores(place, thread, modify, n, (may_hide, False))
         load_row(
             place, cute.make_tensor(scores.iterator, cute.make_layout(cute.size(scores))), thread
         )
         cute.arch.fence_view_async_tmem_load()
-        if const_expr(is_boundary):
-            start = n * self.kernel.config.tile_n
-            spans = range((self.kernel.config.tile_n + 31) // 32)
-            upper = self.kernel.mask.upper(position, keys) - start
-            words = [low_bits(upper - 32 * w) for w in spans]
-            if const_expr(self.kernel.mask.low is not None):
-                lower = self.kernel.mask.lower(position) - start
-                words = [words[w] & ~low_bits(lower - 32 * w) for w in spans]
-            hide_outside(scores, words)
-        return softmax.raise_max(scores, 0, is_first, is_boundary or self.kernel.by_element)
+        if const_expr(is_hiding is True):
+            hide_outside(scores, hide(n))
+        elif const_expr(may_hide):
+            if is_hiding:
+                hide_outside(scores, hide(n))
+        return softmax.raise_max(scores, 0, is_first, may_hide or self.kernel.by_element)
+
+    def stretches(self, ranges: tuple, lists: TileLists | None) -> list:
+        """What follows the first key tile: how many tiles, and the i-th of them, by stretch.
+
+        Boundary tiles, full tiles, boundary tiles of a range, right to left; or the two lists.
+        """
+        if lists is not None:
+            return lists.stretches(1)
+        n_min, n_max, full_min, full_max = ranges
+        full_end = cutlass.max(cutlass.min(full_max, n_max - 1), n_min)
+        full_begin = n_min
+        if self.kernel.has_low:
+            full_begin = cutlass.min(cutlass.max(full_min, n_min), full_end)
+        ends = [(full_end, n_max - 1), (full_begin, full_end), (n_min, full_begin)]
+
+        def before(end: Int32):
+            return lambda i: end - 1 - i
+
+        stretches = [(end - begin, before(end)) for begin, end in ends]
+        return stretches if self.kernel.has_low else stretches[:2]
+
+    def mask_step(self, mBounds: tuple, fields: tuple, token: Int32, array_lengths: tuple):
+        """Which keys of a tile a row sees, as words: a function of the tile's number."""
+        batch, offset, keys = fields[2], fields[3], fields[5]
+        mask, tile_n = self.kernel.mask, self.kernel.config.tile_n
+        spans = range(0, tile_n, 32)
+        q_length, _ = array_lengths
+        row = cutlass.min(token, Int32(q_length) - 1)
+        bounds = compare = None
+        if self.kernel.row_bounds is not None:
+            bounds = mBounds[0][batch, row], mBounds[1][batch, row]
+            if self.kernel.compares_ids:
+                compare = self.comparison(mBounds, batch, row, offset, array_lengths)
+
+        def hide(n: Int32) -> list:
+            start = n * tile_n
+            if bounds is None:
+                low = None if mask.low is None else mask.lower(offset + token)
+                high = mask.upper(offset + token, keys)
+            else:
+                low, high = bounds
+            words = [low_bits(high - start - w) for w in spans]
+            if low is not None:
+                pairs = zip(words, spans, strict=True)
+                words = [word & ~low_bits(low - start - w) for word, w in pairs]
+            if compare is not None:
+                seen, is_needed = compare(start), fields[WORK_FIELDS]
+                pairs = zip(words, spans, strict=True)
+                words = [word & compared_word(is_needed, seen, w) for word, w in pairs]
+            return words
+
+        return hide
+
+    def comparison(
+        self, mBounds: tuple, batch: Int32, row: Int32, offset: Int32, array_lengths: tuple
+    ):
+        """For keys from ``start`` on, a function of a column: whether its segment is the row's.
+
+        Scattered segments with positions of their own are compared with the window here too.
+        """
+        q_ids, kv_ids, *positions = mBounds[3:]
+        _, kv_length = array_lengths
+
+        def compare(start: Int32):
+            # Read here and not once: scattered segments are rare, registers are too.
+            q_id, window = q_ids[batch, row], (None, None)
+            if positions:
+                window = self.kernel.mask.limits(positions[0][batch, row] + offset)
+
+            def seen(column: Int32) -> Boolean:
+                key = cutlass.min(start + column, Int32(kv_length) - 1)
+                place = positions[1][batch, key] if positions else Int32(0)
+                return within(place, *window, kv_ids[batch, key] == q_id)
+
+            return seen
+
+        return compare
 
     def element_step(self, mElements: tuple, entry: tuple, head: Int32, token: Int32):
         """What is done to some of a row's scores: a function of these and of the first one's key.
 
-        Its third argument says whether some of their keys may lie beyond the last one.
+        Then it is told whether some of their keys may lie beyond the last one, and whether lists
+        have the tile as one that ``mask_mod`` hides nothing of.
         """
         if not self.kernel.by_element:
             return None
         elements = Elements(self.kernel.functions, mElements).of_entry(*entry)
         queries = [elements.queries(head, token)]
 
-        def modify(scores: cute.Tensor, first: Int32, may_be_beyond: bool) -> None:
+        def modify(scores: cute.Tensor, first: Int32, may_be_beyond: bool, is_full: bool) -> None:
             column = elements.along_keys(queries, first, may_be_beyond)
             for c in range(cute.size(scores)):
                 (known,) = column(c)
-                scores[c] = elements.element(known, scores[c], self.kernel.scale)
+                scores[c] = elements.element(known, scores[c], self.kernel.scale, is_full=is_full)
 
         return modify
 
@@ -188,7 +269,7 @@ class SoftmaxWarpgroups:
         thread: Int32,
         modify: cutlass.Constexpr,
         n: Int32,
-        may_be_beyond: cutlass.Constexpr[bool],
+        kind: cutlass.Constexpr,
     ):
         """Replaces a row's products of key tile n, in tensor memory, by its scores.
 
@@ -200,7 +281,7 @@ class SoftmaxWarpgroups:
             chunk = cute.make_rmem_tensor(CHUNK, Float32)
             load_row(place + i * CHUNK, chunk, thread)
             cute.arch.fence_view_async_tmem_load()
-            modify(chunk, n * tile_n + i * CHUNK, may_be_beyond)
+            modify(chunk, n * tile_n + i * CHUNK, *kind)
             store_row(place + i * CHUNK, chunk, thread)
         cute.arch.fence_view_async_tmem_store()
 

@@ -12,6 +12,7 @@ from cutlass._mlir.dialects import nvvm
 from cutlass.cute.nvgpu import OperandMajorMode, tcgen05
 
 from jax_flashcute.kernels.common.tiles import chunks
+from jax_flashcute.kernels.primitives import select
 
 ROWS = 128
 COLUMNS = 512
@@ -111,6 +112,18 @@ def fence_before_sync() -> None:
 def fence_after_sync() -> None:
     """Orders accesses to tensor memory after the signal this thread has waited for."""
     nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.AFTER_THREAD_SYNC)
+
+
+@cute.jit
+def compared_word(is_needed: Int32, seen: cutlass.Constexpr, first: cutlass.Constexpr[int]):
+    """Which of 32 columns a row sees, by ``seen`` of each, as a word; all where 0 ``is_needed``.
+
+    The loop is not unrolled: unrolled, its loads would want registers all at once.
+    """
+    word = select(is_needed != 0, Uint32(0), Uint32(0xFFFFFFFF))
+    for i in cutlass.range(32 * is_needed, unroll=1):
+        word = word | (Uint32(Int32(seen(first + i))) << Uint32(i))
+    return word
 
 
 @cute.jit

@@ -530,10 +530,8 @@ class BackwardSm90:
         n_block, kv_head, batch = block
         if self.has_lists:
             head = kv_head * self.group + g
-            lists = TileLists(mLists, batch, head, n_block, backwards=False)
             has_keys = n_block * self.config.tile_n < keys
-            lists.partial_count = select(has_keys, lists.partial_count, Int32(0))
-            lists.full_count = select(has_keys, lists.full_count, Int32(0))
+            lists = TileLists(mLists, batch, head, n_block, has_keys, backwards=False)
             return lists.count, lists.tile, lists.stretches(0)
         if self.union is not None:
             count, nth = tiles_of(tiles)

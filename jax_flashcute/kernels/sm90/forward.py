@@ -929,11 +929,8 @@ class ForwardSm90:
         if not self.has_lists:
             return None
         m_block, head, batch, _, queries = fields[:5]
-        lists = TileLists(mLists, batch, head, m_block, backwards=True)
         has_rows = m_block * self.tile_tokens < queries
-        lists.partial_count = select(has_rows, lists.partial_count, Int32(0))
-        lists.full_count = select(has_rows, lists.full_count, Int32(0))
-        return lists
+        return TileLists(mLists, batch, head, m_block, has_rows, backwards=True)
 
     def ranges_of(self, fields: tuple) -> list[tuple]:
         """The ranges of key tiles of a tile, one for each interval of the mask."""

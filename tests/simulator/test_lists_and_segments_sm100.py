@@ -1,0 +1,68 @@
+"""The Blackwell kernels over lists of tiles, packed sequences and rows with bounds in arrays."""
+
+import jax.numpy as jnp
+import pytest
+
+from jax_flashcute.kernels import registry
+from tests.simulator import test_block_lists as lists
+from tests.simulator import test_row_masks as rows
+from tests.simulator.test_backward_segments import BACKWARD, check_backward
+from tests.simulator.test_forward_segments import CASES, call_of, check_forward, scattered
+
+ARCH = "sm_100a"
+CHECKS = {"fwd": check_forward, "bwd": check_backward}
+LENGTHS = (2, 200, 300)
+TOGETHER = {
+    "heads": (3, 1),
+    "mask_mod": lists.odd,
+    "block_mask": lists.random_lists(LENGTHS, 1, 3, seed=5),
+    "segment_ids": (scattered(LENGTHS[:2], 2), scattered(LENGTHS[::2], 2)),
+    "query_seq_lengths": jnp.array([200, 140]),
+    "key_value_seq_lengths": jnp.array([90, 300]),
+    "sinks": jnp.array([0.3, -2.0, 1.0]),
+    "positions": "segment",
+    "deterministic": True,
+}
+NOT_SERVED = {"192_by_64", "small_tiles_of_a_mask", "128_small_tiles", "256", "causal_256"}
+"""Lists whose tiles Blackwell's do not divide, and a head_dim that its backward does not take."""
+SLOW = [
+    (direction, f"{kind}_{name}", case)
+    for kind, direction, cases in (
+        *(("lists", "fwd", lists.CASES), ("lists", "bwd", lists.BACKWARD)),
+        *(("segments", "fwd", CASES), ("segments", "bwd", BACKWARD)),
+        *(("rows", "fwd", rows.CASES), ("rows", "bwd", rows.CASES)),
+    )
+    for name, case in cases.items()
+    if name not in NOT_SERVED
+]
+TIMINGS = [("early", "adversarial"), ("shuffled", "seeded")]
+
+
+@pytest.mark.parametrize("direction", CHECKS)
+def test_together(direction: str):
+    CHECKS[direction](*call_of(LENGTHS, **TOGETHER), arch=ARCH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("direction", "call"), [pytest.param(d, c, id=f"{d}_{n}") for d, n, c in SLOW]
+)
+def test_each(direction: str, call):
+    lengths, arguments = call
+    CHECKS[direction](*call_of(lengths, **arguments), arch=ARCH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", CHECKS)
+@pytest.mark.parametrize(("timing", "warps"), TIMINGS)
+def test_any_timing(direction: str, timing: str, warps: str):
+    call = call_of(LENGTHS, **TOGETHER)
+    CHECKS[direction](*call, arch=ARCH, timing=timing, warps=warps, seed=3)
+
+
+def test_small_tiles_are_refused():
+    lengths, arguments = lists.CASES["192_by_64"]
+    spec, operands = call_of(lengths, **arguments)
+    for direction in CHECKS:
+        (reason,) = registry.reasons_against(spec, operands, direction, ARCH)
+        assert reason.startswith("block_mask's tiles must be multiples of tiles that a kernel has")
