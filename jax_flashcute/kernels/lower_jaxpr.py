@@ -191,7 +191,10 @@ class ElementProgram:
                 if value is not None:
                     known[equation.output] = value
             else:
-                known[equation.output] = evaluate(equation, known)
+                value = evaluate(equation, known)
+                # A single element is read where its indices are known, and not at each use.
+                is_element = isinstance(value, View) and value.shape == ()
+                known[equation.output] = value.elements() if is_element else value
         return known
 
     # ---- what is known of values beforehand ------------------------------------------------------
