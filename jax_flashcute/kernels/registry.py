@@ -286,8 +286,9 @@ def reasons_against(
     reasons += reasons_against_elements(scores, operands)
     if arch in BLACKWELL and operands.packed_mask is not None:
         reasons.append("no Blackwell kernel takes packed_mask yet")
-    if not (math.isfinite(spec.scale) and spec.scale >= 0):
-        reasons.append(f"scale must be finite and not negative, got {spec.scale}")
+    # 0 times -inf, the score of a hidden key, is NaN.
+    if not (math.isfinite(spec.scale) and spec.scale > 0):
+        reasons.append(f"scale must be finite and positive, got {spec.scale}")
     arrays = [*_main(operands), *([operands.page_table] if is_paged(operands) else [])]
     if any(dim == 0 for array in arrays for dim in array.shape):
         reasons.append("an operand is empty")

@@ -85,9 +85,10 @@ REASONS = {
     "dtype must be one of bfloat16, float16, got float32": {"dtype": jnp.float32},
     "head_dim must be a multiple of 8 from 8 to 256, got 20": {"H": 20, "Hv": 64},
     "value head_dim must be a multiple of 8 from 8 to 256, got 264": {"Hv": 264},
-    "scale must be finite and not negative, got -0.5": {"scale": -0.5},
-    "scale must be finite and not negative, got inf": {"scale": math.inf},
-    "scale must be finite and not negative, got nan": {"scale": math.nan},
+    "scale must be finite and positive, got -0.5": {"scale": -0.5},
+    "scale must be finite and positive, got 0.0": {"scale": 0.0},
+    "scale must be finite and positive, got inf": {"scale": math.inf},
+    "scale must be finite and positive, got nan": {"scale": math.nan},
     "an operand is empty": {"T": 0},
 }
 
@@ -152,7 +153,7 @@ def test_tensor_memory_is_counted() -> None:
 def test_all_reasons_together() -> None:
     changes = {"H": 20, "Hv": 264, "T": 0, "arch": "sm_80"}
     changes |= {"dtype": jnp.float32, "scale": math.nan}
-    expected = [r for r in REASONS if not r.endswith(("-0.5", "inf"))]
+    expected = [r for r in REASONS if not r.endswith(("-0.5", " 0.0", "inf"))]
     expected += reasons_against(arch="sm_80")
     assert sorted(reasons_against(**changes)) == sorted(expected)
 

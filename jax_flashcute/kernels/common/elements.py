@@ -187,12 +187,12 @@ class EntryElements:
     def element(
         self, known: dict[str, Any], score: Float32, scale: float, *, is_full: bool = False
     ) -> Float32:
-        """The score of a query and a key, -inf where it is hidden; in units of ``scale`` 1.
+        """The score of a query and a key, times ``scale``; -inf where it is hidden.
 
         Args:
           known: of ``both``.
           score: the product, not scaled.
-          scale: of the call.
+          scale: of the call; 1 where what follows scales scores that are hidden or not changed.
           is_full: the tile is listed as one that ``mask_mod`` hides nothing of.
         """
         functions, programs = self.elements.functions, self.elements.programs

@@ -142,8 +142,9 @@ class BackwardSm90:
             self.has_low |= mask.low is not None
         self.functions = functions
         self.by_element = functions is not None and functions.by_element
-        # Scores that are looked at one by one are scaled there.
-        self.score_scale = 1.0 if self.by_element else scale
+        # Scores that are changed one by one are scaled there.
+        changes_scores = functions is not None and functions.changes_scores
+        self.score_scale, self.element_scale = (1.0, scale) if changes_scores else (scale, 1.0)
         self.smem_h = config.padded_head_dim(head_dim)
         self.smem_hv = round_up(head_dim_v, 16)
         self.consumer_threads = 128 * config.warpgroups
@@ -932,7 +933,7 @@ class BackwardSm90:
         mElements, offset, array_lengths, _, mPacked = elements
         _, kv_head, batch = block
         head = kv_head * self.group + g
-        scale, tile_m = self.scale, self.config.tile_m
+        scale, tile_m = self.element_scale, self.config.tile_m
 
         def first_query(m: Int32) -> Int32:
             return m * tile_m + first_column(thread)

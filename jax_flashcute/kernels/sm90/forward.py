@@ -152,6 +152,7 @@ class ForwardSm90:
         else:
             self.has_low |= mask.low is not None
         self.functions = functions
+        self.changes_scores = functions is not None and functions.changes_scores
         self.has_sinks = functions is not None and functions.sinks
         self.has_mask_mod = functions is not None and functions.mask_mod is not None
         self.page_size = page_size
@@ -718,8 +719,8 @@ class ForwardSm90:
         scores, out = rows_and_columns(acc_S), rows_and_columns(acc_O)
         by_element = const_expr(self.functions is not None and self.functions.by_element)
         has_bits = const_expr(self.packed_mask is not None)
-        # Scores that are looked at one by one are scaled there.
-        scale = 1.0 if by_element else self.scale
+        # Scores that are changed one by one are scaled there.
+        scale = 1.0 if self.changes_scores else self.scale
         softmax = OnlineSoftmax(ROWS_PER_THREAD, scale, cfg.rescale_threshold)
         row_scale = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
         lse = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
@@ -885,6 +886,7 @@ class ForwardSm90:
         ]
 
         columns = range(cute.size(scores, mode=[1]))
+        scale = self.scale if self.changes_scores else 1.0
 
         def read(n: Int32, may_be_beyond: bool) -> Callable:
             first = n * self.config.tile_n + first_column(thread)
@@ -896,9 +898,7 @@ class ForwardSm90:
             is_full = is_full and self.has_lists
             for c in columns:
                 for r, known in enumerate(column(column_step(c))):
-                    scores[r, c] = elements.element(
-                        known, scores[r, c], self.scale, is_full=is_full
-                    )
+                    scores[r, c] = elements.element(known, scores[r, c], scale, is_full=is_full)
 
         return read, modify
 
