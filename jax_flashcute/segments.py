@@ -175,12 +175,10 @@ def rows_by_sequence(packed: jax.Array, cu_seqlens: jax.Array, length: int) -> j
 
 def packed_rows(padded: jax.Array, cu_seqlens: jax.Array, total: int, fill: float) -> jax.Array:
     """The inverse of ``rows_by_sequence``; ``fill`` in rows that it left out."""
-    row = jnp.arange(total, dtype=jnp.int32)
-    # Of sequences without rows that begin at the same place, the last is looked up: the next one's.
-    entry = jnp.searchsorted(cu_seqlens, row, side="right").astype(jnp.int32) - 1
+    entry = ids_of_boundaries(cu_seqlens[None], total)[0]
     B, length = padded.shape[:2]
     entry_or_first = jnp.clip(entry, 0, B - 1)
-    place = row - cu_seqlens[entry_or_first]
-    is_row = (entry == entry_or_first) & (place < length)
+    place = jnp.arange(total, dtype=jnp.int32) - cu_seqlens[entry_or_first]
+    is_row = (entry >= 0) & (place < length)
     found = padded[entry_or_first, jnp.clip(place, 0, max(length - 1, 0))]
     return jnp.where(is_row.reshape(-1, *[1] * (padded.ndim - 2)), found, fill)
