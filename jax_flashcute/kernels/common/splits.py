@@ -83,17 +83,29 @@ def shared_part_tiles(
         counts = [c + cute.arch.shuffle_sync_bfly(c, offset=1 << step) for c in counts]
     best, best_cost = Int32(PART_TILES[0]), Int32(2**31 - 1)
     for count, length in zip(counts, PART_TILES, strict=True):
-        parts = cutlass.max(count, Int32(1)) * heads
-        # In sixteenths of the time that a tile takes.
-        mean = total * heads * 16 // parts
-        last = cutlass.max(cutlass.min(longest, Int32(length)), (longest + most - 1) // most) * 16
-        cost = (parts + (num_sms - 1)) // num_sms * mean + (last - mean) // 2
-        cost += parts * PART_COST // num_sms
-        cost += select(longest > length, Int32(COMBINE_COST), Int32(0))
+        cost = parts_cost(length, count * heads, total * heads, longest, most, num_sms)
         is_better = cost < best_cost
         best = select(is_better, Int32(length), best)
         best_cost = select(is_better, cost, best_cost)
     return best
+
+
+def parts_cost(length: int, parts, tiles, longest, most, num_sms: int):
+    """How long a call takes with parts of ``length`` tiles, in sixteenths of a tile's time.
+
+    Args:
+      length: of ``PART_TILES``.
+      parts: how many there are then.
+      tiles: of all parts.
+      longest: tiles of the longest entry.
+      most: parts of an entry at most.
+      num_sms: multiprocessors.
+    """
+    mean = tiles * 16 // cutlass.max(parts, 1)
+    last = cutlass.max(cutlass.min(longest, length), (longest + most - 1) // most) * 16
+    cost = (parts + (num_sms - 1)) // num_sms * mean + (last - mean) // 2
+    is_split = cutlass.min(cutlass.max(longest - length, 0), 1)
+    return cost + parts * PART_COST // num_sms + is_split * COMBINE_COST
 
 
 def split_range(n_min: Int32, n_max: Int32, split: Int32, splits: Int32):
