@@ -37,6 +37,8 @@ def describe(key: AnyKey, toolchain: Toolchain) -> dict[str, object]:
     """What a kernel is, for people: JSON values by name."""
     plain = {f.name: getattr(key, f.name) for f in fields(key)}
     if isinstance(key, KernelKey):
+        tilings = (key.config, getattr(key.config, "dq_pass", None))
+        dims = key.head_dim, key.head_dim_v
         plain |= {
             "interval": str(key.interval),
             "union": [str(interval) for interval in key.union],
@@ -44,7 +46,7 @@ def describe(key: AnyKey, toolchain: Toolchain) -> dict[str, object]:
             "config": repr(key.config),
             "elements": names_of(key.elements),
             "row_bounds": None if key.row_bounds is None else asdict(key.row_bounds),
-            "smem_bytes": key.config.smem_bytes(key.head_dim, key.head_dim_v),
+            "smem_bytes": max(t.smem_bytes(*dims) for t in tilings if t is not None),
         }
     return {**plain, "toolchain": asdict(toolchain)}
 
