@@ -192,6 +192,8 @@ class FwdConfigSm100:
       tile_n: keys per tile.
       kv_stages: depth of the K and of the V pipeline.
       rescale_threshold: as in ``FwdConfig``.
+      polynomial_every: of a tile in which no key is hidden, one of so many pairs of exponentials
+        is computed by a polynomial on the FMA pipes; 0 for none.
       softmax_registers, correction_registers, other_registers: registers a thread, after
         reallocation.
     """
@@ -200,6 +202,7 @@ class FwdConfigSm100:
     tile_n: int
     kv_stages: int
     rescale_threshold: float = 8.0
+    polynomial_every: int = 0
     softmax_registers: int = 176
     correction_registers: int = 80
     other_registers: int = 80
@@ -253,9 +256,13 @@ def forward_config_sm100(head_dim: int, head_dim_v: int) -> FwdConfigSm100:
     """The forward configuration for a pair of head_dims on Blackwell.
 
     The largest tiles that fit, and as many stages as fit with them; not measured on any GPU.
+    Exponentials are left to the FMA pipes where the special-function unit, of 16 a cycle, would
+    take longer than the products: by count, not by measurement (docs/blackwell.md).
     """
+    if max(head_dim, head_dim_v) <= 64:
+        return FwdConfigSm100(2, 128, 4, polynomial_every=4)
     if max(head_dim, head_dim_v) <= 128:
-        return FwdConfigSm100(2, 128, 2 if max(head_dim, head_dim_v) > 64 else 4)
+        return FwdConfigSm100(2, 128, 2, polynomial_every=8)
     tile_n = 96 if max(head_dim, head_dim_v) <= 192 else 64
     return FwdConfigSm100(
         1, tile_n, 2, softmax_registers=224, correction_registers=96, other_registers=96

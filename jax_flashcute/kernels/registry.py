@@ -347,6 +347,9 @@ def _forward_config(arch: str | None, operands: Operands) -> FwdConfig | FwdConf
     blocks = operands.block_mask
     if arch in BLACKWELL:
         found = forward_config_sm100(*dims)
+        if arch == "sm_103a":
+            # Its special-function unit has twice the exponentials of sm_100a's.
+            found = dataclasses.replace(found, polynomial_every=0)
         if blocks is None:
             return found
         return dividing_sm100(found, blocks.tile_m, blocks.tile_n, *dims)

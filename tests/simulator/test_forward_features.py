@@ -9,6 +9,7 @@ import pytest
 
 from jax_flashcute import masks, reference
 from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.elements import element_operands
 from jax_flashcute.spec import Operands
 from tests.cases import Case
 from tests.simulator import simulate
@@ -26,7 +27,7 @@ def check(
 ):
     """Simulate the kernel that a call gets and compare with the dense reference."""
     arrays = case.arrays(jnp.dtype(dtype), poison=True)
-    operands = Operands(**arrays)
+    operands = Operands(**arrays, **case.batch_index())
     spec = case.spec()
     assert not registry.reasons_against(spec, operands, "fwd", arch)
     key = registry.kernel_key(spec, operands, "fwd", arch, num_sms)
@@ -37,6 +38,8 @@ def check(
     want = jax.jit(lambda x: reference.attention(spec, Operands(**x)))(wide | case.batch_index())
     inputs = [operands.query, operands.key, operands.value]
     inputs += [arrays[n] for n in registry.OPTIONAL_OPERANDS if n in arrays]
+    # What is intervals on Hopper may be looked at element by element on Blackwell.
+    inputs += [] if key.elements is None else element_operands(key.elements, operands)
     rows = (case.batch, case.seqlen_q, case.q_heads)
     outputs = [((*rows, case.head_dim_v), jnp.dtype(dtype)), (rows, np.dtype(np.float32))]
     outputs += [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]

@@ -9,6 +9,7 @@ import math
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
+from cutlass._mlir.dialects import llvm
 
 from jax_flashcute.kernels.common.traced import Traced
 
@@ -45,6 +46,39 @@ def quad_sum(x: Float32) -> Float32:
 
 def exp2(x: Float32) -> Float32:
     return cute.math.exp2(x, fastmath=True)
+
+
+POLYNOMIAL = (0.99992807, 0.69326099, 0.24261112, 0.05517167)
+"""2**f for |f| <= 1/2, by powers of f: the cubic of least relative error, 7.5e-5 at most."""
+SMALLEST_EXPONENT = -126.0
+ROUNDING = 1.5 * 2.0**23
+"""A float32 this large has no fraction: adding it rounds and leaves the integer in the low bits."""
+
+
+def exp2_pair(x: tuple[Float32, Float32]) -> tuple[Float32, Float32]:
+    """2**x of two numbers on the FMA pipes, within 7.6e-5 of it, relatively.
+
+    x below ``SMALLEST_EXPONENT`` counts as that, -inf too; x must be below 128.  NaN stays NaN.
+    """
+    x0, x1 = (cute.arch.fmax(value, SMALLEST_EXPONENT, nan=True) for value in x)
+    rounded = cute.arch.add_packed_f32x2((x0, x1), _twice(ROUNDING))
+    whole = cute.arch.add_packed_f32x2(rounded, _twice(-ROUNDING))
+    fraction = cute.arch.sub_packed_f32x2((x0, x1), whole)
+    power = _twice(POLYNOMIAL[-1])
+    for coefficient in POLYNOMIAL[-2::-1]:
+        power = cute.arch.fma_packed_f32x2(power, fraction, _twice(coefficient))
+    return cute.arch.mul_packed_f32x2(power, tuple([_two_to(value) for value in rounded]))
+
+
+def _twice(value: float) -> tuple[Float32, Float32]:
+    return Float32(value), Float32(value)
+
+
+def _two_to(rounded: Float32) -> Float32:
+    """2**n from n + ``ROUNDING``: n's low bits become the exponent's."""
+    bits = Int32(llvm.bitcast(Int32.mlir_type, rounded.ir_value()))
+    bits = (bits << 23) + Int32(0x3F800000)
+    return Float32(llvm.bitcast(Float32.mlir_type, bits.ir_value()))
 
 
 class OnlineSoftmax(Traced):
@@ -152,6 +186,37 @@ class OnlineSoftmax(Traced):
             self.row_sum[r] = tile_sum
         else:
             self.row_sum[r] = self.row_sum[r] + tile_sum
+
+    def exponentiate_pairs(
+        self, scores: cute.Tensor, base: Float32, sums: list, polynomial_every: int
+    ) -> None:
+        """``exponentiate`` for some columns of one row, two an instruction, but for the row's sum.
+
+        Args:
+          scores: (columns,) registers.
+          sums: pairs that add up to the sum of the columns before; taken further.
+          polynomial_every: one of so many pairs is left to ``exp2_pair``, which does not give 0
+            where a score is -inf; 0 for none.
+        """
+        scaled_base = -(base * self.scale_log2)
+        for c in range(0, cute.size(scores), 2):
+            x = cute.arch.fma_packed_f32x2(
+                (scores[c], scores[c + 1]), _twice(self.scale_log2), (scaled_base, scaled_base)
+            )
+            on_fma = polynomial_every > 0 and c // 2 % polynomial_every == polynomial_every - 1
+            pair = exp2_pair(x) if on_fma else (exp2(x[0]), exp2(x[1]))
+            scores[c], scores[c + 1] = pair
+            if len(sums) < CHAINS:
+                sums.append(pair)
+            else:
+                chain = c // 2 % CHAINS
+                sums[chain] = cute.arch.add_packed_f32x2(sums[chain], pair)
+
+    def add_to_sum(self, sums: list, factor: Float32, is_first: bool) -> None:
+        """Adds ``exponentiate_pairs``'s sums to that of row 0, which takes O's ``factor``."""
+        even, odd = _reduce(sums, cute.arch.add_packed_f32x2)
+        tile_sum = even + odd
+        self.row_sum[0] = tile_sum if is_first else self.row_sum[0] * factor + tile_sum
 
     @cute.jit
     def finish(self, row_scale: cute.Tensor, lse: cute.Tensor, sinks: list | None = None):

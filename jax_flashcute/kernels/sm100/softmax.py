@@ -8,7 +8,7 @@ from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import low_bits, within
 from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
-from jax_flashcute.kernels.common.tiles import CHUNK, round_pairs
+from jax_flashcute.kernels.common.tiles import CHUNK, chunks, round_pairs
 from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm100.pipeline import WORK_FIELDS, take_work
 from jax_flashcute.kernels.sm100.tensor_memory import (
@@ -79,7 +79,7 @@ class SoftmaxWarpgroups:
                 base, factor = self.take_scores(
                     softmax, scores, turn, s_phase, steps, nth(0), (True, is_full, True)
                 )
-                self.leave_probabilities(softmax, scores, turn, base, factor, True)
+                self.leave_probabilities(softmax, scores, turn, base, factor, True, True)
                 s_phase ^= 1
                 stretches = self.stretches(ranges, lists)
                 for stretch in cutlass.range_constexpr(len(stretches)):
@@ -97,7 +97,9 @@ class SoftmaxWarpgroups:
                         )
                         send_factor(pipeline_factor, factors, slab, f_phase, thread, factor)
                         f_phase ^= 1
-                        self.leave_probabilities(softmax, scores, turn, base, factor, False)
+                        self.leave_probabilities(
+                            softmax, scores, turn, base, factor, False, is_hiding is not False
+                        )
                         s_phase ^= 1
             sinks = None
             if const_expr(self.kernel.has_sinks):
@@ -294,13 +296,20 @@ class SoftmaxWarpgroups:
         base: Float32,
         factor: Float32,
         is_first: cutlass.Constexpr[bool],
+        is_boundary: cutlass.Constexpr[bool],
     ):
         """Stores exp2 of a row's scores as P over S and hands them to the products."""
         pipeline_s, slab, place, thread = turn
-        softmax.exponentiate(scores, 0, base, factor, is_first)
-        flat = cute.make_tensor(scores.iterator, cute.make_layout(cute.size(scores)))
-        pairs = round_pairs(self.kernel.dtype, flat)
-        store_row(place, pairs, thread)
+        # The polynomial would let hidden scores, which are -inf, count as a little.
+        may_be_hidden = is_boundary or self.kernel.by_element
+        every = 0 if const_expr(may_be_hidden) else self.kernel.config.polynomial_every
+        sums = []
+        for first, size in chunks(cute.size(scores)):
+            part = cute.make_tensor(scores.iterator + first, cute.make_layout(size))
+            softmax.exponentiate_pairs(part, base, sums, every)
+            pairs = round_pairs(self.kernel.dtype, part)
+            store_row(place + first // 2, pairs, thread)
+        softmax.add_to_sum(sums, factor, is_first)
         cute.arch.fence_view_async_tmem_store()
         fence_before_sync()
         cute.arch.sync_warp()
