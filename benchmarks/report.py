@@ -98,18 +98,21 @@ def report(results: Path, out: Path) -> list[Path]:
         "slowest round.",
     ]
     written = []
-    for (case, pass_, company), rows in groups.items():
+    headings = set()
+    for (suite, pass_, company, unit), rows in groups.items():
         # The company with the most rows has the plain name.
-        name = f"{results.name}_{case}_{pass_}"
-        heading = f"{case}, {PASS_NAMES[pass_]}"
-        if out / f"{name}.png" in written:
-            apart = [peer for peer in company if peer != OURS]
-            name, heading = f"{name}_{'_'.join(apart)}", f"{heading}: {', '.join(apart)}"
-        picture = out / f"{name}.png"
-        title = f"{heading}, {gpu}"
-        plot(rows, title, picture)
-        written.append(picture)
-        lines += ["", f"## {heading}", "", f"![{title}]({picture.name})", ""]
+        name, heading = f"{results.name}_{suite}_{pass_}", f"{suite}, {PASS_NAMES[pass_]}"
+        apart = [peer for peer in company if peer != OURS]
+        for words, shown in ((apart, ", ".join(apart)), ([unit], UNITS[unit])):
+            if heading in headings and words:
+                name, heading = "_".join([name, *words]), f"{heading}: {shown}"
+        headings.add(heading)
+        lines += ["", f"## {heading}", ""]
+        if len(rows) > 1:
+            picture = out / f"{name}.png"
+            plot(rows, f"{heading}, {gpu}", picture)
+            written.append(picture)
+            lines += [f"![{heading}, {gpu}]({picture.name})", ""]
         lines += [table(rows), "", *footnotes(rows)]
     page = out / f"{results.name}.md"
     page.write_text("\n".join(line.rstrip() for line in lines) + "\n")

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.cases import Case
+from benchmarks.cases import SUITES, Case
 
 OURS = "jax_flashcute"
 UNITS = {"tflops": "TFLOP/s", "gbs": "GB/s"}
@@ -20,16 +20,28 @@ CASE_FIELDS = (
     "causal",
 )
 
+SUITE_OF = {case.name: suite for suite, cases in reversed(SUITES.items()) for case in cases}
+"""The suite of a case, by name; a case that is in none any more stands for itself."""
+
 Row = dict[str, Any]
+Group = tuple[str, str, tuple[str, ...], str]
+"""Suite, pass, implementations, unit."""
+
+
+def suite(row: Row) -> str:
+    """The suite of a row's case."""
+    return SUITE_OF.get(row["case"], row["case"])
 
 
 def label(row: Row) -> str:
-    """The label of a row's case."""
-    return Case(row["case"], **{field: row[field] for field in CASE_FIELDS}).label
+    """The label of a row's case, with its name where the suite's does not tell it."""
+    name = row["case"]
+    text = Case(name, **{field: row[field] for field in CASE_FIELDS}).label
+    return text if name == suite(row) or name in text else f"{name} {text}"
 
 
-def latest_runs(rows: Iterable[Row]) -> dict[tuple[str, str, tuple[str, ...]], list[Row]]:
-    """Rows by (case, pass, implementations): a cell's from the latest run of that company alone.
+def latest_runs(rows: Iterable[Row]) -> dict[Group, list[Row]]:
+    """Rows by group: a cell's from the latest run of that company alone.
 
     Figures of different runs are not compared, so runs with other peers stand apart.
     """
@@ -41,11 +53,11 @@ def latest_runs(rows: Iterable[Row]) -> dict[tuple[str, str, tuple[str, ...]], l
         key = case, pass_, cell, tuple(implementations(run))
         if key not in latest or _age(run) > _age(latest[key]):
             latest[key] = run
-    groups: dict[tuple[str, str, tuple[str, ...]], list[Row]] = defaultdict(list)
-    for (case, pass_, _, company), run in latest.items():
-        groups[case, pass_, company] += run
+    groups: dict[Group, list[Row]] = defaultdict(list)
+    for (_, pass_, _, company), run in latest.items():
+        groups[suite(run[0]), pass_, company, rate(run[0])[1]] += run
     return dict(
-        sorted(groups.items(), key=lambda g: (g[0][0], g[0][1] != "fwd", -len(g[1]), g[0][2]))
+        sorted(groups.items(), key=lambda g: (g[0][0], g[0][1] != "fwd", -len(g[1]), g[0][2:]))
     )
 
 
@@ -76,7 +88,10 @@ def geometric_mean(ratios: Sequence[float]) -> float:
 
 
 def table(rows: list[Row]) -> str:
-    """A Markdown table: a line a cell, a column an implementation, the worst ratio last."""
+    """A Markdown table: a line a cell, a column an implementation, the worst ratio last.
+
+    Of one implementation alone, its times.
+    """
     names = implementations(rows)
     cells = by_cell(rows)
     others = [name for name in names if name != OURS]
@@ -85,6 +100,8 @@ def table(rows: list[Row]) -> str:
     compare = OURS in names and bool(others)
     if compare:
         header.append(f"{OURS} / best other")
+    elif len(names) == 1:
+        header.append("ms")
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
     ratios: dict[str, list[float]] = defaultdict(list)
     for name_of_cell, measured in cells.items():
@@ -96,7 +113,7 @@ def table(rows: list[Row]) -> str:
                 line.append("–")
                 continue
             text = f"{rates[name]:.0f}"
-            line.append(f"**{text}**" if rates[name] == best else text)
+            line.append(f"**{text}**" if rates[name] == best and len(names) > 1 else text)
         if compare:
             times = {name: row["ms"] for name, row in measured.items()}
             against = {
@@ -107,6 +124,8 @@ def table(rows: list[Row]) -> str:
             for name, ratio in against.items():
                 ratios[name].append(ratio)
             line.append(f"{min(against.values()):.2f}" if against else "–")
+        elif len(names) == 1:
+            line.append(f"{measured[names[0]]['ms']:.4f}")
         lines.append(line)
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     if ratios:
