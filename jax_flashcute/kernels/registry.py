@@ -284,8 +284,6 @@ def reasons_against(
     has_lists = operands.block_mask is not None
     scores = _scores(spec, operands, arch)
     reasons += reasons_against_elements(scores, operands)
-    if arch in BLACKWELL and operands.packed_mask is not None:
-        reasons.append("no Blackwell kernel takes packed_mask yet")
     # 0 times -inf, the score of a hidden key, is NaN.
     if not (math.isfinite(spec.scale) and spec.scale > 0):
         reasons.append(f"scale must be finite and positive, got {spec.scale}")
@@ -762,6 +760,7 @@ def _forward_builder(key: KernelKey):
             page_size=key.page_size,
             row_bounds=key.row_bounds,
             has_lists=key.has_lists,
+            packed_mask=key.packed_mask,
         ),
     }[key.kernel]
 
@@ -810,6 +809,7 @@ def _backward_builder(key: KernelKey):
             functions=key.elements,
             row_bounds=key.row_bounds,
             has_lists=key.has_lists,
+            packed_mask=key.packed_mask,
         ),
     }[key.kernel]
 

@@ -1,10 +1,12 @@
-"""The Blackwell kernels over lists of tiles, packed sequences and rows with bounds in arrays."""
+"""The Blackwell kernels over lists, packed sequences, bounds in arrays and masks in bits."""
 
 import jax.numpy as jnp
 import pytest
 
+from jax_flashcute.block_mask import BlockMask
 from jax_flashcute.kernels import registry
 from tests.simulator import test_block_lists as lists
+from tests.simulator import test_packed_masks as packed
 from tests.simulator import test_row_masks as rows
 from tests.simulator.test_backward_segments import BACKWARD, check_backward
 from tests.simulator.test_forward_segments import CASES, call_of, check_forward, scattered
@@ -19,18 +21,31 @@ TOGETHER = {
     "segment_ids": (scattered(LENGTHS[:2], 2), scattered(LENGTHS[::2], 2)),
     "query_seq_lengths": jnp.array([200, 140]),
     "key_value_seq_lengths": jnp.array([90, 300]),
+    "packed_mask": packed.words(2, 3, 200, 10),
     "sinks": jnp.array([0.3, -2.0, 1.0]),
     "positions": "segment",
     "deterministic": True,
 }
 NOT_SERVED = {"192_by_64", "small_tiles_of_a_mask", "128_small_tiles", "256", "causal_256"}
 """Lists whose tiles Blackwell's do not divide, and a head_dim that its backward does not take."""
+# 128 rows hold 18 tokens of seven heads.
+PACKED_HEADS = (
+    (1, 5, 300),
+    {
+        "heads": (7, 1),
+        "block_mask": BlockMask.from_lists(
+            [[1]], [[2, 0]], q_length=5, kv_length=300, tile_m=128 * 18, tile_n=128
+        ),
+    },
+)
+LISTS = lists.CASES | {"packed_heads": PACKED_HEADS}
 SLOW = [
     (direction, f"{kind}_{name}", case)
     for kind, direction, cases in (
-        *(("lists", "fwd", lists.CASES), ("lists", "bwd", lists.BACKWARD)),
+        *(("lists", "fwd", LISTS), ("lists", "bwd", lists.BACKWARD)),
         *(("segments", "fwd", CASES), ("segments", "bwd", BACKWARD)),
         *(("rows", "fwd", rows.CASES), ("rows", "bwd", rows.CASES)),
+        *(("packed", "fwd", packed.CASES), ("packed", "bwd", packed.CASES)),
     )
     for name, case in cases.items()
     if name not in NOT_SERVED

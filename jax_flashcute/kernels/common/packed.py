@@ -25,3 +25,13 @@ class PackedMask:
         """A word of a row; beyond the last one, that one."""
         place = row + cutlass.min(index, self.width - 1)
         return cute.make_tensor(self.words.iterator + place, cute.make_layout(1))[0]
+
+
+def transposed_bits(word: Uint32) -> Uint32:
+    """A word whose bit c is, in lane l, bit l of lane c's ``word``; one warp."""
+    lane = Uint32(cute.arch.lane_idx())
+    found = Uint32(0)
+    for c in range(32):
+        bit = (cute.arch.shuffle_sync(word, c) >> lane) & Uint32(1)
+        found = found | (bit << Uint32(c))
+    return found

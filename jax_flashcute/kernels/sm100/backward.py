@@ -88,10 +88,12 @@ class BackwardSm100:
         functions: ElementFunctions | None = None,
         row_bounds: RowBounds | None = None,
         has_lists: bool = False,
+        packed_mask: str | None = None,
     ):
         """``group``: query heads a key/value head serves; ``functions``: what is done to single
         scores; ``row_bounds``: the rows that see a key stand in arrays, ``mask`` among what they
-        hold; ``has_lists``: a block visits the query tiles that lists name."""
+        hold; ``has_lists``: a block visits the query tiles that lists name; ``packed_mask``: the
+        axes along which a mask in bits varies, of "bnt"."""
         self.config = config
         self.dtype = dtype
         self.head_dim = head_dim
@@ -105,6 +107,7 @@ class BackwardSm100:
             row_bounds.compares_ids or row_bounds.compares_bounds
         )
         self.has_lists = has_lists
+        self.packed_mask = packed_mask
         self.has_low = mask.low is not None or row_bounds is not None
         self.by_element = functions is not None and functions.by_element
         self.smem_h = config.padded_head_dim(head_dim)
@@ -149,6 +152,7 @@ class BackwardSm100:
         mBounds: tuple = (),  # arrays of ``bounds.query_bound_arrays``
         mLists: tuple = (),  # arrays of ``BlockMask.kernel_lists``, transposed
         mRanks: tuple = (),  # (1|B, 1|N, n_blocks, m_blocks) int32: of ``visits_before``
+        mPacked: tuple = (),  # a mask in bits, (1|B, 1|N, 1|T, words) uint32
     ):
         cfg = self.config
         batch, q_length, heads = mQ.shape[0], mQ.shape[1], mQ.shape[2]
@@ -192,6 +196,7 @@ class BackwardSm100:
             mBounds,
             mLists,
             mRanks,
+            mPacked,
             m_blocks,
             n_blocks,
             section,
@@ -282,6 +287,7 @@ class BackwardSm100:
         mBounds: tuple,
         mLists: tuple,
         mRanks: tuple,
+        mPacked: tuple,
         m_blocks: Int32,
         n_blocks: Int32,
         section: Int32,
@@ -387,7 +393,7 @@ class BackwardSm100:
                 block,
                 (visits, num_tiles, tiles),
                 (offset, queries, keys),
-                (mElements, mBounds, compares, (q_length, kv_length)),
+                (mElements, mBounds, compares, mPacked, (q_length, kv_length)),
             )
         if warp_index >= GRADIENT_WARPS and warp_index < LOAD_WARP:
             cute.arch.setmaxregister_decrease(cfg.reduce_registers)

@@ -6,6 +6,7 @@ from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 
 from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import low_bits, within
+from jax_flashcute.kernels.common.packed import PackedMask, transposed_bits
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
 from jax_flashcute.kernels.common.tiles import (
     CHUNK,
@@ -58,7 +59,7 @@ class GradientWarpgroups:
         kernel = self.kernel
         n_block, kv_head, batch = block
         visits, num_tiles, (_, _, full_min, full_max) = tiles
-        mElements, mBounds, compares, array_lengths = arrays
+        mElements, mBounds, compares, mPacked, array_lengths = arrays
         thread = cute.arch.thread_idx()[0] % 128
         half = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128)
         p_step = kernel.p_columns[1] - kernel.p_columns[0]
@@ -74,7 +75,9 @@ class GradientWarpgroups:
         seen = self.mask_step(own, batch, (mBounds, compares), array_lengths)
         for g in cutlass.range(kernel.group, unroll=1):
             entry = (mElements, array_lengths, batch, lengths[0])
-            of_head = self.elements_of_head(entry, kv_head * kernel.group + g, own[2])
+            head = kv_head * kernel.group + g
+            of_head = self.elements_of_head(entry, head, own[2])
+            read_bits = self.packed_step(mPacked, batch, head, own[2], array_lengths[0])
             _, _, stretches = visits(g)
             for stretch in cutlass.range_constexpr(len(stretches)):
                 count, tile_of = stretches[stretch]
@@ -85,7 +88,7 @@ class GradientWarpgroups:
                     if const_expr(is_full):
                         # Full to its mask function; the window and the lengths have no lists.
                         is_hiding = (m < full_min) | (m >= full_max)
-                    masks = (of_head, seen, is_full, is_hiding)
+                    masks = (of_head, seen, read_bits, is_full, is_hiding)
                     state = self.step(places, smem, pipelines, own, m, state, masks)
 
         is_empty = num_tiles == 0
@@ -113,15 +116,16 @@ class GradientWarpgroups:
         """One query tile; returns the next state.
 
         Args:
-          masks: of ``elements_of_head`` and of ``mask_step``; whether lists have the tile as one
-            that ``mask_mod`` hides nothing of; whether the other masks may hide some (traced).
+          masks: of ``elements_of_head``, ``mask_step`` and ``packed_step``; whether lists have the
+            tile as one that ``mask_mod`` hides nothing of; whether the other masks may hide some
+            (traced).
         """
         kernel = self.kernel
         s_place, p_place, dp_place = places
         sLSE, sdPsum, sdS = smem
         pipeline_q, pipeline_do, pipeline_s, pipeline_dp, _ = pipelines
         thread, half, _, _ = own
-        _, seen, _, is_hiding = masks
+        _, seen, read_bits, _, is_hiding = masks
         q_stage, q_phase, do_stage, do_phase, phase = state
         first = half * HALF
 
@@ -136,6 +140,8 @@ class GradientWarpgroups:
         if const_expr(kernel.by_element):
             self.change_scores(scores, p_place, tLSE, thread, m * ROWS + first, masks)
         else:
+            if const_expr(kernel.packed_mask is not None):
+                hide_outside(scores, read_bits(m * ROWS + first))
             if const_expr(is_hiding is True):
                 hide_outside(scores, seen(m * ROWS + first))
             elif const_expr(is_hiding is not False):
@@ -217,7 +223,8 @@ class GradientWarpgroups:
         P goes to tensor memory; what stays in registers is multiplied by the derivative of the
         score, so that P (dP - dPsum) of it is the gradient of the scaled product.
         """
-        (modify, differentiate), seen, is_full, is_hiding = masks
+        (modify, differentiate), seen, read_bits, is_full, is_hiding = masks
+        bits = read_bits(start)
         if const_expr(is_hiding is not False):
             words = seen(start)
         for first in cutlass.range_constexpr(0, HALF, PART):
@@ -225,6 +232,8 @@ class GradientWarpgroups:
             products = [chunk[0, c] for c in range(PART)]
             for c in cutlass.range_constexpr(PART):
                 chunk[0, c] = modify(start + first + c, products[c], is_full)
+            if const_expr(self.kernel.packed_mask is not None):
+                hide_outside(chunk, [bits[first // 32] >> Uint32(first % 32)])
             if const_expr(is_hiding is not False):
                 hide_outside(chunk, [words[first // 32] >> Uint32(first % 32)])
             self.probabilities(chunk, cute.domain_offset((0, first // 4), tLSE), 1.0)
@@ -233,6 +242,21 @@ class GradientWarpgroups:
             if const_expr(differentiate is not None):
                 for c in cutlass.range_constexpr(PART):
                     chunk[0, c] = differentiate(start + first + c, products[c], chunk[0, c])
+
+    def packed_step(self, mPacked: tuple, batch: Int32, head: Int32, key: Int32, q_length: Int32):
+        """The words of a mask in bits for a key and half a tile: a function of its first query.
+
+        A warp's 32 keys share a word of each row: each lane reads that of one row.
+        """
+        if self.kernel.packed_mask is None:
+            return lambda start: []
+        packed = PackedMask(self.kernel.packed_mask, *mPacked)
+
+        def word(first: Int32) -> Uint32:
+            row = cutlass.min(first + cute.arch.lane_idx(), Int32(q_length) - 1)
+            return transposed_bits(packed.word(packed.row(batch, head, row), key // 32))
+
+        return lambda start: [word(start + w) for w in range(0, HALF, 32)]
 
     def mask_step(self, own, batch: Int32, bounds: tuple, array_lengths: tuple):
         """Which queries see a key, as words: a function of the first of them."""

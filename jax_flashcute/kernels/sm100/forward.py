@@ -85,14 +85,15 @@ class ForwardSm100:
         page_size: int | None = None,
         row_bounds: RowBounds | None = None,
         has_lists: bool = False,
+        packed_mask: str | None = None,
     ):
         """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most;
         ``split_kv``: tiles are parts of a row's keys, and queries fill one row of tiles;
         ``lengths_vary``: how long these are follows from the lengths of all entries;
         ``functions``: what is done to single scores; ``page_size``: of keys and values in pages,
         with a page table and lengths of keys; ``row_bounds``: each row's keys stand in arrays,
-        ``mask`` among what they hold; ``has_lists``: a tile visits the key tiles that lists name.
-        """
+        ``mask`` among what they hold; ``has_lists``: a tile visits the key tiles that lists name;
+        ``packed_mask``: the axes along which a mask in bits varies, of "bnt"."""
         self.config = config
         self.dtype = dtype
         self.head_dim = head_dim
@@ -107,6 +108,7 @@ class ForwardSm100:
         self.row_bounds = row_bounds
         self.compares_ids = row_bounds is not None and row_bounds.compares_ids
         self.has_lists = has_lists
+        self.packed_mask = packed_mask
         self.has_low = mask.low is not None or row_bounds is not None
         # Even: of an odd number the compiler reads one more, which belongs to the next stage.
         self.work_fields = round_up(WORK_FIELDS + 2 * split_kv + self.compares_ids, 2)
@@ -164,6 +166,7 @@ class ForwardSm100:
         mPageTable: cute.Tensor | None = None,  # (B, max_pages) int32
         mBounds: tuple = (),  # arrays of ``bounds.key_bound_arrays``
         mLists: tuple = (),  # arrays of ``BlockMask.kernel_lists``
+        mPacked: tuple = (),  # a mask in bits, (1|B, 1|N, 1|T, words) uint32
     ):
         cfg = self.config
         batch, q_length, kv_length, kv_heads = (
@@ -210,6 +213,7 @@ class ForwardSm100:
             mPageTable,
             mBounds,
             mLists,
+            mPacked,
             m_blocks,
             section,
             q_length,
@@ -315,6 +319,7 @@ class ForwardSm100:
         mPageTable: cute.Tensor | None,
         mBounds: tuple,
         mLists: tuple,
+        mPacked: tuple,
         m_blocks: Int32,
         section: Int32,
         q_length: Int32,
@@ -398,6 +403,7 @@ class ForwardSm100:
                 mElements,
                 mBounds,
                 mLists,
+                mPacked,
             )
         if warp_index >= 4 * cfg.query_tiles and warp_index < load_warp:
             cute.arch.setmaxregister_decrease(cfg.correction_registers)

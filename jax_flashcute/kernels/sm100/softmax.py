@@ -7,6 +7,7 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import low_bits, within
 from jax_flashcute.kernels.common.lists import TileLists
+from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
 from jax_flashcute.kernels.common.tiles import CHUNK, chunks, round_pairs
 from jax_flashcute.kernels.primitives import select
@@ -41,6 +42,7 @@ class SoftmaxWarpgroups:
         mElements: tuple,
         mBounds: tuple,
         mLists: tuple,
+        mPacked: tuple,
     ):
         """One warpgroup for each query tile; its thread t owns row t."""
         cfg = self.kernel.config
@@ -75,7 +77,7 @@ class SoftmaxWarpgroups:
                 _, nth = self.kernel.key_order((n_min, n_max), lists)
                 # Of lists, the first tile may be from either.
                 is_full = False if const_expr(lists is None) else lists.partial_count == 0
-                steps = (modify, hide)
+                steps = (modify, hide, self.packed_step(mPacked, batch, q_head, token, q_length))
                 base, factor = self.take_scores(
                     softmax, scores, turn, s_phase, steps, nth(0), (True, is_full, True)
                 )
@@ -139,14 +141,16 @@ class SoftmaxWarpgroups:
         """Loads and masks a row's scores of key tile n; returns ``OnlineSoftmax.raise_max``.
 
         Args:
-          steps: of ``element_step`` and of ``mask_step``.
+          steps: of ``element_step``, of ``mask_step`` and of ``packed_step``.
           kind: whether it is the first tile, whether lists have it as one that ``mask_mod`` hides
             nothing of, whether the other masks may hide some; all but the first may be traced.
         """
         pipeline_s, slab, place, thread = turn
-        modify, hide = steps
+        modify, hide, read_bits = steps
         is_first, is_full, is_hiding = kind
         may_hide = const_expr(is_hiding is not False)
+        # On their way from memory while the product is.
+        bits = read_bits(n)
         pipeline_s.wait(slab, phase)
         fence_after_sync()
         if const_expr(self.kernel.by_element):
@@ -161,12 +165,24 @@ class SoftmaxWarpgroups:
             place, cute.make_tensor(scores.iterator, cute.make_layout(cute.size(scores))), thread
         )
         cute.arch.fence_view_async_tmem_load()
+        if const_expr(self.kernel.packed_mask is not None):
+            hide_outside(scores, bits)
         if const_expr(is_hiding is True):
             hide_outside(scores, hide(n))
         elif const_expr(may_hide):
             if is_hiding:
                 hide_outside(scores, hide(n))
-        return softmax.raise_max(scores, 0, is_first, may_hide or self.kernel.by_element)
+        hides_anywhere = const_expr(self.kernel.by_element or self.kernel.packed_mask is not None)
+        return softmax.raise_max(scores, 0, is_first, may_hide or hides_anywhere)
+
+    def packed_step(self, mPacked: tuple, batch: Int32, head: Int32, token: Int32, q_length: Int32):
+        """The words of a mask in bits for a row and a tile of keys: a function of its number."""
+        if self.kernel.packed_mask is None:
+            return lambda n: []
+        packed = PackedMask(self.kernel.packed_mask, *mPacked)
+        row = packed.row(batch, head, cutlass.min(token, Int32(q_length) - 1))
+        words = self.kernel.config.tile_n // 32
+        return lambda n: [packed.word(row, n * words + w) for w in range(words)]
 
     def stretches(self, ranges: tuple, lists: TileLists | None) -> list:
         """What follows the first key tile: how many tiles, and the i-th of them, by stretch.
