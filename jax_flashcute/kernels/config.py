@@ -504,9 +504,10 @@ def backward_config(
     Chosen on an NVIDIA H200 over lengths 4,096 and 16,384, full and causal.  Up to 64, three
     warpgroups and tiles of 64 rows took as long as two and 128 rows, or up to 2% less; two and 64
     rows took 15% more.  With a pass for dQ the backward took 0.67 to 0.74 of its time without at
-    256, and 0.82 to 0.88 at 192.
+    256, and 0.82 (192/128) to 0.88 (192/192) at 192.
     """
-    if may_part and max(head_dim, head_dim_v) > 128:
+    # Below 192 dQ is narrower and the pass is not measured; it computes S and dP once more.
+    if may_part and head_dim >= 192:
         return BwdConfig(2, 64, ds_stages=0, dq_split="apart", by_role=True, dq_pass=DqConfig())
     if max(head_dim, head_dim_v) > 128:
         config = BwdConfig(2, 64, ds_stages=1, dq_split="chunks", by_role=True)

@@ -55,7 +55,7 @@ PARAMETERS = [
             ("bfloat16", APART, "apart"),
             ("float16", APART, "apart_float16"),
         )
-        if how is not APART or max(case.head_dim, case.head_dim_v) > 128
+        if how is not APART or case.head_dim >= 192
     ),
 ]
 

@@ -222,7 +222,7 @@ def test_a_key_tells_calls_apart() -> None:
 
 
 def test_what_has_a_pass_of_its_own_for_dq() -> None:
-    """Above head_dim 128, whatever is known of the keys by position alone."""
+    """From head_dim 192 on, whatever is known of the keys by position alone."""
 
     def has_pass(spec: AttentionSpec = SPEC, **changes) -> bool:
         operands = shapes(**{"H": 256} | changes)
@@ -235,11 +235,12 @@ def test_what_has_a_pass_of_its_own_for_dq() -> None:
     first_keys = Case(window=(50, 0), mask_mod=masks.prefix_lm(4)).spec()
     assert has_pass()
     assert has_pass(H=192, Hv=128)
-    assert has_pass(H=64, Hv=136)
+    assert has_pass(H=192, Hv=8)
     assert has_pass(spec(SPEC, is_causal=True, deterministic=True))
     assert has_pass(first_keys)
     assert has_pass(present=(*registry.OPTIONAL_OPERANDS, "sinks"))
     assert not has_pass(H=128)
+    assert not has_pass(H=64, Hv=256)
     assert not has_pass(present=("mask",))
     assert not has_pass(spec(SPEC, logits_soft_cap=5.0))
     assert not has_pass(Case(mask_mod=lambda b, h, q, kv: (q + kv) % 2 == 0).spec())
