@@ -205,7 +205,7 @@ def paged_attention(
 
     Token s of sequence b is slot ``s % page_size`` of page ``page_table[b, s // page_size]``.
     Pages may repeat and be shared.  Unused slots and pages may hold anything, and entries of the
-    table beyond the length are never used.  The Hopper kernel reads pages where they lie; on the
+    table beyond the length are never used.  The kernels read pages where they lie; on the
     XLA path they are gathered a block at a time.  It has no derivatives, but for ``"reference"``.
 
     Args:
@@ -238,7 +238,7 @@ def paged_attention(
         for concrete arrays, through ``jax.experimental.checkify`` for traced ones.  Otherwise such
         a page reads as zeros and the length is clipped.
       return_residual: also return the LSE.
-      implementation: ``"cute"`` (Hopper), ``"xla"``, ``"reference"`` or None, as for
+      implementation: ``"cute"``, ``"xla"``, ``"reference"`` or None, as for
         ``flash_attention``.
 
     Returns:
