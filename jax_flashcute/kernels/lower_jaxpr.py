@@ -178,6 +178,21 @@ class ElementProgram:
         }
         return self._completed(at)
 
+    def added(self, known: Mapping[int, Any]) -> Affine | None:
+        """What is ``Affine`` and all that the result adds to the first argument, if so it is."""
+        score = self._inputs[self.arguments[0]]
+        of_result = [e for e in self._equations if e.output == self._results[0]]
+        if not of_result or of_result[0].dtypes != ("float32",) * 3 or any(of_result[0].shapes):
+            return None
+        (x, y), name = of_result[0].inputs, of_result[0].primitive
+        if name == "add" and isinstance(y, int) and y == score:
+            x, y = y, x
+        is_sum = name in ("add", "sub") and isinstance(x, int) and x == score
+        term = known.get(y) if is_sum and isinstance(y, int) else None
+        if not isinstance(term, Affine):
+            return None
+        return Affine.negative(term) if name == "sub" else term
+
     def value(self, known: Mapping[int, Any], result: int = 0) -> Any:
         """A result, a CuTe number, once all arguments that it depends on are known."""
         return as_number(self._results[result], known, self.result_dtypes[result])

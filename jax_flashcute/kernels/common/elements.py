@@ -157,8 +157,12 @@ class EntryElements:
         first: Int32,
         may_be_beyond: bool,
         ahead: Sequence[int] = (),
-    ) -> Callable[[int], list[dict[str, Any]]]:
+        *,
+        may_shift: bool = False,
+    ) -> tuple[Callable[[int], list[dict[str, Any]]], list[Float32] | None]:
         """A function of a column: what is known of its key with each query.
+
+        And for each query what ``element`` leaves to be added to all scores of the tile; or None.
 
         Args:
           queries: of ``queries``.
@@ -166,6 +170,7 @@ class EntryElements:
           may_be_beyond: a column's key may lie beyond the last one.
           ahead: columns of which what follows from the key alone is to be read now, where all of
             the tile's keys are there.
+          may_shift: something may be left to be added.
         """
 
         def bounded(column: int):
@@ -173,16 +178,31 @@ class EntryElements:
             return [self.both(query, key) for query in queries]
 
         if may_be_beyond or self.elements.positions is not None:
-            return bounded
+            return bounded, None
         tile = self.known_of(key=Affine(first, Int32(1)))
         rows = [self.both(query, tile) for query in queries]
         read = {column: self.at_key(tile, column) for column in ahead}
+        terms = [self.added(row) if may_shift else None for row in rows]
+        shifts = [term.base for term in terms if term is not None]
 
         def stepped(column: int):
             key = read[column] if column in read else self.at_key(tile, column)
-            return [self.both(self.at_column(row, column), key) for row in rows]
+            if not shifts:
+                return [self.both(self.at_column(row, column), key) for row in rows]
+            found = []
+            for query, term in zip(queries, terms, strict=True):
+                known = self.both(query, key)
+                found.append(known | {"added": term.step * Float32(float(column))})
+            return found
 
-        return stepped
+        return stepped, shifts or None
+
+    def added(self, known: dict[str, Any]) -> Affine | None:
+        """What a score adds, where that is affine in the key and all that it does."""
+        program = self.elements.programs.get("score_mod")
+        if program is None or self.elements.functions.soft_cap is not None:
+            return None
+        return program.added(known["score_mod"])
 
     def element(
         self, known: dict[str, Any], score: Float32, scale: float, *, is_full: bool = False
@@ -196,7 +216,10 @@ class EntryElements:
           is_full: the tile is listed as one that ``mask_mod`` hides nothing of.
         """
         functions, programs = self.elements.functions, self.elements.programs
-        if functions.soft_cap is None:
+        if "added" in known:
+            # In this order: the product by the column is shared by the rows.
+            score = cute.math.fma(score, Float32(scale), known["added"])
+        elif functions.soft_cap is None:
             score = self.modified(known, score * scale)
         elif functions.score_mod is None:
             score = capped(score, scale, functions.soft_cap)

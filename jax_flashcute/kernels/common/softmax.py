@@ -111,6 +111,7 @@ class OnlineSoftmax(Traced):
         row_scale: cute.Tensor,
         is_first: cutlass.Constexpr[bool],
         may_be_empty: cutlass.Constexpr[bool],
+        shifts: list | None = None,
     ):
         """Turns a tile's raw scores into probabilities and updates the statistics.
 
@@ -119,13 +120,15 @@ class OnlineSoftmax(Traced):
           row_scale: (rows,) registers: the factor that O accumulated so far must take.
           is_first: no tile came before; O has nothing to rescale.
           may_be_empty: a row may have seen only hidden keys (-inf) up to here.
+          shifts: for each row what is to be added to all its scores of this tile.
 
         Returns:
           1 where some lane of the warp has a factor other than 1, else 0.
         """
         needs_rescale = Int32(0)
         for r in cutlass.range_constexpr(self.rows):
-            base, factor = self.raise_max(scores, r, is_first, may_be_empty)
+            shift = None if const_expr(shifts is None) else shifts[r]
+            base, factor = self.raise_max(scores, r, is_first, may_be_empty, shift)
             row_scale[r] = factor
             if const_expr(not is_first):
                 needs_rescale = needs_rescale | Int32(factor != 1.0)
@@ -139,6 +142,7 @@ class OnlineSoftmax(Traced):
         r: cutlass.Constexpr[int],
         is_first: cutlass.Constexpr[bool],
         may_be_empty: cutlass.Constexpr[bool],
+        shift: Float32 | None = None,
     ):
         """First half of ``step`` for row r: (what to subtract from its scores, O's factor)."""
         columns = cute.size(scores, mode=[1])
@@ -147,6 +151,8 @@ class OnlineSoftmax(Traced):
         )
         if const_expr(self.lanes_per_row == 4):
             tile_max = quad_max(tile_max)
+        if const_expr(shift is not None):
+            tile_max = tile_max + shift
         previous = self.row_max[r]
         if const_expr(is_first):
             row_max = tile_max
@@ -163,6 +169,8 @@ class OnlineSoftmax(Traced):
         factor = Float32(1.0)
         if const_expr(not is_first):
             factor = exp2((previous - base) * self.scale_log2)
+        if const_expr(shift is not None):
+            base = base - shift
         return base, factor
 
     @cute.jit

@@ -773,12 +773,12 @@ class ForwardSm90:
                 pipeline_k.release(k_stage, warps)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 if const_expr(lists is None or not self.has_mask_mod):
-                    modify(read_keys(n, True))
+                    modify(read_keys(n, True)[0])
                 else:
                     if lists.partial_count > 0:
-                        modify(read_keys(n, True))
+                        modify(read_keys(n, True)[0])
                     else:
-                        modify(read_keys(n, True), is_full=True)
+                        modify(read_keys(n, True)[0], is_full=True)
                 hide_bits(n, bits)
                 mask_tile(n)
                 softmax.step(scores, row_scale, True, True)
@@ -803,7 +803,7 @@ class ForwardSm90:
                         warpgroup.wait_group(1)
                         pipeline_k.release(k_stage, warps)
                         k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
-                        modify(of_keys, is_full=stretch == 1)
+                        modify(of_keys[0], is_full=stretch == 1)
                         hide_bits(n, bits)
                         if const_expr(stretch != 1):
                             mask_tile(n)
@@ -812,7 +812,8 @@ class ForwardSm90:
                             if n < full_min or n >= full_max:
                                 mask_tile(n)
                         needs_rescale = softmax.step(
-                            scores, row_scale, False, may_be_beyond or by_element or has_bits
+                            *(scores, row_scale, False, may_be_beyond or by_element or has_bits),
+                            of_keys[1],
                         )
                         warpgroup.wait_group(0)
                         pipeline_v.release(v_stage, warps)
@@ -871,10 +872,11 @@ class ForwardSm90:
         """What is done to each score of a tile, in two parts.
 
         A function of the tile's number, and of whether some of its keys may lie beyond the last
-        one, that reads what follows from keys; and one of what it gives that changes the scores.
+        one, that reads what follows from keys, and gives what is left to be added to each row of
+        scores, or None; and one of what it has read that changes the scores.
         """
         if self.functions is None or not self.functions.by_element:
-            return lambda n, may_be_beyond: None, lambda column, is_full=False: None
+            return lambda n, may_be_beyond: (None, None), lambda column, is_full=False: None
         batch, offset, array_lengths, first_token, head = place
         elements = Elements(self.functions, mElements).of_entry(batch, offset, array_lengths)
         queries = [
@@ -888,11 +890,11 @@ class ForwardSm90:
         columns = range(cute.size(scores, mode=[1]))
         scale = self.scale if self.changes_scores else 1.0
 
-        def read(n: Int32, may_be_beyond: bool) -> Callable:
+        def read(n: Int32, may_be_beyond: bool) -> tuple:
             first = n * self.config.tile_n + first_column(thread)
             # Three warpgroups have no registers to keep it in.
             ahead = [column_step(c) for c in columns] if self.config.warpgroups < 3 else []
-            return elements.along_keys(queries, first, may_be_beyond, ahead)
+            return elements.along_keys(queries, first, may_be_beyond, ahead, may_shift=True)
 
         def modify(column: Callable, is_full: bool = False) -> None:
             is_full = is_full and self.has_lists
