@@ -42,6 +42,7 @@ CASES["in_turns"] = (CASES["documents"][0], {**CASES["documents"][1], "determini
 SLOW = {
     ("fwd", "in_turns"),
     ("bwd", "in_turns"),
+    ("bwd", "documents"),
     ("fwd", "scattered"),
     ("fwd", "prefixes"),
     ("bwd", "prefixes"),

@@ -23,8 +23,11 @@ def pair(*shape: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(packed.view("<u4").astype(np.uint32)), jnp.asarray(bits)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize("shape", [(B, N, T), (1, N, 1), (B, 1, T)], ids=str)
+@pytest.mark.parametrize(
+    ("implementation", "shape"),
+    [("xla", (B, N, T)), ("xla", (1, N, 1)), ("reference", (B, 1, T)), ("reference", (1, 1, 1))],
+    ids=str,
+)
 def test_words_are_booleans(implementation: str, shape: tuple[int, ...]) -> None:
     words, bits = pair(*shape)
     arrays = inputs(T, S)
@@ -74,7 +77,9 @@ def test_vmap() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [np.zeros((B, N, T, 2), np.uint32), np.zeros((B, N, T, 3), np.int32), True], ids=str
+    "words",
+    [np.zeros((B, N, T, 2), np.uint32), np.zeros((B, N, T, 3), np.int32), True],
+    ids=["short", "signed", "scalar"],
 )
 def test_what_does_not_fit_is_named(words) -> None:
     with pytest.raises(ValueError, match=r"packed_mask must be uint32 of shape .* \(2, 4, 37, 3\)"):
