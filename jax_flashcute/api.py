@@ -29,6 +29,7 @@ from jax_flashcute.segments import (
 from jax_flashcute.spec import AttentionSpec, Operands
 
 Positions = Literal["sequence", "segment"] | None
+Blocks = BlockMask | Literal["auto"] | None
 Window = int | tuple[int | None, int | None] | None
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -56,7 +57,7 @@ def flash_attention(
     score_mod: Callable[..., Any] | None = None,
     compress_factor: int | None = None,
     complete_only: bool = False,
-    block_mask: BlockMask | None = None,
+    block_mask: Blocks = "auto",
     segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
     cu_seqlens_q: ArrayLike | None = None,
     cu_seqlens_k: ArrayLike | None = None,
@@ -116,7 +117,10 @@ def flash_attention(
       complete_only: of those, only blocks that end at or before the position.
       block_mask: the tiles that are visited (see ``make_block_mask``): nothing is visible outside
         of them, and ``mask_mod`` is evaluated in the partial ones alone.  All else that hides keys
-        holds in every tile; ``compress_factor`` counts as part of ``mask_mod``.
+        holds in every tile; ``compress_factor`` counts as part of ``mask_mod``.  With ``"auto"``,
+        a kernel whose ``mask_mod`` is no interval of keys makes exact lists in the call, where
+        shapes promise that they pay: 2^27 scores at least, each list shared by 4 heads at least,
+        no segments (``explain`` says).  None: every tile is visited.
       segment_ids: packed sequences: (B, T) or (T,) integers for query and key alike, or a pair for
         query rows (B, T) and keys (B, S).  A row sees keys of its own id alone.  A negative id is
         padding, which sees nothing, is seen by none, and may hold NaN.  Ids need not be sorted.
@@ -520,6 +524,8 @@ class Explanation:
         there is no GPU; shorter sequences have fewer.  None where no kernel serves the call.
       page_copies: how that kernel loads pages: ``"TMA"`` or ``"asynchronous copies"``; None
         without pages.
+      lists: whether that kernel visits tiles by lists: ``"given"``, ``"made from mask_mod in the
+        call"``, or ``"none"`` and why not.
     """
 
     implementation: Implementation
@@ -533,6 +539,7 @@ class Explanation:
     loads: tuple[str, ...]
     splits: int | None = None
     page_copies: str | None = None
+    lists: str = "none"
 
     def __str__(self) -> str:
         lines = [f"implementation={self.implementation!r}"]
@@ -556,6 +563,8 @@ class Explanation:
             lines.append(f"keys of a row: divided into {self.splits} parts at most")
         if self.page_copies is not None:
             lines.append(f"pages: loaded by {self.page_copies}")
+        if self.lists != "none":
+            lines.append(f"lists of tiles: {self.lists}")
         lines.extend(self.loads)
         return "\n".join(lines)
 
@@ -580,7 +589,7 @@ def explain(
     score_mod: Callable[..., Any] | None = None,
     compress_factor: int | None = None,
     complete_only: bool = False,
-    block_mask: BlockMask | None = None,
+    block_mask: Blocks = "auto",
     segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
     cu_seqlens_q: ArrayLike | None = None,
     cu_seqlens_k: ArrayLike | None = None,
@@ -695,7 +704,7 @@ def _abstract_call(
     make: Callable[..., tuple[AttentionSpec, Operands]], arrays: dict[str, Any], **options
 ) -> tuple[AttentionSpec, Operands]:
     """What ``make`` gives for arrays or their shapes, without computing anything."""
-    static = {name: x for name, x in arrays.items() if x is None or isinstance(x, int)}
+    static = {name: x for name, x in arrays.items() if x is None or isinstance(x, (int, str))}
     shaped = {name: x for name, x in arrays.items() if name not in static}
     specs = []
 
@@ -747,7 +756,18 @@ def _explanation(
         loads=tuple(_loads(spec)),
         splits=None if key is None else registry.splits_of(key, operands),
         page_copies=None if key is None else registry.page_copies(key),
+        lists="none" if key is None else _lists(spec, operands, target.arch),
     )
+
+
+def _lists(spec: AttentionSpec, operands: Operands, arch: str) -> str:
+    """Whether the forward kernel visits tiles by lists, and why not where it might."""
+    if operands.block_mask is not None:
+        return "given"
+    reasons = registry.reasons_against_making_lists(spec, operands, arch)
+    if not reasons:
+        return "made from mask_mod in the call"
+    return f"none, for {' and '.join(reasons)}" if spec.may_make_lists else "none"
 
 
 def _loads(spec: AttentionSpec) -> Iterator[str]:
@@ -811,13 +831,14 @@ def checked_call(
         query = _zero_padding(query, segments.q_ids)
         key, value = (_zero_padding(x, segments.kv_ids) for x in (key, value))
     at_rows = isinstance(q_offset, int) and q_offset == 0 and segments is None
-    if packed_mask is None and at_rows and block_mask is None:
+    has_lists = isinstance(block_mask, BlockMask)
+    if packed_mask is None and at_rows and not has_lists:
         mask_mod, packed_mask = _words_of(mask_mod, element_shape)
     mask_mod_arrays = ()
     if mask_mod is not None:
         mask_mod, mask_mod_arrays = masks.trace_mask(mask_mod)
         # A listed full tile shows all of itself, whatever mask_mod says, so that stays whole.
-        if block_mask is None and _is_within(analysis.POSITION_LIMIT, T, S, q_offset):
+        if not has_lists and _is_within(analysis.POSITION_LIMIT, T, S, q_offset):
             found, mask_mod, mask_mod_arrays = masks.split_window(mask_mod, mask_mod_arrays)
             sides = zip(window or (None, None), found, strict=True)
             left, right = (masks.smallest(pair) for pair in sides)
@@ -836,6 +857,7 @@ def checked_call(
         deterministic=_follows_xla_flags() if deterministic is None else bool(deterministic),
         mask_mod=mask_mod,
         score_mod=score_mod,
+        may_make_lists=isinstance(block_mask, str) and mask_mod is not None,
     )
     operands = Operands(
         query=query,
@@ -1103,11 +1125,11 @@ def _zero_padding(array: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def _checked_block_mask(block_mask, element_shape) -> BlockMask | None:
-    if block_mask is None:
+    if block_mask is None or (isinstance(block_mask, str) and block_mask == "auto"):
         return None
     if not isinstance(block_mask, BlockMask):
         raise ValueError(
-            "block_mask must be a BlockMask, such as make_block_mask gives; "
+            'block_mask must be a BlockMask, such as make_block_mask gives, "auto" or None; '
             f"got {type(block_mask).__name__}"
         )
     B, N, T, S = element_shape

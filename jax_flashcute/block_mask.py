@@ -347,11 +347,9 @@ def compact(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
     if X <= _FEW_TILES:
         is_jth = flags[..., None, :] & (before[..., None, :] == place[:, None] + 1)
         return counts, jnp.sum(jnp.where(is_jth, place, 0), axis=-1)
-    # The j-th set place is how many places have at most j set ones up to them.
-    rows = before.reshape(math.prod(before.shape[:-1]), X)
-    find = functools.partial(jnp.searchsorted, side="right", method="scan_unrolled")
-    found = jax.vmap(find, in_axes=(0, None))(rows, place).astype(jnp.int32).reshape(flags.shape)
-    return counts, jnp.where(place < counts[..., None], found, 0)
+    lists = jax.vmap(lambda row: jnp.zeros(X, jnp.int32).at[row].set(place, mode="drop"))
+    rows = jnp.where(flags, before - 1, X).reshape(math.prod(flags.shape[:-1]), X)
+    return counts, lists(rows).reshape(flags.shape)
 
 
 def visits_before(visited: jax.Array) -> jax.Array:

@@ -40,6 +40,7 @@ class AttentionSpec:
         before the soft cap.
       constants: of the operands ``"bias"`` and ``"score_mod_arrays"`` those whose gradients nobody
         asks for, which a backward pass may give as zeros.
+      may_make_lists: a kernel may have lists of tiles made from ``mask_mod`` in the call.
 
     A query row i stands at position ``i + q_offset``; ``q_offset`` is an operand.  Where segments
     have positions of their own, those stand in for i and for the number of a key.
@@ -54,6 +55,7 @@ class AttentionSpec:
     mask_mod: TracedFunction | None = None
     score_mod: TracedFunction | None = None
     constants: tuple[str, ...] = ()
+    may_make_lists: bool = False
 
 
 @jax.tree_util.register_dataclass

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_flashcute import plan
-from jax_flashcute.block_mask import visits_before
+from jax_flashcute.block_mask import BlockMask, visits_before
 from jax_flashcute.bounds import (
     key_bound_arrays,
     mask_key_bound_arrays,
@@ -30,12 +31,13 @@ from jax_flashcute.kernels.registry import (
     OPTIONAL_OPERANDS,
     AnyKey,
     KernelKey,
+    list_tile,
     rows_of,
     scratch_shapes,
 )
 from jax_flashcute.recording import plans
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
-from jax_flashcute.tile_kinds import HIDDEN
+from jax_flashcute.tile_kinds import HIDDEN, Tiling, classify, coarser
 
 EXPORT_CHECKS = (jax.export.DisabledSafetyCheck.custom_call(CALL_TARGET),)
 """For ``jax.export.export(..., disabled_checks=EXPORT_CHECKS)``: the call target is stable."""
@@ -159,22 +161,64 @@ def other_inputs(key: KernelKey, spec: AttentionSpec, operands: Operands) -> lis
             bounds = arrays(rows, operands, *key.tile)
     given = [x for x in given if x is not None]
     packed = [] if operands.packed_mask is None else [operands.packed_mask]
-    return [*given, *elements, *bounds, *_visits(key, operands, bounds), *packed]
+    return [*given, *elements, *bounds, *_visits(key, spec, operands, bounds), *packed]
 
 
-def _visits(key: KernelKey, operands: Operands, bounds: list[jax.Array]) -> list[jax.Array]:
+def _visits(
+    key: KernelKey, spec: AttentionSpec, operands: Operands, bounds: list[jax.Array]
+) -> list[jax.Array]:
     """The lists of tiles that a kernel visits, and how many blocks visit a tile before another."""
     rows, columns = key.tile
     lists, visited = [], None
-    if operands.block_mask is not None:
+    if key.has_lists:
+        given, T, S = operands.block_mask, operands.query.shape[1], operands.kv_length
+        if key.direction == "fwd" and given is not None:
+            return given.in_tiles(rows, columns).kernel_lists()
+        lengths = T, S
         if key.direction == "fwd":
-            return operands.block_mask.in_tiles(rows, columns).kernel_lists()
-        block_mask = operands.block_mask.in_tiles(columns, rows)
-        lists = block_mask.transpose().kernel_lists()
-        visited = jnp.swapaxes(block_mask.kinds(), 2, 3) != HIDDEN
+            kinds = _mask_kinds(key, spec, operands, rows, columns)
+        else:
+            lengths = S, T
+            if given is not None:
+                kinds = given.in_tiles(columns, rows).kinds()
+            else:
+                kinds = _mask_kinds(key, spec, operands, columns, rows)
+            kinds = jnp.swapaxes(kinds, 2, 3)
+        visited = kinds != HIDDEN
+        sizes = dict(zip(("q_length", "kv_length"), lengths, strict=True))
+        lists = BlockMask.from_kinds(kinds, **sizes, tile_m=rows, tile_n=columns).kernel_lists()
     elif bounds:
         visited = visited_tiles(bounds[2], -(-operands.query.shape[1] // columns))
     return [*lists, *([visits_before(visited)] if key.has_ranks and visited is not None else [])]
+
+
+def _mask_kinds(
+    key: KernelKey, spec: AttentionSpec, operands: Operands, tile_m: int, tile_n: int
+) -> jax.Array:
+    """The kinds of tiles of so many rows and keys, (1|B, 1|N, M, key tiles), of a call's mask."""
+    mask, batch, offset = spec.mask_mod, operands.batch_index, operands.q_offset
+    if mask is None or batch is None:
+        raise ValueError("lists are made of a mask_mod; got none")
+    T, N = operands.query.shape[1:3]
+    heads = jnp.arange(N, dtype=jnp.int32) if operands.head_index is None else operands.head_index
+    offset = jnp.zeros(1, jnp.int32) if offset is None else offset
+    common_m, common_n = list_tile(spec, operands, key.arch)
+    kinds = classify(
+        mask,
+        operands.mask_mod_arrays,
+        (batch, heads, offset),
+        Tiling(T, operands.kv_length, common_m, common_n),
+        key.interval,
+    )
+    kinds = coarser(kinds, tile_m // common_m, tile_n // common_n)
+    for lengths, tile, axis in (
+        (operands.query_seq_lengths, tile_m, 2),
+        (operands.key_value_seq_lengths, tile_n, 3),
+    ):
+        if lengths is not None:
+            first = lax.broadcasted_iota(jnp.int32, (1, *kinds.shape[1:]), axis) * tile
+            kinds = jnp.where(first < lengths[:, None, None, None], kinds, HIDDEN)
+    return kinds
 
 
 def _kernel_lowering(ctx, args, tree, inputs: Callable, key: KernelKey, call: plans.Call):

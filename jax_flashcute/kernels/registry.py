@@ -77,6 +77,15 @@ SERVED_OPERANDS = frozenset(
         *("page_table", "segment_ids", "block_mask", "packed_mask"),
     )
 )
+LEAST_SCORES_FOR_LISTS = 2**27
+"""Scores of a call within its window, over all heads, from which lists of tiles are made in it: 32
+heads of 2,048 by 2,048.  To make lists takes 26 to 39 us for one mask of 8,192 by 8,192 on an H200,
+and kernels then take up to a fifth more where a mask leaves every tile partial."""
+
+LEAST_HEADS_FOR_A_LIST = 4
+"""Heads, of all batch entries, that share a list which is made in the call at least.  To make one,
+each element of the mask is evaluated once."""
+
 OPTIONAL_OPERANDS = ("q_offset", "query_seq_lengths", "key_value_seq_lengths")
 """Lengths and offsets, which may be absent, in the order in which kernels take them."""
 
@@ -246,6 +255,54 @@ def by_element(spec: AttentionSpec, *, has_lists: bool = False) -> AttentionSpec
     return dataclasses.replace(spec, mask_mod=None)
 
 
+def reasons_against_making_lists(
+    spec: AttentionSpec, operands: Operands, arch: str | None
+) -> list[str]:
+    """Every reason why no lists of tiles are made of ``mask_mod`` in a call; empty where they are.
+
+    All follow from the program and from shapes: what a mask hides is not known here.
+    """
+    mask_mod = _scores(spec, operands, arch).mask_mod
+    if operands.block_mask is not None or not spec.may_make_lists:
+        return ["block_mask says what is visited"]
+    if mask_mod is None:
+        return ["no mask is evaluated score by score"]
+    reasons = []
+    if arch in BLACKWELL:
+        reasons.append("none are made for Blackwell yet")
+    if is_paged(operands) or operands.segment_ids is not None:
+        reasons.append("pages and segments have no lists")
+    if operands.packed_mask is not None:
+        reasons.append("a packed mask has no lists")
+    B, T, N, _ = operands.query.shape
+    S = operands.kv_length
+    if not all(isinstance(size, int) for size in (B, T, N, S)):
+        return [*reasons, "a dimension is known at run time only"]
+    left, right = window((_window_interval(spec),)) or (None, None)
+    keys = S if left is None or right is None else min(S, left + right + 1)
+    if B * N * T * keys < LEAST_SCORES_FOR_LISTS:
+        reasons.append(f"{B * N * T * keys:,} scores are fewer than {LEAST_SCORES_FOR_LISTS:,}")
+    per_batch = mask_mod.reads(0) or any(a.shape[0] != 1 for a in operands.mask_mod_arrays)
+    per_batch = per_batch or operands.q_offset is not None
+    lists = (B if per_batch else 1) * (N if mask_mod.reads(1) else 1)
+    if B * N < lists * LEAST_HEADS_FOR_A_LIST:
+        reasons.append(f"fewer than {LEAST_HEADS_FOR_A_LIST} heads would share a list")
+    config = _forward_config(arch, operands)
+    if config is not None and packing_pays(T, N // operands.key.shape[2], config):
+        reasons.append("queries are so few that heads share a tile")
+    return reasons
+
+
+def list_tile(spec: AttentionSpec, operands: Operands, arch: str | None) -> tuple[int, int]:
+    """Query rows and keys of the tiles into which a call's mask is classified.
+
+    They divide those of the forward and of the backward kernel, so that one serves both.
+    """
+    forward = _existing(_forward_config(arch, operands))
+    backward = _existing(_backward_config(arch, spec, operands))
+    return math.gcd(forward.tile_m, backward.tile_m), math.gcd(forward.tile_n, backward.tile_n)
+
+
 def _scores(spec: AttentionSpec, operands: Operands, arch: str | None) -> AttentionSpec:
     """The call without a ``mask_mod`` that the kernel takes as intervals."""
     if union_of(spec, operands, arch) or rows_of(spec, operands) is not None:
@@ -410,7 +467,8 @@ def kernel_key(
     group = query.shape[2] // key.shape[2]
     dims = query.shape[3], value.shape[3]
     present = operands.present()
-    has_lists = operands.block_mask is not None
+    makes_lists = not reasons_against_making_lists(spec, operands, arch)
+    has_lists = operands.block_mask is not None or makes_lists
     functions = element_functions(_scores(spec, operands, arch), operands)
     config: FwdConfig | FwdConfigSm100 | BwdConfig | BwdConfigSm100
     split_kv = False

@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 from jax_flashcute import BlockMask, explain, flash_attention, make_block_mask, masks
+from jax_flashcute.kernels import registry
 
 pytestmark = pytest.mark.gpu
 
@@ -70,6 +71,14 @@ def thresholds(b, h, q, kv):
     return kv >= 37 * (b + 1)
 
 
+def over(limits: jax.Array):
+    return lambda b, h, q, kv: kv >= limits[kv]
+
+
+def narrowed(widths: jax.Array):
+    return lambda b, h, q, kv: (kv <= q) & (kv > q - widths[q])
+
+
 def ids_of(length: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(2).integers(0, 5, length), jnp.int32)
 
@@ -83,6 +92,8 @@ MASKS = {
     "dilated": lambda T, S: lambda b, h, q, kv: (q >= kv) & (q - kv < 256) & ((q - kv) % 2 == 0),
     "documents": lambda T, S: masks.documents(ids_of(T), ids_of(S)),
     "thresholds": lambda T, S: thresholds,
+    "thresholds_of_keys": lambda T, S: over(90 * ids_of(S)),
+    "windows_of_queries": lambda T, S: narrowed(40 * ids_of(T)),
 }
 
 
@@ -95,6 +106,81 @@ def test_masks_with_their_own_lists(name: str, lengths: tuple[int, int]) -> None
         sizes = {"tile_m": tile[0], "tile_n": tile[1]}
         blocks = make_block_mask(mask, 2, 6, *lengths, **sizes)
         check(main, mask_mod=mask, block_mask=blocks)
+
+
+def hide_some(b, h, q, kv):
+    return (kv - 40 * h) % 400 < 300
+
+
+MADE = {
+    "mini_causal": MASKS["mini_causal"],
+    "dilated": MASKS["dilated"],
+    "documents": MASKS["documents"],
+    "thresholds_of_heads": lambda T, S: hide_some,
+    "half_hidden": lambda T, S: lambda b, h, q, kv: (q * kv) % 2 == (q // 300) * (kv // 200) % 2,
+}
+
+
+def make_lists_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "LEAST_SCORES_FOR_LISTS", 1)
+    monkeypatch.setattr(registry, "LEAST_HEADS_FOR_A_LIST", 1)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", MADE)
+def test_lists_made_in_the_call(monkeypatch, name: str, deterministic: bool) -> None:
+    make_lists_always(monkeypatch)
+    lengths = (1023, 1100)
+    mask = MADE[name](*lengths)
+    main = inputs(lengths, (6, 2), 64 if deterministic else 128)
+    call = {"mask_mod": mask, "deterministic": deterministic}
+    assert explain(**main, **call).lists == "made from mask_mod in the call"
+    check(main, **call)
+    lengths = {
+        "query_seq_lengths": jnp.asarray([700, 1023]),
+        "key_value_seq_lengths": jnp.asarray([1100, 333]),
+    }
+    check(main, **call, **lengths, is_causal=True, q_offset=jnp.asarray([0, 90]))
+
+
+def test_lists_made_under_vmap(monkeypatch) -> None:
+    """Each element's own arrays of the mask decide about its own lists."""
+    make_lists_always(monkeypatch)
+    examples = [inputs((600, 600), (4, 2), batch=1, seed=seed) for seed in range(3)]
+    ids = jnp.stack([jnp.roll(ids_of(600), 50 * i) for i in range(3)])
+
+    def attend(main, ids):
+        def mask(b, h, q, kv):
+            return ids[q] == ids[kv]
+
+        return flash_attention(**main, mask_mod=mask, implementation="cute")
+
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *examples)
+    mapped = jax.jit(jax.vmap(attend))(stacked, ids)
+    for i, main in enumerate(examples):
+        np.testing.assert_array_equal(mapped[i], jax.jit(attend)(main, ids[i]))
+
+
+def test_two_layers_make_their_lists_once(monkeypatch) -> None:
+    """In XLA's program for the GPU, forward and backward, however many layers there are."""
+    make_lists_always(monkeypatch)
+    main = inputs((1024, 1024), (4, 2))
+    ids = ids_of(1024)
+
+    def reductions(layers: int) -> int:
+        def loss(main, ids):
+            x = main["query"]
+            for _ in range(layers):
+                x = flash_attention(
+                    x, main["key"], main["value"], implementation="cute",
+                    mask_mod=lambda b, h, q, kv: ids[q] == ids[kv],
+                )  # fmt: skip
+            return jnp.sum(x.astype(jnp.float32))
+
+        text = jax.jit(jax.grad(loss)).lower(main, ids).compile().as_text()
+        return sum("classify" in line and " reduce(" in line for line in text.splitlines())
+
+    assert reductions(1) == reductions(3) > 0
 
 
 def random_kinds(tiles, batch, heads, seed=0) -> np.ndarray:
@@ -113,6 +199,27 @@ def test_lists_of_each_batch_entry_and_head(head_dim: int, heads: tuple[int, int
     sizes = {"q_length": 500, "kv_length": 1100, "tile_m": 128, "tile_n": 128}
     blocks = BlockMask.from_blocks(kinds > 0, kinds == 2, **sizes)
     check(main, block_mask=blocks, mask_mod=MASKS["dilated"](0, 0), is_causal=True)
+
+
+EMPTY_ROWS = {
+    "first": [0],
+    "several_in_a_row": [1, 2, 3],
+    "first_and_last": [0, 1, 6, 7],
+    "all_but_one": [0, 1, 2, 3, 5, 6, 7],
+}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", EMPTY_ROWS)
+def test_rows_and_columns_of_empty_lists(name: str, deterministic: bool) -> None:
+    kinds = np.random.default_rng(3).integers(0, 3, (2, 3, 8, 8))
+    sizes = {"q_length": 1000, "kv_length": 1000, "tile_m": 128, "tile_n": 128}
+    for axis in (2, 3):
+        hidden = kinds.copy()
+        np.moveaxis(hidden, axis, 0)[EMPTY_ROWS[name]] = 0
+        blocks = BlockMask.from_blocks(hidden > 0, hidden == 2, **sizes)
+        call = {"block_mask": blocks, "deterministic": deterministic}
+        check(inputs((1000, 1000), (3, 1)), mask_mod=MASKS["dilated"](0, 0), **call)
 
 
 def test_shared_lists_are_expanded_ones() -> None:

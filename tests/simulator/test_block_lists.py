@@ -8,6 +8,7 @@ import pytest
 
 from jax_flashcute import masks
 from jax_flashcute.block_mask import BlockMask, make_block_mask
+from jax_flashcute.kernels import registry
 from tests.simulator.test_backward_segments import check_backward
 from tests.simulator.test_forward_segments import call_of, check_forward
 
@@ -132,6 +133,39 @@ def test_deterministic(name: str):
     """A block that waits for a turn that never comes, or has passed, is a deadlock."""
     lengths, arguments = DETERMINISTIC[name]
     check_backward(*call_of(lengths, **arguments, deterministic=True))
+
+
+def holes(b, h, q, kv):
+    """Some tiles full, some hidden, the rest partial; not the same for every head."""
+    return ((q - 70) * (kv - 150) > 0) | ((kv + h) % 3 == 0) & (q > 40)
+
+
+MADE = {
+    "64": ((1, 190, 300), {"mask_mod": holes, "heads": (3, 1), "deterministic": True}),
+    "128_lengths": (
+        (2, 300, 400),
+        {
+            "mask_mod": holes, "heads": (2, 2), "head_dim": 128, "is_causal": True,
+            "q_offset": jnp.array([100, 40]), "query_seq_lengths": jnp.array([300, 100]),
+            "key_value_seq_lengths": jnp.array([90, 400]),
+        },
+    ),
+    "256": ((1, 200, 300), {"mask_mod": holes, "heads": (2, 1), "head_dim": 256}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "64")) for n in MADE]
+)
+def test_lists_made_in_the_call(monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setattr(registry, "LEAST_SCORES_FOR_LISTS", 1)
+    monkeypatch.setattr(registry, "LEAST_HEADS_FOR_A_LIST", 1)
+    lengths, arguments = MADE[name]
+    spec, operands = call_of(lengths, **arguments, block_mask="auto")
+    for direction in ("fwd", "bwd"):
+        assert registry.kernel_key(spec, operands, direction, "sm_90a", 132).has_lists
+    check_forward(spec, operands)
+    check_backward(spec, operands)
 
 
 def test_all_tiles_are_the_dense_result_bit_for_bit():
