@@ -5,6 +5,7 @@ No GPU is needed, and none has run these kernels.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jax_flashcute.ffi.compile import ArrayType, compile_kernel
@@ -13,7 +14,9 @@ from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import FwdConfigSm100
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
+from tests.simulator.test_block_lists import random_lists
 from tests.simulator.test_forward_elements import operands_of
+from tests.simulator.test_forward_segments import call_of
 from tests.user_functions import MASKS, SCORES
 
 MASKED_SPILL_BYTES_SM103 = 128
@@ -95,6 +98,21 @@ def test_code_of_elements(name: str, head_dim: int, arch: str) -> None:
     case = Case(2, 300, 300, 1, head_dim=head_dim, head_dim_v=head_dim, causal=True, **features)
     functions = (table[f](case) if f else None for table, f in ((MASKS, mask), (SCORES, score)))
     check_code(*operands_of(case, "bfloat16", *functions), arch)
+
+
+IN_ARRAYS = {
+    "segments": ({"segment_ids": np.arange(300)[None] // 70, "is_causal": True}, 8),
+    "lists": ({"block_mask": random_lists((1, 300, 300), 1, 1, tile=(256, 128))}, 64),
+    "bits": ({"packed_mask": np.zeros((1, 1, 300, 10), np.uint32)}, 16),
+}
+"""Calls, and the bytes a thread that ptxas spills of them for sm_100a at head_dim 128."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_ARRAYS)
+def test_code_of_masks_in_arrays(name: str) -> None:
+    arguments, spilled = IN_ARRAYS[name]
+    check_code(*call_of((1, 300, 300), head_dim=128, **arguments), "sm_100a", spilled)
 
 
 def check_code(
