@@ -206,10 +206,7 @@ class ElementProgram:
                 if value is not None:
                     known[equation.output] = value
             else:
-                value = evaluate(equation, known)
-                # A single element is read where its indices are known, and not at each use.
-                is_element = isinstance(value, View) and value.shape == ()
-                known[equation.output] = value.elements() if is_element else value
+                known[equation.output] = evaluate(equation, known)
         return known
 
     # ---- what is known of values beforehand ------------------------------------------------------

@@ -6,7 +6,7 @@ the forward, keys in the backward.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import cutlass
@@ -144,19 +144,11 @@ class EntryElements:
         found = {name: program.at_column(known[name], column) for name, program in programs}
         return known | found | {"column": column}
 
-    def at_key(self, tile: dict[str, Any], column: int) -> dict[str, Any]:
-        """``at_column`` of what is known of keys alone; a bias by keys alone is read."""
-        known, bias = self.at_column(tile, column), self.elements.functions.bias
-        if bias is not None and not {"n", "t"} & set(bias.full):
-            known["bias"] = Float32(self.load(self.elements.bias, bias, known))
-        return known
-
     def along_keys(
         self,
         queries: list[dict[str, Any]],
         first: Int32,
         may_be_beyond: bool,
-        ahead: Sequence[int] = (),
         *,
         may_shift: bool = False,
     ) -> tuple[Callable[[int], list[dict[str, Any]]], list[Float32] | None]:
@@ -168,8 +160,6 @@ class EntryElements:
           queries: of ``queries``.
           first: the key of column 0.
           may_be_beyond: a column's key may lie beyond the last one.
-          ahead: columns of which what follows from the key alone is to be read now, where all of
-            the tile's keys are there.
           may_shift: something may be left to be added.
         """
 
@@ -181,12 +171,11 @@ class EntryElements:
             return bounded, None
         tile = self.known_of(key=Affine(first, Int32(1)))
         rows = [self.both(query, tile) for query in queries]
-        read = {column: self.at_key(tile, column) for column in ahead}
         terms = [self.added(row) if may_shift else None for row in rows]
         shifts = [term.base for term in terms if term is not None]
 
         def stepped(column: int):
-            key = read[column] if column in read else self.at_key(tile, column)
+            key = self.at_column(tile, column)
             if not shifts:
                 return [self.both(self.at_column(row, column), key) for row in rows]
             found = []
@@ -226,10 +215,7 @@ class EntryElements:
         else:
             score = capped(self.modified(known, score * scale), 1.0, functions.soft_cap)
         if functions.bias is not None:
-            bias = known.get("bias")
-            if bias is None:
-                bias = Float32(self.load(self.elements.bias, functions.bias, known))
-            score = score + bias
+            score = score + Float32(self.load(self.elements.bias, functions.bias, known))
         if functions.mask is not None:
             byte = self.load(self.elements.mask, functions.mask, known)
             score = select(byte != Uint8(0), score, Float32(-math.inf))

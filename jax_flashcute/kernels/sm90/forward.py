@@ -31,7 +31,6 @@ number of consumer warpgroups, of four warps each.  Where threads copy, 128 of t
 v, and three warps more take a tile.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import cuda.bindings.driver as cuda
@@ -750,7 +749,7 @@ class ForwardSm90:
             mask_tile = partial(self.apply_mask, scores, thread, row_limits, compare)
             if const_expr(self.union is not None):
                 mask_tile = partial(self.unless_full, self.ranges_of(fields), mask_tile)
-            read_keys, modify = self.element_step(
+            modify = self.element_step(
                 mElements, scores, thread, (batch, offset, array_lengths, first_token, head)
             )
             read_bits, hide_bits = self.packed_step(
@@ -773,12 +772,12 @@ class ForwardSm90:
                 pipeline_k.release(k_stage, warps)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 if const_expr(lists is None or not self.has_mask_mod):
-                    modify(read_keys(n, True)[0])
+                    modify(n, True)
                 else:
                     if lists.partial_count > 0:
-                        modify(read_keys(n, True)[0])
+                        modify(n, True)
                     else:
-                        modify(read_keys(n, True)[0], is_full=True)
+                        modify(n, True, is_full=True)
                 hide_bits(n, bits)
                 mask_tile(n)
                 softmax.step(scores, row_scale, True, True)
@@ -793,7 +792,6 @@ class ForwardSm90:
                         # On their way from memory while the product is.
                         bits = read_bits(n)
                         may_be_beyond = const_expr(stretch != 1 or self.has_lists)
-                        of_keys = read_keys(n, may_be_beyond)
                         pipeline_k.wait(k_stage, k_phase)
                         self.take_turn(slab)
                         gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False)
@@ -803,7 +801,7 @@ class ForwardSm90:
                         warpgroup.wait_group(1)
                         pipeline_k.release(k_stage, warps)
                         k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
-                        modify(of_keys[0], is_full=stretch == 1)
+                        added = modify(n, may_be_beyond, is_full=stretch == 1)
                         hide_bits(n, bits)
                         if const_expr(stretch != 1):
                             mask_tile(n)
@@ -813,7 +811,7 @@ class ForwardSm90:
                                 mask_tile(n)
                         needs_rescale = softmax.step(
                             *(scores, row_scale, False, may_be_beyond or by_element or has_bits),
-                            of_keys[1],
+                            added,
                         )
                         warpgroup.wait_group(0)
                         pipeline_v.release(v_stage, warps)
@@ -869,14 +867,13 @@ class ForwardSm90:
         return [elements.sink(batch, head) for head in heads]
 
     def element_step(self, mElements: tuple, scores: cute.Tensor, thread: Int32, place):
-        """What is done to each score of a tile, in two parts.
+        """What is done to each score of a tile: a function of the tile's number.
 
-        A function of the tile's number, and of whether some of its keys may lie beyond the last
-        one, that reads what follows from keys, and gives what is left to be added to each row of
-        scores, or None; and one of what it has read that changes the scores.
+        Its second argument says whether some of the tile's keys may lie beyond the last one.  It
+        gives what is left to be added to each row of scores; None for nothing.
         """
         if self.functions is None or not self.functions.by_element:
-            return lambda n, may_be_beyond: (None, None), lambda column, is_full=False: None
+            return lambda n, may_be_beyond, is_full=False: None
         batch, offset, array_lengths, first_token, head = place
         elements = Elements(self.functions, mElements).of_entry(batch, offset, array_lengths)
         queries = [
@@ -887,22 +884,18 @@ class ForwardSm90:
             for r in range(ROWS_PER_THREAD)
         ]
 
-        columns = range(cute.size(scores, mode=[1]))
         scale = self.scale if self.changes_scores else 1.0
 
-        def read(n: Int32, may_be_beyond: bool) -> tuple:
-            first = n * self.config.tile_n + first_column(thread)
-            # Three warpgroups have no registers to keep it in.
-            ahead = [column_step(c) for c in columns] if self.config.warpgroups < 3 else []
-            return elements.along_keys(queries, first, may_be_beyond, ahead, may_shift=True)
-
-        def modify(column: Callable, is_full: bool = False) -> None:
+        def modify(n: Int32, may_be_beyond: bool, is_full: bool = False) -> list[Float32] | None:
             is_full = is_full and self.has_lists
-            for c in columns:
+            first = n * self.config.tile_n + first_column(thread)
+            column, added = elements.along_keys(queries, first, may_be_beyond, may_shift=True)
+            for c in range(cute.size(scores, mode=[1])):
                 for r, known in enumerate(column(column_step(c))):
                     scores[r, c] = elements.element(known, scores[r, c], scale, is_full=is_full)
+            return added
 
-        return read, modify
+        return modify
 
     def packed_step(self, mPacked: tuple, scores: cute.Tensor, thread: Int32, place):
         """What a mask in bits does to a tile, in two parts.
