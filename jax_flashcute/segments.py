@@ -160,8 +160,7 @@ def ids_of_boundaries(cu_seqlens: jax.Array, length: int) -> jax.Array:
         ids = jnp.searchsorted(boundaries, row, side="right", method=method).astype(jnp.int32) - 1
         return jnp.where(row < boundaries[-1], ids, -1)
 
-    # Made once: XLA would compare anew wherever an id is used.
-    return lax.optimization_barrier(jax.vmap(of_one)(cu_seqlens))
+    return jax.vmap(of_one)(cu_seqlens)
 
 
 def rows_by_sequence(packed: jax.Array, cu_seqlens: jax.Array, length: int) -> jax.Array:
