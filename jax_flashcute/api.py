@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.experimental import checkify
@@ -362,9 +363,15 @@ def _rows_by_sequence(query, page_table, q_lengths, cu_seqlens_q, max_q_length, 
             f"cu_seqlens_q must be (batch + 1 = {page_table.shape[0] + 1},); got shape {ends.shape}"
         )
     total = query.shape[0]
+    if max_q_length is None and not isinstance(total, int):
+        raise ValueError(
+            "max_q_length must be given where the number of queries is known at run time only; "
+            "got None"
+        )
     length = total if max_q_length is None else max_q_length
-    if not isinstance(length, int) or length < 0:
+    if not isinstance(length, (int, np.integer)) or length < 0:
         raise ValueError(f"max_q_length must be an integer that is not negative; got {length!r}")
+    length = int(length)
     ends = ends.astype(jnp.int32)
     counts = ends[1:] - ends[:-1]
     if checked:
@@ -373,7 +380,10 @@ def _rows_by_sequence(query, page_table, q_lengths, cu_seqlens_q, max_q_length, 
             f"cu_seqlens_q must rise within 0..{total}, by at most max_q_length={length}",
             f"{ends}",
         )
-    return rows_by_sequence(query, ends, length), jnp.clip(counts, 0, length)
+    counts = jnp.clip(counts, 0, length)
+    if isinstance(total, int) and total == 0:
+        return jnp.zeros((counts.shape[0], length, *query.shape[1:]), query.dtype), counts
+    return rows_by_sequence(query, ends, length), counts
 
 
 def _reason_against_invariance(spec: AttentionSpec, implementation: Implementation) -> str | None:

@@ -132,6 +132,9 @@ def context_parallel_attention(
             f"{head_axes!r}; inside a shard_map its in_specs say so"
         )
     layout = _Layout(axis_name, devices, order)
+    if isinstance(mask_mod, masks.Mask) and mask_mod.words is not None:
+        # A device has a part of the rows and of the keys, and words are of whole rows of keys.
+        mask_mod = mask_mod.__call__
     spec, operands = api.checked_call(
         query,
         key,

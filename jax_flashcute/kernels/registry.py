@@ -122,7 +122,7 @@ class KernelKey:
       union: intervals within ``interval``: a query sees the keys of at least one; none where it
         sees all of ``interval``; Hopper only.
       packed_mask: which of batch, heads and rows a mask in bits varies along, of "bnt"; None
-        without one; Hopper only.
+        without one.
     """
 
     kernel: str
@@ -236,7 +236,9 @@ def rows_of(spec: AttentionSpec, operands: Operands) -> RowInterval | None:
 
 
 def keys_of(spec: AttentionSpec, operands: Operands, arch: str | None) -> str | None:
-    """The keys that a position sees, in words; None where scores are looked at one by one."""
+    """The keys that a position sees, in words; None where they are not known to be intervals."""
+    if operands.packed_mask is not None:
+        return None
     union = union_of(spec, operands, arch)
     if union:
         return " or ".join(map(str, union))
@@ -290,6 +292,8 @@ def reasons_against_making_lists(
     config = _forward_config(arch, operands)
     if config is not None and packing_pays(T, N // operands.key.shape[2], config):
         reasons.append("queries are so few that heads share a tile")
+    if config is not None and T <= config.slab_rows:
+        reasons.append("queries are so few that their keys may be divided among blocks")
     return reasons
 
 
@@ -483,12 +487,15 @@ def kernel_key(
         pack_gqa = pack_gqa and _may_pack(operands, group, config)
         # Bounds from arrays and lists are not tried yet.
         may_split = operands.segment_ids is None and not has_lists
+        # A part is a stretch of one range of tiles, computed from positions; other masks go by
+        # element, if they can.
+        alone = by_element(spec, has_lists=has_lists)
+        may_split = may_split and not reasons_against_elements(alone, operands)
         splits = partial(num_splits, arch, batch_invariant=spec.batch_invariant)
         if may_split and splits(interval, operands, num_sms) > 1:
             config, split_kv = _few_rows_config(arch, *dims), True
-            # A part is a stretch of one range of tiles, computed from positions.
             union, row_bounds = (), None
-            functions = element_functions(by_element(spec, has_lists=has_lists), operands)
+            functions = element_functions(alone, operands)
             pack_gqa = packing_pays(query.shape[1], group, config)
         if is_paged(operands) and isinstance(config, FwdConfig):
             config = paged_config(config)
@@ -577,9 +584,9 @@ def tile_counts(
     """What the intervals of keys make of a head's tiles, in the forward kernel of a call.
 
     Keys are ``tile_m``, ``tile_n``, ``full``, ``partial`` and ``skipped``.  None where lengths, an
-    offset or pages decide at run time, or where the mask is no union of intervals.
+    offset, pages or bits decide at run time, or where the mask is no union of intervals.
     """
-    runtime = {*OPTIONAL_OPERANDS, "page_table", "segment_ids", "block_mask"}
+    runtime = {*OPTIONAL_OPERANDS, "page_table", "segment_ids", "block_mask", "packed_mask"}
     T, S = operands.query.shape[1], operands.kv_length
     known = isinstance(T, int) and isinstance(S, int) and T * S > 0
     if not known or runtime & set(operands.present()):

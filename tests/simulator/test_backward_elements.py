@@ -137,3 +137,9 @@ def test_mask(name: str):
 def test_together(head_dim: int):
     case = sized(head_dim, seqlen_q=130, **EVERYTHING)
     check(case, MASKS["documents"](case), SCORES["alibi_of_numbers"](case))
+
+
+def test_a_derivative_that_is_infinite_at_0():
+    """Beyond the last row and key products are 0."""
+    case = Case(1, 100, 100, 1, 1, 64, 64)
+    check(case, score_mod=lambda s, b, h, q, kv: jnp.sign(s) * jnp.sqrt(jnp.abs(s)))

@@ -55,6 +55,7 @@ def inputs(feature: str, dtype=jnp.float32) -> dict:
     return arrays
 
 
+BITS = np.random.default_rng(3).integers(0, 2**32, (1, N, T, -(-T // 32)), np.uint32)
 OPTIONS = {
     "full": {},
     "causal": {"is_causal": True},
@@ -65,6 +66,7 @@ OPTIONS = {
     "interval": {"mask_mod": masks.chunked(17) & masks.causal},
     "not_interval": {"mask_mod": masks.dilated(40, 3)},
     "score_soft_cap": {"is_causal": True, "logits_soft_cap": 1.5},
+    "bits": {"mask_mod": masks.from_bits(BITS)},
 }
 
 
@@ -134,6 +136,7 @@ CASES = [
     ("segments_causal", 2, "ring", "zigzag", 1),
     ("score_soft_cap", 2, "ring", "striped", 2),
     ("interval", 2, "all_gather", "zigzag", 1),
+    ("bits", 2, "ring", "zigzag", 1),
 ]
 EVERY_CASE = [
     (feature, 4, method, order, 2)

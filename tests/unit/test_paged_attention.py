@@ -212,6 +212,14 @@ def test_packed_queries_that_do_not_fit_are_named() -> None:
         paged_attention(query[0], *pages, cu_seqlens_q=ends, max_q_length=-1)
 
 
+def test_no_packed_queries_at_all() -> None:
+    (query, *pages), _ = make(4, (9, 30))
+    out = paged_attention(
+        query[0, :0], *pages, cu_seqlens_q=np.zeros(3, np.int32), max_q_length=np.int64(4)
+    )
+    assert out.shape == (0, query.shape[2], pages[1].shape[3])
+
+
 def decode(page_size: int, **how):
     """``explain_paged_attention`` of a decode step of 16 sequences, by shapes alone."""
     query = jax.ShapeDtypeStruct((16, how.pop("seqlen_q", 1), 32, 128), jnp.bfloat16)

@@ -30,6 +30,7 @@ from jax_flashcute.kernels.config import (
 from jax_flashcute.masks import trace_score
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
+from tests.simulator.test_forward_segments import call_of
 
 HEAD_DIMS = range(8, 257, 8)
 SPEC = AttentionSpec(0.125)
@@ -405,6 +406,20 @@ def test_only_one_row_of_tiles_is_split(arch: str, seqlen_q: int, group: int, sp
     assert kernel.split_kv == split
     scratch = registry.scratch_shapes(kernel, operands)
     assert len(scratch) == (3 if split else 1)
+
+
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_a_mask_that_no_kernel_evaluates_is_not_split(is_sorted: bool) -> None:
+    """Its bounds are computed beforehand, which parts of the keys do without."""
+    ends = jnp.asarray([5000, 300], jnp.int32)
+    spec, operands = call_of(
+        (2, 1, 16384),
+        mask_mod=lambda b, h, q, kv: kv < (jnp.sort(ends) if is_sorted else ends)[b],
+    )
+    assert not registry.reasons_against(spec, operands, "fwd", "sm_90a")
+    key = registry.kernel_key(spec, operands, "fwd", "sm_90a", 132)
+    assert key.split_kv == (not is_sorted)
+    assert (key.row_bounds is None) == (key.elements is not None) == key.split_kv
 
 
 @pytest.mark.parametrize("head_dim", [8, 64, 128, 192, 256])

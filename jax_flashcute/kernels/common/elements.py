@@ -254,7 +254,11 @@ class EntryElements:
         if derivative is None:
             return d_score, {}
         values = derivative.program.given(known["derivative"], cotangent=d_score, **given)
-        return derivative.program.value(values), values
+        gradient = derivative.program.value(values)
+        if self.reads_score:
+            # Beyond the last row and key scores are 0, where a derivative may be infinite.
+            gradient = select(d_score != Float32(0.0), gradient, Float32(0.0))
+        return gradient, values
 
     @property
     def reads_score(self) -> bool:

@@ -317,7 +317,7 @@ class SoftmaxWarpgroups:
         """Stores exp2 of a row's scores as P over S and hands them to the products."""
         pipeline_s, slab, place, thread = turn
         # The polynomial would let hidden scores, which are -inf, count as a little.
-        may_be_hidden = is_boundary or self.kernel.by_element
+        may_be_hidden = is_boundary or self.kernel.by_element or self.kernel.packed_mask is not None
         every = 0 if const_expr(may_be_hidden) else self.kernel.config.polynomial_every
         sums = []
         for first, size in chunks(cute.size(scores)):

@@ -134,9 +134,15 @@ class _Sum:
     def start(self) -> None:
         self.totals.fill(0.0)
 
-    def add(self, known: list[dict], values: list[dict[int, Any]], d_bias: list[Float32]) -> None:
-        """A column of a tile; as ``GradientSums.add`` has it."""
-        parts = self.parts(values, d_bias)
+    def add(self, known: list[dict], values: list[dict[int, Any]], d_scores: list[Float32]) -> None:
+        """A column of a tile.
+
+        Args:
+          known: of its query with each of the thread's keys.
+          values: of the derivative's program, for each key.
+          d_scores: the gradients of the changed scores.
+        """
+        parts = self.parts(values, d_scores)
         match self.varies:
             case "":
                 self.totals[0] = self.totals[0] + (parts[0] + parts[1])
@@ -149,7 +155,7 @@ class _Sum:
                 for r, part in enumerate(parts):
                     self.add_element(r, known[r], values[r], part)
 
-    def parts(self, values: list[dict[int, Any]], d_bias: list[Float32]) -> list[Float32]:
+    def parts(self, values: list[dict[int, Any]], d_scores: list[Float32]) -> list[Float32]:
         """What a column's scores add."""
         raise NotImplementedError
 
@@ -175,8 +181,8 @@ class _BiasSum(_Sum):
         self.varies = "".join(x for x, d in (("q", "t"), ("k", "s")) if d in self.array.full)
         super().__init__()
 
-    def parts(self, values: list[dict[int, Any]], d_bias: list[Float32]) -> list[Float32]:
-        return d_bias
+    def parts(self, values: list[dict[int, Any]], d_scores: list[Float32]) -> list[Float32]:
+        return d_scores
 
     def add_to(self, known: dict, total: Float32, where: Boolean | None = None) -> None:
         place = self.entry.place(self.tensor, self.array, known)
@@ -192,6 +198,7 @@ class _ReadSum(_Sum):
 
     def __init__(self, entry: EntryElements, tensor: cute.Tensor, array: int, at: int):
         self.program = entry.elements.derivative.program
+        self.reads_score = entry.reads_score
         self.at = at
         reads = self.program.depends_on(at)
         by_score = bool({"score", "cotangent"} & reads)
@@ -208,8 +215,15 @@ class _ReadSum(_Sum):
         if self.kept is not None:
             self.kept.fill(-1)
 
-    def parts(self, values: list[dict[int, Any]], d_bias: list[Float32]) -> list[Float32]:
-        return [Float32(self.program.value(of_key, self.at + 1)) for of_key in values]
+    def parts(self, values: list[dict[int, Any]], d_scores: list[Float32]) -> list[Float32]:
+        parts = [Float32(self.program.value(of_key, self.at + 1)) for of_key in values]
+        if not self.reads_score:
+            return parts
+        # Beyond the last row and key scores are 0, where a derivative may be infinite.
+        return [
+            select(d_score != Float32(0.0), part, Float32(0.0))
+            for d_score, part in zip(d_scores, parts, strict=True)
+        ]
 
     def add_to(self, known: dict, total: Float32, where: Boolean | None = None) -> None:
         number = self.program.value(known["derivative"], self.at)
