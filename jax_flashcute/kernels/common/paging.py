@@ -49,6 +49,45 @@ def fill_stage(pipeline: TmaPipeline, load, n: Int32, place, stage: Int32) -> No
     load(n, place, stage, pipeline.full + stage)
 
 
+@cute.jit
+def follow_tiles(
+    take: cutlass.Constexpr,
+    loaders: cutlass.Constexpr,
+    heads_per_kv: cutlass.Constexpr[int],
+    pipelines,
+):
+    """A warp beside the one that draws tiles of work, which copies its rows of K and V of each.
+
+    Args:
+      take: gives the fields of a tile of work for (stage, phase).
+      loaders: ``KeyTiles.loaders`` for (kv_head, batch, keys).
+      heads_per_kv: heads of a tile's fields that a key/value head serves.
+      pipelines: of K, of V and of tiles of work.
+    """
+    pipeline_k, pipeline_v, pipeline_tile = pipelines
+    k_stage, k_phase, v_stage, v_phase, t_stage, t_phase = (Int32(0) for _ in range(6))
+    fields = take(t_stage, t_phase)
+    while fields[0] >= 0:
+        t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
+        head, batch, keys, n_min, n_max = (fields[i] for i in (1, 2, 5, 6, 7))
+        locate, load_k, load_v = loaders(head // heads_per_kv, batch, keys)
+        # K of a tile goes ahead of V of the tile before.
+        for i in cutlass.range(n_max - n_min + 1, unroll=1):
+            n = n_max - 1 - i
+            if n >= n_min:
+                place = locate(n)
+                pipeline_k.acquire(k_stage, k_phase)
+                fill_stage(pipeline_k, load_k, n, place, k_stage)
+                k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+            if i > 0:
+                place = locate(n + 1)
+                pipeline_v.acquire(v_stage, v_phase)
+                fill_stage(pipeline_v, load_v, n + 1, place, v_stage)
+                v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
+        fields = take(t_stage, t_phase)
+    cute.arch.cp_async_wait_group(0)
+
+
 class DenseTiles:
     """Tiles of arrays (B, S, K, H), each copied at once by TMA."""
 

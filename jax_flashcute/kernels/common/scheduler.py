@@ -76,3 +76,18 @@ def reset_counter(counter: cute.Tensor):
     """Sets the tile counter to 0 ahead of the kernel that draws from it."""
     if cute.arch.thread_idx()[0] == 0:
         counter[0] = Int32(0)
+
+
+@cute.jit
+def draw_tile(mCounter: cute.Tensor) -> Int32:
+    """The next tile's index, in lane 0 alone.
+
+    Drawn while the last key tile of the one before is on its way: sooner, blocks in the midst
+    of long tiles would take tiles that others come to first; later, the latency would show.
+    """
+    # The counter is reset by the kernel before this one.
+    cute.arch.griddepcontrol_wait()
+    tile = Int32(0)
+    if cute.arch.lane_idx() == 0:
+        tile = cute.arch.atomic_add(mCounter.iterator, Int32(1)) + cute.arch.grid_dim()[0]
+    return tile

@@ -48,13 +48,13 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
-from jax_flashcute.bounds import TILE_FIELDS, RowBounds
+from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels.common.intervals import IntervalMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
-from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.scheduler import section_size
 from jax_flashcute.kernels.common.tiles import CHUNK, by_head, smem_layout
 from jax_flashcute.kernels.common.turns import section_in_turns
+from jax_flashcute.kernels.common.visits import QueryTiles
 from jax_flashcute.kernels.config import BwdConfigSm100, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.postprocess import Postprocess
@@ -73,7 +73,7 @@ LAUNCH_REGISTERS = 128
 """A thread's, before reallocation: a quarter of them for each of four warpgroups."""
 
 
-class BackwardSm100:
+class BackwardSm100(QueryTiles):
     """Compiles to one launcher (three kernels) for all batch sizes, lengths and head counts."""
 
     def __init__(
@@ -354,7 +354,7 @@ class BackwardSm100:
         tiles, compares = self.query_tiles(n_block, batch, (offset, queries, keys), mBounds)
         block = (n_block, kv_head, batch)
         visits = partial(self.visits, tiles, mLists, block, keys)
-        num_tiles = self.all_tiles(visits)
+        num_tiles = self.all_steps(visits)
 
         if warp_index >= LOAD_WARP:
             if const_expr(cfg.other_registers > LAUNCH_REGISTERS):
@@ -410,62 +410,3 @@ class BackwardSm100:
         cute.arch.sync_threads()
         if warp_index == PRODUCT_WARP:
             cute.arch.dealloc_tmem(tensor_memory, COLUMNS)
-
-    @cute.jit
-    def query_tiles(self, n_block: Int32, batch: Int32, lengths, mBounds: tuple):
-        """The query tiles that a block visits, as ``IntervalMask.query_range`` has them.
-
-        And whether ids have to be compared in those that need a mask.
-        """
-        cfg = self.config
-        offset, queries, keys = lengths
-        compares = Int32(0)
-        if const_expr(self.row_bounds is None):
-            first_key = n_block * cfg.tile_n
-            last_key = cutlass.min(first_key + cfg.tile_n, keys) - 1
-            m_min, m_max, full_min, full_max = self.mask.query_range(
-                first_key, last_key, offset, queries, cfg.tile_m
-            )
-            m_max = m_max if first_key < keys else Int32(0)
-            # Where keys beyond the length share the block they are hidden in every tile.
-            full_min = full_min if first_key + cfg.tile_n <= keys else m_max
-        else:
-            m_min, m_max, full_min, full_max, compares = (
-                mBounds[2][batch, n_block, i] for i in range(TILE_FIELDS)
-            )
-        return (m_min, m_max, full_min, full_max), compares
-
-    def visits(self, tiles, mLists: tuple, block, keys: Int32, g: Int32):
-        """The query tiles of the g-th head of the group: how many, the i-th, and both by stretch.
-
-        Stretches are boundary tiles, full ones and boundary tiles of a range; or the two lists.
-        """
-        n_block, kv_head, batch = block
-        if self.has_lists:
-            head = kv_head * self.group + g
-            has_keys = n_block * self.config.tile_n < keys
-            lists = TileLists(mLists, batch, head, n_block, has_keys, backwards=False)
-            return lists.count, lists.tile, lists.stretches(0)
-        m_min, m_max, full_min, full_max = tiles
-        full_begin = cutlass.min(cutlass.max(full_min, m_min), m_max)
-        full_end = m_max
-        if self.has_low:
-            full_end = cutlass.max(cutlass.min(full_max, m_max), full_begin)
-        ends = [(m_min, full_begin), (full_begin, full_end), (full_end, m_max)]
-
-        def after(begin: Int32):
-            return lambda i: begin + i
-
-        stretches = [(end - begin, after(begin)) for begin, end in ends]
-        return m_max - m_min, after(m_min), stretches[: 3 if self.has_low else 2]
-
-    @cute.jit
-    def all_tiles(self, visits: cutlass.Constexpr) -> Int32:
-        """Query tiles that a block visits, of all heads of the group."""
-        count = Int32(0)
-        if const_expr(self.has_lists):
-            for g in cutlass.range(self.group, unroll=1):
-                count += visits(g)[0]
-        else:
-            count = cutlass.max(visits(Int32(0))[0], Int32(0)) * self.group
-        return count

@@ -43,21 +43,22 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
-from jax_flashcute.bounds import TILE_FIELDS, RowBounds
+from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import IntervalMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.lists import TileLists
-from jax_flashcute.kernels.common.paging import tiles_in_pages
+from jax_flashcute.kernels.common.paging import follow_tiles, tiles_in_pages
 from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
-from jax_flashcute.kernels.common.splits import SplitOrder, splits_of_entry
+from jax_flashcute.kernels.common.splits import SplitOrder
 from jax_flashcute.kernels.common.tiles import by_head, slab_tma_layout, smem_layout
+from jax_flashcute.kernels.common.visits import KeyTiles
 from jax_flashcute.kernels.config import FwdConfigSm100, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
 from jax_flashcute.kernels.sm100.correction import CorrectionWarpgroup
 from jax_flashcute.kernels.sm100.load import COPYING_WARPS, FOLLOWING_WARPS, LoadWarp
-from jax_flashcute.kernels.sm100.pipeline import WORK_FIELDS, TensorPipeline
+from jax_flashcute.kernels.sm100.pipeline import WORK_FIELDS, TensorPipeline, take_work
 from jax_flashcute.kernels.sm100.products import ProductWarp
 from jax_flashcute.kernels.sm100.softmax import SoftmaxWarpgroups
 from jax_flashcute.kernels.sm100.tensor_memory import COLUMNS, ROWS
@@ -65,7 +66,7 @@ from jax_flashcute.kernels.sm100.tensor_memory import COLUMNS, ROWS
 TILE_STAGES = 2
 
 
-class ForwardSm100:
+class ForwardSm100(KeyTiles):
     """Compiles to one kernel for all batch sizes, lengths and head counts of a plan."""
 
     def __init__(
@@ -387,8 +388,20 @@ class ForwardSm100:
                 ProductWarp(self).issue_products(sQ, sK, sV, tensor_memory, pipelines, work)
             if const_expr(self.following_warps > 0):
                 if warp_index == product_warp + 1:
-                    LoadWarp(self).follow(
-                        Int32(1), (tma_k, gK, sK), (tma_v, gV, sV), pipelines, work, mPageTable
+                    _, pipeline_k, pipeline_v, _, _, _, pipeline_tile = pipelines
+                    follow_tiles(
+                        partial(
+                            take_work,
+                            work,
+                            pipeline_tile,
+                            warps=FOLLOWING_WARPS,
+                            role="following",
+                        ),
+                        partial(
+                            self.loaders, (tma_k, gK, sK), (tma_v, gV, sV), mPageTable, Int32(1)
+                        ),
+                        self.heads_per_kv,
+                        (pipeline_k, pipeline_v, pipeline_tile),
                     )
         if warp_index < 4 * cfg.query_tiles:
             cute.arch.setmaxregister_increase(cfg.softmax_registers)
@@ -416,17 +429,6 @@ class ForwardSm100:
         if warp_index == product_warp:
             cute.arch.dealloc_tmem(tensor_memory, COLUMNS)
 
-    @cute.jit
-    def visited_tiles(self, m_block: Int32, batch: Int32, lengths, mBounds: tuple):
-        """The key tiles that a tile of work visits, as ``IntervalMask.block_range`` has them.
-
-        One number more where ids are compared: whether those of this tile's rows have to be.
-        """
-        if const_expr(self.row_bounds is None):
-            return self.key_tiles(m_block, *lengths)
-        fields = [mBounds[2][batch, m_block, i] for i in range(TILE_FIELDS)]
-        return tuple(fields if self.compares_ids else fields[:-1])
-
     def lists_of(
         self, mLists: tuple, m_block: Int32, head: Int32, batch: Int32, queries: Int32
     ) -> TileLists | None:
@@ -442,23 +444,3 @@ class ForwardSm100:
             return lists.count, lists.tile
         n_min, n_max = ends
         return n_max - n_min, lambda i: n_max - 1 - i
-
-    @cute.jit
-    def key_tiles(self, m_block: Int32, offset: Int32, queries: Int32, keys: Int32):
-        """``IntervalMask.block_range`` of a tile of work; empty where it holds no valid row."""
-        first = m_block * self.tile_tokens
-        last = cutlass.min(first + self.tile_tokens, queries) - 1
-        n_min, n_max, full_min, full_max = self.mask.block_range(
-            first + offset, last + offset, keys, self.config.tile_n
-        )
-        n_max = n_max if first < queries else Int32(0)
-        return n_min, n_max, full_min, full_max
-
-    def splits_of_entry(self, lengths, partials: tuple):
-        """``splits.splits_of_entry`` for entries of these lengths."""
-        return splits_of_entry(
-            lambda entry: self.key_tiles(Int32(0), *lengths(entry))[:2],
-            partials,
-            self.heads_packed,
-            self.num_sms if self.lengths_vary else None,
-        )

@@ -4,16 +4,15 @@ By TMA; keys and values in pages too small for it are copied by threads, of the 
 those that follow it through its tiles.
 """
 
-from functools import partial
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 
 from jax_flashcute.kernels.common.paging import fill_stage
+from jax_flashcute.kernels.common.scheduler import draw_tile
 from jax_flashcute.kernels.common.splits import split_range
 from jax_flashcute.kernels.common.tiles import clear_rows, slab_tma_layout, tma_partition
-from jax_flashcute.kernels.sm100.pipeline import TensorPipeline, take_work, write_work
+from jax_flashcute.kernels.sm100.pipeline import TensorPipeline, write_work
 
 COPYING_WARPS = 2
 """That copy keys from small pages: the load warp, and one of the two that have nothing to do."""
@@ -93,10 +92,9 @@ class LoadWarp:
                 gQ[None, None, None, head, batch], (heads, tokens, self.kernel.smem_h), (0, None, 0)
             )  # (heads, tokens, columns, slabs)
             tQsQ, tQgQ = tma_partition(tma_q, sQ_tma, gQ_tile)
-            locate = partial(self.kernel.kv_tiles.places, mPageTable, batch, keys, Int32(0))
-            ring = (cfg.kv_stages, kv_head, batch, keys)
-            load_k = self.kernel.kv_tiles.loader(k_copy, self.kernel.smem_h, *ring, Int32(0))
-            load_v = self.kernel.kv_tiles.loader(v_copy, self.kernel.smem_hv, *ring, Int32(0))
+            locate, load_k, load_v = self.kernel.loaders(
+                k_copy, v_copy, mPageTable, Int32(0), kv_head, batch, keys
+            )
             visits, nth = self.kernel.key_order((n_min, n_max), lists)
             n = Int32(0)
             if visits > 0:
@@ -156,44 +154,6 @@ class LoadWarp:
         for w in cutlass.range_constexpr(cfg.query_tiles):
             pipeline_q.acquire(Int32(w), q_phase)
 
-    @cute.jit
-    def follow(
-        self,
-        warp: Int32,
-        k_copy,
-        v_copy,
-        pipelines,
-        work: cute.Tensor,
-        mPageTable: cute.Tensor,
-    ):
-        """A warp beside the load warp that copies its rows of that one's tiles of K and V."""
-        _, pipeline_k, pipeline_v, _, _, _, pipeline_tile = pipelines
-        role = (FOLLOWING_WARPS, "following")
-        k_stage, k_phase, v_stage, v_phase, t_stage, t_phase = (Int32(0) for _ in range(6))
-        fields = take_work(work, pipeline_tile, t_stage, t_phase, *role)
-        while fields[0] >= 0:
-            t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
-            head, batch, keys, n_min, n_max = (fields[i] for i in (1, 2, 5, 6, 7))
-            locate = partial(self.kernel.kv_tiles.places, mPageTable, batch, keys, warp)
-            ring = (self.kernel.config.kv_stages, head // self.kernel.heads_per_kv, batch, keys)
-            load_k = self.kernel.kv_tiles.loader(k_copy, self.kernel.smem_h, *ring, warp)
-            load_v = self.kernel.kv_tiles.loader(v_copy, self.kernel.smem_hv, *ring, warp)
-            # K of a tile goes ahead of V of the tile before.
-            for i in cutlass.range(n_max - n_min + 1, unroll=1):
-                n = n_max - 1 - i
-                if n >= n_min:
-                    place = locate(n)
-                    pipeline_k.acquire(k_stage, k_phase)
-                    fill_stage(pipeline_k, load_k, n, place, k_stage)
-                    k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
-                if i > 0:
-                    place = locate(n + 1)
-                    pipeline_v.acquire(v_stage, v_phase)
-                    fill_stage(pipeline_v, load_v, n + 1, place, v_stage)
-                    v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
-            fields = take_work(work, pipeline_tile, t_stage, t_phase, *role)
-        cute.arch.cp_async_wait_group(0)
-
 
 @cute.jit
 def load_stage(
@@ -209,14 +169,3 @@ def load_stage(
     pipeline.acquire(stage, phase)
     pipeline.expect(stage)
     cute.copy(tma, source[None, index], target[None, stage], tma_bar_ptr=pipeline.full + stage)
-
-
-@cute.jit
-def draw_tile(mCounter: cute.Tensor) -> Int32:
-    """The next tile's index, in lane 0 alone."""
-    # The counter is reset by the kernel before this one.
-    cute.arch.griddepcontrol_wait()
-    tile = Int32(0)
-    if cute.arch.lane_idx() == 0:
-        tile = cute.arch.atomic_add(mCounter.iterator, Int32(1)) + cute.arch.grid_dim()[0]
-    return tile

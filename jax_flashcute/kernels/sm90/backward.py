@@ -37,17 +37,16 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
-from jax_flashcute.bounds import TILE_FIELDS, RowBounds
+from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import (
     IntervalMask,
     UnionMask,
     is_full,
-    tiles_of,
     within,
 )
 from jax_flashcute.kernels.common.lengths import entry_lengths
-from jax_flashcute.kernels.common.lists import TileLists, row_of
+from jax_flashcute.kernels.common.lists import row_of
 from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import section_size
@@ -66,6 +65,7 @@ from jax_flashcute.kernels.common.turns import (
     take_turn,
     turn_of,
 )
+from jax_flashcute.kernels.common.visits import QueryTiles
 from jax_flashcute.kernels.config import BwdConfig, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.postprocess import Postprocess
@@ -102,7 +102,7 @@ class Products(SimpleNamespace):
     """What a consumer warpgroup holds: products, their operands and accumulators, its place."""
 
 
-class BackwardSm90:
+class BackwardSm90(QueryTiles):
     """Compiles to one launcher (three kernels) for all batch sizes, lengths and head counts."""
 
     def __init__(
@@ -476,90 +476,6 @@ class BackwardSm90:
                 )
         pipeline_q.check_arrivals()
         pipeline_do.check_arrivals()
-
-    @cute.jit
-    def query_tiles(self, n_block: Int32, batch: Int32, lengths, mBounds: tuple):
-        """The query tiles that a block visits, as ``IntervalMask.query_range`` has them.
-
-        And whether ids have to be compared in those that need a mask.  Where the mask has several
-        intervals, a tuple of ranges.
-        """
-        cfg = self.config
-        offset, queries, keys = lengths
-        compares = Int32(0)
-        if const_expr(self.union is not None):
-            return self.query_ranges(n_block, *lengths), compares
-        if const_expr(self.row_bounds is None):
-            first_key = n_block * cfg.tile_n
-            last_key = cutlass.min(first_key + cfg.tile_n, keys) - 1
-            m_min, m_max, full_min, full_max = self.mask.query_range(
-                first_key, last_key, offset, queries, cfg.tile_m
-            )
-            m_max = m_max if first_key < keys else Int32(0)
-            # Where keys beyond the length share the block they are hidden in every tile.
-            full_min = full_min if first_key + cfg.tile_n <= keys else m_max
-        else:
-            m_min, m_max, full_min, full_max, compares = (
-                mBounds[2][batch, n_block, i] for i in range(TILE_FIELDS)
-            )
-        return (m_min, m_max, full_min, full_max), compares
-
-    def query_ranges(self, n_block: Int32, offset: Int32, queries: Int32, keys: Int32) -> tuple:
-        """``UnionMask.query_ranges`` of a block; empty where it holds no valid key."""
-        cfg = self.config
-        first_key = n_block * cfg.tile_n
-        last_key = cutlass.min(first_key + cfg.tile_n, keys) - 1
-        ranges = self.union.query_ranges(first_key, last_key, offset, queries, cfg.tile_m)
-        # Where keys beyond the length share the block they are hidden in every tile.
-        is_whole = first_key + cfg.tile_n <= keys
-        return tuple(
-            (
-                begin,
-                select(first_key < keys, end, begin),
-                select(is_whole, full_min, full_max),
-                full_max,
-            )
-            for begin, end, full_min, full_max in ranges
-        )
-
-    def visits(self, tiles, mLists: tuple, block, keys: Int32, g: Int32):
-        """The query tiles of the g-th head of the group: how many, the i-th, and both by stretch.
-
-        Stretches are boundary tiles, full ones and boundary tiles of a range; or the two lists; or
-        all tiles of several ranges, where each is looked at.
-        """
-        n_block, kv_head, batch = block
-        if self.has_lists:
-            head = kv_head * self.group + g
-            has_keys = n_block * self.config.tile_n < keys
-            lists = TileLists(mLists, batch, head, n_block, has_keys, backwards=False)
-            return lists.count, lists.tile, lists.stretches(0)
-        if self.union is not None:
-            count, nth = tiles_of(tiles)
-            return count, nth, [(count, nth)]
-        m_min, m_max, full_min, full_max = tiles
-        full_begin = cutlass.min(cutlass.max(full_min, m_min), m_max)
-        full_end = m_max
-        if self.has_low:
-            full_end = cutlass.max(cutlass.min(full_max, m_max), full_begin)
-        ends = [(m_min, full_begin), (full_begin, full_end), (full_end, m_max)]
-
-        def after(begin: Int32):
-            return lambda i: begin + i
-
-        stretches = [(end - begin, after(begin)) for begin, end in ends]
-        return m_max - m_min, after(m_min), stretches[: 3 if self.has_low else 2]
-
-    @cute.jit
-    def all_steps(self, visits: cutlass.Constexpr) -> Int32:
-        """Query tiles that a block visits, of all heads of the group."""
-        steps = Int32(0)
-        if const_expr(self.has_lists):
-            for g in cutlass.range(self.group, unroll=1):
-                steps += visits(g)[0]
-        else:
-            steps = cutlass.max(visits(Int32(0))[0], Int32(0)) * self.group
-        return steps
 
     @cute.jit
     def produce(

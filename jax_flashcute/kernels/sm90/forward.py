@@ -40,7 +40,7 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
-from jax_flashcute.bounds import TILE_FIELDS, RowBounds
+from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import (
     IntervalMask,
@@ -52,14 +52,23 @@ from jax_flashcute.kernels.common.intervals import (
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.packed import PackedMask
-from jax_flashcute.kernels.common.paging import COPYING_WARPS, fill_stage, tiles_in_pages
+from jax_flashcute.kernels.common.paging import (
+    COPYING_WARPS,
+    fill_stage,
+    follow_tiles,
+    tiles_in_pages,
+)
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
-from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
+from jax_flashcute.kernels.common.scheduler import (
+    TileOrder,
+    draw_tile,
+    reset_counter,
+    section_size,
+)
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
 from jax_flashcute.kernels.common.splits import (
     SplitOrder,
     split_range,
-    splits_of_entry,
 )
 from jax_flashcute.kernels.common.tiles import (
     by_head,
@@ -68,6 +77,7 @@ from jax_flashcute.kernels.common.tiles import (
     smem_layout,
     tma_partition,
 )
+from jax_flashcute.kernels.common.visits import KeyTiles
 from jax_flashcute.kernels.config import FwdConfig, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
@@ -99,7 +109,7 @@ WORK_FIELDS = 10
 one more: whether this tile's have to be; where a mask has several intervals, a range for each."""
 
 
-class ForwardSm90:
+class ForwardSm90(KeyTiles):
     """Compiles to one kernel for all batch sizes, lengths and head counts of a plan."""
 
     def __init__(
@@ -396,8 +406,18 @@ class ForwardSm90:
                     mLists,
                 )
             elif const_expr(following_warps):
-                self.follow(
-                    warp_index, (tma_k, gK, sK), (tma_v, gV, sV), pipelines, work, mPageTable
+                _, pipeline_k, pipeline_v, pipeline_tile = pipelines
+                follow_tiles(
+                    partial(
+                        self.take_work,
+                        work,
+                        pipeline_tile,
+                        warps=COPYING_WARPS - 1,
+                        role="following",
+                    ),
+                    partial(self.loaders, (tma_k, gK, sK), (tma_v, gV, sV), mPageTable, warp_index),
+                    self.heads_per_kv,
+                    (pipeline_k, pipeline_v, pipeline_tile),
                 )
         else:
             if const_expr(cfg.reallocates_registers):
@@ -420,51 +440,6 @@ class ForwardSm90:
             )
         for pipeline in pipelines:
             pipeline.check_arrivals()
-
-    @cute.jit
-    def visited_tiles(self, m_block: Int32, batch: Int32, lengths, mBounds: tuple):
-        """The key tiles that a query tile visits, as ``IntervalMask.block_range`` has them.
-
-        One number more where ids are compared: whether those of this tile's rows have to be.  Where
-        the mask has several intervals, its ranges one after the other.
-        """
-        if const_expr(self.union is not None):
-            return self.key_ranges(m_block, *lengths)
-        if const_expr(self.row_bounds is None):
-            return self.key_tiles(m_block, *lengths)
-        fields = [mBounds[2][batch, m_block, i] for i in range(TILE_FIELDS)]
-        return tuple(fields if self.compares_ids else fields[:-1])
-
-    @cute.jit
-    def key_tiles(self, m_block: Int32, offset: Int32, queries: Int32, keys: Int32):
-        """``IntervalMask.block_range`` of a query tile; empty where it holds no valid row."""
-        first = m_block * self.tile_tokens
-        last = cutlass.min(first + self.tile_tokens, queries) - 1
-        n_min, n_max, full_min, full_max = self.mask.block_range(
-            first + offset, last + offset, keys, self.config.tile_n
-        )
-        n_max = n_max if first < queries else Int32(0)
-        return n_min, n_max, full_min, full_max
-
-    def key_ranges(self, m_block: Int32, offset: Int32, queries: Int32, keys: Int32) -> tuple:
-        """``UnionMask.block_ranges`` of a query tile; empty where it holds no valid row."""
-        first = m_block * self.tile_tokens
-        last = cutlass.min(first + self.tile_tokens, queries) - 1
-        ranges = self.union.block_ranges(first + offset, last + offset, keys, self.config.tile_n)
-        return tuple(
-            field
-            for begin, end, *full in ranges
-            for field in (begin, select(first < queries, end, begin), *full)
-        )
-
-    def splits_of_entry(self, lengths, partials: tuple):
-        """``splits.splits_of_entry`` for entries of these lengths."""
-        return splits_of_entry(
-            lambda entry: self.key_tiles(Int32(0), *lengths(entry))[:2],
-            partials,
-            self.heads_packed,
-            self.num_sms if self.lengths_vary else None,
-        )
 
     @cute.jit
     def produce(
@@ -530,10 +505,9 @@ class ForwardSm90:
             )  # (heads, tokens, columns, slabs)
             tQsQ, tQgQ = tma_partition(tma_q, sQ_tma, gQ_tile)
             visits, nth = self.key_order(fields, self.lists_of(mLists, fields))
-            locate = partial(self.kv_tiles.places, mPageTable, batch, keys, Int32(0))
-            ring = (cfg.kv_stages, kv_head, batch, keys)
-            load_k = self.kv_tiles.loader(k_copy, self.smem_h, *ring, Int32(0))
-            load_v = self.kv_tiles.loader(v_copy, self.smem_hv, *ring, Int32(0))
+            locate, load_k, load_v = self.loaders(
+                k_copy, v_copy, mPageTable, Int32(0), kv_head, batch, keys
+            )
             # The consumers take K of the next tile before V of this one: load in that order, and
             # the first K before Q, whose place is given back late.
             n = Int32(0)
@@ -562,7 +536,7 @@ class ForwardSm90:
                     fill_stage(pipeline_k, load_k, following, place, k_stage)
                     k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 else:
-                    tile = self.draw_tile(mCounter)
+                    tile = draw_tile(mCounter)
                 place = locate(n)
                 pipeline_v.acquire(v_stage, v_phase)
                 is_tail = Boolean(False)
@@ -589,65 +563,12 @@ class ForwardSm90:
                 n = following
 
             if visits <= 0:
-                tile = self.draw_tile(mCounter)
+                tile = draw_tile(mCounter)
             tile = cute.arch.shuffle_sync(tile, 0)
 
         pipeline_tile.acquire(t_stage, t_phase)
         self.write_work(work[None, t_stage], (Int32(-1),) * self.work_fields)
         pipeline_tile.commit(t_stage)
-
-    @cute.jit
-    def follow(
-        self,
-        warp: Int32,
-        k_copy,
-        v_copy,
-        pipelines,
-        work: cute.Tensor,
-        mPageTable: cute.Tensor,
-    ):
-        """A warp beside the producer that copies its rows of the producer's tiles of K and V."""
-        _, pipeline_k, pipeline_v, pipeline_tile = pipelines
-        role = (COPYING_WARPS - 1, "following")
-        k_stage, k_phase, v_stage, v_phase, t_stage, t_phase = (Int32(0) for _ in range(6))
-        fields = self.take_work(work, pipeline_tile, t_stage, t_phase, *role)
-        while fields[0] >= 0:
-            t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
-            head, batch, keys, n_min, n_max = (fields[i] for i in (1, 2, 5, 6, 7))
-            kv_head = head // self.heads_per_kv
-            locate = partial(self.kv_tiles.places, mPageTable, batch, keys, warp)
-            ring = (self.config.kv_stages, kv_head, batch, keys)
-            load_k = self.kv_tiles.loader(k_copy, self.smem_h, *ring, warp)
-            load_v = self.kv_tiles.loader(v_copy, self.smem_hv, *ring, warp)
-            # K of a tile goes ahead of V of the tile before.
-            for i in cutlass.range(n_max - n_min + 1, unroll=1):
-                n = n_max - 1 - i
-                if n >= n_min:
-                    place = locate(n)
-                    pipeline_k.acquire(k_stage, k_phase)
-                    fill_stage(pipeline_k, load_k, n, place, k_stage)
-                    k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
-                if i > 0:
-                    place = locate(n + 1)
-                    pipeline_v.acquire(v_stage, v_phase)
-                    fill_stage(pipeline_v, load_v, n + 1, place, v_stage)
-                    v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
-            fields = self.take_work(work, pipeline_tile, t_stage, t_phase, *role)
-        cute.arch.cp_async_wait_group(0)
-
-    @cute.jit
-    def draw_tile(self, mCounter: cute.Tensor) -> Int32:
-        """The next tile's index, in lane 0 alone.
-
-        Drawn while the last key tile of the one before is on its way: sooner, blocks in the midst
-        of long tiles would take tiles that others come to first; later, the latency would show.
-        """
-        # The counter is reset by the kernel before this one.
-        cute.arch.griddepcontrol_wait()
-        tile = Int32(0)
-        if cute.arch.lane_idx() == 0:
-            tile = cute.arch.atomic_add(mCounter.iterator, Int32(1)) + cute.arch.grid_dim()[0]
-        return tile
 
     @cute.jit
     def write_work(self, slot: cute.Tensor, fields: tuple):
