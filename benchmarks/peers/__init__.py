@@ -20,6 +20,7 @@ NAMES = (
     "copy",
     "flash_attention_3_jax",
     "flash_attention_4",
+    "flash_attention_4_elements",
     "flashinfer",
     "pallas_mgpu",
     "tokamax_mosaic",
