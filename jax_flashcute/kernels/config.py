@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 SMEM_BYTES = 227 * 1024
 """Shared memory one block can have on Hopper and Blackwell."""
@@ -522,6 +522,73 @@ def backward_config(
     return dataclasses.replace(config, deterministic=deterministic)
 
 
+LAUNCH_REGISTERS = 168
+"""A thread's, of a block of 384, before reallocation."""
+
+
+@dataclass(frozen=True)
+class PassConfigSm100:
+    """How one of the backward's passes on Blackwell is tiled: each computes one gradient.
+
+    A block owns 128 rows of it, and goes over tiles of 128 rows of the other side, half by half.
+
+    Attributes:
+      target: what the gradient is of: "value", "key" or "query".
+      first_stages, second_stages: depth of the pipelines, in halves of a tile, of Q and of dO; of
+        K and of V where ``target`` is "query".
+      gradient_registers, other_registers: registers a thread, after reallocation, of the
+        warpgroups that compute P and dS and of the warps that load and issue.
+    """
+
+    target: Literal["value", "key", "query"]
+    first_stages: int
+    second_stages: int
+    gradient_registers: int = 176
+    other_registers: int = 152
+
+    tile_m: ClassVar[int] = 128
+    tile_n: ClassVar[int] = 128
+    half: ClassVar[int] = 64
+    threads: ClassVar[int] = 384
+
+    def gradient_width(self, head_dim: int, head_dim_v: int) -> int:
+        """Columns of the gradient in tensor memory."""
+        return round_up(head_dim_v if self.target == "value" else head_dim, 16)
+
+    def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
+        """Shared memory in bytes, without barriers, for 16-bit operands."""
+        h, hv = round_up(head_dim, 16), round_up(head_dim_v, 16)
+        own = 2 * self.tile_n * (h if self.target == "value" else h + hv)
+        streams = self.first_stages * (2 * h + 4) + self.second_stages * (2 * hv + 4)
+        return own + self.half * streams
+
+    def columns(self, head_dim: int, head_dim_v: int) -> int:
+        """Columns of tensor memory: S and dP, then the gradient."""
+        return 256 + self.gradient_width(head_dim, head_dim_v)
+
+    def reasons_invalid(self, head_dim: int, head_dim_v: int) -> list[str]:
+        """Every reason why this pass cannot be compiled for these head_dims."""
+        reasons = []
+        # The gradient leaves by two stages of the pipeline that its product reads.
+        least = (1, 2) if self.target == "value" else (2, 1)
+        if self.first_stages < least[0] or self.second_stages < least[1]:
+            reasons.append(
+                f"the pass for the gradient of {self.target} needs {least[0]} and {least[1]} "
+                f"stages at least, got {self.first_stages} and {self.second_stages}"
+            )
+        smem = self.smem_bytes(head_dim, head_dim_v) + 1024
+        if smem > SMEM_BYTES:
+            reasons.append(f"shared memory: {smem} bytes needed, {SMEM_BYTES} available")
+        columns = self.columns(head_dim, head_dim_v)
+        if columns > 512:
+            reasons.append(f"tensor memory: {columns} columns needed, 512 available")
+        registers = 128 * (2 * self.gradient_registers + self.other_registers)
+        available = self.threads * LAUNCH_REGISTERS
+        if registers > available:
+            reasons.append(f"registers: {registers} needed, {available} available")
+        return reasons
+
+
 @dataclass(frozen=True)
 class BwdConfigSm100:
     """How the backward kernel on Blackwell is tiled: 128 keys, and tiles of 128 queries.
@@ -530,6 +597,8 @@ class BwdConfigSm100:
       q_stages, do_stages: depth of the pipelines of Q and of dO.
       in_turn: S, dP and dQ of a tile follow each other in one place in tensor memory, for
         head_dims whose dK and dV leave no room for more.
+      passes: a kernel for each gradient, for head_dims whose dK and dV leave no room for anything
+        else: eight products in place of five, and nothing is added up in global memory.
       deterministic: blocks add to dQ in a fixed order, each waiting for those before it.
       gradient_registers, reduce_registers, other_registers: registers a thread, after
         reallocation, of the warpgroups that compute P and dS, of the warps that add dQ, of those
@@ -539,6 +608,7 @@ class BwdConfigSm100:
     q_stages: int
     do_stages: int
     in_turn: bool = False
+    passes: tuple[PassConfigSm100, ...] = ()
     deterministic: bool = False
     gradient_registers: int = 160
     reduce_registers: int = 80
@@ -563,6 +633,8 @@ class BwdConfigSm100:
 
     def columns(self, head_dim: int, head_dim_v: int) -> int:
         """Columns of tensor memory: S, dP, P and dQ, then dV and dK."""
+        if self.passes:
+            return max(each.columns(head_dim, head_dim_v) for each in self.passes)
         h, hv = self.padded_head_dim(head_dim), round_up(head_dim_v, 16)
         if self.in_turn:
             return 192 + hv + h
@@ -570,6 +642,8 @@ class BwdConfigSm100:
 
     def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Shared memory in bytes, without barriers, for 16-bit operands."""
+        if self.passes:
+            return max(each.smem_bytes(head_dim, head_dim_v) for each in self.passes)
         h, hv = self.padded_head_dim(head_dim), round_up(head_dim_v, 16)
         queries = self.q_stages * (2 * h + 4) + self.do_stages * (2 * hv + 4)
         # K and V, Q and dO, dS, and two chunks of 32 float32 columns of dQ.
@@ -577,6 +651,9 @@ class BwdConfigSm100:
 
     def reasons_invalid(self, head_dim: int, head_dim_v: int) -> list[str]:
         """Every reason why this configuration cannot be compiled for these head_dims."""
+        if self.passes:
+            found = [each.reasons_invalid(head_dim, head_dim_v) for each in self.passes]
+            return [reason for reasons in found for reason in reasons]
         reasons = []
         h = self.padded_head_dim(head_dim)
         if self.q_stages < (1 if self.in_turn else 2) or self.do_stages < 1:
@@ -606,6 +683,24 @@ class BwdConfigSm100:
         return reasons
 
 
+MOST_PASS_STAGES = 4
+
+
+def pass_config_sm100(
+    target: Literal["value", "key", "query"], head_dim: int, head_dim_v: int
+) -> PassConfigSm100:
+    """As many stages as fit, those first whose operand the gradient's product reads."""
+    config = PassConfigSm100(target, *((1, 2) if target == "value" else (2, 1)))
+    while True:
+        stages = {"first_stages": config.first_stages, "second_stages": config.second_stages}
+        by_need = sorted(stages, reverse=target == "value")
+        name = min(by_need, key=lambda each: stages[each])
+        longer = dataclasses.replace(config, **{name: stages[name] + 1})
+        if stages[name] == MOST_PASS_STAGES or longer.reasons_invalid(head_dim, head_dim_v):
+            return config
+        config = longer
+
+
 def backward_config_sm100(
     head_dim: int, head_dim_v: int, deterministic: bool = False
 ) -> BwdConfigSm100:
@@ -616,9 +711,15 @@ def backward_config_sm100(
     if max(head_dim, head_dim_v) > 128:
         # The product warp keeps the addresses of all operands, which have one stage, in registers.
         config = BwdConfigSm100(1, 1, in_turn=True, deterministic=deterministic)
-        return dataclasses.replace(
+        config = dataclasses.replace(
             config, gradient_registers=144, reduce_registers=72, other_registers=152
         )
+        if not config.reasons_invalid(head_dim, head_dim_v):
+            return config
+        targets: tuple[Literal["value", "key", "query"], ...] = ("value", "key", "query")
+        passes = tuple(pass_config_sm100(each, head_dim, head_dim_v) for each in targets)
+        # Their sums have one order.
+        return BwdConfigSm100(0, 0, passes=passes)
     config = BwdConfigSm100(2, 2, deterministic=deterministic)
     if config.reasons_invalid(head_dim, head_dim_v):
         config = dataclasses.replace(config, do_stages=1)
@@ -646,7 +747,7 @@ def dividing_backward(
 
 def has_dq_sums(config: BwdConfig | BwdConfigSm100) -> bool:
     """Whether blocks add to dQ in global memory, in float32."""
-    return isinstance(config, BwdConfigSm100) or config.dq_pass is None
+    return not (config.passes if isinstance(config, BwdConfigSm100) else config.dq_pass)
 
 
 def workspace_shapes(

@@ -360,7 +360,28 @@ def reasons_against(
         config = _existing(_backward_config(arch, spec, operands))
         reasons += config.reasons_invalid(*dims)
         reasons += reasons_against_gradients(scores, operands, config)
+        reasons += _reasons_against_passes(spec, operands, config)
     return reasons
+
+
+def _reasons_against_passes(
+    spec: AttentionSpec, operands: Operands, config: BwdConfig | BwdConfigSm100
+) -> list[str]:
+    """What the Blackwell backward takes at smaller head_dims alone."""
+    if isinstance(config, BwdConfig) or not config.passes:
+        return []
+    others = {
+        "block_mask": operands.block_mask is not None,
+        "segment_ids": operands.segment_ids is not None,
+        "a mask_mod with an interval for each row, from arrays": rows_of(spec, operands),
+    }
+    dims = operands.query.shape[3], operands.value.shape[3]
+    return [
+        f"no Blackwell kernel computes gradients with {what} at head_dims {dims[0]} and {dims[1]}: "
+        "their sum must be at most 320, and head_dim at most 192"
+        for what, is_there in others.items()
+        if is_there
+    ]
 
 
 def _no_kernel_for(arch: str, direction: Direction) -> str:
@@ -856,27 +877,25 @@ def _forward_scratch(key: KernelKey, operands: Operands):
     return shapes
 
 
-def _backward_builder(key: KernelKey):
-    from jax_flashcute.kernels.common.intervals import mask_of
+def backward_class(config: BwdConfig | BwdConfigSm100) -> type:
+    """What makes the launcher of a configuration."""
     from jax_flashcute.kernels.sm90.backward import BackwardSm90
     from jax_flashcute.kernels.sm100.backward import BackwardSm100
+    from jax_flashcute.kernels.sm100.passes import BackwardInPassesSm100
 
-    backward = {
-        "sm90_backward": partial(
-            BackwardSm90,
-            functions=key.elements,
-            row_bounds=key.row_bounds,
-            has_lists=key.has_lists,
-            packed_mask=key.packed_mask,
-        ),
-        "sm100_backward": partial(
-            BackwardSm100,
-            functions=key.elements,
-            row_bounds=key.row_bounds,
-            has_lists=key.has_lists,
-            packed_mask=key.packed_mask,
-        ),
-    }[key.kernel]
+    if isinstance(config, BwdConfig):
+        return BackwardSm90
+    return BackwardInPassesSm100 if config.passes else BackwardSm100
+
+
+def _backward_builder(key: KernelKey):
+    from jax_flashcute.kernels.common.intervals import mask_of
+
+    backward = backward_class(key.config)
+    # Passes take neither.
+    in_arrays = {"row_bounds": key.row_bounds, "has_lists": key.has_lists}
+    if isinstance(key.config, BwdConfigSm100) and key.config.passes:
+        in_arrays = {}
 
     def build():
         launcher = backward(
@@ -887,6 +906,9 @@ def _backward_builder(key: KernelKey):
             key.group,
             key.scale,
             mask_of(key.interval, key.union),
+            functions=key.elements,
+            packed_mask=key.packed_mask,
+            **in_arrays,
         )
         return _taking_named(launcher, key, 10)
 

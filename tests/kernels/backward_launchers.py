@@ -44,10 +44,8 @@ class Launcher:
         import cutlass
 
         from jax_flashcute.kernels.common.intervals import mask_of
-        from jax_flashcute.kernels.sm90.backward import BackwardSm90
-        from jax_flashcute.kernels.sm100.backward import BackwardSm100
 
-        backward = BackwardSm90 if isinstance(self.config, BwdConfig) else BackwardSm100
+        backward = registry.backward_class(self.config)
         dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[self.dtype]
         qk, v = (ArrayType(dtype, (1, 1, 1, h)) for h in (self.head_dim, self.head_dim_v))
         rows, integers = ArrayType(cutlass.Float32, (1, 1, 1)), ArrayType(cutlass.Int32, (1,))

@@ -90,6 +90,49 @@ def test_code(head_dim: int, head_dim_v: int, features: str, arch: str, determin
     check_launches(kernel, case)
 
 
+PASSES = [
+    (h, hv, features, arch)
+    for h, hv in [(256, 256), (192, 192), (136, 256), (256, 8)]
+    for features in FEATURES
+    for arch in ("sm_100a", "sm_103a")
+]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "features", "arch"),
+    [PASSES[0], *(pytest.param(*c, marks=pytest.mark.slow) for c in PASSES[1:])],
+)
+def test_code_of_passes(head_dim: int, head_dim_v: int, features: str, arch: str):
+    """A kernel for each gradient: nothing is spilled and nothing added up in global memory."""
+    case = call(head_dim, head_dim_v, features)
+    kernel = launcher(case, "bfloat16", arch=arch)
+    compiled = kernel.compiled()
+    assert compiled.cubin is not None
+    reports = report(compiled.cubin)
+    found = [r for r in reports if r.count("UTCHMMA")]
+    assert len(found) == 3
+    for each in found:
+        (config,) = {(p.gradient_registers, p.other_registers) for p in kernel.config.passes}
+        assert set(each.reallocated_registers) == set(config)
+        assert each.highest_register < max(config)
+        assert each.count("UTMALDG") >= 3
+        assert each.count("UTMASTG") >= 2
+        assert each.count("R2P") >= 8
+        assert each.count("FFMA2") >= 32
+    for each in reports:
+        assert (each.spill_loads, each.spill_stores) == (0, 0), each.kernel
+        assert (each.stack_bytes, each.local_bytes) == (0, 0), each.kernel
+        assert each.count("UBLKRED") + each.count("RED") + each.count("ATOMG") == 0
+    _, *passes = launches_of(kernel, case)
+    blocks = -(-LENGTH // 128) * KV_HEADS * BATCH
+    for launch, config in zip(passes, kernel.config.passes, strict=True):
+        heads = case.group if config.target == "query" else 1
+        assert launch.grid == (blocks * heads, 1, 1)
+        assert launch.block == (config.threads, 1, 1)
+        smem = config.smem_bytes(head_dim, head_dim_v)
+        assert smem < launch.shared_bytes <= min(smem + 1024, SMEM_BYTES)
+
+
 ELEMENTS = {
     "functions": (("documents", "gated"), {"group": 2}),
     "soft_cap": ((None, None), {"soft_cap": 2.0}),
@@ -102,7 +145,7 @@ INVARIANT_BYTES = 40
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ELEMENTS)
-@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (192, 128)])
+@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (192, 128), (256, 256)])
 @pytest.mark.parametrize("arch", ["sm_100a", "sm_103a"])
 def test_code_of_elements(name: str, head_dims: tuple[int, int], arch: str):
     (mask, score), features = ELEMENTS[name]
@@ -114,12 +157,11 @@ def test_code_of_elements(name: str, head_dims: tuple[int, int], arch: str):
     arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
     kernel = compile_kernel(registry.builder(key), arrays, arch, keep_intermediates=True)
     assert kernel.cubin is not None
-    (found,) = (r for r in report(kernel.cubin) if r.count("UTCHMMA"))
-    assert found.stack_bytes + found.local_bytes <= INVARIANT_BYTES
+    for found in report(kernel.cubin):
+        assert found.stack_bytes + found.local_bytes <= INVARIANT_BYTES
 
 
-def check_launches(kernel, case: Case) -> None:
-    """Grids and blocks, and shared memory within its limit."""
+def launches_of(kernel, case: Case) -> list:
     config = kernel.config
     q, o = ((BATCH, LENGTH, case.q_heads, h) for h in (case.head_dim, case.head_dim_v))
     k, v = ((BATCH, LENGTH, KV_HEADS, h) for h in (case.head_dim, case.head_dim_v))
@@ -130,7 +172,13 @@ def check_launches(kernel, case: Case) -> None:
     )
     dims = [q, k, v, o, rows, o, *optional, q, k, v, *(shape for shape, _ in scratch)]
     buffers = [(256 * (i + 1) << 32, dim) for i, dim in enumerate(dims)]
-    before, main, after = record_launches(kernel.compiled(), buffers, num_sms=148)
+    return list(record_launches(kernel.compiled(), buffers, num_sms=148))
+
+
+def check_launches(kernel, case: Case) -> None:
+    """Grids and blocks, and shared memory within its limit."""
+    config = kernel.config
+    before, main, after = launches_of(kernel, case)
     blocks = -(-LENGTH // 128)
     assert before.grid == after.grid == (blocks * case.q_heads * BATCH, 1, 1)
     assert main.grid == (blocks * KV_HEADS * BATCH, 1, 1)

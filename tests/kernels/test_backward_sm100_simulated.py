@@ -7,7 +7,11 @@ import dataclasses
 
 import pytest
 
-from jax_flashcute.kernels.config import backward_config_sm100
+from jax_flashcute.kernels.config import (
+    BwdConfigSm100,
+    PassConfigSm100,
+    backward_config_sm100,
+)
 from tests.cases import Case
 from tests.kernels import test_backward_simulated as hopper
 from tests.kernels.test_backward_simulated import CASES, EVERYTHING, SLOW_CASES, sized, slowly
@@ -15,16 +19,15 @@ from tests.kernels.test_backward_simulated import CASES, EVERYTHING, SLOW_CASES,
 ARCH = "sm_100a"
 MANY_TILES = sized(128, group=3, seqlen_q=300, seqlen_k=260, **EVERYTHING)
 """Several tiles of queries and of keys, tails of both, empty rows, an odd group."""
+IN_PASSES = sized(256, group=3, seqlen_q=140, seqlen_k=150, **EVERYTHING)
+"""Head_dims whose gradients have a kernel each."""
 FAST = {"128_many_tiles": MANY_TILES, "72_40_lengths": CASES["72_40_lengths"]}
-SLOW = {
-    n: c
-    for n, c in (CASES | SLOW_CASES).items()
-    if n not in FAST
-    and not backward_config_sm100(c.head_dim, c.head_dim_v).reasons_invalid(
-        c.head_dim, c.head_dim_v
-    )
-}
+SLOW = {n: c for n, c in (CASES | SLOW_CASES).items() if n not in FAST}
 SLOW["136_168_causal"] = sized(136, 168, causal=True, group=2)
+SLOW["200_136_window"] = sized(
+    *(200, 136), window=(40, 10), offset=True, batch=2, group=7, seqlen_k=300
+)
+SLOW["136_256_many_tiles"] = sized(136, 256, group=3, seqlen_q=400, seqlen_k=300, **EVERYTHING)
 TIMINGS = [("early", "adversarial"), ("shuffled", "seeded")]
 
 
@@ -40,6 +43,13 @@ def test_gradients(case: Case) -> None:
 @pytest.mark.parametrize(("timing", "warps"), TIMINGS)
 def test_any_timing(timing: str, warps: str) -> None:
     check(MANY_TILES, timing=timing, warps=warps, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("timing", "warps"), [TIMINGS[0], pytest.param(*TIMINGS[1], marks=pytest.mark.slow)]
+)
+def test_passes(timing: str, warps: str) -> None:
+    check(IN_PASSES, timing=timing, warps=warps, seed=3)
 
 
 @pytest.mark.parametrize("case", slowly(SLOW))
@@ -83,11 +93,20 @@ def test_more_stages() -> None:
 
 
 def test_configurations() -> None:
-    """All head_dims up to 128, those of 192/128, and a sentence for what does not fit."""
+    """One kernel for all gradients where dK and dV leave room in tensor memory, else three."""
     for head_dim in range(8, 257, 8):
         for head_dim_v in range(8, 257, 8):
-            config = backward_config_sm100(head_dim, head_dim_v)
+            config = backward_config_sm100(head_dim, head_dim_v, deterministic=True)
             fits = head_dim <= 192 and -(-head_dim // 16) + -(-head_dim_v // 16) <= 20
-            assert (config.reasons_invalid(head_dim, head_dim_v) == []) == fits
-    reasons = backward_config_sm100(192, 192).reasons_invalid(192, 192)
+            assert (config.passes == ()) == fits
+            # Sums of passes have one order: nothing takes turns.
+            assert config.deterministic == fits
+            assert config.reasons_invalid(head_dim, head_dim_v) == []
+    in_one = BwdConfigSm100(1, 1, in_turn=True)
+    reasons = in_one.reasons_invalid(192, 192)
     assert "tensor memory: 576 columns needed, 512 available" in reasons
+    reasons = BwdConfigSm100(0, 0, passes=(PassConfigSm100("key", 1, 3),)).reasons_invalid(256, 256)
+    assert reasons == [
+        "the pass for the gradient of key needs 2 and 1 stages at least, got 1 and 3",
+        "shared memory: 264192 bytes needed, 232448 available",
+    ]

@@ -212,7 +212,7 @@ class GradientWarpgroups:
     def change_scores(
         self,
         scores: cute.Tensor,
-        p_place: cute.Pointer,
+        p_place: cute.Pointer | None,
         tLSE: cute.Tensor,
         thread: Int32,
         start: Int32,
@@ -220,8 +220,8 @@ class GradientWarpgroups:
     ):
         """Products with queries from ``start`` on to probabilities, a few at a time.
 
-        P goes to tensor memory; what stays in registers is multiplied by the derivative of the
-        score, so that P (dP - dPsum) of it is the gradient of the scaled product.
+        P goes to tensor memory, where it has a place; what stays in registers is multiplied by the
+        derivative of the score, so that P (dP - dPsum) of it is the gradient of the scaled product.
         """
         (modify, differentiate), seen, read_bits, is_full, is_hiding = masks
         bits = read_bits(start)
@@ -238,7 +238,8 @@ class GradientWarpgroups:
                 hide_outside(chunk, [words[first // 32] >> Uint32(first % 32)])
             self.probabilities(chunk, cute.domain_offset((0, first // 4), tLSE), 1.0)
             flat = cute.make_tensor(chunk.iterator, cute.make_layout(PART))
-            store_row(p_place + first // 2, round_pairs(self.kernel.dtype, flat), thread)
+            if const_expr(p_place is not None):
+                store_row(p_place + first // 2, round_pairs(self.kernel.dtype, flat), thread)
             if const_expr(differentiate is not None):
                 for c in cutlass.range_constexpr(PART):
                     chunk[0, c] = differentiate(start + first + c, products[c], chunk[0, c])

@@ -97,15 +97,18 @@ class LoadWarp:
 
     def partition(self, tma, source, smem, head: Int32, batch: Int32):
         """Stages in shared memory and tiles of one head's rows, as TMA copies them."""
-        width = cute.size(smem, mode=[1])
-        tiles = cute.local_tile(source[None, None, head, batch], (ROWS, width), (None, 0))
+        rows, width = (cute.size(smem, mode=[i]) for i in range(2))
+        tiles = cute.local_tile(source[None, None, head, batch], (rows, width), (None, 0))
         return tma_partition(tma, smem, tiles)
 
-    def rows(self, x: cute.Tensor, m_blocks: Int32, head: Int32, batch: Int32) -> cute.Tensor:
-        """One head's statistics as (128, tiles)."""
+    def rows(
+        self, x: cute.Tensor, m_blocks: Int32, head: Int32, batch: Int32, size: int = ROWS
+    ) -> cute.Tensor:
+        """One head's statistics as (size, tiles of so many rows)."""
         first = (Int64(batch) * x.shape[1] + head) * m_blocks * ROWS
         return cute.make_tensor(
-            (x.iterator + first).align(16), cute.make_layout((ROWS, m_blocks), stride=(1, ROWS))
+            (x.iterator + first).align(16),
+            cute.make_layout((size, m_blocks * (ROWS // size)), stride=(1, size)),
         )
 
     @cute.jit
@@ -114,10 +117,10 @@ class LoadWarp:
         tma, source, target, smem = tile_copy
         full, tail_bar = barriers
         has_tail, tail_phase, rows_here = tail
-        width = cute.size(smem, mode=[1])
-        tx_bytes = ROWS * width * 2
+        rows, width = (cute.size(smem, mode=[i]) for i in range(2))
+        tx_bytes = rows * width * 2
         if const_expr(row_copy is not None):
-            tx_bytes += ROWS * 4
+            tx_bytes += rows * 4
         # Both barriers lie in one block of shared memory: a difference of bytes chooses.
         address = tail_bar.toint() if has_tail else full.toint()
         bar = cute.make_ptr(Int64, address, cute.AddressSpace.smem, assumed_align=8)
