@@ -373,7 +373,7 @@ def _reasons_against_passes(
     others = {
         "block_mask": operands.block_mask is not None,
         "segment_ids": operands.segment_ids is not None,
-        "a mask_mod with an interval for each row, from arrays": rows_of(spec, operands),
+        "a mask_mod whose interval for each row is read from arrays": rows_of(spec, operands),
     }
     dims = operands.query.shape[3], operands.value.shape[3]
     return [
