@@ -94,7 +94,10 @@ def test_small_tiles_are_refused():
 
 def test_passes_take_neither():
     """Head_dims whose gradients have a kernel each."""
-    given = {name: TOGETHER[name] for name in ("heads", "mask_mod", "block_mask", "segment_ids")}
+    given = {
+        name: TOGETHER[name]
+        for name in ("heads", "mask_mod", "block_mask", "segment_ids", "positions")
+    }
     reasons = registry.reasons_against(*call_of(LENGTHS, **given, head_dim=256), "bwd", ARCH)
     for name, reason in zip(("block_mask", "segment_ids"), reasons, strict=True):
         assert reason.startswith(f"no Blackwell kernel computes gradients with {name} at head_dims")
