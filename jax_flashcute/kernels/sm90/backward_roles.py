@@ -186,7 +186,8 @@ class RoleConsumers:
                 rdS = cute.make_rmem_tensor(acc_P.layout, self.kernel.dtype)
                 convert_pairs(acc_P, rdS)
                 if const_expr(self.apart):
-                    cute.arch.barrier_arrive(barrier_id=DS_BARRIER, number_of_threads=256)
+                    # To arrive would do for the first, but orders no read before its next write.
+                    cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=256)
                 else:
                     cute.copy(copy_ds, copy_ds.retile(rdS), tSsS)
                 gemm(mma_dk, acc_dK, as_operand_a(rdS), tKrQ[None, None, None, q_stage], True)
