@@ -1,14 +1,7 @@
 """FlashAttention for JAX: attention that is exact, fast and linear in memory."""
 
 from jax_flashcute import masks, scores
-from jax_flashcute.api import (
-    Explanation,
-    dot_product_attention,
-    explain,
-    explain_paged_attention,
-    flash_attention,
-    paged_attention,
-)
+from jax_flashcute.api import dot_product_attention, flash_attention, paged_attention
 from jax_flashcute.block_mask import BlockMask, make_block_mask
 from jax_flashcute.context import (
     context_parallel_attention,
@@ -16,6 +9,7 @@ from jax_flashcute.context import (
     permuted_positions,
     restore_sequence,
 )
+from jax_flashcute.explanation import Explanation, explain, explain_paged_attention
 from jax_flashcute.paged import OutOfPagesError, PageAllocator, PagedKVCache
 from jax_flashcute.show import MaskPicture, show_mask
 from jax_flashcute.spec import AttentionSpec

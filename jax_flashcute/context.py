@@ -26,7 +26,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from jax_flashcute import analysis, api, autodiff, masks, xla
+from jax_flashcute import analysis, arguments, autodiff, masks, xla
 from jax_flashcute.dispatch import Implementation
 from jax_flashcute.masks import TracedFunction
 from jax_flashcute.segments import segments_of_ids
@@ -57,7 +57,7 @@ def context_parallel_attention(
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: api.Window = None,
+    local_window_size: arguments.Window = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     mask_mod: Callable[..., Any] | None = None,
@@ -135,7 +135,7 @@ def context_parallel_attention(
     if isinstance(mask_mod, masks.Mask) and mask_mod.words is not None:
         # A device has a part of the rows and of the keys, and words are of whole rows of keys.
         mask_mod = mask_mod.__call__
-    spec, operands = api.checked_call(
+    spec, operands = arguments.checked_call(
         query,
         key,
         value,

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flashcute import api, make_block_mask, masks, scores, show_mask
+from jax_flashcute import make_block_mask, masks, scores, show_mask
+from jax_flashcute.arguments import checked_call
 from jax_flashcute.kernels import registry
 from jax_flashcute.spec import AttentionSpec, Operands
 
@@ -82,7 +83,7 @@ def _shape(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
 
 def _call(dtype=jnp.bfloat16, head_dim: int = 128, head_dim_v: int | None = None, **options):
     """Spec and operands of a call, of shapes alone."""
-    arguments: dict[str, Any] = dict.fromkeys(inspect.signature(api.checked_call).parameters)
+    arguments: dict[str, Any] = dict.fromkeys(inspect.signature(checked_call).parameters)
     arguments |= {"is_causal": False, "q_offset": 0}
     arguments |= {
         "query": _shape(_B, _T, _N, head_dim, dtype=dtype),
@@ -95,7 +96,7 @@ def _call(dtype=jnp.bfloat16, head_dim: int = 128, head_dim_v: int | None = None
     found: list[AttentionSpec] = []
 
     def operands_of(arrays) -> Operands:
-        spec, operands = api.checked_call(**static, **arrays)
+        spec, operands = checked_call(**static, **arrays)
         found.append(spec)
         return operands
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flashcute import api, masks, reference
+from jax_flashcute import masks, reference
+from jax_flashcute.arguments import checked_call
 from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.kernels import registry
 from tests.simulator import simulate
@@ -32,7 +33,7 @@ def call_of(lengths, heads=(1, 1), head_dim=64, seed=0, dtype=jnp.bfloat16, **ar
         jnp.asarray(draw((B, rows, heads, head_dim)), dtype)
         for rows, heads in ((T, N), (S, K), (S, K))
     ]
-    return api.checked_call(*main, **defaults | arguments)
+    return checked_call(*main, **defaults | arguments)
 
 
 def check_forward(spec, operands, arch="sm_90a", **how):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_flashcute import flash_attention
-from jax_flashcute.api import _follows_xla_flags
+from jax_flashcute.arguments import follows_xla_flags
 from tests.cases import Case
 
 reference = functools.partial(flash_attention, implementation="reference")
@@ -154,7 +154,7 @@ def test_deterministic_follows_xla(
     monkeypatch: pytest.MonkeyPatch, flags: str, deterministic: bool
 ) -> None:
     monkeypatch.setenv("XLA_FLAGS", flags)
-    assert _follows_xla_flags() is deterministic
+    assert follows_xla_flags() is deterministic
 
 
 def test_donated_inputs() -> None:

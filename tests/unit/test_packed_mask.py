@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_flashcute import flash_attention, masks
-from jax_flashcute.api import checked_call
+from jax_flashcute.arguments import checked_call
 from tests.compare import assert_close
 from tests.unit.test_masks import inputs, results
 
