@@ -403,6 +403,10 @@ def _reasons_against_pages(operands: Operands, direction: Direction) -> list[str
     page_size = operands.key.shape[1]
     if not isinstance(page_size, int):
         return [f"page_size must be a number, got the symbol {page_size}"]
+    num_pages = operands.key.shape[0]
+    if not loads_pages_by_tma(page_size) and isinstance(num_pages, int):
+        if num_pages * page_size >= 2**31:
+            return [f"pages of {page_size} must hold fewer than 2^31 keys, got {num_pages} pages"]
     return []
 
 

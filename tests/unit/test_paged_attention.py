@@ -9,6 +9,8 @@ import pytest
 from jax.experimental import checkify
 
 from jax_flashcute import explain, explain_paged_attention, flash_attention, paged_attention, plan
+from jax_flashcute.kernels import registry
+from jax_flashcute.spec import AttentionSpec, Operands
 
 
 def make(page_size: int, lengths, group: int = 3, seqlen_q: int = 2, pages: str = "permuted"):
@@ -150,6 +152,23 @@ def test_what_no_kernel_serves(monkeypatch: pytest.MonkeyPatch) -> None:
         paged_attention(*arrays, implementation="cute")
     program = jax.jit(paged_attention).trace(*arrays).lower(lowering_platforms=("cuda",))
     assert "CuteDSL" not in program.as_text()
+
+
+@pytest.mark.parametrize("page_size", [2, 16])
+def test_copied_keys_are_counted_in_32_bits(page_size: int) -> None:
+    integers = jax.ShapeDtypeStruct((1,), jnp.int32)
+    pages = jax.ShapeDtypeStruct((2**31 // page_size, page_size, 1, 8), jnp.bfloat16)
+    operands = Operands(
+        query=jax.ShapeDtypeStruct((1, 1, 1, 8), jnp.bfloat16),
+        key=pages,
+        value=pages,
+        q_offset=integers,
+        key_value_seq_lengths=integers,
+        page_table=jax.ShapeDtypeStruct((1, 9), jnp.int32),
+    )
+    reasons = registry.reasons_against(AttentionSpec(1.0), operands, "fwd", "sm_90a")
+    copied = ["pages of 2 must hold fewer than 2^31 keys, got 1073741824 pages"]
+    assert reasons == (copied if page_size == 2 else [])
 
 
 @pytest.mark.parametrize(("arch", "page_size"), [("sm_90a", 16), ("sm_100a", 32)])

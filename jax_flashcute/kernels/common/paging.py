@@ -9,7 +9,7 @@ from functools import partial
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, const_expr
+from cutlass import Boolean, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
@@ -54,6 +54,7 @@ def follow_tiles(
     take: cutlass.Constexpr,
     loaders: cutlass.Constexpr,
     heads_per_kv: cutlass.Constexpr[int],
+    nowhere: tuple,
     pipelines,
 ):
     """A warp beside the one that draws tiles of work, which copies its rows of K and V of each.
@@ -62,6 +63,7 @@ def follow_tiles(
       take: gives the fields of a tile of work for (stage, phase).
       loaders: ``KeyTiles.loaders`` for (kv_head, batch, keys).
       heads_per_kv: heads of a tile's fields that a key/value head serves.
+      nowhere: what stands for the place of a tile that has none.
       pipelines: of K, of V and of tiles of work.
     """
     pipeline_k, pipeline_v, pipeline_tile = pipelines
@@ -71,19 +73,24 @@ def follow_tiles(
         t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
         head, batch, keys, n_min, n_max = (fields[i] for i in (1, 2, 5, 6, 7))
         locate, load_k, load_v = loaders(head // heads_per_kv, batch, keys)
+        place = following = nowhere
+        if n_min < n_max:
+            following = locate(n_max - 1)
         # K of a tile goes ahead of V of the tile before.
         for i in cutlass.range(n_max - n_min + 1, unroll=1):
             n = n_max - 1 - i
             if n >= n_min:
-                place = locate(n)
                 pipeline_k.acquire(k_stage, k_phase)
-                fill_stage(pipeline_k, load_k, n, place, k_stage)
+                fill_stage(pipeline_k, load_k, n, following, k_stage)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+            ahead = following
+            if n > n_min:
+                ahead = locate(n - 1)
             if i > 0:
-                place = locate(n + 1)
                 pipeline_v.acquire(v_stage, v_phase)
                 fill_stage(pipeline_v, load_v, n + 1, place, v_stage)
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
+            place, following = following, ahead
         fields = take(t_stage, t_phase)
     cute.arch.cp_async_wait_group(0)
 
@@ -92,6 +99,7 @@ class DenseTiles:
     """Tiles of arrays (B, S, K, H), each copied at once by TMA."""
 
     copying_threads = 0
+    nowhere = 0
 
     def __init__(self, tile_n: int):
         self.tile_n = tile_n
@@ -134,6 +142,7 @@ class BoxedTiles:
     """Tiles copied by TMA, in boxes of rows of one page; one warp issues them all."""
 
     copying_threads = 0
+    nowhere = 0
 
     def __init__(self, page_size: int, tile_n: int, boxes_at_once: int):
         self.page_size = page_size
@@ -199,7 +208,8 @@ class BoxedTiles:
 class CopiedTiles:
     """Tiles that some warps copy, each an equal part of the rows, 16 bytes at a time.
 
-    Rows beyond the length become zeros.
+    Of each 32 rows of a warp a lane looks up one; the lanes that copy a row ask it.  Rows beyond
+    the length become zeros.
     """
 
     def __init__(self, page_size: int, tile_n: int, warps: int):
@@ -207,10 +217,12 @@ class CopiedTiles:
         self.tile_n = tile_n
         self.copying_threads = 32 * warps
         self.rows = tile_n // warps
-        # Rows of a warp whose pages its lanes hold at once.
-        self.rows_held = min(self.rows, 32 * page_size)
-        if tile_n % (warps * page_size):
-            raise ValueError(f"{tile_n} keys are not {warps} equal parts in pages of {page_size}")
+        if tile_n % (4 * warps):
+            raise ValueError(f"{tile_n} keys are not {warps} equal parts in fours")
+
+    @property
+    def nowhere(self) -> tuple:
+        return (0,) * -(-self.rows // 32)
 
     def source(self, dtype, pages: cute.Tensor, width: int):
         """No TMA copy, and what is read: ``by_head``'s view of the pages."""
@@ -220,10 +232,10 @@ class CopiedTiles:
     def places(self, mPageTable: cute.Tensor, batch: Int32, keys: Int32, warp: Int32, n: Int32):
         """The pages of this warp's rows of tile n, one a lane; that of the last key beyond it.
 
-        A number for each ``rows_held`` rows.
+        A number for each 32 rows.
         """
-        key = n * self.tile_n + warp * self.rows + cute.arch.lane_idx() * self.page_size
-        held = [cutlass.min(key + r, keys - 1) for r in range(0, self.rows, self.rows_held)]
+        key = n * self.tile_n + warp * self.rows + cute.arch.lane_idx()
+        held = [cutlass.min(key + r, keys - 1) for r in range(0, self.rows, 32)]
         return tuple([Int32(mPageTable[batch, key // self.page_size]) for key in held])
 
     def loader(
@@ -259,54 +271,104 @@ class CopiedTiles:
     ):
         head_dim, heads, num_pages = (pages.shape[i] for i in (2, 3, 4))
         chunks, atom = width // 8, swizzle_width(sX.element_type, width)
-        row_bytes = Int64(heads) * (2 * head_dim)
-        origin = pages.iterator.toint() + Int64(head) * (2 * head_dim)
-        linear = cute.recast_ptr(sX.iterator, swizzle_=cute.make_swizzle(0, 4, 3), dtype=Int64)
-        target = linear.toint() + stage * (2 * self.tile_n * width)
-        first = warp * self.rows
-        # Rows of this warp that are keys.
-        valid = keys - n * self.tile_n - first
         # As many lanes share a row as divide its lines of 16 bytes.
         lanes = math.gcd(chunks, 32)
         rows_at_once = 32 // lanes
         own_row, own_chunk = cute.arch.lane_idx() // lanes, cute.arch.lane_idx() % lanes
+        # The row whose place a lane tells the others: that of step i is the i-th of those who ask.
+        row_told = own_chunk * rows_at_once + own_row
+        row_bytes = Int64(Int32(heads) * (2 * head_dim))
+        origin = pages.iterator.toint() + Int64(head) * (2 * head_dim) + own_chunk * 16
+        linear = cute.recast_ptr(sX.iterator, swizzle_=cute.make_swizzle(0, 4, 3), dtype=Int64)
+        first = warp * self.rows
+        line = (own_chunk * 8 // atom * self.tile_n + first + own_row) * (2 * atom)
+        line += own_chunk * 16 % (2 * atom)
+        line ^= swizzle_bits(first + own_row, atom)
+        line += linear.toint() + stage * (2 * self.tile_n * width)
         for held in cutlass.range_constexpr(len(places)):
             # Of this warp's rows, those whose pages one number of each lane names.
-            begin = held * self.rows_held
-            rows = min(self.rows_held, self.rows - begin)
-            pages_held = places[held]
-            pages_held = pages_held if (pages_held >= 0) & (pages_held < num_pages) else Int32(-1)
+            begin = 32 * held
+            rows = min(32, self.rows - begin)
+            key = n * self.tile_n + first + begin + row_told
+            page = cute.arch.shuffle_sync(places[held], row_told)
+            is_key = (key < keys) & (page >= 0) & (page < num_pages)
+            number = page * self.page_size + key % self.page_size
+            number = number if is_key else Int32(0)
+            copy_step = partial(
+                self.copy_step, (head_dim, width, atom), rows, line + begin * (2 * atom), origin,
+                row_bytes, number,
+            )  # fmt: skip
             steps = -(-rows // rows_at_once)
-            fills_steps = const_expr(rows % rows_at_once == 0)
-            for i in cutlass.range(steps, unroll=min(steps, 4 if lanes == chunks else 2)):
-                row_held = i * rows_at_once + own_row
-                row = begin + row_held
-                page = cute.arch.shuffle_sync(pages_held, row_held // self.page_size)
-                is_key = (page >= 0) & (row < valid)
-                number = Int64(page) * self.page_size + row % self.page_size
-                source = origin + number * row_bytes
-                source = source if is_key else origin
-                for c in cutlass.range_constexpr(0, chunks, lanes):
-                    chunk = c + own_chunk
-                    is_read = is_key
-                    if const_expr(head_dim < width):
-                        is_read = is_key & (chunk < head_dim // 8)
-                    offset = (chunk * 8 // atom * self.tile_n + first + row) * (2 * atom)
-                    offset += chunk * 16 % (2 * atom)
-                    offset ^= (offset // 128 % (atom // 8)) * 16
-                    size = Int32(16) if is_read else Int32(0)
-                    line = (target + offset, source + chunk * 16, size)
-                    if const_expr(fills_steps):
-                        copy_line(*line)
-                    else:
-                        if row_held < rows:
-                            copy_line(*line)
+            if cute.arch.vote_all_sync(is_key):
+                for i in cutlass.range_constexpr(steps):
+                    copy_step(i, None)
+            else:
+                read = Uint32(cute.arch.vote_ballot_sync(is_key)) >> Uint32(own_row * lanes)
+                for i in cutlass.range(steps, unroll=1):
+                    copy_step(i, (read >> Uint32(i)) & Uint32(1) == Uint32(1))
         cute.arch.cp_async_mbarrier_arrive_noinc(barrier)
 
+    @cute.jit
+    def copy_step(
+        self,
+        columns: cutlass.Constexpr[tuple],
+        rows: cutlass.Constexpr[int],
+        line: Int32,
+        origin: Int64,
+        row_bytes: Int64,
+        number: Int32,
+        i,
+        is_read: Boolean | None,
+    ):
+        """Copies the i-th row of each group of lanes.
 
-def copy_line(target: Int32, source: Int64, size: Int32) -> None:
-    """Starts a copy of ``size`` bytes to 16 in shared memory; the rest become zeros."""
-    cute.arch.inline_ptx(
-        "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
-        read_only_args=[target, source, size],
-    )
+        Args:
+          columns: head_dim, columns in shared memory and of an atom of its swizzle.
+          rows: how many there are.
+          line: address in shared memory of the lane's line of the first row.
+          origin: address of the lane's line in row 0 of the pages.
+          row_bytes: from one row of the pages to the next.
+          number: of the row in the pages that the lane tells the others.
+          i: which step.
+          is_read: whether the row is a key's and not zeros; None: it is.
+        """
+        head_dim, width, atom = columns
+        lanes = math.gcd(width // 8, 32)
+        own_row, own_chunk = cute.arch.lane_idx() // lanes, cute.arch.lane_idx() % lanes
+        row = i * (32 // lanes)
+        told = cute.arch.shuffle_sync(number, i, mask_and_clamp=((32 - lanes) << 8) | 31)
+        source = origin + Int64(told) * row_bytes
+        # Bits of a sum, none of which carries: a warp's rows begin at a multiple of 4.
+        target = (line ^ swizzle_bits(row, atom)) + row * (2 * atom)
+        for c in cutlass.range_constexpr(0, width // 8, lanes):
+            is_line = is_read
+            if const_expr(head_dim < width):
+                is_column = c + own_chunk < head_dim // 8
+                is_line = is_column if is_read is None else is_read & is_column
+            size = None
+            if const_expr(is_line is not None):
+                size = Int32(16) if is_line else Int32(0)
+            copied = (target + c * 8 // atom * self.tile_n * (2 * atom), source + c * 16, size)
+            if const_expr(rows % (32 // lanes) == 0):
+                copy_line(*copied)
+            else:
+                if row + own_row < rows:
+                    copy_line(*copied)
+
+
+def swizzle_bits(row, atom: int):
+    """What the swizzle of atoms of so many columns flips in the offset of a row's bytes."""
+    return row * (2 * atom) // 128 % (atom // 8) * 16
+
+
+def copy_line(target: Int32, source: Int64, size: Int32 | None) -> None:
+    """Starts a copy of ``size`` bytes to 16 in shared memory, or of all; the rest become zeros."""
+    if size is None:
+        cute.arch.inline_ptx(
+            "cp.async.cg.shared.global [{$r0}], [{$r1}], 16;", read_only_args=[target, source]
+        )
+    else:
+        cute.arch.inline_ptx(
+            "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
+            read_only_args=[target, source, size],
+        )

@@ -401,6 +401,7 @@ class ForwardSm100(KeyTiles):
                             self.loaders, (tma_k, gK, sK), (tma_v, gV, sV), mPageTable, Int32(1)
                         ),
                         self.heads_per_kv,
+                        self.kv_tiles.nowhere,
                         (pipeline_k, pipeline_v, pipeline_tile),
                     )
         if warp_index < 4 * cfg.query_tiles:

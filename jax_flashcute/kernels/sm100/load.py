@@ -96,10 +96,14 @@ class LoadWarp:
                 k_copy, v_copy, mPageTable, Int32(0), kv_head, batch, keys
             )
             visits, nth = self.kernel.key_order((n_min, n_max), lists)
-            n = Int32(0)
+            # Where tiles lie comes from memory, and is asked for ahead of time.
+            n, following = Int32(0), Int32(0)
+            place = following_place = self.kernel.kv_tiles.nowhere
             if visits > 0:
                 n = nth(0)
                 place = locate(n)
+                following = nth(cutlass.min(Int32(1), visits - 1))
+                following_place = locate(following)
                 pipeline_k.acquire(k_stage, k_phase)
                 fill_stage(pipeline_k, load_k, n, place, k_stage)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
@@ -108,14 +112,12 @@ class LoadWarp:
                     load_stage(pipeline_q, tma_q, tQgQ, m, tQsQ, Int32(w), q_phase)
                 q_phase ^= 1
             for i in cutlass.range(visits, unroll=1):
-                following = n
                 if i + 1 < visits:
-                    following = nth(i + 1)
-                    place = locate(following)
                     pipeline_k.acquire(k_stage, k_phase)
-                    fill_stage(pipeline_k, load_k, following, place, k_stage)
+                    fill_stage(pipeline_k, load_k, following, following_place, k_stage)
                     k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
-                place = locate(n)
+                ahead = nth(cutlass.min(i + 2, visits - 1))
+                ahead_place = locate(ahead)
                 pipeline_v.acquire(v_stage, v_phase)
                 is_tail = Boolean(False)
                 if const_expr(has_kv_lengths and not self.kernel.kv_tiles.copying_threads):
@@ -138,7 +140,8 @@ class LoadWarp:
                 else:
                     fill_stage(pipeline_v, load_v, n, place, v_stage)
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
-                n = following
+                n, place = following, following_place
+                following, following_place = ahead, ahead_place
             tile = draw_tile(mCounter)
             tile = cute.arch.shuffle_sync(tile, 0)
 

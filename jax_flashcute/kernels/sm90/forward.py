@@ -417,6 +417,7 @@ class ForwardSm90(KeyTiles):
                     ),
                     partial(self.loaders, (tma_k, gK, sK), (tma_v, gV, sV), mPageTable, warp_index),
                     self.heads_per_kv,
+                    self.kv_tiles.nowhere,
                     (pipeline_k, pipeline_v, pipeline_tile),
                 )
         else:
@@ -510,10 +511,14 @@ class ForwardSm90(KeyTiles):
             )
             # The consumers take K of the next tile before V of this one: load in that order, and
             # the first K before Q, whose place is given back late.
-            n = Int32(0)
+            # Where tiles lie comes from memory, and is asked for ahead of time.
+            n, following = Int32(0), Int32(0)
+            place = following_place = self.kv_tiles.nowhere
             if visits > 0:
                 n = nth(0)
                 place = locate(n)
+                following = nth(cutlass.min(Int32(1), visits - 1))
+                following_place = locate(following)
                 pipeline_k.acquire(k_stage, k_phase)
                 fill_stage(pipeline_k, load_k, n, place, k_stage)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
@@ -528,16 +533,14 @@ class ForwardSm90(KeyTiles):
                 )
             q_phase ^= 1
             for i in cutlass.range(visits, unroll=1):
-                following = n
                 if i + 1 < visits:
-                    following = nth(i + 1)
-                    place = locate(following)
                     pipeline_k.acquire(k_stage, k_phase)
-                    fill_stage(pipeline_k, load_k, following, place, k_stage)
+                    fill_stage(pipeline_k, load_k, following, following_place, k_stage)
                     k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 else:
                     tile = draw_tile(mCounter)
-                place = locate(n)
+                ahead = nth(cutlass.min(i + 2, visits - 1))
+                ahead_place = locate(ahead)
                 pipeline_v.acquire(v_stage, v_phase)
                 is_tail = Boolean(False)
                 if const_expr(has_kv_lengths and not self.copying_threads):
@@ -560,7 +563,8 @@ class ForwardSm90(KeyTiles):
                 else:
                     fill_stage(pipeline_v, load_v, n, place, v_stage)
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
-                n = following
+                n, place = following, following_place
+                following, following_place = ahead, ahead_place
 
             if visits <= 0:
                 tile = draw_tile(mCounter)
