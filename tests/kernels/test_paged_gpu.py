@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flashcute import flash_attention, paged_attention, plan
+from jax_flashcute import PagedKVCache, flash_attention, paged_attention, plan
 from jax_flashcute.kernels.registry import KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.kernels.gpu_cases import compile_in_parallel
@@ -264,3 +264,46 @@ def test_pages_beyond_four_gibibytes(page_size: int) -> None:
     out = call(query, k_pages, v_pages, far, lengths)
     want = call(query, keys, values, order[None].astype(np.int32), lengths)
     np.testing.assert_array_equal(out, want)
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+def test_growing_sequences_in_command_buffers(page_size: int) -> None:
+    """Donated steps of one program, captured in CUDA graphs as soon as may be and not at all."""
+    layers, B, heads, width, room = 4, 3, 2, 64, 512
+    cache = PagedKVCache.empty(
+        layers=layers,
+        batch=B,
+        num_pages=B * room // page_size,
+        page_size=page_size,
+        max_pages=room // page_size,
+        kv_heads=heads,
+        head_dim=width,
+        dtype=jnp.bfloat16,
+    )
+    table = np.random.default_rng(0).permutation(B * room // page_size).reshape(B, -1)
+
+    def step(cache: PagedKVCache, new: jax.Array) -> tuple[PagedKVCache, jax.Array]:
+        tokens = jnp.array([1, 0, 1], jnp.int32)
+        out = new
+        for layer in range(layers):
+            cache = cache.append_layer(layer, out[:, :, :heads], out[:, :, heads : 2 * heads])
+            pages = cache.k_pages[layer], cache.v_pages[layer], cache.page_table
+            out = paged_attention(out, *pages, cache.lengths + 1, implementation="cute")
+        return cache.advance(tokens), out
+
+    def outputs(options: dict) -> list[np.ndarray]:
+        run = jax.jit(step, donate_argnums=0, compiler_options=options)
+        state = jax.tree.map(jnp.copy, cache).with_sequences(
+            jnp.asarray(table, jnp.int32), jnp.array([3, 300, 127], jnp.int32)
+        )
+        found = []
+        for i in range(2 * page_size + 3):
+            new = jax.random.normal(jax.random.key(i), (B, 1, 3 * heads, width), jnp.bfloat16)
+            state, out = run(state, new)
+            found.append(np.asarray(out))
+        assert run._cache_size() == 1
+        return found
+
+    captured = outputs({"xla_gpu_graph_min_graph_size": 1})
+    assert np.isfinite(np.asarray(captured, np.float32)).all()
+    np.testing.assert_array_equal(captured, outputs({"xla_gpu_enable_command_buffer": ""}))
