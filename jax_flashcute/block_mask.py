@@ -109,9 +109,9 @@ class BlockMask:
             full_indices = jnp.zeros((*counts.shape, 0), jnp.int32)
         block_mask = BlockMask(
             partial_counts=counts,
-            partial_indices=_integers("partial_indices", partial_indices),
+            partial_indices=_with_room(_integers("partial_indices", partial_indices)),
             full_counts=_integers("full_counts", full_counts),
-            full_indices=_integers("full_indices", full_indices),
+            full_indices=_with_room(_integers("full_indices", full_indices)),
             **sizes,
         )
         _check_shapes(block_mask)
@@ -274,8 +274,8 @@ class BlockMask:
 
     def kernel_lists(self) -> list[jax.Array]:
         """The four arrays as kernels take them: with room for at least one index in each list."""
-        arrays = [self.partial_counts, self.partial_indices, self.full_counts, self.full_indices]
-        return [jnp.pad(x, ((0, 0),) * 3 + ((0, 1),)) if 0 in x.shape[3:] else x for x in arrays]
+        partial, full = _with_room(self.partial_indices), _with_room(self.full_indices)
+        return [self.partial_counts, partial, self.full_counts, full]
 
     def transpose(self) -> "BlockMask":
         """The same tiles by key tile: for each, the query tiles that see it; for the backward."""
@@ -372,6 +372,16 @@ def _integers(name: str, array: ArrayLike) -> jax.Array:
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers; got dtype {array.dtype.name}")
     return array.astype(jnp.int32)
+
+
+def _with_room(indices: jax.Array) -> jax.Array:
+    """Indices with room for at least one in each list.
+
+    XLA (jaxlib 0.11.2) crashes where an array without elements goes into a ``shard_map``, as lists
+    do in its gradient.
+    """
+    is_empty = indices.ndim == 4 and indices.shape[3] == 0
+    return jnp.pad(indices, ((0, 0),) * 3 + ((0, 1),)) if is_empty else indices
 
 
 def _check_shapes(block_mask: BlockMask) -> None:

@@ -225,7 +225,8 @@ def _without_casts(jaxpr: Jaxpr) -> Jaxpr:
     """``jaxpr`` without the casts that say over which mesh axes a value varies.
 
     They are there inside a ``shard_map`` that checks it; a device's part of a call has no mesh.
-    Nested programs are bound to the types of an explicit mesh, which is refused.
+    On an explicit mesh, the equations forget it as well; nested programs are bound to its types,
+    which is refused.
     """
     renamed: dict[Var, Any] = {}
     # Inside a shard_map, all axes that it maps over are manual.
@@ -257,12 +258,24 @@ def _without_casts(jaxpr: Jaxpr) -> Jaxpr:
             renamed.update(zip(equation.outvars, inputs, strict=True))
             continue
         parameters = {name: of_parameter(p) for name, p in equation.params.items()}
-        equations.append(equation.replace(invars=inputs, params=parameters))
-    if not renamed and all(
+        equation = equation.replace(invars=inputs, params=parameters)
+        equations.append(equation.replace(ctx=_no_mesh()) if explicit else equation)
+    if not (renamed or explicit) and all(
         new.params == old.params for new, old in zip(equations, jaxpr.eqns, strict=True)
     ):
         return jaxpr
     return jaxpr.replace(eqns=equations, outvars=[current(v) for v in jaxpr.outvars])
+
+
+@functools.cache
+def _no_mesh():
+    """The context of an equation that is traced without a mesh.
+
+    Evaluated in that of an explicit mesh, its results would have the types of that mesh.
+    """
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        (equation,) = jax.make_jaxpr(jnp.negative)(1.0).jaxpr.eqns
+    return equation.ctx
 
 
 def _nested_constants(name: str, jaxpr: Jaxpr) -> Iterator[str]:

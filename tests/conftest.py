@@ -12,7 +12,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,41 +38,48 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--record-transforms",
         metavar="FILE",
         type=Path,
-        help="write the table of tests/transforms/test_matrix.py to FILE (JSON); needs -n 0",
+        help="write the table of tests/transforms/test_matrix.py to FILE (JSON)",
     )
 
 
-@pytest.fixture(scope="session")
-def transform_table(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], str]]:
-    """What became of each feature under each transform."""
-    table: dict[tuple[str, str], str] = {}
-    yield table
-    path = request.config.getoption("--record-transforms")
-    if path and not hasattr(request.config, "workerinput"):
-        write_transforms(path, table)
+class TransformRecorder:
+    """Gathers the table of transforms from the workers' reports and writes it when the run ends."""
 
+    def __init__(self, path: Path):
+        self.path = path
+        self.cells: list[tuple[tuple[int, int], str, str, str]] = []
 
-def write_transforms(path: Path, table: dict[tuple[str, str], str]) -> None:
-    import jax
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        # What a skipped test noted stays out, a failed one's says so.
+        if report.when == "call" and not report.skipped:
+            found = [value for name, value in report.user_properties if name == "transform"]
+            self.cells += [(tuple(place), *rest) for place, *rest in found]
 
-    cells: dict[str, dict[str, str]] = {}
-    for (feature, transform), outcome in table.items():
-        cells.setdefault(feature, {})[transform] = outcome
-    record = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "cells": cells,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    def pytest_sessionfinish(self) -> None:
+        import jax
+
+        table: dict[str, dict[str, str]] = {}
+        for _, feature, transform, outcome in sorted(self.cells):
+            table.setdefault(feature, {})[transform] = outcome
+        record = {
+            "device": jax.devices()[0].device_kind,
+            "devices": len(jax.devices()),
+            "jax": jax.__version__,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "cells": table,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # The workers of pytest-xdist hand their reports to the controller, which alone writes.
     if config.getoption("--record-run") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(RunRecorder(config.getoption("--record-run")), "run-recorder")
+    path = config.getoption("--record-transforms")
+    if path and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(TransformRecorder(path), "transform-recorder")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

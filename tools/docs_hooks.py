@@ -192,6 +192,11 @@ def support_table() -> str:
 # ---- the transform matrix --------------------------------------------------------------------
 
 
+def _devices(record: dict[str, Any]) -> str:
+    count = record.get("devices", 1)
+    return record["device"] if count == 1 else f"{count} × {record['device']}"
+
+
 def transform_tables() -> str:
     """One table for every machine that the tests were recorded on."""
     texts = []
@@ -203,11 +208,11 @@ def transform_tables() -> str:
         def cell(outcome: str | None, notes=notes) -> str:
             if outcome is None:
                 return "not run"
-            return outcome if outcome.startswith("passes") else f"refused {notes.number(outcome)}"
+            return outcome if outcome in ("passes", "fails") else f"refused {notes.number(outcome)}"
 
         rows = [[t, *(cell(outcomes.get(t)) for outcomes in cells.values())] for t in transforms]
         texts.append(
-            f"## On {record['device']}\n\n{_table(['', *cells], rows)}\n\n{notes}\n\n"
+            f"## On {_devices(record)}\n\n{_table(['', *cells], rows)}\n\n{notes}\n\n"
             f"JAX {record['jax']}, {record['date'][:10]}, commit `{record['commit']}`."
         )
     return "\n\n".join(texts)
