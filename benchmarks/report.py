@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks import context_parallel, start_up
 from benchmarks.tables import OURS, UNITS, Row, by_cell, implementations, latest_runs, rate, table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -82,6 +83,49 @@ def footnotes(rows: list[Row]) -> list[str]:
     return lines
 
 
+def rows_of(path: Path) -> list[dict]:
+    """The rows of a program with a file of its own; none where it has not run."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def sections(results: Path, out: Path, gpu: str) -> tuple[list[str], list[Path]]:
+    """Lines on several devices and on starting, and the plots written."""
+    lines: list[str] = []
+    written = []
+    if rows := rows_of(results / "context_parallel.json"):
+        picture = out / f"{results.name}_context_parallel.png"
+        context_parallel.plot(rows, f"One causal sequence on several devices, {gpu}", picture)
+        written.append(picture)
+        lines += [
+            *("", "## context parallelism", "", f"![Scaling over devices, {gpu}]({picture.name})"),
+            *("", context_parallel.table(rows), ""),
+            f"Commit `{rows[0]['commit']}`, {rows[0]['date'][:10]};",
+            "`python -m benchmarks.context_parallel`, on the host's clock.",
+        ]
+    if rows := rows_of(results / "train_on_mesh.json"):
+        lines += ["", "## training on meshes", "", mesh_table(rows), ""]
+        lines.append("`examples/train_on_mesh.py`; data x model x context.")
+    if rows := rows_of(results / "start_up.json"):
+        lines += ["", "## starting", "", start_up.table(rows), ""]
+        lines += [f"Commit `{rows[0]['commit']}`, {rows[0]['date'][:10]};"]
+        lines.append("`python -m benchmarks.start_up`. All times are the host's, in seconds or ms.")
+    return lines, written
+
+
+def mesh_table(rows: list[dict]) -> str:
+    """Tokens a second of ``examples/train_on_mesh.py``."""
+    lines = [
+        "| mesh | devices | tokens | tokens a second | first and last loss, bits a byte |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        cells = ["x".join(map(str, row["mesh"].values())), str(row["devices"])]
+        cells += [f"{row['batch']} x {row['seq_len']:,}", f"{row['tokens_per_second']:,.0f}"]
+        cells.append(f"{row['bits_per_byte'][0]:.4f}, {row['bits_per_byte'][-1]:.4f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def report(results: Path, out: Path) -> list[Path]:
     """Write ``<gpu>.md`` and its plots for one GPU's results; the paths written."""
     groups = latest_runs(read_rows(results))
@@ -114,6 +158,9 @@ def report(results: Path, out: Path) -> list[Path]:
             written.append(picture)
             lines += [f"![{heading}, {gpu}]({picture.name})", ""]
         lines += [table(rows), "", *footnotes(rows)]
+    more, pictures = sections(results, out, gpu)
+    lines += more
+    written += pictures
     page = out / f"{results.name}.md"
     page.write_text("\n".join(line.rstrip() for line in lines) + "\n")
     return [page, *written]

@@ -34,12 +34,12 @@ import jax.numpy as jnp
 
 from benchmarks.run import commit
 from jax_flashcute import flash_attention
+from jax_flashcute.ffi.kernel_file import SUFFIX
 from jax_flashcute.ffi.runtime import find_library
 from jax_flashcute.ffi.toolchain import RUNTIME
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TARGET = "sm_90a:132"
-PARTS = ("first_call", "server", "demo")
 
 # What the parts call: the demo's batches and sample, the server's chunks and decode steps.
 _DEMO = [(4, 256), (1, 256)]
@@ -257,36 +257,71 @@ def cold_start(model: Path, environment: dict[str, str], *options: str) -> dict[
 # ---- the whole -------------------------------------------------------------------------------
 
 
-def measure(environments: Environments, parts: list[str], jobs: int, size: dict) -> Iterator[dict]:
-    """The rows, one by one."""
+ABSENT = {"compiler": "absent", "compile": "error", "kernels": "bundle"}
+
+
+def of_first_calls(environments: Environments, options: list[str]) -> Iterator[dict[str, Any]]:
+    del options
+    yield {"what": "first_call", **ABSENT, **measure_first_calls(environments.with_bundle)}
+
+
+def of_server(environments: Environments, options: list[str]) -> Iterator[dict[str, Any]]:
+    model = environments.folder / "model.safetensors"
+    save_server_model(model)
+    for about, environment in (
+        (ABSENT, environments.with_bundle),
+        ({"kernels": "compiled as they are met"}, environments.without),
+    ):
+        yield {"what": "server", **about, **cold_start(model, environment, *options)}
+
+
+def of_demo(environments: Environments, options: list[str]) -> Iterator[dict[str, Any]]:
+    command = [sys.executable, "examples/train_byte_lm.py", *options]
+    command += ["--out", str(environments.folder / "demo")]
+    start = time.perf_counter()
+    done = subprocess.run(command, env=environments.with_bundle, cwd=REPOSITORY)
+    seconds = time.perf_counter() - start
+    yield {"what": "demo", **ABSENT, "exit_status": done.returncode, "seconds": seconds}
+
+
+PARTS = {"first_call": of_first_calls, "server": of_server, "demo": of_demo}
+TINY = {
+    "first_call": [],
+    "server": ["--max-batch", "1", "--chunks", "16"],
+    "demo": ["--steps", "4"],
+}
+
+
+def measure(
+    environments: Environments, parts: list[str], jobs: int, *, tiny: bool
+) -> Iterator[dict[str, Any]]:
+    """The rows, one by one; a part that fails says so in its row and stops no other."""
     seconds = environments.compile_bundle(jobs)
-    kernels = len(list(environments.bundle.glob("*")))
-    absent = {"compiler": "absent", "compile": "error", "kernels": "bundle"}
     if not compiler_is_absent(environments.with_bundle):
         raise RuntimeError("the compiler can be imported where it should be absent")
-    yield {"what": "bundle", "seconds": seconds, "files": kernels, "jobs": jobs}
-    if "first_call" in parts:
-        yield {"what": "first_call", **absent, **measure_first_calls(environments.with_bundle)}
-    if "server" in parts:
-        model = environments.folder / "model.safetensors"
-        save_server_model(model)
-        for kernels, environment in (
-            (absent, environments.with_bundle),
-            ({"kernels": "compiled as they are met"}, environments.without),
-        ):
-            found = cold_start(model, environment, *size["server"])
-            yield {"what": "server", **kernels, **found}
-    if "demo" in parts:
-        start = time.perf_counter()
-        command = [sys.executable, "examples/train_byte_lm.py", *size["demo"]]
-        command += ["--out", str(environments.folder / "demo")]
-        done = subprocess.run(command, env=environments.with_bundle, cwd=REPOSITORY)
-        yield {
-            "what": "demo",
-            **absent,
-            "exit_status": done.returncode,
-            "seconds": time.perf_counter() - start,
-        }
+    kernels = len(list(environments.bundle.glob(f"*{SUFFIX}")))
+    yield {"what": "bundle", "seconds": seconds, "kernels": kernels, "jobs": jobs}
+    for part in parts:
+        try:
+            yield from PARTS[part](environments, TINY.get(part, []) if tiny else [])
+        except Exception as error:
+            yield {"what": part, "error": f"{type(error).__name__}: {error}"}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: what was measured, with which kernels, and the figures by name."""
+    known = ("what", "kernels", "compiler", "compile", "date", "commit", "jax", "gpu")
+    lines = ["| what | kernels | figures |", "|---|---|---|"]
+    for row in rows:
+        figures = [
+            f"{name.replace('_', ' ')} {value:.2f}" if isinstance(value, float) else
+            f"{name.replace('_', ' ')} {value}"
+            for name, value in row.items() if name not in known
+        ]  # fmt: skip
+        kernels = row.get("kernels", "")
+        kernels = f"{kernels}, no compiler" if row.get("compiler") == "absent" else f"{kernels}"
+        lines.append(f"| {row['what'].replace('_', ' ')} | {kernels} | {', '.join(figures)} |")
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -303,9 +338,6 @@ def main() -> int:
     if importlib.util.find_spec("cutlass") is None:
         sys.exit("The compiler is needed to make the bundle.")
     jax.config.update("jax_platforms", "cpu")  # the GPU is for the processes that are measured
-    size = {"server": [], "demo": []}
-    if options.tiny:
-        size = {"server": ["--max-batch", "1", "--chunks", "16"], "demo": ["--steps", "4"]}
     about = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -314,13 +346,14 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         environments = Environments(Path(folder))
-        for row in measure(environments, options.parts.split(","), options.jobs, size):
+        parts = options.parts.split(",")
+        for row in measure(environments, parts, options.jobs, tiny=options.tiny):
             rows.append(row | about)
             print(json.dumps(row), flush=True)
             if options.out:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    return 0
+    return any("error" in row for row in rows)
 
 
 if __name__ == "__main__":
