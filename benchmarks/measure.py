@@ -17,6 +17,7 @@ from benchmarks.cupti import Activity, DeviceTimeline
 
 MIN_CALLS, MAX_CALLS = 5, 20
 ROUND_MS = 30.0  # about what one implementation takes in one round
+LONG_MS = 1000.0  # a call that takes longer is timed once, in one round, without a warm-up
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,15 @@ def busy_ms_per_call(activities: Sequence[Activity], calls: int) -> list[float]:
 
 
 def call_ms(step: Step) -> float:
-    """Milliseconds of one call on the host's clock, after two others."""
-    step.run(2)
-    start = time.perf_counter()
-    step.run(1)
-    return (time.perf_counter() - start) * 1e3
+    """Milliseconds of one call on the host's clock, after two others unless the first is long."""
+    ms = 0.0
+    for _ in range(3):
+        start = time.perf_counter()
+        step.run(1)
+        ms = (time.perf_counter() - start) * 1e3
+        if ms > LONG_MS:
+            break
+    return ms
 
 
 def fastest(steps: Iterable[tuple[str, Callable[[], Step]]], calls: int = 10) -> Step:
@@ -157,7 +162,8 @@ def measure(
       clock: what times it.
       rounds: how often each has its turn.
       failed: told of a step that raises, which is left out from there on.
-      warm_up_ms: for how long a step runs before it is timed; at least one call.
+      warm_up_ms: for how long a step runs before it is timed; at least one call, unless it is
+        longer than ``LONG_MS``.
     """
     times: dict[str, list[list[float]]] = {}
     calls: dict[str, int] = {}
@@ -166,14 +172,17 @@ def measure(
     for round_ in range(rounds):
         shift = round_ % len(names) if names else 0
         for name in names[shift:] + names[:shift]:
-            if round_ and name not in times:
+            if round_ and (name not in times or not warm_up[name]):
                 continue
             try:
                 if name not in calls:
                     ms = call_ms(steps[name])
+                    is_long = ms > LONG_MS
                     calls[name] = max(MIN_CALLS, min(MAX_CALLS, round(ROUND_MS / ms)))
-                    warm_up[name] = max(1, round(warm_up_ms / ms))
-                steps[name].run(warm_up[name])
+                    calls[name] = 1 if is_long else calls[name]
+                    warm_up[name] = 0 if is_long else max(1, round(warm_up_ms / ms))
+                if warm_up[name]:
+                    steps[name].run(warm_up[name])
                 times.setdefault(name, []).append(clock.time(steps[name], calls[name]))
             except Exception as error:  # a peer's failure must not stop the others
                 times.pop(name, None)

@@ -143,7 +143,7 @@ def build_steps(names: list[str], case: Case, pass_: Pass, skip: "SkipLog") -> d
             if case.is_nsa and name not in peers.NSA:
                 raise NotImplementedError("measures dense attention alone")
             step = peers.load(name).build(case, pass_)
-            step.run(2)
+            step.run(1)
         except Exception as error:  # a peer's failure must not stop the others
             skip(name, error)
         else:

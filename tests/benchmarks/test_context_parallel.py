@@ -8,11 +8,11 @@ from benchmarks import context_parallel
 
 def test_rows_of_one_and_two_devices(tmp_path: Path, capsys) -> None:
     out = tmp_path / "rows.json"
-    context_parallel.main(
+    arguments = (
         "--length 64 --heads 2,1 --head-dim 8 --dtype float32 --devices 1,2,1000 --passes fwd "
-        "--methods ring,flash_attention_3_jax --orders zigzag --rounds 2".split()
-        + ["--out", str(out)]
+        f"--methods ring,flash_attention_3_jax --orders zigzag --rounds 2 --out {out}"
     )
+    context_parallel.main(arguments.split())
     rows = json.loads(out.read_text())["rows"]
     found = [(r["devices"], r["context_parallel"], r["order"], r["pass"]) for r in rows]
     assert found == [(1, None, None, "fwd"), (2, "ring", "zigzag", "fwd")]

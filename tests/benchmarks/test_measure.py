@@ -123,6 +123,16 @@ def test_warm_up_calls_are_not_timed() -> None:
     assert timings["k"].ms == pytest.approx(1)
 
 
+def test_a_long_call_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.measure.LONG_MS", 0)
+    timeline = RecordedTimeline()
+    log: list[str] = []
+    steps = {"k": timeline.step(1, log)}
+    timings = measure(steps, DeviceClock(timeline), 3, lambda *_: None, warm_up_ms=100)
+    assert timings["k"].calls == 1
+    assert len(log) == 2  # one to see how long it takes
+
+
 def test_host_clock_gives_one_mean() -> None:
     (ms,) = HostClock().time(Step(lambda: None, lambda _: None, "bfloat16"), 10)
     assert 0 <= ms < 100
