@@ -115,7 +115,8 @@ def flash_attention(
       cu_seqlens_q: (n + 1,) or (B, n + 1) integers, not decreasing: segment i is rows
         ``cu_seqlens_q[i]`` up to ``cu_seqlens_q[i + 1]``, which may be none; rows outside of all
         are padding.  n, the most segments there can be, is static; fill up with the last value.
-        In place of ``segment_ids``.
+        What stands behind the last boundary may hold NaN; before the first, which is 0 as a rule,
+        it may not.  In place of ``segment_ids``.
       cu_seqlens_k: likewise for the keys; left out, those of the query.
       positions: what masks and scores see: ``"sequence"``, positions in the whole sequence, or
         ``"segment"``, positions that start at 0 in every segment (``q_offset`` is added to those

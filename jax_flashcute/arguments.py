@@ -72,9 +72,20 @@ def checked_call(
     segments = _checked_segments(
         segment_ids, cu_seqlens_q, cu_seqlens_k, positions, (B, T, S), positional=positional
     )
-    if segments is not None:
-        query = _zero_padding(query, segments.q_ids)
+    query_seq_lengths = _per_batch("query_seq_lengths", query_seq_lengths, B)
+    key_value_seq_lengths = _per_batch("key_value_seq_lengths", key_value_seq_lengths, B)
+    by_boundaries = segments is not None and segment_ids is None
+    if by_boundaries:
+        # Padding lies behind the last boundary, which is a length: nothing is copied to clear it.
+        ends = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        key_value_seq_lengths = _up_to(ends, key_value_seq_lengths, B)
+        # Rows beyond a length have no sink.
+        if sinks is None:
+            query_seq_lengths = _up_to(cu_seqlens_q, query_seq_lengths, B)
+    elif segments is not None:
         key, value = (_zero_padding(x, segments.kv_ids) for x in (key, value))
+    if segments is not None and (sinks is not None or not by_boundaries):
+        query = _zero_padding(query, segments.q_ids)
     at_rows = isinstance(q_offset, int) and q_offset == 0 and segments is None
     has_lists = isinstance(block_mask, BlockMask)
     if packed_mask is None and at_rows and not has_lists:
@@ -109,8 +120,8 @@ def checked_call(
         key=key,
         value=value,
         q_offset=_per_batch("q_offset", q_offset, B),
-        query_seq_lengths=_per_batch("query_seq_lengths", query_seq_lengths, B),
-        key_value_seq_lengths=_per_batch("key_value_seq_lengths", key_value_seq_lengths, B),
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
         bias=_elementwise("bias", bias, jnp.floating, "floating point", element_shape),
         mask=_elementwise("mask", mask, jnp.bool_, "bool", element_shape),
         packed_mask=_checked_words(packed_mask, element_shape),
@@ -515,6 +526,12 @@ def _checked_boundaries(pair, B: int) -> tuple[jax.Array, jax.Array]:
             f"{boundaries[0].shape[1] - 1}; got {boundaries[1].shape[1] - 1}"
         )
     return boundaries[0], boundaries[1]
+
+
+def _up_to(boundaries, lengths: jax.Array | None, B: int) -> jax.Array:
+    """(B,) lengths that end at the last boundary, or before."""
+    ends = jnp.broadcast_to(jnp.asarray(boundaries)[..., -1].astype(jnp.int32), (B,))
+    return ends if lengths is None else jnp.minimum(lengths, ends)
 
 
 def _zero_padding(array: jax.Array, ids: jax.Array) -> jax.Array:

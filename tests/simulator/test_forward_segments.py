@@ -33,6 +33,14 @@ def call_of(lengths, heads=(1, 1), head_dim=64, seed=0, dtype=jnp.bfloat16, **ar
         jnp.asarray(draw((B, rows, heads, head_dim)), dtype)
         for rows, heads in ((T, N), (S, K), (S, K))
     ]
+    if "cu_seqlens_q" in arguments:
+        q_ends = arguments["cu_seqlens_q"]
+        k_ends = arguments.get("cu_seqlens_k", q_ends)
+        ends = [np.asarray(e)[..., -1:] for e in (q_ends, k_ends, k_ends)]
+        beyond = [np.arange(x.shape[1]) >= e for x, e in zip(main, ends, strict=True)]
+        main = [
+            jnp.where(b[..., None, None], jnp.nan, x) for x, b in zip(main, beyond, strict=True)
+        ]
     return checked_call(*main, **defaults | arguments)
 
 
