@@ -274,7 +274,7 @@ def _explanation(
         forward_reasons=(*([invariance] if invariance else []), *reasons["fwd"]),
         backward_reasons=reasons["bwd"],
         elsewhere="refused" if invariance else elsewhere,
-        keys=registry.keys_of(spec, operands, target.arch),
+        keys=registry.keys_of(spec, operands),
         tiles=tiles,
         loads=tuple(_loads(spec)),
         splits=None if key is None else registry.splits_of(key, operands),

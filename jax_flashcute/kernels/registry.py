@@ -120,7 +120,7 @@ class KernelKey:
       row_bounds: each row's keys stand in arrays; None where they follow from its position.
       has_lists: the tiles that are visited stand in lists.
       union: intervals within ``interval``: a query sees the keys of at least one; none where it
-        sees all of ``interval``; Hopper only.
+        sees all of ``interval``.
       packed_mask: which of batch, heads and rows a mask in bits varies along, of "bnt"; None
         without one.
     """
@@ -206,40 +206,37 @@ def _keys(spec: AttentionSpec) -> tuple[Program, KeySet | None] | None:
 def _other_keys(spec: AttentionSpec, operands: Operands) -> tuple[Program, KeySet | None] | None:
     """``_keys`` that are not one interval by position alone, where kernels take others.
 
-    None with segments, lists of tiles and pages.
+    None with segments and lists of tiles.
     """
-    others = (operands.segment_ids, operands.block_mask, operands.page_table)
     found = _keys(spec)
-    if any(x is not None for x in others) or found is None:
+    if operands.segment_ids is not None or operands.block_mask is not None or found is None:
         return None
     return None if rising_interval(found[1]) is not None else found
 
 
-def union_of(spec: AttentionSpec, operands: Operands, arch: str | None) -> tuple[Interval, ...]:
+def union_of(spec: AttentionSpec, operands: Operands) -> tuple[Interval, ...]:
     """The intervals within the window whose union ``mask_mod`` shows, where a kernel takes them.
 
-    Empty where it is one interval, or something else, and on Blackwell.
+    Empty where it is one interval, or something else.
     """
     found = _other_keys(spec, operands)
-    if found is None or arch in BLACKWELL:
-        return ()
-    return rising_union(found[1], MOST_INTERVALS) or ()
+    return () if found is None else rising_union(found[1], MOST_INTERVALS) or ()
 
 
 def rows_of(spec: AttentionSpec, operands: Operands) -> RowInterval | None:
     """``mask_mod`` within the window as an interval for each row, where a kernel takes its bounds.
 
-    They are computed before the kernel, which reads them from arrays.
+    They are computed before the kernel, which reads them from arrays.  None with pages.
     """
-    found = _other_keys(spec, operands)
+    found = None if is_paged(operands) else _other_keys(spec, operands)
     return None if found is None or rising_union(found[1], MOST_INTERVALS) else row_interval(*found)
 
 
-def keys_of(spec: AttentionSpec, operands: Operands, arch: str | None) -> str | None:
+def keys_of(spec: AttentionSpec, operands: Operands) -> str | None:
     """The keys that a position sees, in words; None where they are not known to be intervals."""
     if operands.packed_mask is not None:
         return None
-    union = union_of(spec, operands, arch)
+    union = union_of(spec, operands)
     if union:
         return " or ".join(map(str, union))
     if rows_of(spec, operands) is not None:
@@ -264,14 +261,12 @@ def reasons_against_making_lists(
 
     All follow from the program and from shapes: what a mask hides is not known here.
     """
-    mask_mod = _scores(spec, operands, arch).mask_mod
+    mask_mod = _scores(spec, operands).mask_mod
     if operands.block_mask is not None or not spec.may_make_lists:
         return ["block_mask says what is visited"]
     if mask_mod is None:
         return ["no mask is evaluated score by score"]
     reasons = []
-    if arch in BLACKWELL:
-        reasons.append("none are made for Blackwell yet")
     if is_paged(operands) or operands.segment_ids is not None:
         reasons.append("pages and segments have no lists")
     if operands.packed_mask is not None:
@@ -294,6 +289,9 @@ def reasons_against_making_lists(
         reasons.append("queries are so few that heads share a tile")
     if config is not None and T <= config.slab_rows:
         reasons.append("queries are so few that their keys may be divided among blocks")
+    backward = _backward_config(arch, spec, operands)
+    if isinstance(backward, BwdConfigSm100) and backward.passes:
+        reasons.append("the backward of these head_dims takes none")
     return reasons
 
 
@@ -307,9 +305,9 @@ def list_tile(spec: AttentionSpec, operands: Operands, arch: str | None) -> tupl
     return math.gcd(forward.tile_m, backward.tile_m), math.gcd(forward.tile_n, backward.tile_n)
 
 
-def _scores(spec: AttentionSpec, operands: Operands, arch: str | None) -> AttentionSpec:
+def _scores(spec: AttentionSpec, operands: Operands) -> AttentionSpec:
     """The call without a ``mask_mod`` that the kernel takes as intervals."""
-    if union_of(spec, operands, arch) or rows_of(spec, operands) is not None:
+    if union_of(spec, operands) or rows_of(spec, operands) is not None:
         return dataclasses.replace(spec, mask_mod=None)
     return by_element(spec, has_lists=operands.block_mask is not None)
 
@@ -343,7 +341,7 @@ def reasons_against(
         if name not in SERVED_OPERANDS:
             reasons.append(f"no kernel takes {name} yet")
     has_lists = operands.block_mask is not None
-    scores = _scores(spec, operands, arch)
+    scores = _scores(spec, operands)
     reasons += reasons_against_elements(scores, operands)
     # 0 times -inf, the score of a hidden key, is NaN.
     if not (math.isfinite(spec.scale) and spec.scale > 0):
@@ -452,18 +450,18 @@ def _backward_config(
             blocks.tile_m % found.tile_m or blocks.tile_n % found.tile_n
         )
         return found if divides else None
-    config = backward_config(*dims, spec.deterministic, may_part=_may_part(spec, operands, arch))
+    config = backward_config(*dims, spec.deterministic, may_part=_may_part(spec, operands))
     if blocks is None:
         return config
     return dividing_backward(config, blocks.tile_m, blocks.tile_n, *dims)
 
 
-def _may_part(spec: AttentionSpec, operands: Operands, arch: str | None) -> bool:
+def _may_part(spec: AttentionSpec, operands: Operands) -> bool:
     """Whether a pass of its own for dQ can serve a call: it knows intervals by position alone."""
     others = (operands.segment_ids, operands.block_mask, operands.packed_mask)
     if any(x is not None for x in others):
         return False
-    functions = element_functions(_scores(spec, operands, arch), operands)
+    functions = element_functions(_scores(spec, operands), operands)
     return without_sinks(functions) is None and rows_of(spec, operands) is None
 
 
@@ -498,28 +496,28 @@ def kernel_key(
     present = operands.present()
     makes_lists = not reasons_against_making_lists(spec, operands, arch)
     has_lists = operands.block_mask is not None or makes_lists
-    functions = element_functions(_scores(spec, operands, arch), operands)
+    functions = element_functions(_scores(spec, operands), operands)
     config: FwdConfig | FwdConfigSm100 | BwdConfig | BwdConfigSm100
     split_kv = False
     interval = interval_of(spec, has_lists=has_lists)
     row_bounds = RowBounds.of(operands.segment_ids)
     if rows_of(spec, operands) is not None:
         row_bounds = RowBounds(False, False, compares_bounds=direction == "bwd")
-    union, packed = union_of(spec, operands, arch), operands.packed_mask
+    union, packed = union_of(spec, operands), operands.packed_mask
     if direction == "fwd":
         config = _existing(_forward_config(arch, operands))
         pack_gqa = packing_pays(query.shape[1], group, config)
         pack_gqa = pack_gqa and _may_pack(operands, group, config)
         # Bounds from arrays and lists are not tried yet.
         may_split = operands.segment_ids is None and not has_lists
-        # A part is a stretch of one range of tiles, computed from positions; other masks go by
-        # element, if they can.
-        alone = by_element(spec, has_lists=has_lists)
+        # A part is a stretch of tiles that are computed from positions; other masks go by element,
+        # if they can.
+        alone = _scores(spec, operands) if union else by_element(spec, has_lists=has_lists)
         may_split = may_split and not reasons_against_elements(alone, operands)
         splits = partial(num_splits, arch, batch_invariant=spec.batch_invariant)
         if may_split and splits(interval, operands, num_sms) > 1:
             config, split_kv = _few_rows_config(arch, *dims), True
-            union, row_bounds = (), None
+            row_bounds = None
             functions = element_functions(alone, operands)
             pack_gqa = packing_pays(query.shape[1], group, config)
         if is_paged(operands) and isinstance(config, FwdConfig):

@@ -104,7 +104,7 @@ def launcher(
         dtype,
         config or choose(case.head_dim, case.head_dim_v),
         arch,
-        registry.union_of(case.spec(), Operands(None, None, None), arch),
+        registry.union_of(case.spec(), Operands(None, None, None)),
     )
 
 

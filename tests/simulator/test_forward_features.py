@@ -38,7 +38,6 @@ def check(
     want = jax.jit(lambda x: reference.attention(spec, Operands(**x)))(wide | case.batch_index())
     inputs = [operands.query, operands.key, operands.value]
     inputs += [arrays[n] for n in registry.OPTIONAL_OPERANDS if n in arrays]
-    # What is intervals on Hopper may be looked at element by element on Blackwell.
     inputs += [] if key.elements is None else element_operands(key.elements, operands)
     rows = (case.batch, case.seqlen_q, case.q_heads)
     outputs = [((*rows, case.head_dim_v), jnp.dtype(dtype)), (rows, np.dtype(np.float32))]
@@ -127,6 +126,7 @@ EDGES = {"batch": 3, "offset": True, "lengths": True}
 SPLIT_CASES = {
     "64_lengths": sized(64, group=8, seqlen_q=1, seqlen_k=1100, lengths=True, batch=4),
     "128_groups_of_7": sized(128, group=7, seqlen_q=3, seqlen_k=1300, causal=True, offset=True),
+    "64_first_keys": sized(64, group=7, seqlen_q=3, seqlen_k=1700, mask_mod=FIRST_KEYS, **EDGES),
 }
 SLOW_SPLIT_CASES = {
     "128_groups_of_3": sized(128, group=3, seqlen_q=1, seqlen_k=1601, kv_heads=2),

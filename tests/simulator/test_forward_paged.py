@@ -22,6 +22,8 @@ SPEC = AttentionSpec(0.125, is_causal=True)
 WINDOW = dataclasses.replace(SPEC, local_window_size=(40, 0))
 WIDE = AttentionSpec(0.125, local_window_size=(900, 20))
 DILATED = dataclasses.replace(SPEC, mask_mod=masks.trace_mask(masks.dilated(90, 3))[0])
+FIRST = masks.Mask(lambda b, h, q, kv: kv < 70) | masks.sliding_window(40)
+FIRST_KEYS = dataclasses.replace(SPEC, mask_mod=masks.trace_mask(FIRST)[0])
 CAPPED = dataclasses.replace(SPEC, logits_soft_cap=5.0)
 BF16 = jnp.dtype("bfloat16")
 
@@ -124,6 +126,8 @@ SLOW_CASES = {
     "64_sinks_cap": Call(64, (65, 300), seqlen_q=9, spec=CAPPED, group=2, sinks=True),
     "4_sinks_cap": Call(4, (65, 300), seqlen_q=9, spec=CAPPED, group=2, sinks=True),
     "16_dilated": Call(16, (65, 300), seqlen_q=9, spec=DILATED, group=2),
+    "4_first_keys": Call(4, (0, 133, 500), 72, seqlen_q=5, group=3, spec=FIRST_KEYS),
+    "64_first_keys": Call(64, (65, 700), seqlen_q=200, spec=FIRST_KEYS),
     "128_window": Call(128, (129, 400, 127), 128, 128, seqlen_q=200, spec=WINDOW),
     "256_256": Call(256, (257, 600), 256, 256, seqlen_q=40),
 }
@@ -149,6 +153,7 @@ SLOW_SPLIT_CASES = {
     "16_long_parts": Call(16, (2901, 2500, 700), group=8, num_sms=4),
     "1_window": Call(1, (2001, 900), 72, 40, seqlen_q=2, group=7, spec=WIDE, num_sms=16),
     "4_256": Call(4, (801, 300), 256, 256, group=3, num_sms=16),
+    "8_first_keys": Call(8, (2001, 90), seqlen_q=2, group=7, spec=FIRST_KEYS, num_sms=16),
     "64_shared": Call(64, (1500, 1500, 90), 128, 128, seqlen_q=3, pages="shared", num_sms=32),
     "512_192_128": Call(512, (1025, 511), 192, 128, group=16, num_sms=16),
 }

@@ -1,5 +1,7 @@
 """The Blackwell kernels over lists, packed sequences, bounds in arrays and masks in bits."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import pytest
 
@@ -74,6 +76,17 @@ def test_together(direction: str):
 def test_each(direction: str, call):
     lengths, arguments = call
     CHECKS[direction](*call_of(lengths, **arguments), arch=ARCH)
+
+
+@pytest.mark.parametrize("direction", CHECKS)
+def test_lists_made_in_the_call(direction: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(registry, "LEAST_SCORES_FOR_LISTS", 1)
+    monkeypatch.setattr(registry, "LEAST_HEADS_FOR_A_LIST", 1)
+    lengths = {"key_value_seq_lengths": jnp.array([90, 300])}
+    spec, operands = call_of((2, 200, 300), heads=(3, 1), mask_mod=lists.odd, **lengths)
+    spec = dataclasses.replace(spec, may_make_lists=True)
+    assert registry.kernel_key(spec, operands, direction, ARCH, 0).has_lists
+    CHECKS[direction](spec, operands, arch=ARCH)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""Every synchronisation of the Blackwell forward matters, and the simulator notices each.
+"""Every synchronisation of the Blackwell kernels matters, and the simulator notices each.
 
-Slow, about half an hour of a core: ``python -m pytest --run-slow -s -n 0
-tests/simulator/test_mutation_sm100.py``.
+Slow, half an hour of a core for the forward and a quarter for the backward: ``python -m pytest
+--run-slow -s -n 0 tests/simulator/test_mutation_sm100.py``.
 """
 
 import dataclasses
@@ -14,6 +14,8 @@ import pytest
 from jax_flashcute.kernels import registry
 from jax_flashcute.spec import Operands
 from tests.cases import Case
+from tests.kernels.backward_launchers import launcher, scratch_of
+from tests.kernels.test_backward_simulated import expected
 from tests.simulator import mutation, simulate
 from tests.simulator.compiled import kernel_of
 from tests.simulator.test_mutation import same_results
@@ -31,18 +33,45 @@ CASE = Case(
     lengths=True,
 )
 """Three tiles of work a block, of more key tiles than a ring has stages, the last one cut short."""
+BACKWARD_CASE = Case(
+    batch=1,
+    seqlen_q=300,
+    seqlen_k=260,
+    kv_heads=1,
+    group=2,
+    head_dim=128,
+    head_dim_v=128,
+    window=(None, 30),
+    lengths=True,
+)
+"""Of three blocks one is full, one cut short and one empty; more tiles than a ring has stages, the
+last of each head cut short; dP and dQ in the same columns of tensor memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Equivalent:
-    """Changes that nothing notices: of this kind, of or near this line, so many, and why."""
+    """Changes that nothing notices: of this kind, of or near this line, so many, and why.
+
+    ``file``: whose lines are looked at, the nearest one before a change and the nearest after it.
+    """
 
     what: str
     text: str
     count: int
     reason: str
+    file: str | None = None
 
 
+LOADS = (
+    "the simulator lets a load end where its registers are first used (its README), so it cannot "
+    "tell"
+)
+MET = (
+    "between the wait for a warp's accesses to tensor memory, which is the whole warp's, and the "
+    "arrival of one lane: the lanes have met"
+)
+LOAD_FILE, REDUCE_FILE = "sm100/backward_load.py", "sm100/backward_reduce.py"
+GRADIENTS_FILE = "sm100/backward_gradients.py"
 WAITS_OF_LOADS = 11
 WARP_SYNCS = 7
 
@@ -58,15 +87,13 @@ EQUIVALENT = [
         "remove tcgen05.wait",
         "tcgen05.wait::ld",
         WAITS_OF_LOADS,
-        "the simulator lets a load end where its registers are first used (its README), so it "
-        "cannot tell",
+        LOADS,
     ),
     Equivalent(
         "remove bar.warp.sync",
         "with cute.arch.elect_one():",
         WARP_SYNCS,
-        "between the wait for a warp's accesses to tensor memory, which is the whole warp's, "
-        "and the arrival of one lane: the lanes have met",
+        MET,
     ),
     Equivalent(
         "ignore mbarrier wait",
@@ -75,6 +102,59 @@ EQUIVALENT = [
         "both query tiles' places are given back after the last S of both, so the wait for the "
         "first is one for the second",
     ),
+]
+BACKWARD_EQUIVALENT = [
+    Equivalent("remove tcgen05.wait", "tcgen05.wait::ld", 18, LOADS),
+    Equivalent(
+        "remove fence",
+        "cute.arch.sync_warp()",
+        1,
+        "of K, whose rows are cleared before those of V: products wait for Q, too, which comes "
+        "after the fence of V",
+        LOAD_FILE,
+    ),
+    Equivalent(
+        "remove bar.warp.sync",
+        "with cute.arch.elect_one():",
+        2,
+        "of K and of V, which are read with Q and dO alone; those arrive after a wait of the whole "
+        "warp, which the simulator takes for a meeting of its lanes",
+        LOAD_FILE,
+    ),
+    Equivalent(
+        "ignore mbarrier wait",
+        "cute.arch.fence_view_async_tmem_load()",
+        4,
+        "S, waited for, is a product of Q, which was waited for, and LSE2 comes with Q; "
+        "and so it is with dP, dO and dPsum",
+        GRADIENTS_FILE,
+    ),
+    Equivalent(
+        "remove bar.warp.sync", "cute.arch.fence_view_async_tmem_load()", 2, MET, GRADIENTS_FILE
+    ),
+    Equivalent(
+        "remove tcgen05.fence",
+        "cute.arch.fence_view_async_shared()",
+        2,
+        "after the last loads of all, which have been waited for: tensor memory is only given back",
+        GRADIENTS_FILE,
+    ),
+    Equivalent(
+        "remove griddepcontrol.wait",
+        "entry = Int64(batch) * heads + kv_head * kernel.group + g",
+        1,
+        "of the dQ warps: dQ is a product of Q, which the load warp loads after a wait of its own",
+        REDUCE_FILE,
+    ),
+    Equivalent(
+        "remove bar.warp.sync",
+        "cute.autovec_copy(",
+        4,
+        "between one lane's wait for its bulk reduction and stores of all over what that read: the "
+        "simulator does not see a lane overwrite what another one's copy reads (its README)",
+        REDUCE_FILE,
+    ),
+    Equivalent("remove bar.warp.sync", "if cute.arch.lane_idx() == 0:", 1, MET, REDUCE_FILE),
 ]
 
 
@@ -88,33 +168,59 @@ def test_every_mutant_is_killed() -> None:
     names = ["query", "key", "value", *(n for n in registry.OPTIONAL_OPERANDS if n in arrays)]
     inputs = [np.asarray(arrays[name]) for name in names]
     outputs = [(operands.query.shape, BF16), (operands.query.shape[:3], np.dtype(np.float32))]
-    outputs += [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]
-    same = same_results(simulate(kernel, *inputs, outputs=outputs))
+    scratch = registry.scratch_shapes(key, operands)
+    judge(kernel, inputs, outputs, scratch, EQUIVALENT, least=250)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_every_mutant_of_the_backward_is_killed() -> None:
+    made = launcher(BACKWARD_CASE, "bfloat16", arch="sm_100a")
+    kernel = made.compiled().with_lines()
+    inputs, gradients = expected(BACKWARD_CASE, "bfloat16")
+    outputs = [(gradients[name].shape, BF16) for name in ("query", "key", "value")]
+    scratch = scratch_of(BACKWARD_CASE, made.config)
+    judge(kernel, inputs, outputs, scratch, BACKWARD_EQUIVALENT, least=200)
+
+
+def judge(kernel, inputs, outputs, scratch, equivalent: list[Equivalent], least: int) -> None:
+    """Fails where a change that is not ``equivalent`` survives, or ``least`` are not tried."""
+    count = len(outputs)
+    outputs = outputs + [(shape, np.dtype(name)) for shape, name in scratch]
+    same = same_results(simulate(kernel, *inputs, outputs=outputs), count)
     report = lambda outcome: print(outcome, flush=True)  # noqa: E731
     outcomes = mutation.judge_all(kernel, inputs, outputs, same, report=report)
-    assert len(outcomes) > 250
+    assert len(outcomes) > least
     unused = mutation.unused_barriers(outcomes)
     survivors = [o.mutant for o in outcomes if o.reason is None and o.mutant.line not in unused]
-    unexplained = without_equivalents(kernel.ptx, survivors)
+    unexplained = without_equivalents(kernel.ptx, survivors, equivalent)
     assert not unexplained, "\n".join(map(str, unexplained))
 
 
-def without_equivalents(ptx: str, survivors: list[mutation.Mutant]) -> list[mutation.Mutant]:
-    """Those that ``EQUIVALENT`` does not explain, each entry as many as it says."""
+def without_equivalents(
+    ptx: str, survivors: list[mutation.Mutant], equivalent: list[Equivalent]
+) -> list[mutation.Mutant]:
+    """Those that ``equivalent`` does not explain, each entry as many as it says."""
     explained: Counter[Equivalent] = Counter()
     rest = []
     for mutant in survivors:
-        lines = [mutant.before, *mutation.sources(ptx, mutant.line, "sm100/load.py", 1)]
-        lines += mutation.sources(ptx, mutant.line, ".py")
         fitting = [
             e
-            for e in EQUIVALENT
-            if e.what == mutant.what
-            and any(e.text in line for line in lines)
-            and explained[e] < e.count
+            for e in equivalent
+            if e.what == mutant.what and explained[e] < e.count and is_near(ptx, mutant, e)
         ]
         if fitting:
             explained[fitting[0]] += 1
         else:
             rest.append(mutant)
     return rest
+
+
+def is_near(ptx: str, mutant: mutation.Mutant, entry: Equivalent) -> bool:
+    lines = [mutant.before]
+    if entry.file is not None:
+        lines += mutation.sources(ptx, mutant.line, entry.file, 1)
+    else:
+        lines += mutation.sources(ptx, mutant.line, "sm100/load.py", 1)
+        lines += mutation.sources(ptx, mutant.line, ".py")
+    return any(entry.text in line for line in lines)

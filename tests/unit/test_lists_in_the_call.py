@@ -10,7 +10,12 @@ import pytest
 from jax_flashcute import BlockMask, api, explain
 from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.config import backward_config, forward_config
+from jax_flashcute.kernels.config import (
+    backward_config,
+    backward_config_sm100,
+    forward_config,
+    forward_config_sm100,
+)
 from tests.unit.test_block_mask import MASKS, B, N, dense, inputs, kinds_of
 
 LARGE = {"query": (2, 8192, 16, 64), "key": (2, 8192, 4, 64), "value": (2, 8192, 4, 64)}
@@ -24,8 +29,9 @@ def every_third(b, h, q, kv):
     return (q + kv) % 3 == 0
 
 
-def test_where_lists_are_made_in_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAX_FLASHCUTE_ARCH", "sm_90a")
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_where_lists_are_made_in_the_call(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_FLASHCUTE_ARCH", arch)
     ids = jnp.zeros((2, 8192), jnp.int32)
 
     def said(arrays=None, mask_mod=every_third, **call) -> str:
@@ -42,10 +48,10 @@ def test_where_lists_are_made_in_the_call(monkeypatch: pytest.MonkeyPatch) -> No
     assert "fewer than 4 heads" in said(mask_mod=lambda b, h, q, kv: (q + b) % 3 != (kv + h) % 2)
     few = large(query=(2, 9, 16, 64), key=(2, 2**20, 4, 64), value=(2, 2**20, 4, 64))
     assert "heads share a tile" in said(few)
+    wide = large(**{n: (*LARGE[n][:3], 256) for n in LARGE})
+    assert ("takes none" in said(wide)) == (arch == "sm_100a")
     short = large(query=(2, 900, 16, 64), key=(2, 900, 4, 64), value=(2, 900, 4, 64))
     assert "25,920,000 scores are fewer than 134,217,728" in said(short)
-    monkeypatch.setenv("JAX_FLASHCUTE_ARCH", "sm_100a")
-    assert "for Blackwell" in said()
 
 
 ABSENT = dict.fromkeys(
@@ -57,7 +63,9 @@ ABSENT = dict.fromkeys(
 ) | {"is_causal": False, "q_offset": 0, "deterministic": False, "block_mask": "auto"}
 
 
-def lists_for_kernels(layers: int, mask_mod, **call) -> Callable[[dict], list]:
+def lists_for_kernels(
+    layers: int, mask_mod, arch: str = "sm_90a", **call
+) -> Callable[[dict], list]:
     """The lists that each layer's kernels take, forward and backward."""
 
     def run(arrays: dict):
@@ -65,7 +73,7 @@ def lists_for_kernels(layers: int, mask_mod, **call) -> Callable[[dict], list]:
         for _ in range(layers):
             spec, operands = api.checked_call(**ABSENT | arrays | call, mask_mod=mask_mod)
             for direction in ("fwd", "bwd"):
-                key = registry.kernel_key(spec, operands, direction, "sm_90a", 132)
+                key = registry.kernel_key(spec, operands, direction, arch, 132)
                 assert key.has_lists
                 found.append(other_inputs(key, spec, operands)[-4:])
         return found
@@ -84,19 +92,26 @@ def test_layers_make_their_lists_once_forward_and_backward(monkeypatch) -> None:
     assert classifications(3) == classifications(1) == 1
 
 
-def test_lists_made_in_the_call_are_those_of_the_mask(monkeypatch) -> None:
+CONFIGS = {
+    "sm_90a": (forward_config, backward_config),
+    "sm_100a": (forward_config_sm100, backward_config_sm100),
+}
+
+
+@pytest.mark.parametrize("arch", CONFIGS)
+def test_lists_made_in_the_call_are_those_of_the_mask(arch: str, monkeypatch) -> None:
     monkeypatch.setattr(registry, "LEAST_SCORES_FOR_LISTS", 1)
     monkeypatch.setattr(registry, "LEAST_HEADS_FOR_A_LIST", 1)
     arrays = {n: x.astype(jnp.bfloat16) for n, x in inputs(700, 900).items()}
     H = arrays["query"].shape[-1]
     mask, lengths = MASKS["head_limits"], jnp.asarray([300, 900])
     call = {"is_causal": True, "key_value_seq_lengths": lengths, "q_offset": jnp.asarray([7, 0])}
-    found = jax.jit(lists_for_kernels(1, mask, **call))(arrays)
+    found = jax.jit(lists_for_kernels(1, mask, arch, **call))(arrays)
     seen = dense(mask, 700, 900, call["q_offset"])
     q, kv = np.arange(700)[:, None], np.arange(900)
     seen = seen & (kv <= q + np.asarray(call["q_offset"])[:, None, None, None])
     for lists, is_forward in zip(found, (True, False), strict=True):
-        config = (forward_config if is_forward else backward_config)(H, H)
+        config = CONFIGS[arch][0 if is_forward else 1](H, H)
         tile_m, tile_n = config.tile_m, config.tile_n
         kinds = kinds_of(np.broadcast_to(seen, (B, N, 700, 900)), tile_m, tile_n)
         first = np.arange(kinds.shape[3]) * tile_n

@@ -46,6 +46,19 @@ class IntervalMask:
         low, high = (None if b is None else at_position(b, position) for b in (self.low, self.high))
         return low, high
 
+    def row_limits(self, position: Int32, kv_length: Int32) -> list[tuple[Int32 | None, Int32]]:
+        """The first key seen from a position (None: open) and one past the last."""
+        return [
+            (None if self.low is None else self.lower(position), self.upper(position, kv_length))
+        ]
+
+    def query_limits(
+        self, key: Int32, offset: Int32, q_length: Int32
+    ) -> list[tuple[Int32 | None, Int32]]:
+        """The first row that sees a key (None: open) and one past the last."""
+        first = None if self.high is None else self.first_query(key, offset)
+        return [(first, self.end_query(key, offset, q_length))]
+
     def block_range(
         self, first: Int32, last: Int32, kv_length: Int32, tile_n: cutlass.Constexpr[int]
     ):
@@ -124,24 +137,15 @@ class UnionMask:
         """Whether later queries see more keys."""
         return any(part.is_staircase and part.high.terms for part in self.parts)
 
-    def limits(self, position: Int32, kv_length: Int32) -> list[tuple[Int32 | None, Int32]]:
-        """Of each interval, the first key seen from a position (None: open), one past the last."""
-        return [
-            (None if part.low is None else part.lower(position), part.upper(position, kv_length))
-            for part in self.parts
-        ]
+    def row_limits(self, position: Int32, kv_length: Int32) -> list[tuple[Int32 | None, Int32]]:
+        """``IntervalMask.row_limits`` of each interval."""
+        return [limits for part in self.parts for limits in part.row_limits(position, kv_length)]
 
     def query_limits(
         self, key: Int32, offset: Int32, q_length: Int32
     ) -> list[tuple[Int32 | None, Int32]]:
-        """Of each interval, the first row that sees a key (None: open) and one past the last."""
-        return [
-            (
-                None if part.high is None else part.first_query(key, offset),
-                part.end_query(key, offset, q_length),
-            )
-            for part in self.parts
-        ]
+        """``IntervalMask.query_limits`` of each interval."""
+        return [x for part in self.parts for x in part.query_limits(key, offset, q_length)]
 
     def block_ranges(
         self, first: Int32, last: Int32, kv_length: Int32, tile_n: cutlass.Constexpr[int]
@@ -247,6 +251,25 @@ def minimum(a, b) -> Int32:
 
 def maximum(a, b) -> Int32:
     return cutlass.max(Int32(a), Int32(b))
+
+
+def limit_words(
+    limits: list[tuple[Int32 | None, Int32]], start: Int32, columns: int
+) -> list[Uint32]:
+    """Which of so many columns lie in one of some intervals, 32 a word.
+
+    Args:
+      limits: the first of each interval (None: open) and one past its last.
+      start: what column 0 stands for.
+    """
+    found: list[Uint32] = []
+    for low, high in limits:
+        words = [low_bits(high - start - w) for w in range(0, columns, 32)]
+        if low is not None:
+            hidden = [low_bits(low - start - w) for w in range(0, columns, 32)]
+            words = [w & ~h for w, h in zip(words, hidden, strict=True)]
+        found = [f | w for f, w in zip(found, words, strict=True)] if found else words
+    return found
 
 
 def low_bits(count: Int32) -> Uint32:

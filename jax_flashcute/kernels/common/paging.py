@@ -54,6 +54,7 @@ def follow_tiles(
     take: cutlass.Constexpr,
     loaders: cutlass.Constexpr,
     heads_per_kv: cutlass.Constexpr[int],
+    key_order: cutlass.Constexpr,
     nowhere: tuple,
     pipelines,
 ):
@@ -63,6 +64,7 @@ def follow_tiles(
       take: gives the fields of a tile of work for (stage, phase).
       loaders: ``KeyTiles.loaders`` for (kv_head, batch, keys).
       heads_per_kv: heads of a tile's fields that a key/value head serves.
+      key_order: ``KeyTiles.key_order`` of a tile's fields.
       nowhere: what stands for the place of a tile that has none.
       pipelines: of K, of V and of tiles of work.
     """
@@ -71,24 +73,24 @@ def follow_tiles(
     fields = take(t_stage, t_phase)
     while fields[0] >= 0:
         t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
-        head, batch, keys, n_min, n_max = (fields[i] for i in (1, 2, 5, 6, 7))
+        head, batch, keys = (fields[i] for i in (1, 2, 5))
+        visits, nth = key_order(fields)
         locate, load_k, load_v = loaders(head // heads_per_kv, batch, keys)
         place = following = nowhere
-        if n_min < n_max:
-            following = locate(n_max - 1)
+        if visits > 0:
+            following = locate(nth(0))
         # K of a tile goes ahead of V of the tile before.
-        for i in cutlass.range(n_max - n_min + 1, unroll=1):
-            n = n_max - 1 - i
-            if n >= n_min:
+        for i in cutlass.range(visits + 1, unroll=1):
+            if i < visits:
                 pipeline_k.acquire(k_stage, k_phase)
-                fill_stage(pipeline_k, load_k, n, following, k_stage)
+                fill_stage(pipeline_k, load_k, nth(i), following, k_stage)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
             ahead = following
-            if n > n_min:
-                ahead = locate(n - 1)
+            if i + 1 < visits:
+                ahead = locate(nth(i + 1))
             if i > 0:
                 pipeline_v.acquire(v_stage, v_phase)
-                fill_stage(pipeline_v, load_v, n + 1, place, v_stage)
+                fill_stage(pipeline_v, load_v, nth(i - 1), place, v_stage)
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
             place, following = following, ahead
         fields = take(t_stage, t_phase)

@@ -18,6 +18,15 @@ from jax_flashcute.kernels.common.splits import splits_of_entry
 from jax_flashcute.kernels.primitives import select
 
 
+def work_fields(mask: IntervalMask | UnionMask) -> int:
+    """How many numbers describe a forward kernel's tile of work.
+
+    Its coordinates, its lengths and its range of key tiles; or, of a mask of several intervals, the
+    first and the last of the tiles that these visit, counted, and the range of each interval.
+    """
+    return 6 + (2 + 4 * len(mask.parts) if isinstance(mask, UnionMask) else 4)
+
+
 class KeyTiles:
     """Base of forward kernels: the key tiles that a tile of query rows visits."""
 
@@ -26,6 +35,8 @@ class KeyTiles:
     union: UnionMask | None = None
     row_bounds: RowBounds | None
     compares_ids: bool
+    has_lists: bool
+    has_low: bool
     tile_tokens: int
     heads_packed: int
     num_sms: int
@@ -39,7 +50,8 @@ class KeyTiles:
         """The key tiles that a query tile visits, as ``IntervalMask.block_range`` has them.
 
         One number more where ids are compared: whether those of this tile's rows have to be.  Where
-        the mask has several intervals, its ranges one after the other.
+        the mask has several intervals, 0, how many tiles they visit, and their ranges one after the
+        other.
         """
         if const_expr(self.union is not None):
             return self.key_ranges(m_block, *lengths)
@@ -60,20 +72,69 @@ class KeyTiles:
         return n_min, n_max, full_min, full_max
 
     def key_ranges(self, m_block: Int32, offset: Int32, queries: Int32, keys: Int32) -> tuple:
-        """``UnionMask.block_ranges`` of a query tile; empty where it holds no valid row."""
+        """``visited_tiles`` of several intervals; empty where a query tile holds no valid row."""
         first = m_block * self.tile_tokens
         last = cutlass.min(first + self.tile_tokens, queries) - 1
         ranges = self.union.block_ranges(first + offset, last + offset, keys, self.config.tile_n)
-        return tuple(
-            field
-            for begin, end, *full in ranges
-            for field in (begin, select(first < queries, end, begin), *full)
-        )
+        ranges = [
+            (begin, select(first < queries, end, begin), *full) for begin, end, *full in ranges
+        ]
+        count, _ = tiles_of(ranges)
+        return Int32(0), count, *(field for fields in ranges for field in fields)
+
+    def ranges_of(self, fields: tuple) -> list[tuple]:
+        """The ranges of key tiles of a tile of work, one for each interval of the mask."""
+        return [fields[8 + 4 * i : 12 + 4 * i] for i in range(len(self.union.parts))]
+
+    def lists_of(self, mLists: tuple, fields: tuple) -> TileLists | None:
+        """The lists of a tile of work; empty where it holds no valid row."""
+        if not self.has_lists:
+            return None
+        m_block, head, batch, _, queries = fields[:5]
+        has_rows = m_block * self.tile_tokens < queries
+        return TileLists(mLists, batch, head, m_block, has_rows, backwards=True)
+
+    def key_order(self, fields: tuple, lists: TileLists | None):
+        """How many key tiles a tile of work visits, and a function that gives the i-th."""
+        if lists is not None:
+            return lists.count, lists.tile
+        n_min, n_max = fields[6:8]
+
+        def before(i: Int32) -> Int32:
+            return n_max - 1 - i
+
+        if self.union is None:
+            return n_max - n_min, before
+        _, nth = tiles_of(self.ranges_of(fields))
+        return n_max - n_min, lambda i: nth(before(i))
+
+    def stretches(self, fields: tuple, lists: TileLists | None) -> list:
+        """What follows the first key tile: how many tiles, and the i-th of them, by stretch.
+
+        Masked tiles, full ones, masked ones: the middle one of a range from right to left; or the
+        two lists; or all tiles of several ranges, each masked unless it is full.
+        """
+        if lists is not None:
+            return lists.stretches(1)
+        if self.union is not None:
+            visits, nth = self.key_order(fields, None)
+            return [(visits - 1, lambda i: nth(i + 1))]
+        n_min, n_max, full_min, full_max = fields[6:10]
+        full_end = cutlass.max(cutlass.min(full_max, n_max - 1), n_min)
+        full_begin = n_min
+        if self.has_low:
+            full_begin = cutlass.min(cutlass.max(full_min, n_min), full_end)
+        ends = [(full_end, n_max - 1), (full_begin, full_end), (n_min, full_begin)]
+
+        def before(end: Int32):
+            return lambda i: end - 1 - i
+
+        return [(end - begin, before(end)) for begin, end in ends[: 3 if self.has_low else 2]]
 
     def splits_of_entry(self, lengths, partials: tuple):
         """``splits.splits_of_entry`` for entries of these lengths."""
         return splits_of_entry(
-            lambda entry: self.key_tiles(Int32(0), *lengths(entry))[:2],
+            lambda entry: self.visited_tiles(Int32(0), entry, lengths(entry), ())[:2],
             partials,
             self.heads_packed,
             self.num_sms if self.lengths_vary else None,

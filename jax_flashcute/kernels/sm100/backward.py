@@ -49,7 +49,7 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
 from jax_flashcute.bounds import RowBounds
-from jax_flashcute.kernels.common.intervals import IntervalMask
+from jax_flashcute.kernels.common.intervals import IntervalMask, UnionMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.scheduler import section_size
 from jax_flashcute.kernels.common.tiles import CHUNK, by_head, smem_layout
@@ -84,7 +84,7 @@ class BackwardSm100(QueryTiles):
         head_dim_v: int,
         group: int,
         scale: float,
-        mask: IntervalMask,
+        mask: IntervalMask | UnionMask,
         functions: ElementFunctions | None = None,
         row_bounds: RowBounds | None = None,
         has_lists: bool = False,
@@ -108,7 +108,10 @@ class BackwardSm100(QueryTiles):
         )
         self.has_lists = has_lists
         self.packed_mask = packed_mask
-        self.has_low = mask.low is not None or row_bounds is not None
+        self.union = mask if isinstance(mask, UnionMask) else None
+        self.has_low = row_bounds is not None
+        if isinstance(mask, IntervalMask):
+            self.has_low |= mask.low is not None
         self.by_element = functions is not None and functions.by_element
         self.smem_h = config.padded_head_dim(head_dim)
         self.smem_hv = round_up(head_dim_v, 16)

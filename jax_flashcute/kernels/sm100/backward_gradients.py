@@ -5,7 +5,8 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 
 from jax_flashcute.kernels.common.elements import Elements
-from jax_flashcute.kernels.common.intervals import low_bits, within
+from jax_flashcute.kernels.common.intervals import is_full as is_full_tile
+from jax_flashcute.kernels.common.intervals import limit_words, within
 from jax_flashcute.kernels.common.packed import PackedMask, transposed_bits
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
 from jax_flashcute.kernels.common.tiles import (
@@ -58,7 +59,7 @@ class GradientWarpgroups:
         """P and dS of every tile of every head; then dV by one warpgroup, dK by the other."""
         kernel = self.kernel
         n_block, kv_head, batch = block
-        visits, num_tiles, (_, _, full_min, full_max) = tiles
+        visits, num_tiles, ranges = tiles
         mElements, mBounds, compares, mPacked, array_lengths = arrays
         thread = cute.arch.thread_idx()[0] % 128
         half = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128)
@@ -87,7 +88,9 @@ class GradientWarpgroups:
                     is_hiding = const_expr(stretch != 1)
                     if const_expr(is_full):
                         # Full to its mask function; the window and the lengths have no lists.
-                        is_hiding = (m < full_min) | (m >= full_max)
+                        is_hiding = (m < ranges[2]) | (m >= ranges[3])
+                    if const_expr(kernel.union is not None):
+                        is_hiding = ~is_full_tile(ranges, m)
                     masks = (of_head, seen, read_bits, is_full, is_hiding)
                     state = self.step(places, smem, pipelines, own, m, state, masks)
 
@@ -275,16 +278,10 @@ class GradientWarpgroups:
                 compare = self.comparison(mBounds, batch, place, offset, array_lengths)
 
         def seen(start: Int32) -> list:
+            of_rows = [limits] if limits is not None else mask.query_limits(key, offset, queries)
             if limits is None:
-                end = mask.end_query(key, offset, queries) - start
-                end = select(key < keys, end, Int32(0))
-                begin = None if mask.high is None else mask.first_query(key, offset) - start
-            else:
-                begin, end = (limit - start for limit in limits)
-            words = [low_bits(end - w) for w in spans]
-            if begin is not None:
-                pairs = zip(words, spans, strict=True)
-                words = [word & ~low_bits(begin - w) for word, w in pairs]
+                of_rows = [(first, select(key < keys, end, Int32(0))) for first, end in of_rows]
+            words = limit_words(of_rows, start, HALF)
             if compare is not None:
                 is_seen, pairs = compare(start), zip(words, spans, strict=True)
                 words = [word & compared_word(compares, is_seen, w) for word, w in pairs]

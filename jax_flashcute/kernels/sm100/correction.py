@@ -5,7 +5,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 
 from jax_flashcute.kernels.common.tiles import chunks, round_pair
-from jax_flashcute.kernels.sm100.pipeline import WORK_FIELDS, take_work
+from jax_flashcute.kernels.sm100.pipeline import take_work
 from jax_flashcute.kernels.sm100.tensor_memory import (
     fence_after_sync,
     fence_before_sync,
@@ -36,9 +36,10 @@ class CorrectionWarpgroup:
         cfg = self.kernel.config
         _, _, _, _, pipeline_o, pipeline_factor, pipeline_tile = pipelines
         thread = cute.arch.thread_idx()[0] % 128
+        counted = self.kernel.counted
         o_phase, f_phase, t_stage, t_phase = (Int32(0) for _ in range(4))
 
-        fields = take_work(work, pipeline_tile, t_stage, t_phase, 4, "correction")
+        fields = counted(take_work(work, pipeline_tile, t_stage, t_phase, 4, "correction"))
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
             m_block, head, batch, _, queries, _, n_min, n_max = fields[:8]
@@ -75,7 +76,7 @@ class CorrectionWarpgroup:
                     if is_stored:
                         is_valid = token < queries
                         if const_expr(self.kernel.split_kv):
-                            split, splits = fields[WORK_FIELDS:]
+                            split, splits = fields[8:]
                             if splits > 1:
                                 part = (split, *place_in_o)
                                 self.store_partial(mOPartial, part, values, first, factor)
@@ -90,7 +91,7 @@ class CorrectionWarpgroup:
             if n_min < n_max:
                 f_phase ^= 1
                 o_phase ^= 1
-            fields = take_work(work, pipeline_tile, t_stage, t_phase, 4, "correction")
+            fields = counted(take_work(work, pipeline_tile, t_stage, t_phase, 4, "correction"))
 
     @cute.jit
     def rescale(self, place: cute.Pointer, thread: Int32, factor: Float32):

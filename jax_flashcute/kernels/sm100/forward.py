@@ -45,20 +45,19 @@ from cutlass.memory import SmemAllocator
 
 from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels.common.elements import Elements
-from jax_flashcute.kernels.common.intervals import IntervalMask
+from jax_flashcute.kernels.common.intervals import IntervalMask, UnionMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
-from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.paging import follow_tiles, tiles_in_pages
 from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
 from jax_flashcute.kernels.common.splits import SplitOrder
 from jax_flashcute.kernels.common.tiles import by_head, slab_tma_layout, smem_layout
-from jax_flashcute.kernels.common.visits import KeyTiles
+from jax_flashcute.kernels.common.visits import KeyTiles, work_fields
 from jax_flashcute.kernels.config import FwdConfigSm100, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
 from jax_flashcute.kernels.sm100.correction import CorrectionWarpgroup
 from jax_flashcute.kernels.sm100.load import COPYING_WARPS, FOLLOWING_WARPS, LoadWarp
-from jax_flashcute.kernels.sm100.pipeline import WORK_FIELDS, TensorPipeline, take_work
+from jax_flashcute.kernels.sm100.pipeline import TensorPipeline, take_work
 from jax_flashcute.kernels.sm100.products import ProductWarp
 from jax_flashcute.kernels.sm100.softmax import SoftmaxWarpgroups
 from jax_flashcute.kernels.sm100.tensor_memory import COLUMNS, ROWS
@@ -78,7 +77,7 @@ class ForwardSm100(KeyTiles):
         group: int,
         pack_gqa: bool,
         scale: float,
-        mask: IntervalMask,
+        mask: IntervalMask | UnionMask,
         num_sms: int,
         split_kv: bool = False,
         lengths_vary: bool = False,
@@ -110,9 +109,15 @@ class ForwardSm100(KeyTiles):
         self.compares_ids = row_bounds is not None and row_bounds.compares_ids
         self.has_lists = has_lists
         self.packed_mask = packed_mask
-        self.has_low = mask.low is not None or row_bounds is not None
-        # Even: of an odd number the compiler reads one more, which belongs to the next stage.
-        self.work_fields = round_up(WORK_FIELDS + 2 * split_kv + self.compares_ids, 2)
+        self.union = mask if isinstance(mask, UnionMask) else None
+        self.has_low = row_bounds is not None
+        if isinstance(mask, IntervalMask):
+            self.has_low |= mask.low is not None
+        # With split-KV two more: which part of a row's keys it is, and of how many; where ids are
+        # compared, one more: whether this tile's have to be.  An even number: of an odd one the
+        # compiler reads one more, which belongs to the next stage.
+        self.own_field = work_fields(mask)
+        self.work_fields = round_up(self.own_field + 2 * split_kv + self.compares_ids, 2)
         self.functions = functions
         self.by_element = functions is not None and functions.by_element
         self.has_mask_mod = functions is not None and functions.mask_mod is not None
@@ -145,6 +150,17 @@ class ForwardSm100(KeyTiles):
     def is_row(self, row: Int32):
         """Whether a token fills the row: where heads are packed, some rows may be left over."""
         return row < self.slab_tokens * self.heads_packed
+
+    def part_of(self, fields: tuple) -> tuple:
+        """Which part of a row's keys a tile of work is, and of how many."""
+        return fields[self.own_field : self.own_field + 2]
+
+    def counted(self, fields: tuple) -> tuple:
+        """What those who only count key tiles need of a tile of work.
+
+        Numbers that go from one tile to the next are kept in registers, used or not.
+        """
+        return fields[:8] + (self.part_of(fields) if self.split_kv else ())
 
     # ---- host side -------------------------------------------------------------------------
 
@@ -401,6 +417,7 @@ class ForwardSm100(KeyTiles):
                             self.loaders, (tma_k, gK, sK), (tma_v, gV, sV), mPageTable, Int32(1)
                         ),
                         self.heads_per_kv,
+                        partial(self.key_order, lists=None),
                         self.kv_tiles.nowhere,
                         (pipeline_k, pipeline_v, pipeline_tile),
                     )
@@ -429,19 +446,3 @@ class ForwardSm100(KeyTiles):
         cute.arch.sync_threads()
         if warp_index == product_warp:
             cute.arch.dealloc_tmem(tensor_memory, COLUMNS)
-
-    def lists_of(
-        self, mLists: tuple, m_block: Int32, head: Int32, batch: Int32, queries: Int32
-    ) -> TileLists | None:
-        """The lists of a tile of work; empty where it holds no valid row."""
-        if not self.has_lists:
-            return None
-        has_rows = m_block * self.tile_tokens < queries
-        return TileLists(mLists, batch, head, m_block, has_rows, backwards=True)
-
-    def key_order(self, ends: tuple, lists: TileLists | None):
-        """How many key tiles a tile of work visits, and a function that gives the i-th."""
-        if lists is not None:
-            return lists.count, lists.tile
-        n_min, n_max = ends
-        return n_max - n_min, lambda i: n_max - 1 - i

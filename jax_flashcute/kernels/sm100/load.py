@@ -76,7 +76,7 @@ class LoadWarp:
             offset, queries, keys = lengths(batch)
             visited = self.kernel.visited_tiles(m_block, batch, (offset, queries, keys), mBounds)
             n_min, n_max = visited[:2]
-            lists = self.kernel.lists_of(mLists, m_block, head, batch, queries)
+            lists = self.kernel.lists_of(mLists, (m_block, head, batch, offset, queries))
             if const_expr(lists is not None):
                 # For those who only count.
                 n_min, n_max = Int32(0), lists.count
@@ -95,7 +95,7 @@ class LoadWarp:
             locate, load_k, load_v = self.kernel.loaders(
                 k_copy, v_copy, mPageTable, Int32(0), kv_head, batch, keys
             )
-            visits, nth = self.kernel.key_order((n_min, n_max), lists)
+            visits, nth = self.kernel.key_order(fields, lists)
             # Where tiles lie comes from memory, and is asked for ahead of time.
             n, following = Int32(0), Int32(0)
             place = following_place = self.kernel.kv_tiles.nowhere

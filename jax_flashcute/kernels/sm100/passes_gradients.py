@@ -2,10 +2,10 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from jax_flashcute.kernels.common.elements import Elements
-from jax_flashcute.kernels.common.intervals import is_full, low_bits
+from jax_flashcute.kernels.common.intervals import is_full, limit_words
 from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.tiles import (
     CHUNK,
@@ -211,21 +211,10 @@ class PassWarpgroups(GradientWarpgroups):
             return super().mask_step(own, batch, bounds, array_lengths)
         _, _, row, (offset, _, keys) = own
         position = row + offset
-        if kernel.union is not None:
-            limits = kernel.union.limits(position, keys)
-        else:
-            low = None if kernel.mask.low is None else kernel.mask.lower(position)
-            limits = [(low, kernel.mask.upper(position, keys))]
+        limits = kernel.mask.row_limits(position, keys)
 
         def seen(start: Int32) -> list:
-            words = []
-            for w in range(0, HALF, 32):
-                word = Uint32(0)
-                for low, high in limits:
-                    part = low_bits(high - start - w)
-                    word = word | (part if low is None else part & ~low_bits(low - start - w))
-                words.append(word)
-            return words
+            return limit_words(limits, start, HALF)
 
         return seen
 

@@ -7,11 +7,6 @@ from cutlass.cute.nvgpu import tcgen05
 
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 
-WORK_FIELDS = 10
-"""Numbers that describe a tile: its coordinates, its lengths and its range of key tiles.  With
-split-KV two more: which part of a row's keys it is, and of how many; where ids are compared, one
-more: whether this tile's have to be."""
-
 
 class TensorPipeline(TmaPipeline):
     """A ring that is filled or emptied by tcgen05 products as well as by TMA and by warps.
@@ -69,9 +64,12 @@ def take_work(
     warps: cutlass.Constexpr[int],
     role: cutlass.Constexpr[str],
 ):
-    """What the load warp left: m_block (negative at the end), head, batch, ..."""
+    """What the load warp left: m_block (negative at the end), head, batch, ...
+
+    In uniform registers, where ptxas has room for them: in others, some spilled.
+    """
     pipeline.wait(stage, phase)
     fields = [work[i, stage] for i in range(cute.size(work, mode=[0]))]
     cute.arch.sync_warp()
     pipeline.release(stage, warps, role)
-    return tuple(fields)
+    return tuple(cute.arch.make_warp_uniform(field) for field in fields)

@@ -70,12 +70,13 @@ class ProductWarp:
             for w in tiles
         ]
 
+        counted = self.kernel.counted
         q_phase, k_stage, k_phase, v_stage, v_phase, o_phase, t_stage, t_phase = (
             Int32(0) for _ in range(8)
         )
         # The first S of all overwrites nothing: no P is waited for.
         s_phase = Int32(1)
-        fields = take_work(work, pipeline_tile, t_stage, t_phase, 1, "products")
+        fields = counted(take_work(work, pipeline_tile, t_stage, t_phase, 1, "products"))
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
             n_min, n_max = fields[6], fields[7]
@@ -138,4 +139,4 @@ class ProductWarp:
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
                 s_phase ^= 1
                 o_phase ^= 1
-            fields = take_work(work, pipeline_tile, t_stage, t_phase, 1, "products")
+            fields = counted(take_work(work, pipeline_tile, t_stage, t_phase, 1, "products"))

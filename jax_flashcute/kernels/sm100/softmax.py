@@ -5,13 +5,12 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
 from jax_flashcute.kernels.common.elements import Elements
-from jax_flashcute.kernels.common.intervals import low_bits, within
-from jax_flashcute.kernels.common.lists import TileLists
+from jax_flashcute.kernels.common.intervals import limit_words, within
 from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
 from jax_flashcute.kernels.common.tiles import CHUNK, chunks, round_pairs
 from jax_flashcute.kernels.primitives import select
-from jax_flashcute.kernels.sm100.pipeline import WORK_FIELDS, take_work
+from jax_flashcute.kernels.sm100.pipeline import take_work
 from jax_flashcute.kernels.sm100.tensor_memory import (
     compared_word,
     fence_after_sync,
@@ -64,8 +63,7 @@ class SoftmaxWarpgroups:
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
             m_block, head, batch, offset, queries = fields[:5]
-            ranges = fields[6:WORK_FIELDS]
-            n_min, n_max, full_min, full_max = ranges
+            n_min, n_max, full_min, full_max = fields[6:10]
             token = self.kernel.token(m_block, slab, thread)
             q_head = self.kernel.query_head(head, thread)
             modify = self.element_step(mElements, (batch, offset, array_lengths), q_head, token)
@@ -73,8 +71,8 @@ class SoftmaxWarpgroups:
             softmax.reset()
             if n_min < n_max:
                 turn = (pipeline_s, slab, place, thread)
-                lists = self.kernel.lists_of(mLists, m_block, head, batch, queries)
-                _, nth = self.kernel.key_order((n_min, n_max), lists)
+                lists = self.kernel.lists_of(mLists, fields)
+                _, nth = self.kernel.key_order(fields, lists)
                 # Of lists, the first tile may be from either.
                 is_full = False if const_expr(lists is None) else lists.partial_count == 0
                 steps = (modify, hide, self.packed_step(mPacked, batch, q_head, token, q_length))
@@ -83,7 +81,7 @@ class SoftmaxWarpgroups:
                 )
                 self.leave_probabilities(softmax, scores, turn, base, factor, True, True)
                 s_phase ^= 1
-                stretches = self.stretches(ranges, lists)
+                stretches = self.kernel.stretches(fields, lists)
                 for stretch in cutlass.range_constexpr(len(stretches)):
                     count, tile_of = stretches[stretch]
                     for i in cutlass.range(count, unroll=1):
@@ -108,7 +106,7 @@ class SoftmaxWarpgroups:
                 sinks = [Elements(self.kernel.functions, mElements).sink(batch, q_head)]
                 if const_expr(self.kernel.split_kv):
                     # Where a row has several parts, its sink enters as they are added up.
-                    is_whole = fields[WORK_FIELDS + 1] == 1
+                    is_whole = self.kernel.part_of(fields)[1] == 1
                     sinks = [select(is_whole, sinks[0], Float32(-Float32.inf))]
             softmax.finish(row_scale, lse, sinks)
             if n_min < n_max:
@@ -118,7 +116,7 @@ class SoftmaxWarpgroups:
                 # Rows at or beyond the query length are as good as empty.
                 row_lse = lse[0] if token < queries else -Float32.inf
                 if const_expr(self.kernel.split_kv):
-                    split, splits = fields[WORK_FIELDS:]
+                    split, splits = self.kernel.part_of(fields)
                     if splits > 1:
                         mLSEPartial[split, batch, token, q_head] = row_lse
                     else:
@@ -184,26 +182,6 @@ class SoftmaxWarpgroups:
         words = self.kernel.config.tile_n // 32
         return lambda n: [packed.word(row, n * words + w) for w in range(words)]
 
-    def stretches(self, ranges: tuple, lists: TileLists | None) -> list:
-        """What follows the first key tile: how many tiles, and the i-th of them, by stretch.
-
-        Boundary tiles, full tiles, boundary tiles of a range, right to left; or the two lists.
-        """
-        if lists is not None:
-            return lists.stretches(1)
-        n_min, n_max, full_min, full_max = ranges
-        full_end = cutlass.max(cutlass.min(full_max, n_max - 1), n_min)
-        full_begin = n_min
-        if self.kernel.has_low:
-            full_begin = cutlass.min(cutlass.max(full_min, n_min), full_end)
-        ends = [(full_end, n_max - 1), (full_begin, full_end), (n_min, full_begin)]
-
-        def before(end: Int32):
-            return lambda i: end - 1 - i
-
-        stretches = [(end - begin, before(end)) for begin, end in ends]
-        return stretches if self.kernel.has_low else stretches[:2]
-
     def mask_step(self, mBounds: tuple, fields: tuple, token: Int32, array_lengths: tuple):
         """Which keys of a tile a row sees, as words: a function of the tile's number."""
         batch, offset, keys = fields[2], fields[3], fields[5]
@@ -219,17 +197,10 @@ class SoftmaxWarpgroups:
 
         def hide(n: Int32) -> list:
             start = n * tile_n
-            if bounds is None:
-                low = None if mask.low is None else mask.lower(offset + token)
-                high = mask.upper(offset + token, keys)
-            else:
-                low, high = bounds
-            words = [low_bits(high - start - w) for w in spans]
-            if low is not None:
-                pairs = zip(words, spans, strict=True)
-                words = [word & ~low_bits(low - start - w) for word, w in pairs]
+            limits = [bounds] if bounds is not None else mask.row_limits(offset + token, keys)
+            words = limit_words(limits, start, tile_n)
             if compare is not None:
-                seen, is_needed = compare(start), fields[WORK_FIELDS]
+                seen, is_needed = compare(start), fields[self.kernel.own_field]
                 pairs = zip(words, spans, strict=True)
                 words = [word & compared_word(is_needed, seen, w) for word, w in pairs]
             return words

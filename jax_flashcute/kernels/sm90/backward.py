@@ -1048,12 +1048,8 @@ class BackwardSm90(QueryTiles):
         """
         offset, queries, keys = lengths
         key = first_key + row_in_slab(thread, r)
-        if self.union is not None:
-            limits = self.union.query_limits(key, offset, queries)
-            return [(first, select(key < keys, end, Int32(0))) for first, end in limits]
-        end = select(key < keys, self.mask.end_query(key, offset, queries), Int32(0))
-        first = None if self.mask.high is None else self.mask.first_query(key, offset)
-        return [(first, end)]
+        limits = self.mask.query_limits(key, offset, queries)
+        return [(first, select(key < keys, end, Int32(0))) for first, end in limits]
 
     def comparison(self, bounds, keys: list[Int32], offset: Int32):
         """For tile m, a function of a column: whether its row's segment is that of each key.

@@ -437,16 +437,8 @@ class QueryGradientSm90:
         tile_n = self.config.tile_n
         if not is_full(ranges, n):
             for r in cutlass.range_constexpr(ROWS_PER_THREAD):
-                limits = self.key_limits(position + row_in_slab(thread, r), keys)
+                limits = self.mask.row_limits(position + row_in_slab(thread, r), keys)
                 hide_outside(scores, r, interval_words(limits, n * tile_n, thread, tile_n))
-
-    def key_limits(self, position: Int32, keys: Int32) -> list:
-        """Of each interval, the first key seen from a position (None: open), one past the last."""
-        mask = self.mask
-        if isinstance(mask, UnionMask):
-            return mask.limits(position, keys)
-        low = None if mask.low is None else mask.lower(position)
-        return [(low, mask.upper(position, keys))]
 
     @cute.jit
     def probabilities(self, scores: cute.Tensor, lse2):

@@ -46,11 +46,9 @@ from jax_flashcute.kernels.common.intervals import (
     IntervalMask,
     UnionMask,
     is_full,
-    tiles_of,
     within,
 )
 from jax_flashcute.kernels.common.lengths import entry_lengths
-from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.paging import (
     COPYING_WARPS,
@@ -77,7 +75,7 @@ from jax_flashcute.kernels.common.tiles import (
     smem_layout,
     tma_partition,
 )
-from jax_flashcute.kernels.common.visits import KeyTiles
+from jax_flashcute.kernels.common.visits import KeyTiles, work_fields
 from jax_flashcute.kernels.config import FwdConfig, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
@@ -103,10 +101,6 @@ from jax_flashcute.kernels.sm90.fragments import (
 
 TURN_BARRIER = 1
 TILE_STAGES = 2
-WORK_FIELDS = 10
-"""Numbers that describe a tile: its coordinates, its lengths and its range of key tiles.  With
-``split_kv`` two more: which part of a row's keys it is, and of how many; where ids are compared,
-one more: whether this tile's have to be; where a mask has several intervals, a range for each."""
 
 
 class ForwardSm90(KeyTiles):
@@ -154,11 +148,12 @@ class ForwardSm90(KeyTiles):
         self.has_lists = has_lists
         self.packed_mask = packed_mask
         self.union = mask if isinstance(mask, UnionMask) else None
-        self.work_fields = WORK_FIELDS + 2 * split_kv + self.compares_ids
+        # With ``split_kv`` two more: which part of a row's keys it is, and of how many; where ids
+        # are compared, one more: whether this tile's have to be.
+        self.own_field = work_fields(mask)
+        self.work_fields = self.own_field + 2 * split_kv + self.compares_ids
         self.has_low = row_bounds is not None
-        if isinstance(mask, UnionMask):
-            self.work_fields += 4 * (len(mask.parts) - 1)
-        else:
+        if isinstance(mask, IntervalMask):
             self.has_low |= mask.low is not None
         self.functions = functions
         self.changes_scores = functions is not None and functions.changes_scores
@@ -417,6 +412,7 @@ class ForwardSm90(KeyTiles):
                     ),
                     partial(self.loaders, (tma_k, gK, sK), (tma_v, gV, sV), mPageTable, warp_index),
                     self.heads_per_kv,
+                    partial(self.key_order, lists=None),
                     self.kv_tiles.nowhere,
                     (pipeline_k, pipeline_v, pipeline_tile),
                 )
@@ -668,7 +664,7 @@ class ForwardSm90(KeyTiles):
                 row_limits = self.listed_limits(mBounds, batch, tokens)
                 if const_expr(self.compares_ids):
                     compare = (
-                        fields[WORK_FIELDS],
+                        fields[self.own_field],
                         self.comparison(mBounds, batch, tokens, array_lengths, offset),
                     )
             mask_tile = partial(self.apply_mask, scores, thread, row_limits, compare)
@@ -761,13 +757,13 @@ class ForwardSm90(KeyTiles):
                 sinks = self.sinks(mElements, batch, head, thread)
                 if const_expr(self.split_kv):
                     # Of a row in several parts, the kernel that adds them up takes the sink in.
-                    is_whole = fields[WORK_FIELDS + 1] == 1
+                    is_whole = fields[self.own_field + 1] == 1
                     sinks = [select(is_whole, sink, Float32(-Float32.inf)) for sink in sinks]
             softmax.finish(row_scale, lse, sinks)
             rows = (out, row_scale, lse)
             place = (batch, head, first_token, queries, q_length)
             if const_expr(self.split_kv):
-                split, splits = fields[WORK_FIELDS:]
+                split, splits = fields[self.own_field :]
                 if splits > 1:
                     self.store_partial(*rows, mOPartial, mLSEPartial, split, *place, thread)
                 else:
@@ -853,51 +849,6 @@ class ForwardSm90(KeyTiles):
 
         return read, hide
 
-    def lists_of(self, mLists: tuple, fields: tuple) -> TileLists | None:
-        """The lists of a tile; empty where it holds no valid row."""
-        if not self.has_lists:
-            return None
-        m_block, head, batch, _, queries = fields[:5]
-        has_rows = m_block * self.tile_tokens < queries
-        return TileLists(mLists, batch, head, m_block, has_rows, backwards=True)
-
-    def ranges_of(self, fields: tuple) -> list[tuple]:
-        """The ranges of key tiles of a tile, one for each interval of the mask."""
-        return [fields[6 + 4 * i : 10 + 4 * i] for i in range(len(self.union.parts))]
-
-    def key_order(self, fields: tuple, lists: TileLists | None):
-        """How many key tiles a tile visits, and a function that gives the i-th."""
-        if lists is not None:
-            return lists.count, lists.tile
-        if self.union is None:
-            n_min, n_max = fields[6:8]
-            return n_max - n_min, lambda i: n_max - 1 - i
-        count, nth = tiles_of(self.ranges_of(fields))
-        return count, lambda i: nth(count - 1 - i)
-
-    def stretches(self, fields: tuple, lists: TileLists | None) -> list:
-        """What follows the first key tile: how many tiles, and the i-th of them, by stretch.
-
-        Masked tiles, full ones, masked ones: the middle one of a range from right to left; or the
-        two lists; or all tiles of several ranges, each masked unless it is full.
-        """
-        if lists is not None:
-            return lists.stretches(1)
-        if self.union is not None:
-            visits, nth = self.key_order(fields, None)
-            return [(visits - 1, lambda i: nth(i + 1))]
-        n_min, n_max, full_min, full_max = fields[6:10]
-        full_end = cutlass.max(cutlass.min(full_max, n_max - 1), n_min)
-        full_begin = n_min
-        if self.has_low:
-            full_begin = cutlass.min(cutlass.max(full_min, n_min), full_end)
-        ends = [(full_end, n_max - 1), (full_begin, full_end), (n_min, full_begin)]
-
-        def before(end: Int32):
-            return lambda i: end - 1 - i
-
-        return [(end - begin, before(end)) for begin, end in ends[: 3 if self.has_low else 2]]
-
     def row_limits(self, thread: Int32, position: Int32, keys: Int32, r: int) -> list:
         """The intervals of keys of a thread's row, by position.
 
@@ -905,10 +856,7 @@ class ForwardSm90(KeyTiles):
         of the slab's first row.
         """
         row_position = position + row_in_slab(thread, r) // self.heads_packed
-        if self.union is not None:
-            return self.union.limits(row_position, keys)
-        low = None if self.mask.low is None else self.mask.lower(row_position)
-        return [(low, self.mask.upper(row_position, keys))]
+        return self.mask.row_limits(row_position, keys)
 
     def clamped_tokens(self, thread: Int32, first_token: Int32, q_length: Int32) -> list[Int32]:
         """The tokens of a thread's rows; beyond the last one, that one."""
