@@ -139,7 +139,13 @@ def test_together(head_dim: int):
     check(case, MASKS["documents"](case), SCORES["alibi_of_numbers"](case))
 
 
-def test_a_derivative_that_is_infinite_at_0():
+INFINITE_AT_0 = {
+    "derivative": lambda s, b, h, q, kv: jnp.sign(s) * jnp.sqrt(jnp.abs(s)),
+    "score": lambda s, b, h, q, kv: s - jnp.log(jnp.abs(s)),
+}
+
+
+@pytest.mark.parametrize("name", INFINITE_AT_0)
+def test_what_is_infinite_at_0(name: str):
     """Beyond the last row and key products are 0."""
-    case = Case(1, 100, 100, 1, 1, 64, 64)
-    check(case, score_mod=lambda s, b, h, q, kv: jnp.sign(s) * jnp.sqrt(jnp.abs(s)))
+    check(Case(1, 100, 100, 1, 1, 64, 64), score_mod=INFINITE_AT_0[name])

@@ -92,6 +92,8 @@ from jax_flashcute.kernels.sm90.gradient_sums import Pullback
 CONSUMER_BARRIER = 1
 DQ_FULL_BARRIER = 2
 DQ_EMPTY_BARRIER = 5
+LARGEST_SCORE = 1e38
+"""Scores above it count as it where they may be infinite: it is finite in base 2, too."""
 
 # Barriers in shared memory: K, V, one for loads whose tail is cleared, the two pipelines.
 TAIL = 2
@@ -144,6 +146,8 @@ class BackwardSm90(QueryTiles):
         self.by_element = functions is not None and functions.by_element
         # Scores that are changed one by one are scaled there.
         changes_scores = functions is not None and functions.changes_scores
+        self.may_be_infinite = changes_scores and functions.score_mod is not None
+        self.may_be_infinite &= changes_scores and not functions.keeps_gradients
         self.score_scale, self.element_scale = (1.0, scale) if changes_scores else (scale, 1.0)
         self.smem_h = config.padded_head_dim(head_dim)
         self.smem_hv = round_up(head_dim_v, 16)
@@ -998,9 +1002,11 @@ class BackwardSm90(QueryTiles):
             cute.autovec_copy(tLSE[None, j, stage], pair)
             for b in cutlass.range_constexpr(2):
                 for r in cutlass.range_constexpr(ROWS_PER_THREAD):
-                    scores[r, 2 * j + b] = exp2(
-                        scores[r, 2 * j + b] * (self.score_scale * LOG2_E) - pair[b]
-                    )
+                    score = scores[r, 2 * j + b]
+                    if const_expr(self.may_be_infinite):
+                        # Of rows beyond the last, whose LSE2 is infinite: infinity less it is NaN.
+                        score = cute.arch.fmin(score, Float32(LARGEST_SCORE))
+                    scores[r, 2 * j + b] = exp2(score * (self.score_scale * LOG2_E) - pair[b])
 
     @cute.jit
     def score_gradients(

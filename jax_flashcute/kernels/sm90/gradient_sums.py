@@ -79,7 +79,11 @@ class Pullback:
 
         ``products``, not scaled, may be None where ``reads_score`` is False.
         """
-        entry, first = self.entry, m * self.tile_m + first_column(self.thread)
+        entry = self.entry
+        # Plus 0, which the compiler cannot know: what scores were changed by is computed again, and
+        # not kept in registers beside the products meanwhile, where it would spill.
+        zero = Int32(entry.q_length) >> 31
+        first = m * self.tile_m + first_column(self.thread) + zero
         rows = range(ROWS_PER_THREAD)
         for c in range(cute.size(dscores, mode=[1])):
             query = entry.queries(head, first + column_step(c))
