@@ -75,6 +75,37 @@ class ElementFunctions:
         types += [(array.dtype, 4) for array in (self.bias, self.mask) if array is not None]
         return types + ([("float32", 2)] if self.sinks else [])
 
+    def added_kinds(self, heads_share_rows: bool) -> frozenset[str] | None:
+        """How what is added to scores varies, where nothing else is done to them; else None.
+
+        "row": not with the key; "affine": as ``Affine``; "key": with the key, and not the row;
+        "tile": with both, but many a tile has one for all of its keys.
+
+        Args:
+          heads_share_rows: rows of one product are of different heads.
+        """
+        if self.soft_cap is not None or self.positions or not self.changes_scores:
+            return None
+        kinds: list[str | None] = []
+        of_rows = {"q_idx", "h"} if heads_share_rows else {"q_idx"}
+        if self.score_mod is not None:
+            program = program_of(self.score_mod, self.keys)
+            addends = program.addends()
+            if addends is None:
+                return None
+            for value, _ in addends:
+                kind = program.kind_of(value)
+                is_shared = kind != "key" or not program.arguments_of(value) & of_rows
+                kinds.append(kind if is_shared else None)
+        if self.bias is not None:
+            of_rows = {"t", "n"} if heads_share_rows else {"t"}
+            if "s" not in self.bias.full:
+                kinds.append("row")
+            else:
+                kinds.append("key" if not of_rows & set(self.bias.full) else None)
+        known = frozenset(kind for kind in kinds if kind is not None)
+        return None if None in kinds else known
+
     @property
     def keeps_gradients(self) -> bool:
         """Whether the gradient of the changed score is that of the scaled one."""

@@ -10,8 +10,9 @@ computed once a tile, and each column adds a constant.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +33,14 @@ from jax_flashcute.kernels.primitives import (
     as_number,
     evaluate,
     number_type,
+)
+from jax_flashcute.kernels.spans import (
+    BOUNDING,
+    OVERFLOWING,
+    SAME_ELEMENTS,
+    SPAN_RULES,
+    Span,
+    span_of,
 )
 
 LARGEST_VECTOR = 16
@@ -136,11 +145,125 @@ class ElementProgram:
 
     def depends_on(self, result: int) -> frozenset[str]:
         """The arguments that a result, by its place among them, is a function of."""
-        needed = {x for x in (self._results[result],) if isinstance(x, int)}
+        return self.arguments_of(self._results[result])
+
+    def arguments_of(self, value: int | np.ndarray) -> frozenset[str]:
+        """The arguments that a value is a function of."""
+        needed = {value} if isinstance(value, int) else set()
         for equation in reversed(self._equations):
             if equation.output in needed:
                 needed.update(equation.inputs_known)
         return frozenset(name for name, number in self._inputs.items() if number in needed)
+
+    def addends(self) -> list[tuple[int | np.ndarray, bool]] | None:
+        """What the result is the first argument plus: values, and whether they are subtracted.
+
+        None where it is more than a sum of float32.  None of the values depends on the argument.
+        """
+        name, found = self.arguments[0], []
+        by_output = {equation.output: equation for equation in self._equations}
+        at = self._results[0]
+        while at != self._inputs[name]:
+            equation = by_output.get(at) if isinstance(at, int) else None
+            if equation is None or equation.primitive not in ("add", "sub"):
+                return None
+            if equation.dtypes != ("float32",) * 3 or any(equation.shapes):
+                return None
+            is_sum = equation.primitive == "add"
+            of_score = [name in self.arguments_of(x) for x in equation.inputs]
+            if of_score != [True, False] and not (is_sum and of_score == [False, True]):
+                return None
+            at, other = equation.inputs[:: 1 if of_score[0] else -1]
+            found.append((other, not is_sum))
+        return found
+
+    def kind_of(self, value: int | np.ndarray) -> str | None:
+        """How one of ``addends`` varies.
+
+        "row": not with the key; "affine": as ``Affine``; "tile": as ``reads_by_bounds`` has it;
+        "key": otherwise, and not with the row, if heads are no matter.
+        """
+        arguments = self.arguments_of(value)
+        if "kv_idx" not in arguments:
+            return "row"
+        if self.is_affine(value):
+            return "affine"
+        if "q_idx" not in arguments:
+            return "key"
+        return "tile" if self.reads_by_bounds(value) else None
+
+    def is_affine(self, value: int | np.ndarray) -> bool:
+        """Whether a value is ``Affine`` where ``kv_idx`` is, and depends on no score."""
+        affine, others = {self._inputs["kv_idx"]}, {self._inputs[self.arguments[0]]}
+        for equation in self._equations:
+            known = set(equation.inputs_known)
+            if known & others or (known & affine and not self._keeps_affine(equation, affine)):
+                others.add(equation.output)
+            elif known & affine:
+                affine.add(equation.output)
+        return isinstance(value, int) and value in affine
+
+    def reads_by_bounds(self, value: int | np.ndarray) -> list[int]:
+        """Indices by which alone a value depends on ``kv_idx``, where that has bounds to follow.
+
+        The numbers of values that are indices of arrays, and that a choice or a limit may keep the
+        same over all keys of a tile, as those of distances that are clipped; none where it is
+        otherwise.
+        """
+        ranging, others = {self._inputs["kv_idx"]}, {self._inputs[self.arguments[0]]}
+        indices: dict[int, set[int]] = {}
+        is_bounded = False
+        for equation in self._equations:
+            known = set(equation.inputs_known)
+            found = set().union(*(indices.get(x, set()) for x in known))
+            if known & others:
+                others.add(equation.output)
+            elif known & ranging and not self._is_read(equation, ranging):
+                keeps = self._keeps_bounds(equation, ranging)
+                (ranging if keeps else others).add(equation.output)
+                is_bounded |= equation.primitive in BOUNDING
+            elif known & ranging:
+                found |= known & ranging
+            indices[equation.output] = found
+        is_read = isinstance(value, int) and value not in ranging | others
+        return sorted(indices.get(value, set())) if is_read and is_bounded else []
+
+    def _is_read(self, equation: Equation, ranging: Collection[int]) -> bool:
+        reads = equation.primitive in ("gather", "dynamic_slice")
+        return reads and equation.inputs[0] not in ranging
+
+    def _keeps_bounds(self, equation: Equation, ranging: Collection[int]) -> bool:
+        """Whether an operation makes a ``Span`` of inputs of which some are."""
+        name, result = equation.primitive, equation.dtypes[-1]
+        if not {"int32", "float32", "bool"}.issuperset(equation.dtypes):
+            return False
+        if name in OVERFLOWING and result == "int32" and equation.output not in self._limits:
+            return False
+        if name in ("mul", "div"):
+            first, *rest = (isinstance(x, int) and x in ranging for x in equation.inputs)
+            is_divided = result == "float32" and not any(rest)
+            return is_divided if name == "div" else not (first and any(rest))
+        return name in SAME_ELEMENTS or name in SPAN_RULES
+
+    def are_points(self, known: Mapping[int, Any], indices: Sequence[int], keys: Span) -> Any:
+        """Whether all indices of ``reads_by_bounds`` are the same for all of some keys."""
+        spans = {self._inputs["kv_idx"]: keys}
+        for equation in self._equations:
+            ranges = any(x in spans for x in equation.inputs_known)
+            if not ranges or self._is_read(equation, spans):
+                continue
+            if not all(x in spans or x in known for x in equation.inputs_known):
+                continue
+            if self._keeps_bounds(equation, spans):
+                inputs = [
+                    spans[x] if isinstance(x, int) and x in spans else as_number(x, known, dtype)
+                    for x, dtype in zip(equation.inputs, equation.dtypes[:-1], strict=True)
+                ]
+                is_bounded = equation.output in self._limits or equation.dtypes[-1] != "int32"
+                spans[equation.output] = span_of(equation, not is_bounded, *inputs)
+        found = [x for i in indices for x in np.ravel(np.asarray(spans[i], object))]
+        points = [x.is_point for x in found if isinstance(x, Span)]
+        return functools.reduce(lambda a, b: a & b, points)
 
     def unsupported(self) -> list[str]:
         """Every reason why the program cannot be lowered, with the user's line."""
@@ -178,24 +301,14 @@ class ElementProgram:
         }
         return self._completed(at)
 
-    def added(self, known: Mapping[int, Any]) -> Affine | None:
-        """What is ``Affine`` and all that the result adds to the first argument, if so it is."""
-        score = self._inputs[self.arguments[0]]
-        of_result = [e for e in self._equations if e.output == self._results[0]]
-        if not of_result or of_result[0].dtypes != ("float32",) * 3 or any(of_result[0].shapes):
-            return None
-        (x, y), name = of_result[0].inputs, of_result[0].primitive
-        if name == "add" and isinstance(y, int) and y == score:
-            x, y = y, x
-        is_sum = name in ("add", "sub") and isinstance(x, int) and x == score
-        term = known.get(y) if is_sum and isinstance(y, int) else None
-        if not isinstance(term, Affine):
-            return None
-        return Affine.negative(term) if name == "sub" else term
-
     def value(self, known: Mapping[int, Any], result: int = 0) -> Any:
         """A result, a CuTe number, once all arguments that it depends on are known."""
         return as_number(self._results[result], known, self.result_dtypes[result])
+
+    def addend(self, known: Mapping[int, Any], value: int | np.ndarray) -> Any:
+        """One of ``addends``, a CuTe number or ``Affine``, likewise."""
+        found = known[value] if isinstance(value, int) else None
+        return found if isinstance(found, Affine) else as_number(value, known, "float32")
 
     def _completed(self, known: dict[int, Any]) -> dict[int, Any]:
         for equation in self._equations:
@@ -278,23 +391,30 @@ class ElementProgram:
 
     def _affine(self, equation: Equation, known: Mapping[int, Any]) -> "Affine | None":
         """What an operation makes of ``Affine`` inputs; None where that is not ``Affine``."""
-        name, result = equation.primitive, equation.dtypes[-1]
-        if any(equation.shapes) or not {"int32", "float32"}.issuperset(equation.dtypes):
+        affine = {i for i in equation.inputs_known if isinstance(known[i], Affine)}
+        if not self._keeps_affine(equation, affine):
             return None
         values = [
             as_number(x, known, dtype)
             for x, dtype in zip(equation.inputs, equation.dtypes[:-1], strict=True)
         ]
+        if equation.primitive == "convert_element_type":
+            return values[0].converted(number_type(equation.dtypes[-1]))
+        return AFFINE_RULES[equation.primitive](*values)
+
+    def _keeps_affine(self, equation: Equation, affine: Collection[int]) -> bool:
+        """Whether an operation makes an ``Affine`` value of inputs of which some are."""
+        name, result = equation.primitive, equation.dtypes[-1]
+        if any(equation.shapes) or not {"int32", "float32"}.issuperset(equation.dtypes):
+            return False
         if name == "convert_element_type":
             # Exact up to 2**24, and rounded once beyond, as the sum would be.
             limits = self._limits_of(equation.inputs[0], self._limits)
-            is_small = limits is not None and max(map(abs, limits)) <= 2 * POSITION_LIMIT
-            return values[0].converted(number_type(result)) if is_small else None
-        if name not in AFFINE_RULES:
-            return None
-        if result == "float32" and equation.output not in self._continuous:
-            return None
-        return AFFINE_RULES[name](*values)
+            return limits is not None and max(map(abs, limits)) <= 2 * POSITION_LIMIT
+        if name == "mul" and all(isinstance(x, int) and x in affine for x in equation.inputs):
+            return False
+        is_float = result == "float32"
+        return name in AFFINE_RULES and not (is_float and equation.output not in self._continuous)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,7 +110,7 @@ def _constant(value: np.ndarray, dtype: str) -> Any:
     make = number_type(dtype)
     if value.shape == ():
         return make(python(value))
-    return _mapped(lambda x: make(python(x)), value.astype(object))
+    return mapped(lambda x: make(python(x)), value.astype(object))
 
 
 def as_number(source: int | np.ndarray, known: Mapping[int, Any], dtype: str) -> Any:
@@ -134,7 +134,7 @@ def evaluate(equation: Equation, known: Mapping[int, Any]) -> Any:
     return rule(equation, *inputs)
 
 
-def _mapped(function: Callable[..., Any], *values: Any) -> Any:
+def mapped(function: Callable[..., Any], *values: Any) -> Any:
     """``function`` of numbers on numbers and arrays of numbers of one shape."""
     shapes = {x.shape for x in values if isinstance(x, np.ndarray)}
     if not shapes:
@@ -219,7 +219,7 @@ def _elementwise(function: Callable[..., Any]) -> Rule:
 
     def rule(equation: Equation, *values):
         kind, result = SCALAR_DTYPES[equation.dtypes[0]], equation.dtypes[-1]
-        return _mapped(lambda *x: _exact(function(kind, *x), result), *values)
+        return mapped(lambda *x: _exact(function(kind, *x), result), *values)
 
     return rule
 
@@ -290,7 +290,7 @@ def _min(kind: str, x, y):
 
 def _clamp(equation: Equation, low, x, high):
     kind = SCALAR_DTYPES[equation.dtypes[1]]
-    return _mapped(lambda low, x, high: _min(kind, _max(kind, x, low), high), low, x, high)
+    return mapped(lambda low, x, high: _min(kind, _max(kind, x, low), high), low, x, high)
 
 
 def _neg(kind: str, x):
@@ -354,7 +354,7 @@ def _shift(name: str) -> Rule:
             beyond = shifted if name == "shrsi" else make(0)
             return _exact(select(is_large, beyond, shifted), dtype)
 
-        return _mapped(shift, x, amount)
+        return mapped(shift, x, amount)
 
     return rule
 
@@ -370,12 +370,12 @@ def _select_n(equation: Equation, which, *cases):
             picked = select(which <= type(which)(i), cases[i], picked)
         return picked
 
-    return _mapped(pick, which, *cases)
+    return mapped(pick, which, *cases)
 
 
 def _convert(equation: Equation, x):
     source, target = equation.dtypes
-    return _mapped(lambda x: convert(x, source, target), x)
+    return mapped(lambda x: convert(x, source, target), x)
 
 
 def convert(x: Any, source: str, target: str) -> Any:
@@ -420,7 +420,7 @@ def _integer_pow(equation: Equation, x):
         found = type(x)(1) if found is None else found
         return _exact(_div(kind, type(x)(1), found) if exponent < 0 else found, dtype)
 
-    return _mapped(power, x)
+    return mapped(power, x)
 
 
 def tanh(x: Any) -> Any:
@@ -442,7 +442,7 @@ def _round(equation: Equation, x):
 
     to_even = "EVEN" in str(equation.params["rounding_method"])
     function = cute.math.roundeven if to_even else cute.math.round
-    return _mapped(function, x)
+    return mapped(function, x)
 
 
 def _logistic(x):

@@ -140,6 +140,54 @@ def test_together(case: Case):
     check(case, MASKS["documents"](case), SCORES["relative_bias"](case))
 
 
+def all_that_is_added(case: Case):
+    """Terms of a row, of a key and of both by a step for each key, and a key that is hidden."""
+    rng = np.random.default_rng(0)
+    slopes = jnp.asarray(rng.standard_normal((case.q_heads, case.seqlen_q)) / 8, jnp.float32)
+    keys = rng.standard_normal((case.batch, case.seqlen_k))
+    keys[:, 2::7], keys[:, 20::30] = -np.inf, np.finfo(np.float32).min
+    keys = jnp.asarray(keys, jnp.float32)
+    heads = jnp.asarray(rng.standard_normal(case.q_heads), jnp.float32)
+
+    def score_mod(score, b, h, q, kv):
+        row = jnp.clip(q, 0, case.seqlen_q - 1)
+        return 1.5 + (score - slopes[h, row] * (row - kv)) + keys[b, kv] - heads[h]
+
+    return score_mod
+
+
+ADDED_CASES = {
+    "64": sized(64, group=3, bias="bs", seqlen_k=420, **EVERYTHING),
+    "packed": sized(64, group=7, seqlen_q=9, seqlen_k=300, bias="bs", lengths=True, batch=3),
+    "128": sized(128, group=2, bias="nt", seqlen_q=300, seqlen_k=500, causal=True),
+}
+SLOW_ADDED_CASES = {"256": sized(256, bias="ns", seqlen_k=200, mask="ts")}
+
+
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_terms_that_tiles_have_in_common(packed: bool):
+    """Distances are clipped in most tiles, and not in all."""
+    shape = {"group": 7, "seqlen_q": 5} if packed else {"seqlen_q": 260}
+    case = sized(64, seqlen_k=700, **shape, **EVERYTHING)
+    key = check(case, None, SCORES["relative_bias"](case), num_sms=5)
+    assert key.elements.added_kinds(key.pack_gqa) == {"tile"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(pytest.param(c, id=n) for n, c in ADDED_CASES.items()),
+        *(pytest.param(c, id=n, marks=pytest.mark.slow) for n, c in SLOW_ADDED_CASES.items()),
+    ],
+)
+def test_terms_that_are_added(case: Case):
+    """By a product of their own, with tiles of keys and of work that follow each other."""
+    key = check(
+        *(case, None, all_that_is_added(case)), num_sms=3, timing="shuffled", warps="adversarial"
+    )
+    assert key.elements.added_kinds(key.pack_gqa) == {"row", "affine", "key"}
+
+
 # Few queries and many keys: the keys are divided among blocks, and a sink belongs to all of them.
 SPLIT = sized(64, group=7, seqlen_q=3, seqlen_k=1100, kv_heads=2, **EVERYTHING)
 ONE_SLAB = FwdConfig(1, 64, 4, takes_turns=False)

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jax_flashcute import masks, scores
 from jax_flashcute.kernels.affine import AFFINE_RULES, Affine
-from jax_flashcute.kernels.elements import INDICES
+from jax_flashcute.kernels.elements import INDICES, ElementArray, ElementFunctions
 from jax_flashcute.kernels.lower_jaxpr import ElementProgram
 from tests.unit.test_analysis import GRID, INDEX, random_mask, random_number
 
@@ -99,3 +101,53 @@ def test_affine_arithmetic(expression, column: int) -> None:
         if isinstance(found, Affine):
             found = found.at(column)
     assert found is None or found == expected
+
+
+TABLE, SLOPES = jnp.ones((4, 65)), jnp.ones(4)
+ADDED = {
+    "alibi": (lambda s, b, h, q, kv: s - SLOPES[h] * (q - kv), {"affine"}),
+    "in_order": (
+        lambda s, b, h, q, kv: 1.0 + (SLOPES[h] * kv + (s - SLOPES[h])),
+        {"row", "affine"},
+    ),
+    "keys": (scores.key_bias(jnp.ones((4, 300))), {"key"}),
+    "queries": (scores.query_bias(jnp.ones((4, 300))), {"row"}),
+    "clipped": (lambda s, b, h, q, kv: s + TABLE[h, jnp.clip(q - kv, -32, 32) + 32], {"tile"}),
+    "t5": (scores.relative_bias(TABLE), {"tile"}),
+    "t5_one_sided": (scores.relative_bias(TABLE, bidirectional=False), {"tile"}),
+    "distances": (lambda s, b, h, q, kv: s + TABLE[h, q - kv], None),
+    "pairs": (lambda s, b, h, q, kv: s + TABLE[q, kv], None),
+    "absolute": (scores.alibi(SLOPES), None),
+    "of_the_score": (lambda s, b, h, q, kv: s + jnp.sin(s), None),
+    "subtracted": (lambda s, b, h, q, kv: kv * SLOPES[h] - s, None),
+    "scaled": (lambda s, b, h, q, kv: 2 * s + SLOPES[h], None),
+    "rounded": (lambda s, b, h, q, kv: s.astype(jnp.bfloat16) + SLOPES[h], None),
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_how_what_is_added_varies(name: str) -> None:
+    score_mod, kinds = ADDED[name]
+    functions = ElementFunctions(score_mod=masks.trace_score(score_mod, jnp.float32)[0])
+    assert functions.added_kinds(False) == kinds
+    # Rows of several heads have no key bias of a head in common.
+    of_heads = None if name == "keys" else kinds
+    assert functions.added_kinds(True) == of_heads
+
+
+@pytest.mark.parametrize(
+    ("full", "kinds", "of_heads"),
+    [
+        ("", {"row"}, {"row"}),
+        ("nt", {"row"}, {"row"}),
+        ("bs", {"key"}, {"key"}),
+        ("ns", {"key"}, None),
+        ("ts", None, None),
+    ],
+)
+def test_how_a_bias_varies(full: str, kinds, of_heads) -> None:
+    functions = ElementFunctions(bias=ElementArray("float32", full))
+    assert functions.added_kinds(False) == kinds
+    assert functions.added_kinds(True) == of_heads
+    capped = ElementFunctions(bias=functions.bias, soft_cap=2.0)
+    assert capped.added_kinds(False) is None

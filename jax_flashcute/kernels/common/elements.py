@@ -40,13 +40,20 @@ class Elements:
     """What a call does to single scores, with its arrays."""
 
     def __init__(
-        self, functions: ElementFunctions, tensors: tuple, *, differentiates: bool = False
+        self,
+        functions: ElementFunctions,
+        tensors: tuple,
+        *,
+        differentiates: bool = False,
+        only_hides: bool = False,
     ):
         """``tensors``: as ``functions.array_types`` has them.
 
-        ``differentiates``: for ``EntryElements.gradient`` instead of ``element``.
+        ``differentiates``: for ``EntryElements.gradient`` instead of ``element``;
+        ``only_hides``: ``element`` leaves scores that it does not hide as they are.
         """
         self.functions = functions
+        self.only_hides = only_hides
         self.derivative = None
         rest = list(tensors)
         self.programs = {}
@@ -64,6 +71,8 @@ class Elements:
         self.bias = rest.pop(0) if functions.bias is not None else None
         self.mask = rest.pop(0) if functions.mask is not None else None
         self.sinks = rest.pop(0) if functions.sinks else None
+        if only_hides:
+            self.programs.pop("score_mod", None)
         if differentiates:
             self._prepare_derivative()
 
@@ -145,22 +154,14 @@ class EntryElements:
         return known | found | {"column": column}
 
     def along_keys(
-        self,
-        queries: list[dict[str, Any]],
-        first: Int32,
-        may_be_beyond: bool,
-        *,
-        may_shift: bool = False,
-    ) -> tuple[Callable[[int], list[dict[str, Any]]], list[Float32] | None]:
+        self, queries: list[dict[str, Any]], first: Int32, may_be_beyond: bool
+    ) -> Callable[[int], list[dict[str, Any]]]:
         """A function of a column: what is known of its key with each query.
-
-        And for each query what ``element`` leaves to be added to all scores of the tile; or None.
 
         Args:
           queries: of ``queries``.
           first: the key of column 0.
           may_be_beyond: a column's key may lie beyond the last one.
-          may_shift: something may be left to be added.
         """
 
         def bounded(column: int):
@@ -168,30 +169,19 @@ class EntryElements:
             return [self.both(query, key) for query in queries]
 
         if may_be_beyond or self.elements.positions is not None:
-            return bounded, None
-        tile = self.known_of(key=Affine(first, Int32(1)))
-        rows = [self.both(query, tile) for query in queries]
-        terms = [self.added(row) if may_shift else None for row in rows]
-        shifts = [term.base for term in terms if term is not None]
+            return bounded
+        tile, rows = self.along(queries, first)
 
         def stepped(column: int):
             key = self.at_column(tile, column)
-            if not shifts:
-                return [self.both(self.at_column(row, column), key) for row in rows]
-            found = []
-            for query, term in zip(queries, terms, strict=True):
-                known = self.both(query, key)
-                found.append(known | {"added": term.step * Float32(float(column))})
-            return found
+            return [self.both(self.at_column(row, column), key) for row in rows]
 
-        return stepped, shifts or None
+        return stepped
 
-    def added(self, known: dict[str, Any]) -> Affine | None:
-        """What a score adds, where that is affine in the key and all that it does."""
-        program = self.elements.programs.get("score_mod")
-        if program is None or self.elements.functions.soft_cap is not None:
-            return None
-        return program.added(known["score_mod"])
+    def along(self, queries: list[dict[str, Any]], first: Int32):
+        """What is known of all columns of a tile at once: of their keys, and with each query."""
+        tile = self.known_of(key=Affine(first, Int32(1)))
+        return tile, [self.both(query, tile) for query in queries]
 
     def element(
         self, known: dict[str, Any], score: Float32, scale: float, *, is_full: bool = False
@@ -205,16 +195,15 @@ class EntryElements:
           is_full: the tile is listed as one that ``mask_mod`` hides nothing of.
         """
         functions, programs = self.elements.functions, self.elements.programs
-        if "added" in known:
-            # In this order: the product by the column is shared by the rows.
-            score = cute.math.fma(score, Float32(scale), known["added"])
+        if self.elements.only_hides:
+            pass
         elif functions.soft_cap is None:
             score = self.modified(known, score * scale)
         elif functions.score_mod is None:
             score = capped(score, scale, functions.soft_cap)
         else:
             score = capped(self.modified(known, score * scale), 1.0, functions.soft_cap)
-        if functions.bias is not None:
+        if functions.bias is not None and not self.elements.only_hides:
             score = score + Float32(self.load(self.elements.bias, functions.bias, known))
         if functions.mask is not None:
             byte = self.load(self.elements.mask, functions.mask, known)

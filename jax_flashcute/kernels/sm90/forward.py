@@ -25,6 +25,9 @@ them up (extra/combine.py); where a row has one part alone, the output is writte
     v        TMA, producer warp   every warpgroup            kv_stages  1 + tx    4 W
     tile     producer warp        every warpgroup            2          1         4 W
     turn[w]  warpgroup w - 1      warpgroup w                named barrier 1 + w, 256 threads
+    terms    warpgroup w          warpgroup w                named barrier 4 + w, 128 threads
+
+"terms" are what a score adds (added_terms.py), where it does.
 
 Counts are arrivals; "+ tx" means that the barrier also waits for the copies' bytes; W is the
 number of consumer warpgroups, of four warps each.  Where threads copy, 128 of them arrive at k and
@@ -80,6 +83,7 @@ from jax_flashcute.kernels.config import FwdConfig, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
 from jax_flashcute.kernels.primitives import select
+from jax_flashcute.kernels.sm90.added_terms import AddedTerms, NoTerms, WarpgroupTerms
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,
@@ -156,7 +160,11 @@ class ForwardSm90(KeyTiles):
         if isinstance(mask, IntervalMask):
             self.has_low |= mask.low is not None
         self.functions = functions
+        in_order = not (split_kv or has_lists or self.union)
+        self.added = self.added_terms(in_order)
         self.changes_scores = functions is not None and functions.changes_scores
+        self.changes_scores &= self.added is None
+        self.by_element = self.changes_scores or (functions is not None and functions.hides)
         self.has_sinks = functions is not None and functions.sinks
         self.has_mask_mod = functions is not None and functions.mask_mod is not None
         self.page_size = page_size
@@ -169,6 +177,13 @@ class ForwardSm90(KeyTiles):
         self.consumer_threads = 128 * config.warpgroups
         self.consumer_warps = 4 * config.warpgroups
         self.takes_turns = config.takes_turns and config.warpgroups > 1
+
+    def added_terms(self, in_order: bool) -> AddedTerms | None:
+        """What scores add, where that is done by a product; None for nothing."""
+        if self.functions is None:
+            return None
+        added = AddedTerms(self.functions, self.config, self.scale, self.heads_packed > 1)
+        return added if added.serves(self.head_dim, self.head_dim_v, in_order) else None
 
     # ---- host side -------------------------------------------------------------------------
 
@@ -320,7 +335,9 @@ class ForwardSm90(KeyTiles):
     ):
         cfg = self.config
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        storage = SmemAllocator().allocate(self.shared_storage())
+        allocator = SmemAllocator()
+        storage = allocator.allocate(self.shared_storage())
+        term_operands = (None, None) if self.added is None else self.added.allocate(allocator)
         h_bytes, hv_bytes = self.smem_h * 2, self.smem_hv * 2
         slab_rows = self.heads_packed * self.slab_tokens
         pipeline_q = TmaPipeline(
@@ -423,6 +440,7 @@ class ForwardSm90(KeyTiles):
                 sQ,
                 sK,
                 sV,
+                term_operands,
                 mO,
                 mLSE,
                 mOPartial,
@@ -601,6 +619,7 @@ class ForwardSm90(KeyTiles):
         sQ: cute.Tensor,
         sK: cute.Tensor,
         sV: cute.Tensor,
+        term_operands: tuple,
         mO: cute.Tensor,
         mLSE: cute.Tensor,
         mOPartial: cute.Tensor | None,
@@ -637,8 +656,10 @@ class ForwardSm90(KeyTiles):
         rP = cute.make_rmem_tensor(cute.make_layout(cute.size(acc_S)), self.dtype)
         tOrP = as_operand_a(rP)
         scores, out = rows_and_columns(acc_S), rows_and_columns(acc_O)
-        by_element = const_expr(self.functions is not None and self.functions.by_element)
-        has_bits = const_expr(self.packed_mask is not None)
+        # All scores of a tile may be -inf.
+        may_hide = const_expr(
+            self.by_element or self.packed_mask is not None or self.added is not None
+        )
         # Scores that are changed one by one are scaled there.
         scale = 1.0 if self.changes_scores else self.scale
         softmax = OnlineSoftmax(ROWS_PER_THREAD, scale, cfg.rescale_threshold)
@@ -651,6 +672,7 @@ class ForwardSm90(KeyTiles):
                 self.pass_turn(slab)
 
         q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase = (Int32(0) for _ in range(7))
+        y_stage, y_stages = Int32(0), 1 if self.added is None else self.added.buffers
         fields = self.take_work(work, pipeline_tile, t_stage, t_phase, warps)
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
@@ -673,6 +695,12 @@ class ForwardSm90(KeyTiles):
             modify = self.element_step(
                 mElements, scores, thread, (batch, offset, array_lengths, first_token, head)
             )
+            terms = self.terms_step(
+                mElements,
+                term_operands,
+                (slab, thread),
+                (batch, offset, array_lengths, first_token, head),
+            )
             read_bits, hide_bits = self.packed_step(
                 mPacked, scores, thread, (batch, head, first_token, q_length)
             )
@@ -686,12 +714,18 @@ class ForwardSm90(KeyTiles):
                 n = nth(0)
                 bits = read_bits(n)
                 pipeline_k.wait(k_stage, k_phase)
+                terms.start(n, y_stage)
                 self.take_turn(slab)
                 gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False)
+                terms.multiply(acc_S, y_stage)
+                y_stage ^= y_stages - 1
                 self.pass_turn(slab)
+                second = terms.read(n - 1)
+                shifts, varies = terms.shifts(n)
                 warpgroup.wait_group(0)
                 pipeline_k.release(k_stage, warps)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+                terms.vary(scores, n, varies, True)
                 if const_expr(lists is None or not self.has_mask_mod):
                     modify(n, True)
                 else:
@@ -701,7 +735,8 @@ class ForwardSm90(KeyTiles):
                         modify(n, True, is_full=True)
                 hide_bits(n, bits)
                 mask_tile(n)
-                softmax.step(scores, row_scale, True, True)
+                softmax.step(scores, row_scale, True, True, shifts)
+                terms.stage_next(second, y_stage)
                 convert_pairs(acc_S, rP)
 
                 accumulate = Boolean(False)
@@ -712,17 +747,23 @@ class ForwardSm90(KeyTiles):
                         n = tile_of(i)
                         # On their way from memory while the product is.
                         bits = read_bits(n)
+                        next_terms = terms.read(n - 1)
                         may_be_beyond = const_expr(stretch != 1 or self.has_lists)
                         pipeline_k.wait(k_stage, k_phase)
                         self.take_turn(slab)
+                        terms.join_next()
                         gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False)
+                        terms.multiply(acc_S, y_stage)
+                        y_stage ^= y_stages - 1
                         pipeline_v.wait(v_stage, v_phase)
                         gemm(mma_pv, acc_O, tOrP, tOrV[None, None, None, v_stage], accumulate)
                         self.pass_turn(slab)
+                        shifts, varies = terms.shifts(n)
                         warpgroup.wait_group(1)
                         pipeline_k.release(k_stage, warps)
                         k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
-                        added = modify(n, may_be_beyond, is_full=stretch == 1)
+                        terms.vary(scores, n, varies, may_be_beyond)
+                        modify(n, may_be_beyond, is_full=stretch == 1)
                         hide_bits(n, bits)
                         if const_expr(stretch != 1):
                             mask_tile(n)
@@ -731,9 +772,10 @@ class ForwardSm90(KeyTiles):
                             if n < full_min or n >= full_max:
                                 mask_tile(n)
                         needs_rescale = softmax.step(
-                            *(scores, row_scale, False, may_be_beyond or by_element or has_bits),
-                            added,
+                            *(scores, row_scale, False, may_be_beyond or may_hide),
+                            shifts,
                         )
+                        terms.stage_next(next_terms, y_stage)
                         warpgroup.wait_group(0)
                         pipeline_v.release(v_stage, warps)
                         v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
@@ -787,36 +829,48 @@ class ForwardSm90(KeyTiles):
         heads = [self.query_head(head, thread, r) for r in range(ROWS_PER_THREAD)]
         return [elements.sink(batch, head) for head in heads]
 
-    def element_step(self, mElements: tuple, scores: cute.Tensor, thread: Int32, place):
-        """What is done to each score of a tile: a function of the tile's number.
-
-        Its second argument says whether some of the tile's keys may lie beyond the last one.  It
-        gives what is left to be added to each row of scores; None for nothing.
-        """
-        if self.functions is None or not self.functions.by_element:
-            return lambda n, may_be_beyond, is_full=False: None
+    def elements_of(self, mElements: tuple, thread: Int32, place, only_hides: bool):
+        """What is done to single scores of a tile of work, and what is known of a thread's rows."""
         batch, offset, array_lengths, first_token, head = place
-        elements = Elements(self.functions, mElements).of_entry(batch, offset, array_lengths)
+        elements = Elements(self.functions, mElements, only_hides=only_hides)
+        of_entry = elements.of_entry(batch, offset, array_lengths)
         queries = [
-            elements.queries(
+            of_entry.queries(
                 self.query_head(head, thread, r),
                 first_token + row_in_slab(thread, r) // self.heads_packed,
             )
             for r in range(ROWS_PER_THREAD)
         ]
+        return of_entry, queries
 
+    def element_step(self, mElements: tuple, scores: cute.Tensor, thread: Int32, place):
+        """What is done to each score of a tile: a function of the tile's number.
+
+        Its second argument says whether some of the tile's keys may lie beyond the last one.
+        """
+        if not self.by_element:
+            return lambda n, may_be_beyond, is_full=False: None
+        only_hides = self.added is not None
+        elements, queries = self.elements_of(mElements, thread, place, only_hides)
         scale = self.scale if self.changes_scores else 1.0
 
-        def modify(n: Int32, may_be_beyond: bool, is_full: bool = False) -> list[Float32] | None:
+        def modify(n: Int32, may_be_beyond: bool, is_full: bool = False) -> None:
             is_full = is_full and self.has_lists
             first = n * self.config.tile_n + first_column(thread)
-            column, added = elements.along_keys(queries, first, may_be_beyond, may_shift=True)
+            column = elements.along_keys(queries, first, may_be_beyond)
             for c in range(cute.size(scores, mode=[1])):
                 for r, known in enumerate(column(column_step(c))):
                     scores[r, c] = elements.element(known, scores[r, c], scale, is_full=is_full)
-            return added
 
         return modify
+
+    def terms_step(self, mElements: tuple, operands: tuple, who: tuple, place):
+        """What is added to a tile's scores otherwise than one by one."""
+        if self.added is None:
+            return NoTerms()
+        slab, thread = who
+        elements, queries = self.elements_of(mElements, thread, place, False)
+        return WarpgroupTerms(self.added, elements, queries, place[-1], operands, slab, thread)
 
     def packed_step(self, mPacked: tuple, scores: cute.Tensor, thread: Int32, place):
         """What a mask in bits does to a tile, in two parts.

@@ -1,0 +1,343 @@
+"""What a score adds to the products, as 16 more columns of the product, in the Hopper forward.
+
+Where a score is ``score + a(row) + b(row) * column + c(key)``, nothing is done to single scores:
+
+    X   a row's b as three bfloat16 numbers, then 1, 1, 1; zeros
+    Y   a key's column in the tile, three times, then c as three numbers; zeros
+
+X Y^T is added by the tensor cores; with a, which the softmax adds to a row's maximum, it is what
+the score adds, in units of raw products.  Three bfloat16 numbers hold a float32, a column below 256
+is one of them, and sums are in float32.
+
+What a row adds to all keys of a tile alike, as a table does that is read by clipped distances, is a
+part of a there; of the other tiles it is added to single scores.
+
+Each warpgroup writes X and Y for itself: X at each tile of work, Y once, or where there is a c for
+each tile of keys while the products of the tile before are under way, in two buffers.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Boolean, Float32, Int32, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.memory import SmemAllocator
+
+from jax_flashcute.kernels.affine import Affine
+from jax_flashcute.kernels.common.elements import EntryElements
+from jax_flashcute.kernels.common.softmax import LOG2_E
+from jax_flashcute.kernels.common.tiles import round_pairs, smem_layout, store_pairs
+from jax_flashcute.kernels.common.traced import Traced
+from jax_flashcute.kernels.config import SMEM_BYTES, FwdConfig
+from jax_flashcute.kernels.elements import ElementFunctions
+from jax_flashcute.kernels.primitives import select
+from jax_flashcute.kernels.sm90.fragments import (
+    ROWS_PER_THREAD,
+    column_step,
+    first_column,
+    gemm,
+    row_in_slab,
+    tiled_mma,
+)
+from jax_flashcute.kernels.spans import Span
+
+COLUMNS = 16
+"""Of X and of Y: those of one matrix product."""
+SCALES = (2.0**-20, 2.0**20)
+"""Scales of a call between which raw products are no worse units than scaled ones."""
+LARGEST = 2.0**126
+"""Numbers are held below this, in either unit: what exceeds it, save infinity, counts as it."""
+BARRIER = 4
+"""The first of the named barriers, one for each warpgroup."""
+
+
+class AddedTerms:
+    """Whether and how the forward adds terms by a product; no traced values."""
+
+    def __init__(self, functions: ElementFunctions, config: FwdConfig, scale: float, packed: bool):
+        """``scale``: of the call; ``packed``: rows of one product are of different heads."""
+        self.functions = functions
+        self.config = config
+        self.scale = scale
+        self.kinds = functions.added_kinds(packed) or frozenset()
+        self.multiplies = bool(self.kinds & {"affine", "key"})
+        self.is_staged = "key" in self.kinds
+        self.buffers = 2 if self.is_staged else 1
+        # In base 2 what is held may not exceed ``LARGEST`` either.
+        self.largest = LARGEST * min(1.0, 1 / (scale * LOG2_E)) if scale > 0 else 0.0
+
+    def serves(self, head_dim: int, head_dim_v: int, in_order: bool) -> bool:
+        """Whether it can do all that a call does to scores.
+
+        ``in_order``: a tile of work visits one range of key tiles, from right to left.
+        """
+        fits = (
+            self.config.smem_bytes(head_dim, head_dim_v) + 2 * sum(self.sizes()) + 3072
+            <= SMEM_BYTES
+        )
+        return (
+            bool(self.kinds)
+            and SCALES[0] <= self.scale <= SCALES[1]
+            and (fits or not self.multiplies)
+            and (in_order or not self.is_staged)
+        )
+
+    def sizes(self) -> tuple[int, int]:
+        """Elements of X and of Y."""
+        config = self.config
+        y = COLUMNS * config.tile_n * config.warpgroups * self.buffers
+        return self.multiplies * COLUMNS * config.tile_m, self.multiplies * y
+
+    def allocate(self, allocator: SmemAllocator) -> tuple:
+        """X and Y in shared memory; None where no product is needed."""
+        if not self.multiplies:
+            return None, None
+        warpgroups = self.config.warpgroups
+        layouts = (
+            smem_layout(BFloat16, 64, COLUMNS, warpgroups),
+            smem_layout(BFloat16, self.config.tile_n, COLUMNS, warpgroups * self.buffers),
+        )
+        return tuple(
+            [allocator.allocate_tensor(BFloat16, x.outer, 1024, swizzle=x.inner) for x in layouts]
+        )
+
+
+class WarpgroupTerms(Traced):
+    """The same for a tile of work of a warpgroup: Python that makes straight-line code."""
+
+    def __init__(
+        self,
+        plan: AddedTerms,
+        entry: EntryElements,
+        queries: list[dict],
+        head: Int32,
+        operands: tuple,
+        slab: Int32,
+        thread: Int32,
+    ):
+        """
+        Args:
+          queries: of the thread's rows.
+          head: of all rows, where terms of the key need one.
+          operands: X and Y in shared memory; None where no product is needed.
+        """
+        self.plan = plan
+        self.entry = entry
+        self.queries = queries
+        self.of_head = entry.known_of(head=head)
+        self.sX, self.sY = operands
+        self.slab = slab
+        self.thread = thread
+        self.addends: list[tuple] = []
+        functions = entry.elements.functions
+        if functions.score_mod is not None:
+            self.program = entry.elements.programs["score_mod"]
+            self.addends = self.program.addends()
+        self.row_constants = [self._row_constant(query) for query in queries]
+
+    # ---- terms, scaled as raw products are ---------------------------------------------------
+
+    def _of_program(self, known: dict, kind: str) -> list:
+        """The score's addends of one kind, each a number or ``Affine``."""
+        found = []
+        for value, is_subtracted in self.addends:
+            if self.program.kind_of(value) == kind:
+                term = self.program.addend(known["score_mod"], value)
+                if is_subtracted:
+                    term = Affine.negative(term) if isinstance(term, Affine) else -term
+                found.append(term)
+        return found
+
+    def _of_bias(self, known: dict, kind: str) -> list[Float32]:
+        bias = self.entry.elements.functions.bias
+        if bias is None or kind != ("key" if "s" in bias.full else "row"):
+            return []
+        return [Float32(self.entry.load(self.entry.elements.bias, bias, known))]
+
+    def _raw(self, terms: list[Float32]) -> Float32:
+        if not terms:
+            return Float32(0.0)
+        total = sum(terms[1:], start=terms[0])
+        raw = total * Float32(1.0 / self.plan.scale)
+        # Infinity hides, and what is finite does not.
+        largest, size = self.plan.largest, cute.math.absf(raw)
+        bound = select(raw > Float32(0.0), Float32(largest), Float32(-largest))
+        is_finite = cute.math.absf(total) < Float32(Float32.inf)
+        return select((size > Float32(largest)) & is_finite, bound, raw)
+
+    def _row_constant(self, query: dict) -> Float32:
+        return self._raw(self._of_program(query, "row") + self._of_bias(query, "row"))
+
+    def _affine(self, first: Int32) -> list[list[Affine]]:
+        """Each row's affine terms where column 0 is key ``first``; not scaled."""
+        if "affine" not in self.plan.kinds:
+            return [[] for _ in self.queries]
+        _, rows = self.entry.along(self.queries, first)
+        return [self._of_program(row, "affine") for row in rows]
+
+    def shifts(self, n: Int32) -> tuple[list[Float32] | None, Int32]:
+        """What the softmax adds to each row of tile n, and whether ``vary`` has work to do."""
+        if not self.plan.kinds & {"row", "affine", "tile"}:
+            return None, Int32(0)
+        found = []
+        rows = self._affine(n * self.plan.config.tile_n)
+        for constant, terms in zip(self.row_constants, rows, strict=True):
+            inverse = Float32(1.0 / self.plan.scale)
+            for term in terms:
+                constant = cute.math.fma(term.base, inverse, constant)
+            found.append(constant)
+        if "tile" not in self.plan.kinds:
+            return found, Int32(0)
+        first = n * self.plan.config.tile_n
+        is_same = Boolean(True)
+        for query in self.queries:
+            is_same = is_same & self._is_same(query, first)
+        differs = select(is_same, Int32(0), Int32(1)) != 0
+        varies = Int32(cute.arch.vote_any_sync(differs))
+        of_first = self.entry.keys(first)
+        for r, query in enumerate(self.queries):
+            for term in self._of_program(self.entry.both(query, of_first), "tile"):
+                raw = cute.math.fma(term, Float32(1.0 / self.plan.scale), found[r])
+                found[r] = select(varies == 0, raw, found[r])
+        return found, varies
+
+    def _is_same(self, query: dict, first: Int32) -> Boolean:
+        """Whether the terms of a row are the same for all keys of a tile."""
+        last = cutlass.min(first + self.plan.config.tile_n, Int32(self.entry.kv_length)) - 1
+        indices = [i for value, _ in self.addends for i in self.program.reads_by_bounds(value)]
+        return self.program.are_points(query["score_mod"], indices, Span(first, last))
+
+    @cute.jit
+    def vary(
+        self,
+        scores: cute.Tensor,
+        n: Int32,
+        varies: Int32,
+        may_be_beyond: cutlass.Constexpr[bool],
+    ):
+        """Adds to single scores of tile n what is not the same for all keys of a row."""
+        if const_expr("tile" in self.plan.kinds):
+            if varies != 0:
+                self._add_to_each(scores, n, may_be_beyond)
+
+    def _add_to_each(self, scores: cute.Tensor, n: Int32, may_be_beyond: bool) -> None:
+        first = n * self.plan.config.tile_n + first_column(self.thread)
+        column = self.entry.along_keys(self.queries, first, may_be_beyond)
+        inverse = Float32(1.0 / self.plan.scale)
+        for c in range(cute.size(scores, mode=[1])):
+            for r, known in enumerate(column(column_step(c))):
+                # Without ``_raw``'s bound, here as there: it would cost as much again.
+                for term in self._of_program(known, "tile"):
+                    scores[r, c] = cute.math.fma(term, inverse, scores[r, c])
+
+    # ---- X and Y ------------------------------------------------------------------------------
+
+    @cute.jit
+    def start(self, n: Int32, buffer: Int32):
+        """X, and Y of the first tile of keys, n; all of the warpgroup's threads meet."""
+        if const_expr(self.plan.multiplies):
+            for r in cutlass.range_constexpr(ROWS_PER_THREAD):
+                step = Float32(0.0)
+                for term in self._affine(Int32(0))[r]:
+                    step = step + term.step
+                if self.thread % 4 == 0:
+                    row = row_in_slab(self.thread, r)
+                    numbers = (*thirds(step * Float32(1.0 / self.plan.scale)), *_thrice(1.0))
+                    _store_row(self.sX[None, None, self.slab], row, numbers)
+            self.stage(self.read(n), buffer)
+            cute.arch.fence_view_async_shared()
+            self.join()
+
+    def read(self, n: Int32) -> list[Float32]:
+        """The terms of this thread's keys of a tile, on their way from memory."""
+        if not self.plan.is_staged:
+            return []
+        tile_n = self.plan.config.tile_n
+        found = []
+        for first in range(0, tile_n, 128):
+            key = cutlass.max(n * tile_n + first + self.thread, Int32(0))
+            known = self.entry.both(self.of_head, self.entry.keys(key))
+            found.append(self._raw(self._of_program(known, "key") + self._of_bias(known, "key")))
+        return found
+
+    @cute.jit
+    def stage(self, terms: list, buffer: Int32):
+        """Writes Y from ``read``."""
+        tile_n = self.plan.config.tile_n
+        for i in cutlass.range_constexpr(-(-tile_n // 128)):
+            column = self.thread + 128 * i
+            last = thirds(terms[i]) if const_expr(self.plan.is_staged) else _thrice(0.0)
+            numbers = (*_thrice(Float32(column)), *last)
+            if const_expr(tile_n % 128 == 0):
+                _store_row(self.sY[None, None, self._place(buffer)], column, numbers)
+            else:
+                if column < tile_n:
+                    _store_row(self.sY[None, None, self._place(buffer)], column, numbers)
+
+    def _place(self, buffer: Int32) -> Int32:
+        return self.slab * self.plan.buffers + buffer
+
+    @cute.jit
+    def stage_next(self, terms: list, buffer: Int32):
+        """``stage`` beside products that read the other buffer."""
+        if const_expr(self.plan.is_staged):
+            self.stage(terms, buffer)
+            cute.arch.fence_view_async_shared()
+
+    @cute.jit
+    def join(self):
+        """Waits until all of the warpgroup's threads have written."""
+        cute.arch.barrier(barrier_id=BARRIER + self.slab, number_of_threads=128)
+
+    @cute.jit
+    def join_next(self):
+        """The same before each tile of keys but the first."""
+        if const_expr(self.plan.is_staged):
+            self.join()
+
+    def multiply(self, acc_S: cute.Tensor, buffer: Int32) -> None:
+        """Issues acc_S += X Y^T."""
+        if not self.plan.multiplies:
+            return
+        source = warpgroup.OperandSource.SMEM
+        mma = tiled_mma(BFloat16, self.plan.config.tile_n, OperandMajorMode.K, source)
+        part = mma.get_slice(0)
+        tX = mma.make_fragment_A(part.partition_A(self.sX))[None, None, None, self.slab]
+        tY = mma.make_fragment_B(part.partition_B(self.sY))[None, None, None, self._place(buffer)]
+        gemm(mma, acc_S, tX, tY, True)
+
+
+class NoTerms(Traced):
+    """Where nothing is added."""
+
+    def nothing(self, *_):
+        return None
+
+    start = read = stage_next = join_next = multiply = vary = nothing
+
+    def shifts(self, n: Int32) -> tuple[None, Int32]:
+        return None, Int32(0)
+
+
+def thirds(x: Float32) -> tuple[Float32, Float32, Float32]:
+    """Three bfloat16 numbers of which x is the sum, save for bits below 2**-133."""
+    high = Float32(BFloat16(x))
+    rest = x - high
+    # Infinity less itself is no number.
+    is_finite = cute.math.absf(x) < Float32(Float32.inf)
+    rest = select(is_finite | (x != x), rest, Float32(0.0))
+    middle = Float32(BFloat16(rest))
+    return high, middle, rest - middle
+
+
+def _thrice(x) -> tuple[Float32, Float32, Float32]:
+    return Float32(x), Float32(x), Float32(x)
+
+
+@cute.jit
+def _store_row(tile: cute.Tensor, row: Int32, numbers: tuple):
+    """Stores numbers, then zeros, as a row of X or Y."""
+    values = cute.make_rmem_tensor(COLUMNS, Float32)
+    values.fill(0.0)
+    for i in cutlass.range_constexpr(len(numbers)):
+        values[i] = numbers[i]
+    store_pairs(tile, row, 0, round_pairs(BFloat16, values))
