@@ -168,10 +168,14 @@ def checked_paged_call(
         raise ValueError("kv_lengths must be integers; got None")
     if checked:
         _check_page_numbers(page_table, lengths, num_pages, page_size)
-    lengths = jnp.clip(lengths, 0, page_table.shape[1] * page_size)
     rows = _per_batch("q_lengths", q_lengths, B)
-    if q_offset is None:
-        q_offset = lengths - (T if rows is None else jnp.clip(rows, 0, T))
+    of_positions = (features[name] for name in ("local_window_size", "mask_mod", "score_mod"))
+    if q_offset is None and T == 1 and rows is None and all(x is None for x in of_positions):
+        # The last token sees every key: nothing asks where it is.
+        features["is_causal"] = False
+    elif q_offset is None:
+        keys = jnp.clip(lengths, 0, page_table.shape[1] * page_size)
+        q_offset = keys - (T if rows is None else jnp.clip(rows, 0, T))
     # Everything but the keys and values is checked as for arrays without any key.
     spec, operands = checked_call(
         query,

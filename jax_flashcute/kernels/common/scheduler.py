@@ -73,7 +73,8 @@ def section_size(kv_length: Int32, kv_bytes_per_key: int, kv_heads: Int32, batch
 
 @cute.kernel
 def reset_counter(counter: cute.Tensor):
-    """Sets the tile counter to 0 ahead of the kernel that draws from it."""
+    """Sets the tile counter to 0 ahead of the kernel that draws from it, which begins at once."""
+    cute.arch.griddepcontrol_launch_dependents()
     if cute.arch.thread_idx()[0] == 0:
         counter[0] = Int32(0)
 

@@ -72,21 +72,22 @@ class Combine:
         head = row - entry * heads
         batch = entry // q_length
         token = entry - batch * q_length
+        lengths = partial(entry_lengths, mQOffset, mQLengths, mKVLengths, q_length, kv_length)
+        splits = Int32(0)
+        if batch < batches:
+            splits = self.splits_of_entry(lengths, mOPartial.shape)(batch)
         # The parts are written by the kernel before this one.
         cute.arch.griddepcontrol_wait()
-        if batch < batches:
-            lengths = partial(entry_lengths, mQOffset, mQLengths, mKVLengths, q_length, kv_length)
-            splits = self.splits_of_entry(lengths, mOPartial.shape)(batch)
-            # A row of one part was written by the forward kernel itself.
-            if splits > 1:
-                sink = None
-                if const_expr(mSinks is not None):
-                    # A padded row's LSE stays -inf.
-                    is_valid = token < lengths(batch)[1]
-                    sink = select(is_valid, sink_of(mSinks, batch, head), Float32(-Float32.inf))
-                self.combine_row(
-                    mOPartial, mLSEPartial, mO, mLSE, batch, token, head, splits, sink, lane
-                )
+        # A row of one part was written by the forward kernel itself.
+        if splits > 1:
+            sink = None
+            if const_expr(mSinks is not None):
+                # A padded row's LSE stays -inf.
+                is_valid = token < lengths(batch)[1]
+                sink = select(is_valid, sink_of(mSinks, batch, head), Float32(-Float32.inf))
+            self.combine_row(
+                mOPartial, mLSEPartial, mO, mLSE, batch, token, head, splits, sink, lane
+            )
 
     @cute.jit
     def combine_row(

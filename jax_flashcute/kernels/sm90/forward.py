@@ -436,6 +436,11 @@ class ForwardSm90(KeyTiles):
         else:
             if const_expr(cfg.reallocates_registers):
                 cute.arch.setmaxregister_increase(cfg.consumer_registers)
+            if const_expr(self.split_kv):
+                if warp_index == 4:
+                    # The parts' sum may be made ready while the last of them are computed.
+                    cute.arch.griddepcontrol_wait()
+                    cute.arch.griddepcontrol_launch_dependents()
             self.consume(
                 sQ,
                 sK,
