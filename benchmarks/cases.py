@@ -254,6 +254,11 @@ NSA = tuple(
     for name in (*NSA_STAGES, "dense_causal")
 )
 
+# Groups of 16 heads, which fla-org's kernels need.
+NSA_GROUP_16 = tuple(
+    square("nsa", 128, 1, 2**log2, 64, 4, causal=True) for log2 in (12, 14, 16, 17)
+)
+
 # Small enough for a CPU: shows that the harness works, and nothing about speed.
 TINY = (
     square("tiny", 32, 1, 64, 4, 2, causal=True),
@@ -290,6 +295,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "decode": DECODE,
     "paged": PAGED,
     "nsa": NSA,
+    "nsa_group_16": NSA_GROUP_16,
     "sparse": SPARSE,
     "packed": PACKED,
     "build": BUILD,

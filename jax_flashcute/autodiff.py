@@ -142,13 +142,8 @@ def paged_attention(
     """``attention`` over paged keys and values, for inference: it has no derivatives."""
     if implementation == "reference":
         return dispatch.dense(spec, operands)
-    sharding.refuse_sharded_types("paged_attention", operands)
-
-    def forward(operands: Operands) -> Residuals:
-        served_by = dispatch.served_by(spec, implementation, operands, "fwd")
-        return dispatch.forward(spec, served_by, operands)
-
-    return _underivable(fold_forward(forward), "paged_attention has no derivatives")(operands)
+    forward = fold_forward(functools.partial(sharding.forward, spec, implementation))
+    return _underivable(forward, "paged_attention has no derivatives")(operands)
 
 
 def _underivable(function, reason: str = _NO_SECOND_ORDER):

@@ -58,6 +58,9 @@ LAYOUTS: Mapping[str, str] = {
 }
 """The dimensions of every array of a call, by name; what follows those listed has no name."""
 
+PAGED_LAYOUTS: Mapping[str, str] = {**LAYOUTS, "key": "pskh", "value": "pskh"}
+"""Those of a call whose keys and values lie in pages, which no batch entry owns."""
+
 _NAMES = {"t": "query length", "s": "key length", "h": "head_dim"}
 Axes = tuple[str, ...]
 
@@ -215,15 +218,20 @@ def _named(tree) -> Iterator[tuple[str, Any]]:
         yield next(k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)), leaf
 
 
+def _layouts(operands: Operands) -> Mapping[str, str]:
+    return LAYOUTS if operands.page_table is None else PAGED_LAYOUTS
+
+
 @dataclass(frozen=True)
 class _Sharding:
     """Over which mesh axes batch, query heads and key/value heads are sharded.
 
-    ``sizes`` are the lengths of these dimensions by their letters.
+    ``sizes`` are the lengths of these dimensions by their letters, ``layouts`` those of the call.
     """
 
     axes: Mapping[str, Axes]
     sizes: Mapping[str, int]
+    layouts: Mapping[str, str]
 
     @staticmethod
     def of(one: _Pass, arrays: Sequence, specs: Sequence[tuple], mesh: Mapping[str, int]):
@@ -235,9 +243,10 @@ class _Sharding:
         operands: Operands = one.tree.unflatten(arrays)[0]
         B, _, N, _ = operands.query.shape
         sizes = {"b": B, "n": N, "k": operands.key.shape[2]}
+        layouts = _layouts(operands)
         axes: dict[str, Axes] = {}
         for (name, array), spec in zip(_named(one.tree.unflatten(arrays)), specs, strict=True):
-            for letter, size, entry in zip(LAYOUTS[name], array.shape, spec, strict=False):
+            for letter, size, entry in zip(layouts[name], array.shape, spec, strict=False):
                 over = (entry,) if isinstance(entry, str) else tuple(entry or ())
                 if not over:
                     continue
@@ -260,7 +269,7 @@ class _Sharding:
                 )
         devices = math.prod(mesh[a] for a in axes["n"])
         axes["k"] = axes["n"] if devices > 1 and sizes["k"] % devices == 0 else ()
-        return _Sharding(axes, sizes)
+        return _Sharding(axes, sizes, layouts)
 
     def spec(self, name: str, shape) -> PartitionSpec:
         """The partition of an array of this name and global shape."""
@@ -272,7 +281,7 @@ class _Sharding:
         return tuple(a for a in (*self.axes["b"], *self.axes["n"]) if a not in kept)
 
     def _entries(self, name: str, shape) -> list[Axes]:
-        letters = LAYOUTS[name].ljust(len(shape))
+        letters = self.layouts[name].ljust(len(shape))
         return [
             self.axes[letter] if letter in self.axes and size == self.sizes[letter] else ()
             for letter, size in zip(letters, shape, strict=True)
@@ -326,10 +335,11 @@ def _sharding_rule(one: _Pass, shapes, mesh, argument_types, result_types):
     tied = not mesh.empty and K % mesh.size == 0 and 1 < K < N
     factors = {"b": "b", "n": "(k g)" if tied else "n", "k": "n" if K == N else "k"}
     sizes = {"b": operands.query.shape[0], "n": N, "k": K}
+    layouts = _layouts(operands)
     fresh = (f"x{i}" for i in range(10_000))
 
     def mapping(name: str, shape) -> str:
-        letters = LAYOUTS[name].ljust(len(shape), "x")
+        letters = layouts[name].ljust(len(shape), "x")
         return " ".join(
             factors[letter] if letter in factors and size == sizes[letter] else next(fresh)
             for letter, size in zip(letters, shape, strict=True)

@@ -18,6 +18,7 @@ NAMES = (
     "jax_nn_cudnn",
     "jax_nn_xla",
     "copy",
+    "fla_nsa",
     "flash_attention_3_jax",
     "flash_attention_4",
     "flash_attention_4_elements",
@@ -28,7 +29,7 @@ NAMES = (
     "torch_sdpa_cudnn",
 )
 
-NSA = ("jax_flashcute", "copy")
+NSA = ("jax_flashcute", "copy", "fla_nsa")
 """Those that measure native sparse attention and its stages; the others are dense attention."""
 
 

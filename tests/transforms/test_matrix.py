@@ -103,7 +103,6 @@ FEATURES = {
             "kv_lengths": jnp.asarray([T, 13], jnp.int32),
         },
         NO_DERIVATIVES,
-        "paged_attention does not take arrays whose types are sharded",
     ),
     "NSA": Feature(
         sparse,

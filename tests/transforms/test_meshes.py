@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_flashcute import dispatch, flash_attention, plan, sharding, xla
+from jax_flashcute import dispatch, flash_attention, paged_attention, plan, sharding, xla
 from jax_flashcute.ffi.runtime import CALL_TARGET
 from jax_flashcute.spec import Operands
 from tests.cases import Case
@@ -229,6 +229,30 @@ def test_a_shard_map_over_some_axes_takes_the_xla_path() -> None:
     assert_close({"out": attend(None)}, {"out": want}, 2e-5)
     with pytest.raises(NotImplementedError, match="the axes model are left to XLA"):
         attend("cute")
+
+
+@pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
+def test_pages(types: AxisType) -> None:
+    """Batch and heads where they lie; pages belong to no batch entry, be they as many."""
+    mesh, rng = make_mesh(types), np.random.default_rng(2)
+    P = PartitionSpec
+    shapes = {"query": (DATA, 5, 8, 16), "k_pages": (DATA, 8, 4, 16), "v_pages": (DATA, 8, 4, 16)}
+    arrays = {n: jnp.asarray(rng.standard_normal(x), jnp.float32) for n, x in shapes.items()}
+    arrays["page_table"] = jnp.asarray(rng.integers(0, DATA, (DATA, 2)), jnp.int32)
+    arrays["kv_lengths"] = jnp.asarray(rng.integers(5, 17, DATA), jnp.int32)
+    heads = P(None, None, "model")
+    specs = {"query": P("data", None, "model"), "k_pages": heads, "v_pages": heads}
+    placed = {
+        n: jax.device_put(x, NamedSharding(mesh, specs.get(n, P("data"))))
+        for n, x in arrays.items()
+    }
+    with jax.set_mesh(mesh) if types == AxisType.Explicit else contextlib.nullcontext():
+        compiled = jax.jit(lambda x: paged_attention(**x)).lower(placed).compile()
+        found = compiled(placed)
+    want = paged_attention(**arrays, implementation="reference")
+    assert_close({"out": found}, {"out": want}, 2e-5)
+    assert tuple(found.sharding.spec)[:3] == ("data", None, "model")
+    assert not collectives(compiled)
 
 
 # ---- kernels -------------------------------------------------------------------------------
