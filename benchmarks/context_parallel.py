@@ -241,6 +241,8 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
     plots[0][0].set_ylabel("part of perfect scaling")
+    lowest = min(row.get("efficiency", 1) for row in rows)
+    plots[0][0].set_ylim(min(0.8, lowest - 0.02), 1.05)  # shared by all
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
