@@ -277,6 +277,29 @@ class BlockMask:
         partial, full = _with_room(self.partial_indices), _with_room(self.full_indices)
         return [self.partial_counts, partial, self.full_counts, full]
 
+    def transposed_lists(self, tile_m: int, tile_n: int) -> list[jax.Array]:
+        """``transpose().in_tiles(tile_m, tile_n).kernel_lists()``, for kernels of the backward.
+
+        Each list is transposed by its own tiles, batches and heads before it is spread out; entries
+        ascend, and none lies beyond the last query row.
+        """
+        found = []
+        of_row = jnp.arange(num_tiles(self.kv_length, tile_m), dtype=jnp.int32)
+        of_row = of_row * tile_m // self.tile_n
+        parts = self.tile_m // tile_n
+        beyond = parts * self.num_q_tiles - num_tiles(self.q_length, tile_n)
+        for counts, indices in (
+            (self.partial_counts, self.partial_indices),
+            (self.full_counts, self.full_indices),
+        ):
+            listed = jnp.swapaxes(self._listed(counts, indices), 2, 3)
+            counts, indices = compact(listed)
+            indices = indices[..., None] * parts + jnp.arange(parts, dtype=jnp.int32)
+            indices = indices.reshape(*listed.shape[:3], -1)
+            counts = counts * parts - beyond * listed[..., -1]
+            found += [counts[:, :, of_row], indices[:, :, of_row]]
+        return found
+
     def transpose(self) -> "BlockMask":
         """The same tiles by key tile: for each, the query tiles that see it; for the backward."""
         return BlockMask.from_kinds(

@@ -174,6 +174,8 @@ def _visits(
         given, T, S = operands.block_mask, operands.query.shape[1], operands.kv_length
         if key.direction == "fwd" and given is not None:
             return given.in_tiles(rows, columns).kernel_lists()
+        if given is not None and not key.has_ranks:
+            return given.transposed_lists(rows, columns)
         lengths = T, S
         if key.direction == "fwd":
             kinds = _mask_kinds(key, spec, operands, rows, columns)

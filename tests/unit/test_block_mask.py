@@ -470,3 +470,35 @@ def test_nothing_to_attend(shape: tuple[int, int, int]) -> None:
         out = flash_attention(*arrays, block_mask=blocks, implementation=implementation)
         assert out.shape == (batch, t, N, 8)
         assert np.all(out == 0)
+
+
+@pytest.mark.parametrize(
+    ("t", "s", "given", "wanted"),
+    [
+        (300, 500, (128, 128), (64, 64)),
+        (1000, 777, (256, 64), (64, 64)),
+        (130, 65, (256, 128), (128, 64)),
+    ],
+)
+def test_transposed_lists(t: int, s: int, given: tuple, wanted: tuple) -> None:
+    """Lists of the backward, against the transposed kinds of the smaller tiles."""
+    rng = np.random.default_rng(0)
+    lengths = {"q_length": t, "kv_length": s, "tile_m": given[0], "tile_n": given[1]}
+    kinds = rng.integers(0, 3, (2, 3, math.ceil(t / given[0]), math.ceil(s / given[1])))
+    # Partial tiles are shared by batch entries and heads; full ones are not.
+    partial = BlockMask.from_kinds(jnp.asarray(kinds[:1, :1] == PARTIAL, jnp.int8), **lengths)
+    full = np.where((kinds == FULL) & (kinds[:1, :1] != PARTIAL), FULL, 0)
+    full = BlockMask.from_kinds(jnp.asarray(full, jnp.int8), **lengths)
+    block_mask = dataclasses.replace(
+        full, partial_counts=partial.partial_counts, partial_indices=partial.partial_indices
+    )
+    rows, columns = wanted
+    lists = block_mask.transposed_lists(rows, columns)
+    transposed = np.swapaxes(block_mask.in_tiles(columns, rows).kinds(), 2, 3)
+    assert lists[0].shape[:2] == (1, 1)
+    for kind, counts, indices in ((PARTIAL, *lists[:2]), (FULL, *lists[2:])):
+        flags = np.broadcast_to(transposed == kind, (2, 3, *transposed.shape[2:]))
+        for place in np.ndindex(*flags.shape[:3]):
+            mine = tuple(min(i, n - 1) for i, n in zip(place, counts.shape, strict=True))
+            listed = np.asarray(indices)[mine][: np.asarray(counts)[mine]]
+            np.testing.assert_array_equal(listed, np.flatnonzero(flags[place]))
