@@ -16,6 +16,10 @@ from jax_flashcute.segments import Segments
 from jax_flashcute.spec import Operands
 
 
+KEY_BOUND_RANKS = [2, 2, 3]
+"""Of the first and the last bound of each row, and of what there is about tiles."""
+
+
 @dataclass(frozen=True)
 class RowBounds:
     """That bounds stand in arrays, as a part of a kernel's key.
@@ -42,7 +46,7 @@ class RowBounds:
         """Of ``key_bound_arrays`` and ``query_bound_arrays``, which are int32."""
         pairs = self.compares_ids + (self.compares_ids and self.has_positions)
         pairs += self.compares_bounds
-        return [2, 2, 3] + [2, 2] * pairs
+        return KEY_BOUND_RANKS + [2, 2] * pairs
 
 
 TILE_FIELDS = 5

@@ -16,6 +16,7 @@ from jax.interpreters import mlir
 from jax_flashcute import plan
 from jax_flashcute.block_mask import BlockMask, visits_before
 from jax_flashcute.bounds import (
+    KEY_BOUND_RANKS,
     key_bound_arrays,
     mask_key_bound_arrays,
     mask_query_bound_arrays,
@@ -154,11 +155,12 @@ def other_inputs(key: KernelKey, spec: AttentionSpec, operands: Operands) -> lis
         forward = key.direction == "fwd"
         rows = rows_of(spec, operands)
         if rows is None:
-            arrays = key_bound_arrays if forward else query_bound_arrays
-            bounds = arrays(key.interval, operands, *key.tile)
+            known, of_keys, of_queries = key.interval, key_bound_arrays, query_bound_arrays
         else:
-            arrays = mask_key_bound_arrays if forward else mask_query_bound_arrays
-            bounds = arrays(rows, operands, *key.tile)
+            known, of_keys, of_queries = rows, mask_key_bound_arrays, mask_query_bound_arrays
+        bounds = (of_keys if forward else of_queries)(known, operands, *key.tile)
+        if key.visits_both_ways:
+            bounds += of_keys(known, operands, *key.tile[::-1])[: len(KEY_BOUND_RANKS)]
     given = [x for x in given if x is not None]
     packed = [] if operands.packed_mask is None else [operands.packed_mask]
     return [*given, *elements, *bounds, *_visits(key, spec, operands, bounds), *packed]
@@ -169,7 +171,7 @@ def _visits(
 ) -> list[jax.Array]:
     """The lists of tiles that a kernel visits, and how many blocks visit a tile before another."""
     rows, columns = key.tile
-    lists, visited = [], None
+    lists, both, visited = [], [], None
     if key.has_lists:
         given, T, S = operands.block_mask, operands.query.shape[1], operands.kv_length
         if key.direction == "fwd" and given is not None:
@@ -185,10 +187,15 @@ def _visits(
                 kinds = given.in_tiles(columns, rows).kinds()
             else:
                 kinds = _mask_kinds(key, spec, operands, columns, rows)
+            if key.visits_both_ways:
+                both = BlockMask.from_kinds(
+                    kinds, q_length=T, kv_length=S, tile_m=columns, tile_n=rows
+                ).kernel_lists()
             kinds = jnp.swapaxes(kinds, 2, 3)
         visited = kinds != HIDDEN
         sizes = dict(zip(("q_length", "kv_length"), lengths, strict=True))
         lists = BlockMask.from_kinds(kinds, **sizes, tile_m=rows, tile_n=columns).kernel_lists()
+        lists = [*lists, *both]
     elif bounds:
         visited = visited_tiles(bounds[2], -(-operands.query.shape[1] // columns))
     return [*lists, *([visits_before(visited)] if key.has_ranks and visited is not None else [])]

@@ -24,7 +24,7 @@ from jax_flashcute.analysis import (
     window,
     window_interval,
 )
-from jax_flashcute.bounds import RowBounds
+from jax_flashcute.bounds import KEY_BOUND_RANKS, RowBounds
 from jax_flashcute.kernels import nsa
 from jax_flashcute.kernels.config import (
     BwdConfig,
@@ -155,6 +155,11 @@ class KernelKey:
         """Whether blocks take turns at dQ in an order that stands in an array."""
         in_arrays = self.has_lists or self.row_bounds is not None
         return self.direction == "bwd" and self.config.deterministic and in_arrays
+
+    @property
+    def visits_both_ways(self) -> bool:
+        """Whether some blocks visit tiles of queries and others tiles of keys."""
+        return isinstance(self.config, BwdConfigSm100) and self.config.passes != ()
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -358,28 +363,7 @@ def reasons_against(
         config = _existing(_backward_config(arch, spec, operands))
         reasons += config.reasons_invalid(*dims)
         reasons += reasons_against_gradients(scores, operands, config)
-        reasons += _reasons_against_passes(spec, operands, config)
     return reasons
-
-
-def _reasons_against_passes(
-    spec: AttentionSpec, operands: Operands, config: BwdConfig | BwdConfigSm100
-) -> list[str]:
-    """What the Blackwell backward takes at smaller head_dims alone."""
-    if isinstance(config, BwdConfig) or not config.passes:
-        return []
-    others = {
-        "block_mask": operands.block_mask is not None,
-        "segment_ids": operands.segment_ids is not None,
-        "a mask_mod whose interval for each row is read from arrays": rows_of(spec, operands),
-    }
-    dims = operands.query.shape[3], operands.value.shape[3]
-    return [
-        f"no Blackwell kernel computes gradients with {what} at head_dims {dims[0]} and {dims[1]}: "
-        "their sum must be at most 320, and head_dim at most 192"
-        for what, is_there in others.items()
-        if is_there
-    ]
 
 
 def _no_kernel_for(arch: str, direction: Direction) -> str:
@@ -774,13 +758,16 @@ def _bound_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
     import cutlass
 
     ranks = key.row_bounds.array_ranks() if key.row_bounds is not None else []
+    if ranks and key.visits_both_ways:
+        ranks = ranks + KEY_BOUND_RANKS
     return [(cutlass.Int32, (1,) * rank) for rank in ranks]
 
 
 def _list_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
     import cutlass
 
-    return [(cutlass.Int32, (1,) * rank) for rank in (3, 4, 3, 4) if key.has_lists]
+    times = key.has_lists * (1 + key.visits_both_ways)
+    return [(cutlass.Int32, (1,) * rank) for rank in (3, 4, 3, 4) * times]
 
 
 def _rank_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
@@ -893,14 +880,8 @@ def backward_class(config: BwdConfig | BwdConfigSm100) -> type:
 def _backward_builder(key: KernelKey):
     from jax_flashcute.kernels.common.intervals import mask_of
 
-    backward = backward_class(key.config)
-    # Passes take neither.
-    in_arrays = {"row_bounds": key.row_bounds, "has_lists": key.has_lists}
-    if isinstance(key.config, BwdConfigSm100) and key.config.passes:
-        in_arrays = {}
-
     def build():
-        launcher = backward(
+        launcher = backward_class(key.config)(
             key.config,
             _element_type(key),
             key.head_dim,
@@ -909,8 +890,9 @@ def _backward_builder(key: KernelKey):
             key.scale,
             mask_of(key.interval, key.union),
             functions=key.elements,
+            row_bounds=key.row_bounds,
+            has_lists=key.has_lists,
             packed_mask=key.packed_mask,
-            **in_arrays,
         )
         return _taking_named(launcher, key, 10)
 

@@ -34,6 +34,8 @@ Columns of tensor memory:
     0: S, then P, by halves    128: dP, then dS, by halves    256: the gradient
 """
 
+from functools import partial
+
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -41,6 +43,7 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
+from jax_flashcute.bounds import TILE_FIELDS, RowBounds
 from jax_flashcute.kernels.common.intervals import (
     IntervalMask,
     UnionMask,
@@ -48,6 +51,7 @@ from jax_flashcute.kernels.common.intervals import (
     tiles_of,
 )
 from jax_flashcute.kernels.common.lengths import entry_lengths
+from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.scheduler import TileOrder, section_size
 from jax_flashcute.kernels.common.tiles import by_head, smem_layout
 from jax_flashcute.kernels.common.visits import QueryTiles
@@ -82,14 +86,21 @@ class BackwardInPassesSm100:
         scale: float,
         mask: IntervalMask | UnionMask,
         functions: ElementFunctions | None = None,
+        row_bounds: RowBounds | None = None,
+        has_lists: bool = False,
         packed_mask: str | None = None,
     ):
-        """As ``BackwardSm100``, without lists of tiles and without bounds in arrays."""
+        """As ``BackwardSm100``."""
         self.dtype = dtype
         self.head_dim_v = head_dim_v
         self.passes = [
             GradientPassSm100(
-                each, dtype, (head_dim, head_dim_v), group, scale, mask, functions, packed_mask
+                each,
+                dtype,
+                (head_dim, head_dim_v),
+                group,
+                scale,
+                (mask, functions, row_bounds, has_lists, packed_mask),
             )
             for each in config.passes
         ]
@@ -115,6 +126,8 @@ class BackwardInPassesSm100:
         mLSE2: cute.Tensor,  # (B, N, m_blocks * 128) float32, scratch
         mdPsum: cute.Tensor,  # (B, N, m_blocks * 128) float32, scratch
         mElements: tuple = (),  # arrays of ``functions``
+        mBounds: tuple = (),  # of ``bounds.query_bound_arrays``, then three of keys
+        mLists: tuple = (),  # of ``BlockMask.kernel_lists``, transposed, then as they are
         mPacked: tuple = (),  # a mask in bits, (1|B, 1|N, 1|T, words) uint32
     ):
         m_blocks = cute.ceil_div(mQ.shape[1], ROWS)
@@ -129,7 +142,7 @@ class BackwardInPassesSm100:
                 results[each.target],
                 (mQOffset, mQLengths, mKVLengths),
                 (mLSE2, mdPsum),
-                (mElements, mPacked),
+                (mElements, mBounds, mLists, mPacked),
             )
 
 
@@ -143,28 +156,31 @@ class GradientPassSm100(QueryTiles):
         head_dims: tuple[int, int],
         group: int,
         scale: float,
-        mask: IntervalMask | UnionMask,
-        functions: ElementFunctions | None,
-        packed_mask: str | None,
+        masks: tuple,
     ):
-        """Arguments as of ``BackwardInPassesSm100``."""
+        """Arguments as of ``BackwardInPassesSm100``; ``masks``: from ``mask`` on."""
+        mask, functions, row_bounds, has_lists, packed_mask = masks
         self.config = config
         self.target = config.target
         self.of_keys = config.target != "query"
         self.dtype = dtype
         self.head_dims = head_dims
         self.smem_widths = tuple(round_up(h, 16) for h in head_dims)
-        self.group = group
+        # Query heads that a key/value head serves, and of them those that a block goes over.
+        self.query_heads = group
+        self.group = group if self.of_keys else 1
         self.scale = scale
         self.mask = mask
+        self.union = mask if isinstance(mask, UnionMask) else None
         self.functions = functions
+        self.row_bounds = row_bounds
+        self.compares_ids = row_bounds is not None and row_bounds.compares_ids
+        compares_bounds = row_bounds is not None and row_bounds.compares_bounds
+        self.compares = self.compares_ids or (compares_bounds and self.of_keys)
+        self.has_lists = has_lists
+        self.has_low = False
         self.packed_mask = packed_mask
         self.by_element = functions is not None and functions.by_element
-        self.union = mask if isinstance(mask, UnionMask) else None
-        self.row_bounds = None
-        self.has_lists = self.compares = False
-        # Query heads of a group that have blocks of their own.
-        self.heads_apart = 1 if self.of_keys else group
         # Of what a tile brings: which is an operand of the gradient's product.
         self.operand = 1 if config.target == "value" else 0
         # First columns in tensor memory.
@@ -180,7 +196,7 @@ class GradientPassSm100(QueryTiles):
           result: the gradient.
           lengths: offset, query lengths and key lengths; each may be None.
           statistics: LSE2 and dPsum, (B, N, m_blocks * 128).
-          arrays: of ``functions``, and the mask in bits.
+          arrays: of ``functions``, bounds, lists, and the mask in bits.
         """
         cfg = self.config
         mQ, mdO, mK, mV = operands
@@ -221,7 +237,7 @@ class GradientPassSm100(QueryTiles):
             kv_heads,
             batch,
         ).launch(
-            grid=[blocks * self.heads_apart, 1, 1],
+            grid=[blocks * (self.query_heads // self.group), 1, 1],
             block=[cfg.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -232,7 +248,7 @@ class GradientPassSm100(QueryTiles):
         """Key/value heads that are worked on together: what their blocks go over stays in L2."""
         bytes_per_row = 2 * sum(self.head_dims)
         if self.of_keys:
-            return section_size(q_length, self.group * bytes_per_row, kv_heads, batch)
+            return section_size(q_length, self.query_heads * bytes_per_row, kv_heads, batch)
         # As in the forward: rows of equal length go head by head, others longest first.
         if self.mask.is_staircase:
             return section_size(kv_length, bytes_per_row, kv_heads, batch)
@@ -296,19 +312,44 @@ class GradientPassSm100(QueryTiles):
 
     # ---- device side -----------------------------------------------------------------------
 
-    def ranges(self, block: Int32, batch: Int32, lengths) -> list:
-        """The tiles that a block goes over, in ranges as ``disjoint`` has them."""
-        if self.of_keys:
-            tiles, _ = self.query_tiles(block, batch, lengths, ())
-            return list(tiles) if self.union is not None else disjoint([tiles])
+    @cute.jit
+    def tiles_of_block(self, block: Int32, batch: Int32, lengths, mBounds: tuple):
+        """``QueryTiles.query_tiles``, or the same of the keys that a block of queries sees."""
+        if const_expr(self.of_keys):
+            return self.query_tiles(block, batch, lengths, mBounds)
+        if const_expr(self.row_bounds is not None):
+            *fields, compares = (mBounds[-1][batch, block, i] for i in range(TILE_FIELDS))
+            return tuple(fields), compares
         offset, queries, keys = lengths
         first = block * ROWS
         last = cutlass.min(first + ROWS, queries) - 1
         keys = select(first < queries, keys, Int32(0))
         bounds = (first + offset, last + offset, keys, ROWS)
-        if self.union is not None:
-            return self.union.block_ranges(*bounds)
-        return disjoint([self.mask.block_range(*bounds)])
+        if const_expr(self.union is not None):
+            return tuple(self.union.block_ranges(*bounds)), Int32(0)
+        return self.mask.block_range(*bounds), Int32(0)
+
+    def ranges(self, tiles: tuple) -> list:
+        """Of ``tiles_of_block``, as ``intervals.is_full`` takes them."""
+        return list(tiles) if self.union is not None else [tiles]
+
+    def visits_of_block(self, tiles: tuple, mLists: tuple, place, lengths, g: Int32):
+        """``QueryTiles.visits``, or the same of the keys of one query head.
+
+        Stretches are the two lists, and without lists one: each tile is looked at.
+        """
+        block, head, kv_head, batch = place
+        _, queries, keys = lengths
+        if self.of_keys:
+            found = self.visits(tiles, mLists[:4], (block, kv_head, batch), keys, g)
+            count, nth, stretches = found
+        elif self.has_lists:
+            has_rows = block * ROWS < queries
+            lists = TileLists(mLists[4:], batch, head, block, has_rows, backwards=False)
+            count, nth, stretches = lists.count, lists.tile, lists.stretches(0)
+        else:
+            count, nth = tiles_of(disjoint(self.ranges(tiles)))
+        return count, nth, stretches if self.has_lists else [(count, nth)]
 
     @cute.kernel
     def kernel(
@@ -329,6 +370,8 @@ class GradientPassSm100(QueryTiles):
         mLSE2: cute.Tensor,
         mdPsum: cute.Tensor,
         mElements: tuple,
+        mBounds: tuple,
+        mLists: tuple,
         mPacked: tuple,
         m_blocks: Int32,
         n_blocks: Int32,
@@ -376,17 +419,17 @@ class GradientPassSm100(QueryTiles):
         sdPsum = storage.sdPsum.get_tensor(cute.make_layout((cfg.half, cfg.second_stages)))
 
         own_blocks = n_blocks if const_expr(self.of_keys) else m_blocks
-        order = TileOrder(own_blocks, kv_heads, batch_size, self.heads_apart, section)
+        heads_apart = self.query_heads // self.group
+        order = TileOrder(own_blocks, kv_heads, batch_size, heads_apart, section)
         block, head, kv_head, batch = order.coordinates(cute.arch.block_idx()[0])
         if const_expr(self.of_keys):
             # Longest first: with a causal mask the first keys are seen by most queries.
             block = n_blocks - 1 - block
         lengths = entry_lengths(mQOffset, mQLengths, mKVLengths, q_length, kv_length, batch)
-        ranges = self.ranges(block, batch, lengths)
-        visits, tile_of = tiles_of(ranges)
-        num_tiles = visits * (self.group // self.heads_apart)
+        tiles, compares = self.tiles_of_block(block, batch, lengths, mBounds)
         place = (block, head, kv_head, batch)
-        tiles = (visits, tile_of, ranges)
+        visits = partial(self.visits_of_block, tiles, mLists, place, lengths)
+        num_tiles = self.all_steps(visits)
 
         if warp_index >= LOAD_WARP:
             cute.arch.setmaxregister_decrease(cfg.other_registers)
@@ -398,7 +441,7 @@ class GradientPassSm100(QueryTiles):
                     pipelines,
                     own_barriers,
                     place,
-                    (tiles, m_blocks),
+                    (visits, m_blocks),
                     lengths,
                     (mQLengths is not None, mKVLengths is not None),
                 )
@@ -425,9 +468,9 @@ class GradientPassSm100(QueryTiles):
                 pipelines,
                 done_barrier,
                 place,
-                (*tiles, num_tiles),
+                (visits, num_tiles, self.ranges(tiles)),
                 lengths,
-                (mElements, mPacked, (q_length, kv_length)),
+                (mElements, mBounds, compares, mPacked, (q_length, kv_length)),
             )
         for pipeline in pipelines:
             pipeline.check_arrivals()

@@ -21,8 +21,10 @@ from jax_flashcute.kernels.sm100.backward_gradients import (
     GradientWarpgroups,
     quads,
 )
+from jax_flashcute.kernels.sm100.softmax import SoftmaxWarpgroups
 from jax_flashcute.kernels.sm100.tensor_memory import (
     ROWS,
+    compared_word,
     fence_after_sync,
     fence_before_sync,
     hide_outside,
@@ -54,8 +56,8 @@ class PassWarpgroups(GradientWarpgroups):
         """P or dS of every tile of every head; then the gradient."""
         kernel = self.kernel
         block, head, kv_head, batch = place
-        visits, tile_of, ranges, num_tiles = tiles
-        mElements, mPacked, array_lengths = arrays
+        visits, num_tiles, ranges = tiles
+        mElements, mBounds, compares, mPacked, array_lengths = arrays
         thread = cute.arch.thread_idx()[0] % 128
         half = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128)
         places = (
@@ -64,7 +66,7 @@ class PassWarpgroups(GradientWarpgroups):
         )
         row = block * ROWS + thread
         own = (thread, half, row, lengths)
-        seen = self.mask_step(own, batch, ((), Int32(0)), array_lengths)
+        seen = self.mask_step(own, batch, (mBounds, compares), array_lengths)
         # Where rows are queries, their statistics are theirs throughout.
         of_row = None
         if const_expr(not kernel.of_keys):
@@ -77,17 +79,20 @@ class PassWarpgroups(GradientWarpgroups):
             first_state = pipeline_first.advance(*first_state)
             second_state = pipeline_second.advance(*second_state)
         state = (*first_state, *second_state, Int32(0))
-        for g in cutlass.range(kernel.group // kernel.heads_apart, unroll=1):
+        for g in cutlass.range(kernel.group, unroll=1):
             query_head = kv_head * kernel.group + g if const_expr(kernel.of_keys) else head
             entry = (mElements, array_lengths, batch, lengths[0])
             of_head = self.elements_of_head(entry, query_head, row)
             read_bits = self.packed_step(mPacked, batch, query_head, row, array_lengths[0])
-            for i in cutlass.range(visits, unroll=1):
-                m = tile_of(i)
-                masks = (of_head, seen, read_bits, False, ~is_full(ranges, m))
-                state = self.step(
-                    places, (tile_statistics, of_row), pipelines, own, m, state, masks
-                )
+            _, _, stretches = visits(g)
+            for stretch in cutlass.range_constexpr(len(stretches)):
+                count, tile_of = stretches[stretch]
+                for i in cutlass.range(count, unroll=1):
+                    m = tile_of(i)
+                    # Of lists, the second is full to its mask function.
+                    masks = (of_head, seen, read_bits, stretch == 1, ~is_full(ranges, m))
+                    rows = (tile_statistics, of_row)
+                    state = self.step(places, rows, pipelines, own, m, state, masks)
 
         is_empty = num_tiles == 0
         if not is_empty:
@@ -209,12 +214,26 @@ class PassWarpgroups(GradientWarpgroups):
         kernel = self.kernel
         if kernel.of_keys:
             return super().mask_step(own, batch, bounds, array_lengths)
+        mBounds, compares = bounds
         _, _, row, (offset, _, keys) = own
-        position = row + offset
-        limits = kernel.mask.row_limits(position, keys)
+        position, compare = row + offset, None
+        if kernel.row_bounds is not None:
+            # The last three arrays are those of the forward; what is compared follows the others.
+            inside = cutlass.min(row, Int32(array_lengths[0]) - 1)
+            limits = [(mBounds[-3][batch, inside], mBounds[-2][batch, inside])]
+            if kernel.compares:
+                compare = SoftmaxWarpgroups(kernel).comparison(
+                    mBounds[:-3], batch, inside, offset, array_lengths
+                )
+        else:
+            limits = kernel.mask.row_limits(position, keys)
 
         def seen(start: Int32) -> list:
-            return limit_words(limits, start, HALF)
+            words = limit_words(limits, start, HALF)
+            if compare is not None:
+                pairs = zip(words, range(0, HALF, 32), strict=True)
+                words = [word & compared_word(compares, compare(start), w) for word, w in pairs]
+            return words
 
         return seen
 

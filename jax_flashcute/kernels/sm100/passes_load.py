@@ -28,7 +28,7 @@ class PassLoadWarp(LoadWarp):
         kernel = self.kernel
         of_keys, half_rows = kernel.of_keys, kernel.config.half
         block, head, kv_head, batch = place
-        (visits, tile_of, _), m_blocks = tiles
+        visits, m_blocks = tiles
         _, queries, keys = lengths
         own_length, other_length = (keys, queries) if of_keys else (queries, keys)
         has_q_lengths, has_kv_lengths = has_lengths
@@ -56,8 +56,8 @@ class PassLoadWarp(LoadWarp):
             # The first pass: the statistics come from the kernel before it.
             cute.arch.griddepcontrol_wait()
         states = ((Int32(0), Int32(0)), (Int32(0), Int32(0)), tail_phase)
-        for g in cutlass.range(kernel.group // kernel.heads_apart, unroll=1):
-            query_head = kv_head * kernel.group + g
+        for g in cutlass.range(kernel.group, unroll=1):
+            query_head = kv_head * kernel.group + g if const_expr(of_keys) else head
             other_head = query_head if const_expr(of_keys) else kv_head
             parts = [self.partition(*copy, other_head, batch) for copy in tile_copies]
             rows = [
@@ -68,7 +68,8 @@ class PassLoadWarp(LoadWarp):
                 (copy[0], *part, copy[2], row)
                 for copy, part, row in zip(tile_copies, parts, rows, strict=True)
             ]
-            for i in cutlass.range(visits, unroll=1):
+            count, tile_of, _ = visits(g)
+            for i in cutlass.range(count, unroll=1):
                 m = tile_of(i)
                 for h in cutlass.range_constexpr(2):
                     # A half may lie beyond the length altogether.
