@@ -15,7 +15,6 @@ from jax_flashcute.analysis import FAR, Interval, RowInterval, evaluate, first_r
 from jax_flashcute.segments import Segments
 from jax_flashcute.spec import Operands
 
-
 KEY_BOUND_RANKS = [2, 2, 3]
 """Of the first and the last bound of each row, and of what there is about tiles."""
 

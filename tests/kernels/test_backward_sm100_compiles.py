@@ -90,7 +90,10 @@ def test_code(head_dim: int, head_dim_v: int, features: str, arch: str, determin
     check_launches(kernel, case)
 
 
-PASSES = [
+# The kernels that are simulated too.
+FEATURES_OF_PASSES = FEATURES | {"threes": FEATURES["everything"] | {"group": 3}}
+PASSES = [(256, 256, "threes", "sm_100a")]
+PASSES += [
     (h, hv, features, arch)
     for h, hv in [(256, 256), (192, 192), (136, 256), (256, 8)]
     for features in FEATURES
@@ -104,7 +107,8 @@ PASSES = [
 )
 def test_code_of_passes(head_dim: int, head_dim_v: int, features: str, arch: str):
     """A kernel for each gradient: nothing is spilled and nothing added up in global memory."""
-    case = call(head_dim, head_dim_v, features)
+    shape = {"group": 1} | FEATURES_OF_PASSES[features]
+    case = Case(BATCH, LENGTH, LENGTH, KV_HEADS, head_dim=head_dim, head_dim_v=head_dim_v, **shape)
     kernel = launcher(case, "bfloat16", arch=arch)
     compiled = kernel.compiled()
     assert compiled.cubin is not None

@@ -30,7 +30,13 @@ TOGETHER = {
 }
 NOT_SERVED = {"192_by_64", "small_tiles_of_a_mask", "128_small_tiles"}
 """Lists whose tiles Blackwell's do not divide."""
-IN_PASSES = TOGETHER | {"head_dim": 200}
+IN_PASSES = {
+    **{"head_dim": 200, "local_window_size": (90, 60), "positions": "sequence"},
+    "segment_ids": (scattered((1, 70), 2), scattered((1, 200), 2)),
+    "block_mask": BlockMask.from_lists(
+        [[1]], [[0]], q_length=70, kv_length=200, tile_m=128, tile_n=128
+    ),
+}
 """Of head_dims whose gradients have a kernel each; dQ's goes over keys by the lists as they are."""
 # 128 rows hold 18 tokens of seven heads.
 PACKED_HEADS = (
@@ -64,7 +70,7 @@ def test_together(direction: str):
 
 
 def test_passes():
-    check_backward(*call_of(LENGTHS, **IN_PASSES), arch=ARCH)
+    check_backward(*call_of((1, 70, 200), **IN_PASSES), arch=ARCH)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +100,13 @@ def test_lists_made_in_the_call(direction: str, monkeypatch: pytest.MonkeyPatch)
     spec = dataclasses.replace(spec, may_make_lists=True)
     assert registry.kernel_key(spec, operands, direction, ARCH, 0).has_lists
     CHECKS[direction](spec, operands, arch=ARCH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("timing", "warps"), TIMINGS)
+def test_passes_under_any_timing(timing: str, warps: str):
+    call = call_of(LENGTHS, **TOGETHER, head_dim=200)
+    check_backward(*call, arch=ARCH, timing=timing, warps=warps, seed=3)
 
 
 @pytest.mark.slow

@@ -212,18 +212,19 @@ class PassWarpgroups(GradientWarpgroups):
     def mask_step(self, own, batch: Int32, bounds: tuple, array_lengths: tuple):
         """As of the base, where rows are queries as a function of the half's first key."""
         kernel = self.kernel
-        if kernel.of_keys:
-            return super().mask_step(own, batch, bounds, array_lengths)
         mBounds, compares = bounds
+        # The last three arrays are those of the forward.
+        others, of_rows = mBounds[:-3], mBounds[-3:]
+        if kernel.of_keys:
+            return super().mask_step(own, batch, (others, compares), array_lengths)
         _, _, row, (offset, _, keys) = own
         position, compare = row + offset, None
         if kernel.row_bounds is not None:
-            # The last three arrays are those of the forward; what is compared follows the others.
             inside = cutlass.min(row, Int32(array_lengths[0]) - 1)
-            limits = [(mBounds[-3][batch, inside], mBounds[-2][batch, inside])]
+            limits = [(of_rows[0][batch, inside], of_rows[1][batch, inside])]
             if kernel.compares:
                 compare = SoftmaxWarpgroups(kernel).comparison(
-                    mBounds[:-3], batch, inside, offset, array_lengths
+                    others, batch, inside, offset, array_lengths
                 )
         else:
             limits = kernel.mask.row_limits(position, keys)
