@@ -6,6 +6,7 @@ CUDA and not when it is traced.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -155,12 +156,14 @@ def other_inputs(key: KernelKey, spec: AttentionSpec, operands: Operands) -> lis
         forward = key.direction == "fwd"
         rows = rows_of(spec, operands)
         if rows is None:
-            known, of_keys, of_queries = key.interval, key_bound_arrays, query_bound_arrays
+            of_keys = partial(key_bound_arrays, key.interval, operands)
+            of_queries = partial(query_bound_arrays, key.interval, operands)
         else:
-            known, of_keys, of_queries = rows, mask_key_bound_arrays, mask_query_bound_arrays
-        bounds = (of_keys if forward else of_queries)(known, operands, *key.tile)
+            of_keys = partial(mask_key_bound_arrays, rows, operands)
+            of_queries = partial(mask_query_bound_arrays, rows, operands)
+        bounds = (of_keys if forward else of_queries)(*key.tile)
         if key.visits_both_ways:
-            bounds += of_keys(known, operands, *key.tile[::-1])[: len(KEY_BOUND_RANKS)]
+            bounds += of_keys(*key.tile[::-1])[: len(KEY_BOUND_RANKS)]
     given = [x for x in given if x is not None]
     packed = [] if operands.packed_mask is None else [operands.packed_mask]
     return [*given, *elements, *bounds, *_visits(key, spec, operands, bounds), *packed]
