@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from jax_flashcute import BlockMask, explain, flash_attention, make_block_mask, masks
-from jax_flashcute.kernels import registry
+from jax_flashcute.kernels import config, registry
 
 pytestmark = pytest.mark.gpu
 
@@ -106,6 +106,22 @@ def test_masks_with_their_own_lists(name: str, lengths: tuple[int, int]) -> None
         sizes = {"tile_m": tile[0], "tile_n": tile[1]}
         blocks = make_block_mask(mask, 2, 6, *lengths, **sizes)
         check(main, mask_mod=mask, block_mask=blocks)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_lists_of_all_heads(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
+    """The gradients of keys go from head to head."""
+    monkeypatch.setattr(config, "RESIDENT_BYTES", 1)
+    kept = np.random.default_rng(3).random((36, 37)) < 0.6
+    kept[4], kept[:, 5] = False, False
+    sizes = {"q_length": 4500, "kv_length": 4700, "tile_m": 128, "tile_n": 128}
+    blocks = BlockMask.from_blocks(kept, kept, **sizes)
+    main = inputs((4500, 4700), (8, 2), head_dim, batch=1)
+    first = check(main, block_mask=blocks)
+    for _ in range(50):
+        again = results(main, "cute", block_mask=blocks)
+        for name in ("out", "lse", "d_key", "d_value"):
+            np.testing.assert_array_equal(again[name], first[name], name)
 
 
 def hide_some(b, h, q, kv):
@@ -344,6 +360,8 @@ FEATURES = {
 def test_packed(feature: str, positions: str, head_dim: int, heads: tuple[int, int]) -> None:
     main = inputs((1100, 1100), heads, head_dim)
     ends = jnp.asarray([boundaries(1100, 9), boundaries(1100, 9, 1)], jnp.int32)
+    is_padding = (jnp.arange(1100) >= ends[:, -1:])[..., None, None]
+    main = {name: jnp.where(is_padding, jnp.nan, x) for name, x in main.items()}
     check(main, cu_seqlens_q=ends, positions=positions, **FEATURES[feature])
 
 

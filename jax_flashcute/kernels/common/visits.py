@@ -214,11 +214,8 @@ class QueryTiles:
         Stretches are boundary tiles, full ones and boundary tiles of a range; or the two lists; or
         all tiles of several ranges, where each is looked at.
         """
-        n_block, kv_head, batch = block
         if self.has_lists:
-            head = kv_head * self.group + g
-            has_keys = n_block * self.config.tile_n < keys
-            lists = TileLists(mLists, batch, head, n_block, has_keys, backwards=False)
+            lists = self.lists_of(mLists, block, keys, g)
             return lists.count, lists.tile, lists.stretches(0)
         if self.union is not None:
             count, nth = tiles_of(tiles)
@@ -235,6 +232,13 @@ class QueryTiles:
 
         stretches = [(end - begin, after(begin)) for begin, end in ends]
         return m_max - m_min, after(m_min), stretches[: 3 if self.has_low else 2]
+
+    def lists_of(self, mLists: tuple, block, keys: Int32, g: Int32) -> TileLists:
+        """Those of a block for the g-th head of the group; empty where it holds no valid key."""
+        n_block, kv_head, batch = block
+        has_keys = n_block * self.config.tile_n < keys
+        head = kv_head * self.group + g
+        return TileLists(mLists, batch, head, n_block, has_keys, backwards=False)
 
     @cute.jit
     def all_steps(self, visits: cutlass.Constexpr) -> Int32:

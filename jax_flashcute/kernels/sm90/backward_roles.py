@@ -116,7 +116,7 @@ class RoleConsumers:
                     for i in cutlass.range(count, unroll=1):
                         m = tile_of(i)
                         if const_expr(modify is not None):
-                            modify(m, scores, stretch == 1)
+                            modify(m, scores, stretch >= 1)
                         mask_tile(m, stretch == 1)
                         self.kernel.probabilities(scores, tLSE, q_stage)
                         pipeline_q.release(q_stage, self.kernel.consumer_warps, lanes_read=True)

@@ -52,6 +52,7 @@ from jax_flashcute.kernels.common.intervals import (
     within,
 )
 from jax_flashcute.kernels.common.lengths import entry_lengths
+from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.paging import (
     COPYING_WARPS,
@@ -641,7 +642,7 @@ class ForwardSm90(KeyTiles):
         cfg = self.config
         pipeline_q, pipeline_k, pipeline_v, pipeline_tile = pipelines
         warps = self.consumer_warps
-        q_length, _ = array_lengths
+        q_length, kv_length = array_lengths
         thread = cute.arch.thread_idx()[0] % 128
         slab = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128) - 1
 
@@ -682,7 +683,6 @@ class ForwardSm90(KeyTiles):
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
             m_block, head, batch, offset, queries, keys = fields[:6]
-            full_min, full_max = fields[8:10]
             first_token = (m_block * cfg.warpgroups + slab) * self.slab_tokens
             row_limits = partial(self.row_limits, thread, first_token + offset, keys)
             compare = None
@@ -745,7 +745,7 @@ class ForwardSm90(KeyTiles):
                 convert_pairs(acc_S, rP)
 
                 accumulate = Boolean(False)
-                stretches = self.stretches(fields, lists)
+                stretches = self.stretches_apart(fields, lists, kv_length)
                 for stretch in cutlass.range_constexpr(len(stretches)):
                     count, tile_of = stretches[stretch]
                     for i in cutlass.range(count, unroll=1):
@@ -753,7 +753,7 @@ class ForwardSm90(KeyTiles):
                         # On their way from memory while the product is.
                         bits = read_bits(n)
                         next_terms = terms.read(n - 1)
-                        may_be_beyond = const_expr(stretch != 1 or self.has_lists)
+                        is_masked = const_expr(stretch != 1)
                         pipeline_k.wait(k_stage, k_phase)
                         self.take_turn(slab)
                         terms.join_next()
@@ -767,17 +767,13 @@ class ForwardSm90(KeyTiles):
                         warpgroup.wait_group(1)
                         pipeline_k.release(k_stage, warps)
                         k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
-                        terms.vary(scores, n, varies, may_be_beyond)
-                        modify(n, may_be_beyond, is_full=stretch == 1)
+                        terms.vary(scores, n, varies, is_masked)
+                        modify(n, is_masked, is_full=stretch >= 1)
                         hide_bits(n, bits)
-                        if const_expr(stretch != 1):
+                        if const_expr(is_masked):
                             mask_tile(n)
-                        elif const_expr(self.has_lists):
-                            # Full to its mask function; the window and the lengths have no lists.
-                            if n < full_min or n >= full_max:
-                                mask_tile(n)
                         needs_rescale = softmax.step(
-                            *(scores, row_scale, False, may_be_beyond or may_hide),
+                            *(scores, row_scale, False, is_masked or may_hide),
                             shifts,
                         )
                         terms.stage_next(next_terms, y_stage)
@@ -907,6 +903,14 @@ class ForwardSm90(KeyTiles):
                 hide_outside(scores, r, own_bits(words[r], first, thread, tile_n))
 
         return read, hide
+
+    def stretches_apart(self, fields: tuple, lists: TileLists | None, kv_length: Int32) -> list:
+        """``stretches``, with lists those of ``TileLists.stretches_by_mask``."""
+        if lists is None:
+            return self.stretches(fields, lists)
+        full_min, full_max = fields[8:10]
+        is_clear = (full_min <= 0) & (full_max * self.config.tile_n >= kv_length)
+        return lists.stretches_by_mask(1, is_clear, has_mask_mod=self.has_mask_mod)
 
     def row_limits(self, thread: Int32, position: Int32, keys: Int32, r: int) -> list:
         """The intervals of keys of a thread's row, by position.
