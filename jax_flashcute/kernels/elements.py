@@ -79,7 +79,8 @@ class ElementFunctions:
         """How what is added to scores varies, where nothing else is done to them; else None.
 
         "row": not with the key; "affine": as ``Affine``; "key": with the key, and not the row;
-        "tile": with both, but many a tile has one for all of its keys.
+        "tile": with both, but many a tile has one for all of its keys; "distance": with their
+        difference.
 
         Args:
           heads_share_rows: rows of one product are of different heads.
@@ -96,6 +97,7 @@ class ElementFunctions:
             for value, _ in addends:
                 kind = program.kind_of(value)
                 is_shared = kind != "key" or not program.arguments_of(value) & of_rows
+                is_shared &= kind != "distance" or not heads_share_rows
                 kinds.append(kind if is_shared else None)
         if self.bias is not None:
             of_rows = {"t", "n"} if heads_share_rows else {"t"}

@@ -181,7 +181,8 @@ class ElementProgram:
         """How one of ``addends`` varies.
 
         "row": not with the key; "affine": as ``Affine``; "tile": as ``reads_by_bounds`` has it;
-        "key": otherwise, and not with the row, if heads are no matter.
+        "key": otherwise, and not with the row, if heads are no matter; "distance": as
+        ``is_of_distance`` has it.
         """
         arguments = self.arguments_of(value)
         if "kv_idx" not in arguments:
@@ -190,7 +191,23 @@ class ElementProgram:
             return "affine"
         if "q_idx" not in arguments:
             return "key"
-        return "tile" if self.reads_by_bounds(value) else None
+        if self.reads_by_bounds(value):
+            return "tile"
+        return "distance" if self.is_of_distance(value) else None
+
+    def is_of_distance(self, value: int | np.ndarray) -> bool:
+        """Whether a value depends on ``q_idx`` and ``kv_idx`` by their difference alone."""
+        places = {self._inputs["q_idx"], self._inputs["kv_idx"]}
+        needed = {value} if isinstance(value, int) else set()
+        for equation in reversed(self._equations):
+            if equation.output not in needed:
+                continue
+            used = places & set(equation.inputs_known)
+            if not used:
+                needed.update(equation.inputs_known)
+            elif equation.primitive != "sub" or used != places:
+                return False
+        return not places & needed
 
     def is_affine(self, value: int | np.ndarray) -> bool:
         """Whether a value is ``Affine`` where ``kv_idx`` is, and depends on no score."""

@@ -169,7 +169,7 @@ def test_terms_that_tiles_have_in_common(packed: bool):
     """Distances are clipped in most tiles, and not in all."""
     shape = {"group": 7, "seqlen_q": 5} if packed else {"seqlen_q": 260}
     case = sized(64, seqlen_k=700, **shape, **EVERYTHING)
-    key = check(case, None, SCORES["relative_bias"](case), num_sms=5)
+    key = check(case, None, SCORES["relative_bias"](case), num_sms=5, warps="adversarial")
     assert key.elements.added_kinds(key.pack_gqa) == {"tile"}
 
 

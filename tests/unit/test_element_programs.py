@@ -115,9 +115,10 @@ ADDED = {
     "clipped": (lambda s, b, h, q, kv: s + TABLE[h, jnp.clip(q - kv, -32, 32) + 32], {"tile"}),
     "t5": (scores.relative_bias(TABLE), {"tile"}),
     "t5_one_sided": (scores.relative_bias(TABLE, bidirectional=False), {"tile"}),
-    "distances": (lambda s, b, h, q, kv: s + TABLE[h, q - kv], None),
+    "distances": (lambda s, b, h, q, kv: s + TABLE[h, q - kv], {"distance"}),
+    "not_alone": (lambda s, b, h, q, kv: s + jnp.sin(kv - q + kv), None),
     "pairs": (lambda s, b, h, q, kv: s + TABLE[q, kv], None),
-    "absolute": (scores.alibi(SLOPES), None),
+    "absolute": (scores.alibi(SLOPES), {"distance"}),
     "of_the_score": (lambda s, b, h, q, kv: s + jnp.sin(s), None),
     "subtracted": (lambda s, b, h, q, kv: kv * SLOPES[h] - s, None),
     "scaled": (lambda s, b, h, q, kv: 2 * s + SLOPES[h], None),
@@ -130,8 +131,8 @@ def test_how_what_is_added_varies(name: str) -> None:
     score_mod, kinds = ADDED[name]
     functions = ElementFunctions(score_mod=masks.trace_score(score_mod, jnp.float32)[0])
     assert functions.added_kinds(False) == kinds
-    # Rows of several heads have no key bias of a head in common.
-    of_heads = None if name == "keys" else kinds
+    # Rows of several heads have no key bias of a head in common, and distances of fewer tokens.
+    of_heads = None if kinds in ({"key"}, {"distance"}) else kinds
     assert functions.added_kinds(True) == of_heads
 
 

@@ -12,6 +12,9 @@ is one of them, and sums are in float32.
 What a row adds to all keys of a tile alike, as a table does that is read by clipped distances, is a
 part of a there; of the other tiles it is added to single scores.
 
+Of what depends on the distance of a key alone, a warp's 16 rows have 15 more numbers than the tile
+has columns: they are computed once, and each score's is read from shared memory.
+
 Each warpgroup writes X and Y for itself: X at each tile of work, Y once, or where there is a c for
 each tile of keys while the products of the tile before are under way, in two buffers.
 """
@@ -27,8 +30,8 @@ from jax_flashcute.kernels.common.elements import EntryElements
 from jax_flashcute.kernels.common.softmax import LOG2_E
 from jax_flashcute.kernels.common.tiles import round_pairs, smem_layout, store_pairs
 from jax_flashcute.kernels.common.traced import Traced
-from jax_flashcute.kernels.config import SMEM_BYTES, FwdConfig
-from jax_flashcute.kernels.elements import ElementFunctions
+from jax_flashcute.kernels.config import SMEM_BYTES, FwdConfig, round_up
+from jax_flashcute.kernels.elements import ElementFunctions, program_of
 from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
@@ -46,6 +49,7 @@ SCALES = (2.0**-20, 2.0**20)
 """Scales of a call between which raw products are no worse units than scaled ones."""
 LARGEST = 2.0**126
 """Numbers are held below this, in either unit: what exceeds it, save infinity, counts as it."""
+ROWS_PER_WARP = 16
 BARRIER = 4
 """The first of the named barriers, one for each warpgroup."""
 
@@ -62,6 +66,7 @@ class AddedTerms:
         self.multiplies = bool(self.kinds & {"affine", "key"})
         self.is_staged = "key" in self.kinds
         self.buffers = 2 if self.is_staged else 1
+        self.by_distance = self._is_by_distance(packed)
         # In base 2 what is held may not exceed ``LARGEST`` either.
         self.largest = LARGEST * min(1.0, 1 / (scale * LOG2_E)) if scale > 0 else 0.0
 
@@ -70,35 +75,51 @@ class AddedTerms:
 
         ``in_order``: a tile of work visits one range of key tiles, from right to left.
         """
-        fits = (
-            self.config.smem_bytes(head_dim, head_dim_v) + 2 * sum(self.sizes()) + 3072
-            <= SMEM_BYTES
-        )
+        of_tiles = self.config.smem_bytes(head_dim, head_dim_v)
         return (
             bool(self.kinds)
             and SCALES[0] <= self.scale <= SCALES[1]
-            and (fits or not self.multiplies)
+            and of_tiles + self.smem_bytes() + 3072 * bool(self.smem_bytes()) <= SMEM_BYTES
             and (in_order or not self.is_staged)
         )
 
-    def sizes(self) -> tuple[int, int]:
-        """Elements of X and of Y."""
+    def _is_by_distance(self, packed: bool) -> bool:
+        if packed or not self.kinds & {"tile", "distance"}:
+            return False
+        program = program_of(self.functions.score_mod, self.functions.keys)
+        addends = [value for value, _ in program.addends() or ()]
+        varying = [x for x in addends if program.kind_of(x) in ("tile", "distance")]
+        return all(program.is_of_distance(value) for value in varying)
+
+    @property
+    def distances(self) -> int:
+        """Room for the numbers of a warp's rows and a tile's columns by distance."""
+        return round_up(self.config.tile_n + ROWS_PER_WARP - 1, 32)
+
+    def smem_bytes(self) -> int:
+        """Of X, of Y, and of numbers by distance."""
         config = self.config
+        x = COLUMNS * config.tile_m
         y = COLUMNS * config.tile_n * config.warpgroups * self.buffers
-        return self.multiplies * COLUMNS * config.tile_m, self.multiplies * y
+        numbers = self.distances * 4 * config.warpgroups
+        return 2 * self.multiplies * (x + y) + 4 * self.by_distance * numbers
 
     def allocate(self, allocator: SmemAllocator) -> tuple:
-        """X and Y in shared memory; None where no product is needed."""
+        """X, Y and (distances, warps) in shared memory; None for what is not needed."""
+        warpgroups, sD = self.config.warpgroups, None
+        if self.by_distance:
+            layout = cute.make_layout((self.distances, 4 * warpgroups))
+            sD = allocator.allocate_tensor(Float32, layout, 16)
         if not self.multiplies:
-            return None, None
-        warpgroups = self.config.warpgroups
+            return None, None, sD
         layouts = (
             smem_layout(BFloat16, 64, COLUMNS, warpgroups),
             smem_layout(BFloat16, self.config.tile_n, COLUMNS, warpgroups * self.buffers),
         )
-        return tuple(
-            [allocator.allocate_tensor(BFloat16, x.outer, 1024, swizzle=x.inner) for x in layouts]
+        sX, sY = (
+            allocator.allocate_tensor(BFloat16, x.outer, 1024, swizzle=x.inner) for x in layouts
         )
+        return sX, sY, sD
 
 
 class WarpgroupTerms(Traced):
@@ -110,6 +131,7 @@ class WarpgroupTerms(Traced):
         entry: EntryElements,
         queries: list[dict],
         head: Int32,
+        first_token: Int32,
         operands: tuple,
         slab: Int32,
         thread: Int32,
@@ -117,14 +139,16 @@ class WarpgroupTerms(Traced):
         """
         Args:
           queries: of the thread's rows.
-          head: of all rows, where terms of the key need one.
-          operands: X and Y in shared memory; None where no product is needed.
+          head: of all rows, where terms of the key or the distance need one.
+          first_token: of the warpgroup's rows.
+          operands: of ``AddedTerms.allocate``.
         """
         self.plan = plan
         self.entry = entry
         self.queries = queries
         self.of_head = entry.known_of(head=head)
-        self.sX, self.sY = operands
+        self.sX, self.sY, self.sD = operands
+        self.first_token = first_token
         self.slab = slab
         self.thread = thread
         self.addends: list[tuple] = []
@@ -176,7 +200,8 @@ class WarpgroupTerms(Traced):
 
     def shifts(self, n: Int32) -> tuple[list[Float32] | None, Int32]:
         """What the softmax adds to each row of tile n, and whether ``vary`` has work to do."""
-        if not self.plan.kinds & {"row", "affine", "tile"}:
+        kinds = self.plan.kinds
+        if not kinds & {"row", "affine", "tile"}:
             return None, Int32(0)
         found = []
         rows = self._affine(n * self.plan.config.tile_n)
@@ -185,7 +210,7 @@ class WarpgroupTerms(Traced):
             for term in terms:
                 constant = cute.math.fma(term.base, inverse, constant)
             found.append(constant)
-        if "tile" not in self.plan.kinds:
+        if "tile" not in kinds or "distance" in kinds:
             return found, Int32(0)
         first = n * self.plan.config.tile_n
         is_same = Boolean(True)
@@ -215,9 +240,32 @@ class WarpgroupTerms(Traced):
         may_be_beyond: cutlass.Constexpr[bool],
     ):
         """Adds to single scores of tile n what is not the same for all keys of a row."""
-        if const_expr("tile" in self.plan.kinds):
+        if const_expr("distance" in self.plan.kinds):
+            self._add_by_distance(scores, n)
+        elif const_expr("tile" in self.plan.kinds):
             if varies != 0:
-                self._add_to_each(scores, n, may_be_beyond)
+                if const_expr(self.plan.by_distance):
+                    self._add_by_distance(scores, n)
+                else:
+                    self._add_to_each(scores, n, may_be_beyond)
+
+    def _add_by_distance(self, scores: cute.Tensor, n: Int32) -> None:
+        tile_n, warp, lane = self.plan.config.tile_n, self.thread // 32, self.thread % 32
+        numbers = self.sD[None, self.slab * 4 + warp]
+        last_key = (n + 1) * tile_n - 1
+        least = self.entry.position(self.first_token + ROWS_PER_WARP * warp) - last_key
+        # The numbers of the tile before have been read.
+        cute.arch.sync_warp()
+        for first in range(0, self.plan.distances, 32):
+            place = {"q_idx": least + first + lane, "kv_idx": Int32(0)}
+            known = {"score_mod": self.program.given(self.of_head["score_mod"], **place)}
+            terms = self._of_program(known, "tile") + self._of_program(known, "distance")
+            numbers[first + lane] = self._raw(terms)
+        cute.arch.sync_warp()
+        own = lane // 4 + tile_n - 1 - first_column(self.thread)
+        for c in range(cute.size(scores, mode=[1])):
+            for r in range(ROWS_PER_THREAD):
+                scores[r, c] = scores[r, c] + numbers[own + (8 * r - column_step(c))]
 
     def _add_to_each(self, scores: cute.Tensor, n: Int32, may_be_beyond: bool) -> None:
         first = n * self.plan.config.tile_n + first_column(self.thread)

@@ -338,7 +338,7 @@ class ForwardSm90(KeyTiles):
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         allocator = SmemAllocator()
         storage = allocator.allocate(self.shared_storage())
-        term_operands = (None, None) if self.added is None else self.added.allocate(allocator)
+        term_operands = () if self.added is None else self.added.allocate(allocator)
         h_bytes, hv_bytes = self.smem_h * 2, self.smem_hv * 2
         slab_rows = self.heads_packed * self.slab_tokens
         pipeline_q = TmaPipeline(
@@ -871,7 +871,9 @@ class ForwardSm90(KeyTiles):
             return NoTerms()
         slab, thread = who
         elements, queries = self.elements_of(mElements, thread, place, False)
-        return WarpgroupTerms(self.added, elements, queries, place[-1], operands, slab, thread)
+        first_token, head = place[-2:]
+        places = (head, first_token, operands, slab, thread)
+        return WarpgroupTerms(self.added, elements, queries, *places)
 
     def packed_step(self, mPacked: tuple, scores: cute.Tensor, thread: Int32, place):
         """What a mask in bits does to a tile, in two parts.
