@@ -48,9 +48,11 @@ scores forward and one backward.
   others. The rates of the FMA and ALU pipes are those of Hopper, taken to hold.
 - Loops of masked tiles, and rescaling of O, which is mostly skipped, are left out.
 - Shared memory: operands of products, tiles that arrive, STS, dQ's bulk reductions, at 128 bytes a
-  cycle; an LDS is one cycle, for these loops load one number for all lanes or one each. What a pair
-  exchanges is not counted, and a loop within the loop is counted once. Tensor memory: loads and
-  stores of threads, and the operand A that lies there, in KiB.
+  cycle; an LDS is one cycle, for these loops load one number for all lanes or one each. In the
+  backward dS is counted by its size: written once, and the half that a pair exchanges by a copy
+  (FlashAttention-4) read and written once more, not where it is stored to the other block directly
+  (ours). dQ of a pair is 16 products of 64 rows a block; else a loop within the loop is counted
+  once. Tensor memory: loads and stores of threads, and the operand A that lies there, in KiB.
 - Spills: loads and stores of local memory in the loop of exponentials.
 
 The largest of the cycles bounds the kernel, as far as such a count can tell.
@@ -155,21 +157,30 @@ def accesses(body: list[Instruction], name: str) -> int:
     return total
 
 
-def product_bytes(body: list[Instruction], pair: bool) -> tuple[int, int]:
+def product_bytes(body: list[Instruction], kernel: Kernel) -> tuple[int, int]:
     """Bytes that products read of shared memory and, for A, of tensor memory.
 
-    K = 16: an operand of 128 x 16 is 4 KiB.  Of a pair, each block holds half of B.
+    K = 16: an operand of 128 x 16 is 4 KiB.  Of a pair, each block holds half of B; of its dQ,
+    which is over the keys of both, half of A as well.
     """
     operand = TILE * 16 * 2
-    shared = tensor = 0
-    for instruction in body:
-        if instruction.name == "UTCHMMA":
-            shared += operand // 2 if pair else operand
-            if instruction.operands.strip().startswith("gdesc"):
-                shared += operand
-            else:
-                tensor += operand
-    return shared, tensor
+    held = operand // 2 if kernel.pair else operand
+    products = [i.operands.strip() for i in body if i.name == "UTCHMMA"]
+    from_shared = sum(x.startswith("gdesc") for x in products)
+    from_tensor = len(products) - from_shared
+    of_dq = 0
+    if kernel.pair and kernel.passes == "bwd":
+        # All others of A in shared memory are S and dP.
+        from_shared, of_dq = 2 * HEAD_DIM // 16, 2 * TILE // 16
+    shared = from_shared * (operand + held) + from_tensor * held + of_dq * 2 * held
+    return shared, from_tensor * operand
+
+
+def score_gradient_bytes(body: list[Instruction]) -> int:
+    """Bytes that dS takes of a block's shared memory, besides the products that read it."""
+    written = TILE * TILE * 2
+    # Half, from a place of its own to the other block of a pair.
+    return written + (written if count(body, "UBLKCP") else 0)
 
 
 def row(kernel: Kernel, code: list[Instruction]) -> dict[str, float]:
@@ -194,14 +205,17 @@ def row(kernel: Kernel, code: list[Instruction]) -> dict[str, float]:
     lanes = {unit: 32 / n for unit, n in LANES.items()}
     fma = sum(n * (2 if name.endswith("2") else 1) for name, n in names.items() if name in FMA)
     alu = sum(n for name, n in names.items() if name in ALU)
-    shared, tensor = product_bytes(products, kernel.pair)
+    shared, tensor = product_bytes(products, kernel)
     # Of K and V, or of Q and dO; a pair shares the first.
     shared += 2 * TILE * HEAD_DIM * 2 // (2 if kernel.pair and forward else 1)
     for body, n in warps:
-        shared += 4 * n * (128 * count(body, "LDS") + accesses(body, "STS"))
+        shared += 4 * n * 128 * count(body, "LDS")
+        if forward:
+            shared += 4 * n * accesses(body, "STS")
         tensor += 4 * n * (accesses(body, "LDTM") + accesses(body, "STTM"))
     if not forward:
-        shared += 4 * accesses(others, "STS")  # read again by the reductions
+        # dQ, read again by the reductions.
+        shared += score_gradient_bytes(exponentials) + 2 * 4 * accesses(others, "STS")
     tiles = 4 if forward else 5
     return {
         "products": tiles * TILE * TILE * HEAD_DIM / TENSOR_MACS_A_CYCLE,
@@ -302,7 +316,7 @@ KERNELS = [
     Kernel(
         "forward, causal", "FlashAttention-4", "fwd", False, flash_attention_4("fwd", True, False)
     ),
-    Kernel("backward, full", "jax_flashcute", "bwd", False, ours("bwd", False)),
+    Kernel("backward, full", "jax_flashcute", "bwd", True, ours("bwd", False)),
     Kernel(
         "backward, full", "FlashAttention-4", "bwd", True, flash_attention_4("bwd", False, True)
     ),

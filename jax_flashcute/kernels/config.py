@@ -596,7 +596,7 @@ class PassConfigSm100:
 
 @dataclass(frozen=True)
 class BwdConfigSm100:
-    """How the backward kernel on Blackwell is tiled: 128 keys, and tiles of 128 queries.
+    """How the backward kernel on Blackwell is tiled: 128 keys a block, tiles of 128 queries.
 
     Attributes:
       q_stages, do_stages: depth of the pipelines of Q and of dO.
@@ -605,6 +605,7 @@ class BwdConfigSm100:
       passes: a kernel for each gradient, for head_dims whose dK and dV leave no room for anything
         else: eight products in place of five, and nothing is added up in global memory.
       deterministic: blocks add to dQ in a fixed order, each waiting for those before it.
+      cta_group: blocks that share their products, 1 or 2; each then holds half of every operand B.
       gradient_registers, reduce_registers, other_registers: registers a thread, after
         reallocation, of the warpgroups that compute P and dS, of the warps that add dQ, of those
         that load and issue.
@@ -615,13 +616,18 @@ class BwdConfigSm100:
     in_turn: bool = False
     passes: tuple[PassConfigSm100, ...] = ()
     deterministic: bool = False
+    cta_group: int = 1
     gradient_registers: int = 160
     reduce_registers: int = 80
     other_registers: int = 112
 
     tile_m: ClassVar[int] = 128
-    tile_n: ClassVar[int] = 128
     threads: ClassVar[int] = 512
+
+    @property
+    def tile_n(self) -> int:
+        """Keys of a group of blocks."""
+        return 128 * self.cta_group
 
     def padded_head_dim(self, head_dim: int) -> int:
         """Columns of Q, K and dQ in shared and tensor memory."""
@@ -629,12 +635,16 @@ class BwdConfigSm100:
 
     def dq_warps(self, head_dim: int) -> int:
         """Warps that add dQ to the sum in global memory, each at its own pace."""
-        return 4
+        return 4 * self.cta_group
+
+    def dq_columns(self, head_dim: int) -> int:
+        """Columns of dQ in tensor memory: a block of a pair has the rows of half a tile."""
+        return self.padded_head_dim(head_dim) // self.cta_group
 
     def shares_dq(self, head_dim: int, head_dim_v: int) -> bool:
         """Whether dQ takes the columns of dP in tensor memory."""
         h, hv = self.padded_head_dim(head_dim), round_up(head_dim_v, 16)
-        return self.in_turn or 2 * 128 + hv + 2 * h > 512
+        return self.in_turn or 2 * 128 + hv + h + self.dq_columns(head_dim) > 512
 
     def columns(self, head_dim: int, head_dim_v: int) -> int:
         """Columns of tensor memory: S, dP, P and dQ, then dV and dK."""
@@ -643,7 +653,8 @@ class BwdConfigSm100:
         h, hv = self.padded_head_dim(head_dim), round_up(head_dim_v, 16)
         if self.in_turn:
             return 192 + hv + h
-        return 256 + hv + (h if self.shares_dq(head_dim, head_dim_v) else 2 * h)
+        dq = 0 if self.shares_dq(head_dim, head_dim_v) else self.dq_columns(head_dim)
+        return 256 + hv + h + dq
 
     def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Shared memory in bytes, without barriers, for 16-bit operands."""
@@ -651,8 +662,10 @@ class BwdConfigSm100:
             return max(each.smem_bytes(head_dim, head_dim_v) for each in self.passes)
         h, hv = self.padded_head_dim(head_dim), round_up(head_dim_v, 16)
         queries = self.q_stages * (2 * h + 4) + self.do_stages * (2 * hv + 4)
+        # A block of a pair has half the columns of the other's K as well, and of its own again.
+        again = 2 * h if self.cta_group == 2 else 0
         # K and V, Q and dO, dS, and two chunks of 32 float32 columns of dQ.
-        return 128 * (2 * (h + hv) + queries + 2 * 128 + 2 * 4 * 32)
+        return 128 * (2 * (h + hv) + again + queries + 2 * 128 + 2 * 4 * 32)
 
     def reasons_invalid(self, head_dim: int, head_dim_v: int) -> list[str]:
         """Every reason why this configuration cannot be compiled for these head_dims."""
@@ -661,10 +674,17 @@ class BwdConfigSm100:
             return [reason for reasons in found for reason in reasons]
         reasons = []
         h = self.padded_head_dim(head_dim)
-        if self.q_stages < (1 if self.in_turn else 2) or self.do_stages < 1:
+        if self.cta_group not in (1, 2):
+            reasons.append(f"cta_group must be 1 or 2, got {self.cta_group}")
+        if self.cta_group == 2 and (self.in_turn or h % 32 or round_up(head_dim_v, 16) % 32):
             reasons.append(
-                "q_stages must be at least 2, or 1 in turn, and do_stages at least 1, "
-                f"got {self.q_stages} and {self.do_stages}"
+                "cta_group=2 needs in_turn=False and head_dims that pad to multiples of 32, "
+                f"got in_turn={self.in_turn}, {head_dim} and {head_dim_v}"
+            )
+        if self.q_stages < (1 if self.in_turn or self.cta_group == 2 else 2) or self.do_stages < 1:
+            reasons.append(
+                "q_stages must be at least 2, or 1 in turn or with cta_group=2, and do_stages at "
+                f"least 1, got {self.q_stages} and {self.do_stages}"
             )
         if not self.in_turn and max(head_dim, head_dim_v) > 128:
             reasons.append(
@@ -707,11 +727,12 @@ def pass_config_sm100(
 
 
 def backward_config_sm100(
-    head_dim: int, head_dim_v: int, deterministic: bool = False
+    head_dim: int, head_dim_v: int, deterministic: bool = False, *, may_pair: bool = True
 ) -> BwdConfigSm100:
     """The backward configuration for a pair of head_dims on Blackwell.
 
-    As many stages as fit; not measured on any GPU.
+    As many stages as fit; not measured on any GPU.  Blocks work in pairs, which read 3/4 of the
+    bytes of shared memory (docs/blackwell.md), where they can and ``may_pair``.
     """
     if max(head_dim, head_dim_v) > 128:
         # The product warp keeps the addresses of all operands, which have one stage, in registers.
@@ -726,6 +747,13 @@ def backward_config_sm100(
         # Their sums have one order.
         return BwdConfigSm100(0, 0, passes=passes)
     config = BwdConfigSm100(2, 2, deterministic=deterministic)
+    # Rings of one stage suffice pairs: S gives Q back before dK takes it from a ring of its own.
+    pair = dataclasses.replace(config, cta_group=2)
+    pairs = (pair, dataclasses.replace(pair, q_stages=1, do_stages=1))
+    if may_pair and min(head_dim, head_dim_v) > 48:
+        for found in pairs:
+            if not found.reasons_invalid(head_dim, head_dim_v):
+                return found
     if config.reasons_invalid(head_dim, head_dim_v):
         config = dataclasses.replace(config, do_stages=1)
     return config

@@ -430,7 +430,8 @@ def _backward_config(
     dims = operands.query.shape[3], operands.value.shape[3]
     blocks = operands.block_mask
     if arch in BLACKWELL:
-        found = backward_config_sm100(*dims, spec.deterministic)
+        # Lists name tiles of 128 keys, and leave out more of them than tiles of 256 would.
+        found = backward_config_sm100(*dims, spec.deterministic, may_pair=blocks is None)
         divides = blocks is None or not (
             blocks.tile_m % found.tile_m or blocks.tile_n % found.tile_n
         )

@@ -185,7 +185,9 @@ def check_launches(kernel, case: Case) -> None:
     before, main, after = launches_of(kernel, case)
     blocks = -(-LENGTH // 128)
     assert before.grid == after.grid == (blocks * case.q_heads * BATCH, 1, 1)
-    assert main.grid == (blocks * KV_HEADS * BATCH, 1, 1)
+    groups = -(-LENGTH // config.tile_n) * KV_HEADS * BATCH
+    assert main.grid == (groups * config.cta_group, 1, 1)
+    assert main.cluster == (config.cta_group, 1, 1)
     assert main.block == (config.threads, 1, 1)
     # Barriers and alignment come on top.
     smem = config.smem_bytes(case.head_dim, case.head_dim_v)

@@ -23,6 +23,8 @@ IN_PASSES = sized(256, group=3, seqlen_q=140, seqlen_k=150, **EVERYTHING)
 """Head_dims whose gradients have a kernel each."""
 FAST = {"128_many_tiles": MANY_TILES, "72_40_lengths": CASES["72_40_lengths"]}
 SLOW = {n: c for n, c in (CASES | SLOW_CASES).items() if n not in FAST}
+SLOW["128_pairs_long"] = sized(128, seqlen_q=400, seqlen_k=600, kv_heads=2, causal=True)
+SLOW["64_96_pairs"] = sized(64, 96, group=2, seqlen_k=600, **EVERYTHING)
 SLOW["136_168_causal"] = sized(136, 168, causal=True, group=2)
 SLOW["200_136_window"] = sized(
     *(200, 136), window=(40, 10), offset=True, batch=2, group=7, seqlen_k=300
@@ -86,6 +88,16 @@ def test_deterministic(case: Case) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["64", "128_everything", "64_128"])
+def test_blocks_that_share_nothing(name: str) -> None:
+    """What lists of tiles take at head_dims where other calls have pairs of blocks."""
+    case = (CASES | SLOW_CASES)[name]
+    config = backward_config_sm100(case.head_dim, case.head_dim_v, may_pair=False)
+    assert config.cta_group == 1
+    check(case, config=config)
+
+
+@pytest.mark.slow
 def test_more_stages() -> None:
     """dQ with columns of its own, and rings that are longer than two."""
     config = dataclasses.replace(backward_config_sm100(64, 64), q_stages=3, do_stages=3)
@@ -102,6 +114,8 @@ def test_configurations() -> None:
             # Sums of passes have one order: nothing takes turns.
             assert config.deterministic == fits
             assert config.reasons_invalid(head_dim, head_dim_v) == []
+            pairs = {head_dim, head_dim_v} <= {56, 64, 88, 96, 120, 128}
+            assert config.cta_group == (2 if pairs else 1)
     in_one = BwdConfigSm100(1, 1, in_turn=True)
     reasons = in_one.reasons_invalid(192, 192)
     assert "tensor memory: 576 columns needed, 512 available" in reasons

@@ -370,7 +370,7 @@ def _issue(
         raise FormError(f"instruction descriptor {bits:#x}: not float32, or negated")
     a_type = _FORMATS[kind].get(bits >> 7 & 7)
     b_type = _FORMATS[kind].get(bits >> 10 & 7)
-    if a_type is None or b_type is None or rows != 128 * blocks:
+    if a_type is None or b_type is None or rows not in (128, 128 * blocks):
         raise FormError(f"instruction descriptor {bits:#x}: types, or M = {rows}")
     if blocks == 2 and block.cluster_rank % 2:
         machine.log.fatal(
@@ -378,10 +378,15 @@ def _issue(
         )
     group = _group(block, blocks, st)
     column = d & 0xFFFF
+    held = rows // blocks
+    if held == 64 and from_tensor:
+        raise FormError("tcgen05.mma of a pair with M = 128 and A in tensor memory")
+    # With 64 rows a block, the second half of the columns lies in lanes 64 to 127.
+    width = columns * held // LANES
     sources = []
     for member in group:
         memory = tensor_memory(member)
-        _check_columns(member, memory, column, columns, st)
+        _check_columns(member, memory, column, width, st)
         b_fields = (
             *_descriptor(b),
             columns // blocks,
@@ -395,7 +400,7 @@ def _issue(
             _check_columns(member, memory, a & 0xFFFF, depth // per, st)
             a_matrix = _Tensor(memory, a & 0xFFFF, depth // per, a_type)
         else:
-            fields = (*_descriptor(a), 128, depth, a_type.itemsize, bool(bits >> 15 & 1))
+            fields = (*_descriptor(a), held, depth, a_type.itemsize, bool(bits >> 15 & 1))
             a_matrix = _Shared(member, fields, a_type, st)
         sources.append((memory, a_matrix, b_matrix))
     warp = (g.lo + t) >> 5
@@ -407,7 +412,7 @@ def _issue(
             else:
                 block.ordering.async_read(token, a_matrix.cells, st, name)
             block.ordering.async_read(token, b_matrix.cells, st, name)
-            cells = memory.cells_of(0, LANES, column, columns)
+            cells = memory.cells_of(0, LANES, column, width)
             if adds:
                 block.ordering.tensor_read(token, issuer, cells, st, name)
             block.ordering.tensor_write(token, issuer, cells, st, g.pc, name)
@@ -418,7 +423,8 @@ def _issue(
         right = np.concatenate([b_matrix.read() for _, _, b_matrix in sources]).T
         for memory, a_matrix, _ in sources:
             product = a_matrix.read() @ right
-            accumulator = memory.data[:, column : column + columns].view(np.float32)
+            product = np.concatenate(np.split(product, LANES // held, axis=1))
+            accumulator = memory.data[:, column : column + width].view(np.float32)
             if adds:
                 product = product + accumulator
             accumulator[...] = product

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.config import backward_config_sm100
 from jax_flashcute.spec import Operands
 from tests.cases import Case
 from tests.kernels.backward_launchers import launcher, scratch_of
@@ -175,7 +176,8 @@ def test_every_mutant_is_killed() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_every_mutant_of_the_backward_is_killed() -> None:
-    made = launcher(BACKWARD_CASE, "bfloat16", arch="sm_100a")
+    config = backward_config_sm100(BACKWARD_CASE.head_dim, BACKWARD_CASE.head_dim_v, may_pair=False)
+    made = launcher(BACKWARD_CASE, "bfloat16", config=config, arch="sm_100a")
     kernel = made.compiled().with_lines()
     inputs, gradients = expected(BACKWARD_CASE, "bfloat16")
     outputs = [(gradients[name].shape, BF16) for name in ("query", "key", "value")]

@@ -140,6 +140,21 @@ def test_product_of_a_pair(timing):
     np.testing.assert_array_equal(got, expected)
 
 
+def test_product_of_a_pair_with_half_the_rows():
+    """M = 128: 64 rows a block, the second half of the columns in lanes 64 to 127."""
+    random = np.random.default_rng(7)
+    a = random.integers(-4, 5, (2, ROWS, 16)).astype(BF16)
+    b = random.integers(-4, 5, (2, COLUMNS // 2, 16)).astype(BF16)
+    parts = [
+        np.concatenate([core_matrices(x), core_matrices(y)]) for x, y in zip(a, b, strict=True)
+    ]
+    form = PAIR_FORM - (ROWS // 16 << 24)
+    work = PAIR_PRODUCT.replace(str(PAIR_FORM), str(form))
+    got = run(work, np.stack(parts).view(np.uint32), COLUMNS // 2)
+    expected = 2 * a[:, :64].astype(np.float32) @ b.astype(np.float32).reshape(COLUMNS, 16).T
+    np.testing.assert_array_equal(got, np.concatenate(np.split(expected, 2, axis=2), axis=1))
+
+
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [

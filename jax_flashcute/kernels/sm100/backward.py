@@ -25,10 +25,25 @@ Each role has its file; the edges between them:
     dq      product warp        dQ warps                     1          products  4: dQ is read
     done    product warp        gradient warpgroups          1          products  used once
 
+and those of pairs of blocks, below:
+
+    dO^T    TMA, load warp      products                     do_stages  1 + tx    products
+    q^T     TMA, load warp      products                     q_stages   1 + tx    products
+    k^T     TMA, load warp      product warp                 1          1 + tx    used once
+    ds      product warp        gradient warpgroups          1          unused    16: dS is stored
+
 Counts are arrivals of warps; "+ tx" means that the barrier also waits for the copies' bytes;
 "products", one arrival that tcgen05.commit makes once the products before it are done.  Products
 of one thread are done in order, so a full dp also says that the dQ before it has read dS, and dQ
 may overwrite what dK takes.
+
+With cta_group=2 two blocks, each with 128 keys of its own, share their products: of operand B each
+holds half.  That is 64 queries of Q and dO for S and dP, and half the columns of all 128 for dK and
+dV, which are loaded as q^T and dO^T; for dQ, half the columns of both blocks' K (k^T).  dQ of a
+tile is one product over the keys of both: each block has 64 of its queries, in lanes 0 to 63 the
+first half of the columns and in lanes 64 to 127 the second.  Gradient warpgroup i, whose queries
+they are, stores dS^T to block i's shared memory.  The first block's product warp issues all; the
+second's tells it when operands have arrived.  Counts of s, dp and dq are then of both blocks.
 
 Columns of tensor memory, for head_dims up to 128 (dQ has its own where they suffice):
 
@@ -45,6 +60,7 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
+from cutlass._mlir.dialects.nvvm import MemScopeKind
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
@@ -60,10 +76,10 @@ from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.postprocess import Postprocess
 from jax_flashcute.kernels.extra.preprocess import Preprocess
 from jax_flashcute.kernels.sm100.backward_gradients import GradientWarpgroups
-from jax_flashcute.kernels.sm100.backward_load import KEY_BARRIERS, LoadWarp
+from jax_flashcute.kernels.sm100.backward_load import KEY_BARRIERS, TAIL, LoadWarp
 from jax_flashcute.kernels.sm100.backward_products import ProductWarp
 from jax_flashcute.kernels.sm100.backward_reduce import DQ_BUFFERS, ReduceWarps
-from jax_flashcute.kernels.sm100.pipeline import TensorPipeline
+from jax_flashcute.kernels.sm100.pipeline import PairPipeline, TensorPipeline
 from jax_flashcute.kernels.sm100.tensor_memory import COLUMNS, ROWS
 
 GRADIENT_WARPS, DQ_WARPS = 8, 4
@@ -115,6 +131,12 @@ class BackwardSm100(QueryTiles):
         self.by_element = functions is not None and functions.by_element
         self.smem_h = config.padded_head_dim(head_dim)
         self.smem_hv = round_up(head_dim_v, 16)
+        # What a block holds of an operand B, where a pair shares it.
+        self.cta_group = config.cta_group
+        self.is_pair = self.cta_group == 2
+        self.held_rows = ROWS // self.cta_group
+        self.held_h = self.smem_h // self.cta_group
+        self.held_hv = self.smem_hv // self.cta_group
         # First columns in tensor memory.
         self.s_column = 0
         self.p_columns = (128, 160) if config.in_turn else (0, 64)
@@ -162,19 +184,33 @@ class BackwardSm100(QueryTiles):
         kv_length, kv_heads = mK.shape[1], mK.shape[2]
         m_blocks = cute.ceil_div(q_length, cfg.tile_m)
         n_blocks = cute.ceil_div(kv_length, cfg.tile_n)
-        Preprocess(self.dtype, self.head_dim_v, cfg.tile_m, self.smem_h, DQ_WARPS).launch(
+        turns = cfg.dq_warps(self.head_dim)
+        Preprocess(self.dtype, self.head_dim_v, cfg.tile_m, self.smem_h, turns).launch(
             stream, m_blocks, mO, mdO, mLSE, mdLSE, mQLengths, (mLSE2, mdPsum, mdQAccum, mTurns)
         )
 
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
 
-        def tma(op, x, width, smem_width):
+        def tma(op, x, width, rows, columns):
             return cpasync.make_tiled_tma_atom(
                 op,
                 by_head(x, width, 1)[0, None, None, None, None],
-                smem_layout(self.dtype, ROWS, smem_width),
-                (ROWS, smem_width),
+                smem_layout(self.dtype, rows, columns),
+                (rows, columns),
             )
+
+        h, hv = self.head_dim, self.head_dim_v
+        tile_loads = (
+            tma(load, mQ, h, self.held_rows, self.smem_h),
+            tma(load, mdO, hv, self.held_rows, self.smem_hv),
+        )
+        key_loads = tma(load, mK, h, ROWS, self.smem_h), tma(load, mV, hv, ROWS, self.smem_hv)
+        if const_expr(self.is_pair):
+            tile_loads += (
+                tma(load, mdO, hv, ROWS, self.held_hv),
+                tma(load, mQ, h, ROWS, self.held_h),
+            )
+            key_loads += (tma(load, mK, h, cfg.tile_n, self.held_h),)
 
         # As on Hopper: queries, dO and dQ of the heads in flight should stay in L2.
         bytes_per_query = self.group * (6 * self.head_dim + 2 * self.head_dim_v)
@@ -182,12 +218,9 @@ class BackwardSm100(QueryTiles):
         if const_expr(cfg.deterministic):
             section = section_in_turns(section, kv_heads, batch)
         self.kernel(
-            *tma(load, mQ, self.head_dim, self.smem_h),
-            *tma(load, mdO, self.head_dim_v, self.smem_hv),
-            *tma(load, mK, self.head_dim, self.smem_h),
-            *tma(load, mV, self.head_dim_v, self.smem_hv),
-            *tma(store, mdK, self.head_dim, self.smem_h),
-            *tma(store, mdV, self.head_dim_v, self.smem_hv),
+            tile_loads,
+            key_loads,
+            (tma(store, mdV, hv, ROWS, self.smem_hv), tma(store, mdK, h, ROWS, self.smem_h)),
             mQOffset,
             mQLengths,
             mKVLengths,
@@ -209,8 +242,9 @@ class BackwardSm100(QueryTiles):
             kv_heads,
             batch,
         ).launch(
-            grid=[n_blocks * kv_heads * batch, 1, 1],
+            grid=[n_blocks * kv_heads * batch * self.cta_group, 1, 1],
             block=[cfg.threads, 1, 1],
+            cluster=[2, 1, 1] if self.is_pair else None,
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=True,
@@ -228,38 +262,66 @@ class BackwardSm100(QueryTiles):
         def statistics(stages):
             return cute.struct.Align[cute.struct.MemRange[Float32, stages * ROWS], 128]
 
+        # What pairs alone have.
+        t_stages = (cfg.q_stages, cfg.do_stages, 1) if self.is_pair else (0, 0, 0)
+
         @cute.struct
         class SharedStorage:
             key_barriers: cute.struct.MemRange[Int64, KEY_BARRIERS]
             q_barriers: cute.struct.MemRange[Int64, 2 * cfg.q_stages]
             do_barriers: cute.struct.MemRange[Int64, 2 * cfg.do_stages]
+            qt_barriers: cute.struct.MemRange[Int64, 2 * t_stages[0]]
+            dot_barriers: cute.struct.MemRange[Int64, 2 * t_stages[1]]
             s_barriers: cute.struct.MemRange[Int64, 2]
             dp_barriers: cute.struct.MemRange[Int64, 2]
             dq_barriers: cute.struct.MemRange[Int64, 2]
+            ds_barriers: cute.struct.MemRange[Int64, 2 * t_stages[2]]
             done_barrier: cute.struct.MemRange[Int64, 1]
             tensor_memory: cute.struct.MemRange[Int32, 1]
             sLSE: statistics(cfg.q_stages)
             sdPsum: statistics(cfg.do_stages)
             sK: aligned(self.dtype, ROWS * self.smem_h)
             sV: aligned(self.dtype, ROWS * self.smem_hv)
-            sQ: aligned(self.dtype, cfg.q_stages * ROWS * self.smem_h)
-            sdO: aligned(self.dtype, cfg.do_stages * ROWS * self.smem_hv)
+            sQ: aligned(self.dtype, cfg.q_stages * self.held_rows * self.smem_h)
+            sdO: aligned(self.dtype, cfg.do_stages * self.held_rows * self.smem_hv)
+            sQt: aligned(self.dtype, t_stages[0] * ROWS * self.held_h)
+            sdOt: aligned(self.dtype, t_stages[1] * ROWS * self.held_hv)
+            sKt: aligned(self.dtype, t_stages[2] * cfg.tile_n * self.held_h)
             sdS: aligned(self.dtype, ROWS * ROWS)
             sdQ: aligned(Float32, DQ_BUFFERS * ROWS * CHUNK)
 
         return SharedStorage
 
-    def pipelines(self, storage) -> tuple[TensorPipeline, ...]:
-        """The edges q, dO, s, dp and dq of the table above."""
+    def pipelines(self, storage) -> tuple[TensorPipeline | None, ...]:
+        """The edges q, dO, s, dp, dq and ds of the table above; of pairs, then dO^T and q^T."""
         cfg = self.config
+        pipeline = PairPipeline if self.is_pair else TensorPipeline
         readers = GRADIENT_WARPS + 1
-        q_bytes, do_bytes = ROWS * (self.smem_h * 2 + 4), ROWS * (self.smem_hv * 2 + 4)
+        # A tile's bytes, without statistics.
+        q_bytes, do_bytes = (2 * self.held_rows * width for width in (self.smem_h, self.smem_hv))
+        of_tile = (
+            pipeline("q", storage.q_barriers.data_ptr(), cfg.q_stages, q_bytes + 4 * ROWS, readers),
+            pipeline(
+                "dO", storage.do_barriers.data_ptr(), cfg.do_stages, do_bytes + 4 * ROWS, readers
+            ),
+            pipeline("s", storage.s_barriers.data_ptr(), 1, 0, GRADIENT_WARPS),
+            pipeline("dp", storage.dp_barriers.data_ptr(), 1, 0, GRADIENT_WARPS),
+            pipeline("dq", storage.dq_barriers.data_ptr(), 1, 0, DQ_WARPS),
+        )
+        if not self.is_pair:
+            return *of_tile, None
         return (
-            TensorPipeline("q", storage.q_barriers.data_ptr(), cfg.q_stages, q_bytes, readers),
-            TensorPipeline("dO", storage.do_barriers.data_ptr(), cfg.do_stages, do_bytes, readers),
-            TensorPipeline("s", storage.s_barriers.data_ptr(), 1, 0, GRADIENT_WARPS),
-            TensorPipeline("dp", storage.dp_barriers.data_ptr(), 1, 0, GRADIENT_WARPS),
-            TensorPipeline("dq", storage.dq_barriers.data_ptr(), 1, 0, DQ_WARPS),
+            *of_tile,
+            PairPipeline(
+                "ds",
+                storage.ds_barriers.data_ptr(),
+                1,
+                0,
+                GRADIENT_WARPS,
+                scope=MemScopeKind.CLUSTER,
+            ),
+            pipeline("dO^T", storage.dot_barriers.data_ptr(), cfg.do_stages, do_bytes, 1),
+            pipeline("q^T", storage.qt_barriers.data_ptr(), cfg.q_stages, q_bytes, 1),
         )
 
     # ---- device side -----------------------------------------------------------------------
@@ -267,18 +329,9 @@ class BackwardSm100(QueryTiles):
     @cute.kernel
     def kernel(
         self,
-        tma_q: cute.CopyAtom,
-        gQ: cute.Tensor,
-        tma_do: cute.CopyAtom,
-        gdO: cute.Tensor,
-        tma_k: cute.CopyAtom,
-        gK: cute.Tensor,
-        tma_v: cute.CopyAtom,
-        gV: cute.Tensor,
-        tma_dk: cute.CopyAtom,
-        gdK: cute.Tensor,
-        tma_dv: cute.CopyAtom,
-        gdV: cute.Tensor,
+        tile_loads: tuple,  # (atom, tensor) of Q and dO; of pairs, then of dO^T and Q^T
+        key_loads: tuple,  # of K and V; of pairs, then of K^T
+        key_stores: tuple,  # of dV and dK
         mQOffset: cute.Tensor | None,
         mQLengths: cute.Tensor | None,
         mKVLengths: cute.Tensor | None,
@@ -302,35 +355,47 @@ class BackwardSm100(QueryTiles):
     ):
         cfg = self.config
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        # Of the block in its pair.
+        rank = cute.arch.block_idx_in_cluster() if self.is_pair else Int32(0)
         storage = SmemAllocator().allocate(self.shared_storage())
         pipelines = self.pipelines(storage)
+        edges = [pipeline for pipeline in pipelines if pipeline is not None]
         key_barriers = storage.key_barriers.data_ptr()
         done_barrier = storage.done_barrier.data_ptr()
         if warp_index == LOAD_WARP:
-            for atom in (tma_q, tma_do, tma_k, tma_v, tma_dk, tma_dv):
+            for atom, _ in (*tile_loads, *key_loads, *key_stores):
                 cpasync.prefetch_descriptor(atom)
             with cute.arch.elect_one():
-                for pipeline in pipelines:
+                for pipeline in edges:
                     pipeline.init()
                 for i in range(KEY_BARRIERS):
-                    cute.arch.mbarrier_init(key_barriers + i, 1)
+                    # The second block of a pair tells the first of its K, V and K^T.
+                    is_told = 1 - rank if self.is_pair and i != TAIL else 0
+                    cute.arch.mbarrier_init(key_barriers + i, 1 + is_told)
                 cute.arch.mbarrier_init(done_barrier, 1)
             cute.arch.mbarrier_init_fence()
         if warp_index == PRODUCT_WARP:
-            cute.arch.alloc_tmem(COLUMNS, storage.tensor_memory.data_ptr())
-            cute.arch.relinquish_tmem_alloc_permit()
-        cute.arch.sync_threads()
+            cute.arch.alloc_tmem(COLUMNS, storage.tensor_memory.data_ptr(), self.is_pair)
+            cute.arch.relinquish_tmem_alloc_permit(self.is_pair)
+        self.sync_blocks()
         tensor_memory = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tensor_memory.data_ptr())
 
-        def staged(storage_member, width, stages):
-            layout = smem_layout(self.dtype, ROWS, width, stages)
+        def staged(storage_member, rows, width, stages=1):
+            layout = smem_layout(self.dtype, rows, width, stages)
             return storage_member.get_tensor(layout.outer, swizzle=layout.inner)
 
-        sQ = staged(storage.sQ, self.smem_h, cfg.q_stages)
-        sdO = staged(storage.sdO, self.smem_hv, cfg.do_stages)
-        sK = staged(storage.sK, self.smem_h, 1)
-        sV = staged(storage.sV, self.smem_hv, 1)
-        sdS = staged(storage.sdS, ROWS, 1)
+        sQ = staged(storage.sQ, self.held_rows, self.smem_h, cfg.q_stages)
+        sdO = staged(storage.sdO, self.held_rows, self.smem_hv, cfg.do_stages)
+        sK = staged(storage.sK, ROWS, self.smem_h)
+        sV = staged(storage.sV, ROWS, self.smem_hv)
+        sdS = staged(storage.sdS, cfg.tile_n, self.held_rows)
+        sQt, sdOt, sKt = sQ, sdO, sK
+        tiles_smem, keys_smem = (sQ, sdO), (sK, sV)
+        if const_expr(self.is_pair):
+            sQt = staged(storage.sQt, ROWS, self.held_h, cfg.q_stages)
+            sdOt = staged(storage.sdOt, ROWS, self.held_hv, cfg.do_stages)
+            sKt = staged(storage.sKt, cfg.tile_n, self.held_h)
+            tiles_smem, keys_smem = (sQ, sdO, sdOt, sQt), (sK, sV, sKt)
         sLSE = storage.sLSE.get_tensor(cute.make_layout((ROWS, cfg.q_stages)))
         sdPsum = storage.sdPsum.get_tensor(cute.make_layout((ROWS, cfg.do_stages)))
         sdQ = storage.sdQ.get_tensor(
@@ -342,7 +407,7 @@ class BackwardSm100(QueryTiles):
 
         # Longest first: with a causal mask the first keys are seen by most queries.
         per_section = section * n_blocks
-        tile = cute.arch.block_idx()[0]
+        tile = cute.arch.block_idx()[0] // self.cta_group
         first_entry = tile // per_section * section
         within = tile - tile // per_section * per_section
         width = cutlass.min(section, kv_heads * batch_size - first_entry)
@@ -355,20 +420,43 @@ class BackwardSm100(QueryTiles):
             mQOffset, mQLengths, mKVLengths, q_length, kv_length, batch
         )
         tiles, compares = self.query_tiles(n_block, batch, (offset, queries, keys), mBounds)
-        block = (n_block, kv_head, batch)
-        visits = partial(self.visits, tiles, mLists, block, keys)
+        visits = partial(self.visits, tiles, mLists, (n_block, kv_head, batch), keys)
+        block = (n_block, kv_head, batch, rank)
         num_tiles = self.all_steps(visits)
 
-        if warp_index >= LOAD_WARP:
+        if warp_index < GRADIENT_WARPS:
+            cute.arch.setmaxregister_increase(cfg.gradient_registers)
+            GradientWarpgroups(self).differentiate(
+                tensor_memory,
+                (sLSE, sdPsum, sdS),
+                self.copies(key_stores, (sV, sK)),
+                pipelines,
+                done_barrier,
+                block,
+                (visits, num_tiles, tiles),
+                (offset, queries, keys),
+                (mElements, mBounds, compares, mPacked, (q_length, kv_length)),
+            )
+        elif warp_index < LOAD_WARP:
+            cute.arch.setmaxregister_decrease(cfg.reduce_registers)
+            ReduceWarps(self).add_query_gradients(
+                tensor_memory,
+                sdQ,
+                (mdQAccum, mTurns, mRanks),
+                pipelines,
+                block,
+                heads,
+                (visits, m_blocks, offset),
+            )
+        else:
             if const_expr(cfg.other_registers > LAUNCH_REGISTERS):
                 cute.arch.setmaxregister_increase(cfg.other_registers)
             else:
                 cute.arch.setmaxregister_decrease(cfg.other_registers)
             if warp_index == LOAD_WARP and num_tiles > 0:
                 LoadWarp(self).load_tiles(
-                    (tma_q, gQ, sQ),
-                    (tma_do, gdO, sdO),
-                    ((tma_k, gK, sK), (tma_v, gV, sV)),
+                    self.copies(tile_loads, tiles_smem),
+                    self.copies(key_loads, keys_smem),
                     ((mLSE2, sLSE), (mdPsum, sdPsum)),
                     pipelines,
                     key_barriers,
@@ -377,39 +465,32 @@ class BackwardSm100(QueryTiles):
                     (queries, keys),
                     (mQLengths is not None, mKVLengths is not None),
                 )
-            if warp_index == PRODUCT_WARP and num_tiles > 0:
+            is_issuing = warp_index == PRODUCT_WARP and num_tiles > 0
+            if is_issuing and rank == 0:
                 ProductWarp(self).issue_products(
-                    (sQ, sdO, sK, sV, sdS),
+                    (sQ, sdO, sK, sV, sdS, (sQt, sdOt, sKt)),
                     tensor_memory,
                     pipelines,
                     (key_barriers, done_barrier),
                     num_tiles,
                 )
-        if warp_index < GRADIENT_WARPS:
-            cute.arch.setmaxregister_increase(cfg.gradient_registers)
-            GradientWarpgroups(self).differentiate(
-                tensor_memory,
-                (sLSE, sdPsum, sdS),
-                ((tma_dv, gdV, sV), (tma_dk, gdK, sK)),
-                pipelines,
-                done_barrier,
-                block,
-                (visits, num_tiles, tiles),
-                (offset, queries, keys),
-                (mElements, mBounds, compares, mPacked, (q_length, kv_length)),
-            )
-        if warp_index >= GRADIENT_WARPS and warp_index < LOAD_WARP:
-            cute.arch.setmaxregister_decrease(cfg.reduce_registers)
-            ReduceWarps(self).add_query_gradients(
-                tensor_memory,
-                sdQ,
-                (mdQAccum, mTurns, mRanks),
-                pipelines,
-                (*block, heads),
-                (visits, m_blocks, offset),
-            )
-        for pipeline in pipelines:
+            if const_expr(self.is_pair):
+                if is_issuing and rank == 1:
+                    ProductWarp(self).pass_on_operands(pipelines, key_barriers, num_tiles)
+        for pipeline in edges:
             pipeline.check_arrivals()
-        cute.arch.sync_threads()
+        self.sync_blocks()
         if warp_index == PRODUCT_WARP:
-            cute.arch.dealloc_tmem(tensor_memory, COLUMNS)
+            cute.arch.dealloc_tmem(tensor_memory, COLUMNS, self.is_pair)
+
+    def copies(self, atoms: tuple, smem: tuple) -> tuple:
+        """(atom, tensor, shared memory) of copies."""
+        return tuple((*atom, x) for atom, x in zip(atoms, smem, strict=True))
+
+    def sync_blocks(self) -> None:
+        """All threads of a block, or of a pair of blocks, meet."""
+        if self.is_pair:
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()

@@ -58,7 +58,8 @@ class GradientWarpgroups:
     ):
         """P and dS of every tile of every head; then dV by one warpgroup, dK by the other."""
         kernel = self.kernel
-        n_block, kv_head, batch = block
+        n_block, kv_head, batch, rank = block
+        keys_tile = n_block * kernel.cta_group + rank
         visits, num_tiles, ranges = tiles
         mElements, mBounds, compares, mPacked, array_lengths = arrays
         thread = cute.arch.thread_idx()[0] % 128
@@ -69,7 +70,16 @@ class GradientWarpgroups:
             tensor_memory + (kernel.p_columns[0] + half * p_step),
             tensor_memory + (kernel.dp_column + half * HALF),
         )
-        own = (thread, half, n_block * ROWS + thread, lengths)
+        own = (thread, half, keys_tile * ROWS + thread, lengths)
+        sLSE, sdPsum, sdS = smem
+        # A row of dS^T, and the first of this thread's queries in it.
+        target = sdS, thread, half * HALF, None
+        if const_expr(kernel.is_pair):
+            other = cute.arch.map_dsmem_ptr(sdS.iterator, half)
+            # All of tensor memory begins at 0, which the compiler does not know.
+            zero = tensor_memory.toint()
+            target = cute.make_tensor(other, sdS.layout), rank * ROWS + thread, Int32(0), zero
+        smem = sLSE, sdPsum, target
 
         # Stages and phases of Q and of dO, and the phase of S and of dP.
         state = tuple(Int32(0) for _ in range(5))
@@ -101,8 +111,9 @@ class GradientWarpgroups:
         for i in cutlass.range_constexpr(2):
             if half == i:
                 column, scale = ((kernel.dv_column, 1.0), (kernel.dk_column, kernel.scale))[i]
+                place = (keys_tile, kv_head, batch)
                 self.store_gradient(
-                    stores[i], tensor_memory + column, (thread, i), block, scale, is_empty
+                    stores[i], tensor_memory + column, (thread, i), place, scale, is_empty
                 )
 
     @cute.jit
@@ -125,8 +136,8 @@ class GradientWarpgroups:
         """
         kernel = self.kernel
         s_place, p_place, dp_place = places
-        sLSE, sdPsum, sdS = smem
-        pipeline_q, pipeline_do, pipeline_s, pipeline_dp, _ = pipelines
+        sLSE, sdPsum, (sdS, ds_row, ds_first, zero) = smem
+        pipeline_q, pipeline_do, pipeline_s, pipeline_dp, _, pipeline_ds = pipelines[:6]
         thread, half, _, _ = own
         _, seen, read_bits, _, is_hiding = masks
         q_stage, q_phase, do_stage, do_phase, phase = state
@@ -162,6 +173,9 @@ class GradientWarpgroups:
         pipeline_dp.wait(0, phase)
         fence_after_sync()
         tdPsum = quads(sdPsum, do_stage, first)
+        if const_expr(kernel.is_pair):
+            # Addresses of 64 bits, better made again for each tile than kept in registers.
+            ds_row += phase & zero
         for c in cutlass.range_constexpr(0, HALF, CHUNK):
             dscores = cute.make_rmem_tensor(CHUNK, Float32)
             load_row(dp_place + c, dscores, thread)
@@ -170,13 +184,19 @@ class GradientWarpgroups:
             pairs = round_pairs(kernel.dtype, dscores)
             # Over what this thread has read of dP.
             store_row(dp_place + c // 2, pairs, thread)
-            store_pairs(sdS[None, None, 0], thread, half * (HALF // 8) + c // 8, pairs)
+            store_pairs(sdS[None, None, 0], ds_row, ds_first // 8 + c // 8, pairs)
         cute.arch.fence_view_async_tmem_store()
-        cute.arch.fence_view_async_shared()
+        if const_expr(not kernel.is_pair):
+            cute.arch.fence_view_async_shared()
         fence_before_sync()
         cute.arch.sync_warp()
         pipeline_dp.release(0, WARPS, "gradients")
         pipeline_do.release(do_stage, WARPS, "gradients")
+        if const_expr(kernel.is_pair):
+            # Stores to the other block take longer; dK, which needs none, has begun meanwhile.
+            cute.arch.fence_proxy("async.shared", space="cluster")
+            cute.arch.sync_warp()
+            pipeline_ds.release(0, WARPS, "gradients")
         following_q = pipeline_q.advance(q_stage, q_phase)
         return *following_q, *pipeline_do.advance(do_stage, do_phase), phase ^ 1
 
@@ -372,11 +392,11 @@ class GradientWarpgroups:
                 )
 
     @cute.jit
-    def store_gradient(self, store, place: cute.Pointer, own, block, scale, is_empty):
+    def store_gradient(self, store, place: cute.Pointer, own, place_of_keys, scale, is_empty):
         """Scales and rounds dK or dV and stores it, through the place of K or V; one warpgroup."""
         tma, target, smem = store
         thread, half = own
-        n_block, kv_head, batch = block
+        keys_tile, kv_head, batch = place_of_keys
         width = cute.size(smem, mode=[1])
         for first, size in chunks(width):
             values = cute.make_rmem_tensor(size, Float32)
@@ -396,7 +416,7 @@ class GradientWarpgroups:
         if cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0:
             tiles = cute.local_tile(target[None, None, kv_head, batch], (ROWS, width), (None, 0))
             tXsX, tXgX = tma_partition(tma, smem, tiles)
-            cute.copy(tma, tXsX[None, 0], tXgX[None, n_block])
+            cute.copy(tma, tXsX[None, 0], tXgX[None, keys_tile])
             cute.arch.cp_async_bulk_commit_group()
             # Shared memory must outlive the stores that read it.
             cute.arch.cp_async_bulk_wait_group(0, read=True)

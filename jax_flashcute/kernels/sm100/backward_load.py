@@ -8,9 +8,9 @@ from cutlass.cute.nvgpu import cpasync
 from jax_flashcute.kernels.common.tiles import clear_rows, tma_partition
 from jax_flashcute.kernels.sm100.tensor_memory import ROWS
 
-KEY_BARRIERS = 3
-"""For K, for V, and for loads whose tail is cleared before anyone is told of them."""
-TAIL = 2
+KEY_BARRIERS = 4
+"""For K, for V, of pairs for K^T, and for loads whose tail is cleared before anyone is told."""
+TAIL = 3
 
 
 class LoadWarp:
@@ -23,8 +23,7 @@ class LoadWarp:
     @cute.jit
     def load_tiles(
         self,
-        q_copy,
-        do_copy,
+        tile_copies,
         key_copies,
         statistics,
         pipelines,
@@ -35,70 +34,86 @@ class LoadWarp:
         has_lengths: cutlass.Constexpr,
     ):
         """Every tile of every head of the group; LSE2 comes with Q, dPsum with dO."""
-        pipeline_q, pipeline_do = pipelines[:2]
-        n_block, kv_head, batch = block
+        n_block, kv_head, batch, rank = block
         visits, m_blocks = tiles
         queries, keys = lengths
         has_q_lengths, has_kv_lengths = has_lengths
         tail_bar = key_barriers + TAIL
         tail_phase = Int32(0)
-        keys_here = keys - n_block * ROWS
-        has_key_tail = Boolean(False)
-        if const_expr(has_kv_lengths):
-            has_key_tail = keys_here < ROWS
-        for i in cutlass.range_constexpr(2):
-            tma, source, smem = key_copies[i]
-            tXsX, tXgX = self.partition(tma, source, smem, kv_head, batch)
-            tail_phase = self.load(
-                (tma, tXgX[None, n_block], tXsX, smem),
+        keys_here = keys - n_block * self.kernel.config.tile_n
+        for i in cutlass.range_constexpr(len(key_copies)):
+            tail_phase = self.load_part(
+                key_copies[i],
                 None,
                 (key_barriers + i, tail_bar),
+                (n_block, self.kernel.config.tile_n, kv_head, batch, rank),
                 Int32(0),
-                (has_key_tail, tail_phase, keys_here),
+                (has_kv_lengths, tail_phase, keys_here),
             )
 
         # The statistics come from the kernel before this one.
         cute.arch.griddepcontrol_wait()
-        q_stage, q_phase, do_stage, do_phase = (Int32(0) for _ in range(4))
+        # Q and dO; of pairs, then dO^T and Q^T.
+        rings = (*pipelines[:2], *pipelines[6:])
+        state = tuple((Int32(0), Int32(0)) for _ in rings)
         for g in cutlass.range(self.kernel.group, unroll=1):
             head = kv_head * self.kernel.group + g
-            tQsQ, tQgQ = self.partition(*q_copy, head, batch)
-            tOsO, tOgO = self.partition(*do_copy, head, batch)
-            gLSE, gdPsum = (self.rows(x, m_blocks, head, batch) for x, _ in statistics)
-            sLSE, sdPsum = (smem for _, smem in statistics)
+            rows = [(self.rows(x, m_blocks, head, batch), smem) for x, smem in statistics]
             count, tile_of, _ = visits(g)
             for i in cutlass.range(count, unroll=1):
                 m = tile_of(i)
-                rows_here = queries - m * ROWS
-                if const_expr(self.kernel.has_lists):
-                    # A list may hold tiles that lie beyond the length altogether.
-                    rows_here = cutlass.max(rows_here, Int32(0))
-                has_tail = Boolean(False)
-                if const_expr(has_q_lengths):
-                    has_tail = rows_here < ROWS
-                pipeline_q.acquire(q_stage, q_phase)
-                tail_phase = self.load(
-                    (q_copy[0], tQgQ[None, m], tQsQ, q_copy[2]),
-                    (gLSE[None, m], sLSE[None, q_stage]),
-                    (pipeline_q.full + q_stage, tail_bar),
-                    q_stage,
-                    (has_tail, tail_phase, rows_here),
-                )
-                pipeline_do.acquire(do_stage, do_phase)
-                tail_phase = self.load(
-                    (do_copy[0], tOgO[None, m], tOsO, do_copy[2]),
-                    (gdPsum[None, m], sdPsum[None, do_stage]),
-                    (pipeline_do.full + do_stage, tail_bar),
-                    do_stage,
-                    (has_tail, tail_phase, rows_here),
-                )
-                q_stage, q_phase = pipeline_q.advance(q_stage, q_phase)
-                do_stage, do_phase = pipeline_do.advance(do_stage, do_phase)
+                for r in cutlass.range_constexpr(len(rings)):
+                    rings[r].acquire(*state[r])
+                    tail_phase = self.load_part(
+                        tile_copies[r],
+                        rows[r] if r < len(rows) else None,
+                        (rings[r].full + state[r][0], tail_bar),
+                        (m, ROWS, head, batch, rank),
+                        state[r][0],
+                        (has_q_lengths, tail_phase, queries - m * ROWS),
+                    )
+                state = tuple(rings[r].advance(*state[r]) for r in range(len(rings)))
 
-    def partition(self, tma, source, smem, head: Int32, batch: Int32):
+    @cute.jit
+    def load_part(self, copy, rows, barriers, tile, stage: Int32, tail):
+        """Loads what a block holds of a tile, into a stage.
+
+        Args:
+          rows: statistics that come with it, (128, tiles), and their stages; or None.
+          tile: which it is, how many rows it has, its head and its batch entry; the block's rank.
+          tail: as ``load`` with the rows of the tile, but whether any may lie beyond a length.
+        """
+        tma, source, smem = copy
+        index, size, head, batch, rank = tile
+        has_lengths, tail_phase, rows_here = tail
+        held = cute.size(smem, mode=[0])
+        # Of a pair, a block has half of the rows or half of the columns, or it is the pair's tile.
+        row, column, first = index, 0, 0
+        if const_expr(held < size):
+            row, first = index * (size // held) + rank, rank * held
+        elif const_expr(self.kernel.is_pair):
+            column = rank
+        tXsX, tXgX = self.partition(tma, source, smem, head, batch, column)
+        has_tail, rows_here = Boolean(False), rows_here - first
+        if const_expr(has_lengths):
+            has_tail = rows_here < held
+            # Even the first may lie beyond: of half a tile, or of one that a list names.
+            rows_here = cutlass.max(rows_here, Int32(0))
+        row_copy = None
+        if const_expr(rows is not None):
+            row_copy = rows[0][None, index], rows[1][None, stage]
+        return self.load(
+            (tma, tXgX[None, row], tXsX, smem),
+            row_copy,
+            barriers,
+            stage,
+            (has_tail, tail_phase, rows_here),
+        )
+
+    def partition(self, tma, source, smem, head: Int32, batch: Int32, column=0):
         """Stages in shared memory and tiles of one head's rows, as TMA copies them."""
-        rows, width = (cute.size(smem, mode=[i]) for i in range(2))
-        tiles = cute.local_tile(source[None, None, head, batch], (rows, width), (None, 0))
+        shape = tuple(cute.size(smem, mode=[i]) for i in range(2))
+        tiles = cute.local_tile(source[None, None, head, batch], shape, (None, column))
         return tma_partition(tma, smem, tiles)
 
     def rows(
@@ -120,7 +135,7 @@ class LoadWarp:
         rows, width = (cute.size(smem, mode=[i]) for i in range(2))
         tx_bytes = rows * width * 2
         if const_expr(row_copy is not None):
-            tx_bytes += rows * 4
+            tx_bytes += cute.size(row_copy[1]) * 4
         # Both barriers lie in one block of shared memory: a difference of bytes chooses.
         address = tail_bar.toint() if has_tail else full.toint()
         bar = cute.make_ptr(Int64, address, cute.AddressSpace.smem, assumed_align=8)

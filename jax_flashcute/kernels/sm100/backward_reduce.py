@@ -34,18 +34,25 @@ class ReduceWarps:
         sums,
         pipelines,
         block,
+        heads: Int32,
         tiles,
     ):
-        """Adds every tile's dQ; a warp's 32 rows lie together, four columns of each row a time."""
+        """Adds every tile's dQ; 32 rows lie together, four columns of each row a time."""
         kernel = self.kernel
         pipeline_dq = pipelines[4]
         mdQAccum, mTurns, mRanks = sums
-        n_block, kv_head, batch, heads = block
+        n_block, kv_head, batch, rank = block
         visits, m_blocks, offset = tiles
         thread = cute.arch.thread_idx()[0] % 128
         warp = cute.arch.make_warp_uniform(thread // 32)
         place = tensor_memory + kernel.dq_column
-        pieces = chunks(kernel.smem_h)
+        # Of the four times 32 rows of a tile, those that this warp has, from which column on.
+        rows_of_warp, first_column, turn_of_warp = warp, Int32(0), warp
+        if const_expr(kernel.is_pair):
+            rows_of_warp, turn_of_warp = 2 * rank + warp % 2, WARPS * rank + warp
+            first_column = warp // 2 * kernel.held_h
+        pieces = chunks(kernel.held_h)
+        turns = kernel.config.dq_warps(kernel.head_dim)
         is_deterministic = const_expr(kernel.config.deterministic)
         phase, buffer = Int32(0), Int32(0)
         # Nothing may be added before the kernel before this one has cleared the sums.
@@ -56,7 +63,8 @@ class ReduceWarps:
             for j in cutlass.range(count, unroll=1):
                 m = tile_of(j)
                 tile = entry * m_blocks + m
-                rows = tile * (ROWS * kernel.smem_h) + warp * (32 * kernel.smem_h)
+                rows = tile * (ROWS * kernel.smem_h) + rows_of_warp * (32 * kernel.smem_h)
+                rows += first_column * 32
                 pipeline_dq.wait(0, phase)
                 fence_after_sync()
                 for i in cutlass.range_constexpr(len(pieces)):
@@ -83,8 +91,9 @@ class ReduceWarps:
                             head = kv_head * kernel.group + g
                             turn = row_of(mRanks[0], batch, head, n_block)[m]
                         else:
-                            turn = turn_of(kernel.mask, n_block, m, offset, ROWS, ROWS)
-                        take_turn(mTurns.iterator + (tile * WARPS + warp), turn)
+                            sizes = ROWS, kernel.config.tile_n
+                            turn = turn_of(kernel.mask, n_block, m, offset, *sizes)
+                        take_turn(mTurns.iterator + (tile * turns + turn_of_warp), turn)
                     if cute.arch.lane_idx() == 0:
                         bulk_add(
                             mdQAccum.iterator + (rows + first * 32),
@@ -94,6 +103,6 @@ class ReduceWarps:
                         cute.arch.cp_async_bulk_commit_group()
                     buffer ^= 1
                 if const_expr(is_deterministic):
-                    pass_turn(mTurns.iterator + (tile * WARPS + warp))
+                    pass_turn(mTurns.iterator + (tile * turns + turn_of_warp))
                 phase ^= 1
         cute.arch.cp_async_bulk_wait_group(0)

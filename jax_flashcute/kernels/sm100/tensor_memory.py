@@ -17,6 +17,7 @@ from jax_flashcute.kernels.primitives import select
 ROWS = 128
 COLUMNS = 512
 LANE_STRIDE = 1 << 16
+CTA_GROUPS = {1: tcgen05.CtaGroup.ONE, 2: tcgen05.CtaGroup.TWO}
 
 
 def tiled_mma(
@@ -25,23 +26,25 @@ def tiled_mma(
     b_major: OperandMajorMode,
     a_source: tcgen05.OperandSource,
     a_major: OperandMajorMode = OperandMajorMode.K,
+    m: int = ROWS,
+    cta_group: int = 1,
 ):
-    """One block's 128 x n product with float32 accumulation."""
+    """The m x n product of a block, or of a pair of blocks, with float32 accumulation."""
     return blackwell.make_trivial_tiled_mma(
         dtype,
         dtype,
         a_major,
         b_major,
         Float32,
-        tcgen05.CtaGroup.ONE,
-        (ROWS, n),
+        CTA_GROUPS[cta_group],
+        (m, n),
         a_source,
     )
 
 
-def accumulator(mma: cute.TiledMma, n: int, pointer: cute.Pointer) -> cute.Tensor:
-    """The 128 x n accumulator at a place in tensor memory, as products take it."""
-    shape = mma.partition_shape_C((ROWS, n))
+def accumulator(mma: cute.TiledMma, n: int, pointer: cute.Pointer, m: int = ROWS) -> cute.Tensor:
+    """The m x n accumulator at a place in tensor memory, as products take it."""
+    shape = mma.partition_shape_C((m, n))
     return cute.make_tensor(pointer, mma.make_fragment_C(shape).layout)
 
 
