@@ -21,86 +21,116 @@ from jax_flashcute.kernels.common.tiles import (
 )
 from jax_flashcute.kernels.config import loads_pages_by_tma
 
-COPYING_WARPS = 4
-"""On Hopper."""
+COPYING_WARPS = 2
+"""That copy K on Hopper, and as many others that copy V."""
 
 
 def tiles_in_pages(
     page_size: int | None,
     tile_n: int,
+    kv_stages: int,
     copying_warps: int = COPYING_WARPS,
     boxes_at_once: int = 4,
 ) -> "DenseTiles | BoxedTiles | CopiedTiles":
     """How tiles of ``tile_n`` keys are loaded from pages of ``page_size``; None: from no pages.
 
-    ``boxes_at_once``: how far the loop over a tile's boxes is unrolled, which takes registers.
+    ``copying_warps``: that copy K, and as many V; ``boxes_at_once``: how far the loop over a tile's
+    boxes is unrolled, which takes registers.
     """
     if page_size is None:
         return DenseTiles(tile_n)
     if loads_pages_by_tma(page_size):
         return BoxedTiles(page_size, tile_n, boxes_at_once)
-    return CopiedTiles(page_size, tile_n, copying_warps)
+    return CopiedTiles(page_size, tile_n, copying_warps, kv_stages)
 
 
-def fill_stage(pipeline: TmaPipeline, load, n: Int32, place, stage: Int32) -> None:
+def begin_stage(pipeline: TmaPipeline, tiles, load, n: Int32, place, stage: Int32) -> None:
     """Starts the copies of key tile n, by what ``loader`` gave, into an empty stage."""
-    if not pipeline.copying_threads:
+    if tiles.copying_warps:
+        load(n, place, stage)
+    else:
         pipeline.expect(stage)
-    load(n, place, stage, pipeline.full + stage)
+        load(n, place, stage, pipeline.full + stage)
+
+
+@cute.jit
+def finish_stage(pipeline: TmaPipeline, tiles: cutlass.Constexpr, stage: Int32, before: Int32):
+    """Marks a stage full that was begun, where the barrier does not see the copies of threads.
+
+    Or the one that this warp began before it (negative: none), so that two are under way.
+    """
+    if const_expr(tiles.copying_warps > 0):
+        if const_expr(tiles.copies_behind == 0):
+            settle(pipeline, stage, 0)
+        else:
+            if before >= 0:
+                settle(pipeline, before, tiles.copies_behind)
+
+
+def settle(pipeline: TmaPipeline, stage: Int32, behind: int) -> None:
+    """Marks a stage full that this warp has copied to, when ``behind`` later ones may be under way.
+
+    Threads' copies are not of the proxy through which products read.
+    """
+    cute.arch.cp_async_wait_group(behind)
+    cute.arch.fence_view_async_shared()
+    cute.arch.sync_warp()
+    pipeline.commit(stage)
+
+
+@cute.jit
+def settle_last(pipeline: TmaPipeline, tiles: cutlass.Constexpr, before: Int32):
+    """At the end of a tile of work: marks the stage full that this warp filled last, if any."""
+    if const_expr(tiles.copying_warps > 0 and tiles.copies_behind > 0):
+        if before >= 0:
+            settle(pipeline, before, 0)
 
 
 @cute.jit
 def follow_tiles(
     take: cutlass.Constexpr,
-    loaders: cutlass.Constexpr,
+    loader: cutlass.Constexpr,
     heads_per_kv: cutlass.Constexpr[int],
     key_order: cutlass.Constexpr,
-    nowhere: tuple,
+    tiles: cutlass.Constexpr,
     pipelines,
 ):
-    """A warp beside the one that draws tiles of work, which copies its rows of K and V of each.
+    """A warp beside the one that draws tiles of work, which copies its rows of K or V of each.
 
     Args:
       take: gives the fields of a tile of work for (stage, phase).
-      loaders: ``KeyTiles.loaders`` for (kv_head, batch, keys).
+      loader: gives for (kv_head, batch, keys) where a key tile lies and what copies it.
       heads_per_kv: heads of a tile's fields that a key/value head serves.
       key_order: ``KeyTiles.key_order`` of a tile's fields.
-      nowhere: what stands for the place of a tile that has none.
-      pipelines: of K, of V and of tiles of work.
+      tiles: the ``CopiedTiles``.
+      pipelines: of K or V, and of tiles of work.
     """
-    pipeline_k, pipeline_v, pipeline_tile = pipelines
-    k_stage, k_phase, v_stage, v_phase, t_stage, t_phase = (Int32(0) for _ in range(6))
+    pipeline, pipeline_tile = pipelines
+    stage, phase, t_stage, t_phase = (Int32(0) for _ in range(4))
     fields = take(t_stage, t_phase)
     while fields[0] >= 0:
         t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
         head, batch, keys = (fields[i] for i in (1, 2, 5))
         visits, nth = key_order(fields)
-        locate, load_k, load_v = loaders(head // heads_per_kv, batch, keys)
-        place = following = nowhere
+        locate, load = loader(head // heads_per_kv, batch, keys)
+        place, before = tiles.nowhere, Int32(-1)
         if visits > 0:
-            following = locate(nth(0))
-        # K of a tile goes ahead of V of the tile before.
-        for i in cutlass.range(visits + 1, unroll=1):
-            if i < visits:
-                pipeline_k.acquire(k_stage, k_phase)
-                fill_stage(pipeline_k, load_k, nth(i), following, k_stage)
-                k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
-            ahead = following
-            if i + 1 < visits:
-                ahead = locate(nth(i + 1))
-            if i > 0:
-                pipeline_v.acquire(v_stage, v_phase)
-                fill_stage(pipeline_v, load_v, nth(i - 1), place, v_stage)
-                v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
-            place, following = following, ahead
+            place = locate(nth(0))
+        for i in cutlass.range(visits, unroll=1):
+            following = locate(nth(cutlass.min(i + 1, visits - 1)))
+            pipeline.acquire(stage, phase)
+            begin_stage(pipeline, tiles, load, nth(i), place, stage)
+            finish_stage(pipeline, tiles, stage, before)
+            place, before = following, stage
+            stage, phase = pipeline.advance(stage, phase)
+        settle_last(pipeline, tiles, before)
         fields = take(t_stage, t_phase)
-    cute.arch.cp_async_wait_group(0)
 
 
 class DenseTiles:
     """Tiles of arrays (B, S, K, H), each copied at once by TMA."""
 
-    copying_threads = 0
+    copying_warps = 0
     nowhere = 0
 
     def __init__(self, tile_n: int):
@@ -143,7 +173,7 @@ class DenseTiles:
 class BoxedTiles:
     """Tiles copied by TMA, in boxes of rows of one page; one warp issues them all."""
 
-    copying_threads = 0
+    copying_warps = 0
     nowhere = 0
 
     def __init__(self, page_size: int, tile_n: int, boxes_at_once: int):
@@ -214,10 +244,12 @@ class CopiedTiles:
     the length become zeros.
     """
 
-    def __init__(self, page_size: int, tile_n: int, warps: int):
+    def __init__(self, page_size: int, tile_n: int, warps: int, kv_stages: int):
         self.page_size = page_size
         self.tile_n = tile_n
-        self.copying_threads = 32 * warps
+        self.copying_warps = warps
+        # Tiles on their way when a warp waits for the one before: of two stages one has to be full.
+        self.copies_behind = 1 if kv_stages > 2 else 0
         self.rows = tile_n // warps
         if tile_n % (4 * warps):
             raise ValueError(f"{tile_n} keys are not {warps} equal parts in fours")
@@ -250,10 +282,7 @@ class CopiedTiles:
         keys: Int32,
         warp: Int32,
     ):
-        """A function (n, places, stage, barrier) that starts the copies of this warp's rows.
-
-        Every thread arrives at the barrier once its copies are done.
-        """
+        """A function (n, places, stage) that starts the copies of this warp's rows, in a group."""
         _, pages, sX = copy
         return partial(self.copy, pages, sX, width, head, keys, warp)
 
@@ -269,7 +298,6 @@ class CopiedTiles:
         n: Int32,
         places: tuple,
         stage: Int32,
-        barrier,
     ):
         head_dim, heads, num_pages = (pages.shape[i] for i in (2, 3, 4))
         chunks, atom = width // 8, swizzle_width(sX.element_type, width)
@@ -308,7 +336,7 @@ class CopiedTiles:
                 read = Uint32(cute.arch.vote_ballot_sync(is_key)) >> Uint32(own_row * lanes)
                 for i in cutlass.range(steps, unroll=1):
                     copy_step(i, (read >> Uint32(i)) & Uint32(1) == Uint32(1))
-        cute.arch.cp_async_mbarrier_arrive_noinc(barrier)
+        cute.arch.cp_async_commit_group()
 
     @cute.jit
     def copy_step(

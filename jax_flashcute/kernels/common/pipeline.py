@@ -12,8 +12,8 @@ class TmaPipeline(Traced):
     Barriers: ``full[stage]`` completes after one arrival and ``tx_bytes`` bytes;
     ``empty[stage]`` completes after one arrival of each consumer warp.
 
-    With ``copying_threads``, so many threads fill a stage by asynchronous copies instead, and
-    ``full[stage]`` completes after an arrival of each; nothing is then expected or committed.
+    With ``copying_warps``, so many warps fill a stage by their threads' copies instead, and
+    ``full[stage]`` completes after an arrival of each; nothing is then expected.
 
     The state of either end is a (stage, phase) pair that starts at (0, 0) and moves by
     ``advance``.  ``check_arrivals`` compares the arrivals that were traced releasing a stage, over
@@ -27,7 +27,7 @@ class TmaPipeline(Traced):
         stages: int,
         tx_bytes: int,
         consumer_warps: int,
-        copying_threads: int = 0,
+        copying_warps: int = 0,
     ):
         """``barriers``: pointer to 2 * stages 64-bit words in shared memory, full ones first."""
         self.name = name
@@ -36,13 +36,13 @@ class TmaPipeline(Traced):
         self.stages = stages
         self.tx_bytes = tx_bytes
         self.consumer_warps = consumer_warps
-        self.copying_threads = copying_threads
+        self.copying_warps = copying_warps
         self.releasing: dict[str, set[int]] = {}
 
     def init(self) -> None:
         """Initialises the barriers; called by one thread."""
         for stage in range(self.stages):
-            cute.arch.mbarrier_init(self.full + stage, self.copying_threads or 1)
+            cute.arch.mbarrier_init(self.full + stage, self.copying_warps or 1)
             cute.arch.mbarrier_init(self.empty + stage, self.consumer_warps)
 
     def acquire(self, stage: Int32, phase: Int32) -> None:
@@ -62,9 +62,6 @@ class TmaPipeline(Traced):
     def wait(self, stage: Int32, phase: Int32) -> None:
         """Consumer: waits until the stage is full."""
         cute.arch.mbarrier_wait(self.full + stage, phase)
-        if self.copying_threads:
-            # Threads' copies are not of the proxy through which products read.
-            cute.arch.fence_view_async_shared()
 
     def release(
         self, stage: Int32, warps: int, role: str = "consumer", lanes_read: bool = False

@@ -151,6 +151,21 @@ class KeyTiles:
             self.kv_tiles.loader(v_copy, self.smem_hv, *ring, warp),
         )
 
+    def one_loader(
+        self,
+        k_copy,
+        v_copy,
+        mPageTable,
+        warp: Int32,
+        copies_v: int,
+        kv_head: Int32,
+        batch: Int32,
+        keys: Int32,
+    ) -> tuple[Callable, Callable]:
+        """Where a key tile lies, and what starts the copies of its K or its V, for one warp."""
+        locate, *loads = self.loaders(k_copy, v_copy, mPageTable, warp, kv_head, batch, keys)
+        return locate, loads[copies_v]
+
 
 class QueryTiles:
     """Base of backward kernels: the query tiles that a block of keys visits."""

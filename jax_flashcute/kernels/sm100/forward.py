@@ -56,7 +56,7 @@ from jax_flashcute.kernels.config import FwdConfigSm100, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
 from jax_flashcute.kernels.sm100.correction import CorrectionWarpgroup
-from jax_flashcute.kernels.sm100.load import COPYING_WARPS, FOLLOWING_WARPS, LoadWarp
+from jax_flashcute.kernels.sm100.load import COPYING_WARPS, LoadWarp
 from jax_flashcute.kernels.sm100.pipeline import TensorPipeline, take_work
 from jax_flashcute.kernels.sm100.products import ProductWarp
 from jax_flashcute.kernels.sm100.softmax import SoftmaxWarpgroups
@@ -123,9 +123,12 @@ class ForwardSm100(KeyTiles):
         self.has_mask_mod = functions is not None and functions.mask_mod is not None
         self.has_sinks = functions is not None and functions.sinks
         self.page_size = page_size
-        self.kv_tiles = tiles_in_pages(page_size, config.tile_n, COPYING_WARPS, boxes_at_once=2)
-        self.copying_threads = self.kv_tiles.copying_threads
-        self.following_warps = FOLLOWING_WARPS if self.copying_threads else 0
+        self.kv_tiles = tiles_in_pages(
+            page_size, config.tile_n, config.kv_stages, COPYING_WARPS, boxes_at_once=2
+        )
+        self.copying_warps = self.kv_tiles.copying_warps
+        # One copies K and draws the tiles of work, another copies V.
+        self.following_warps = self.copying_warps
         self.smem_h = round_up(head_dim, 16)
         self.smem_hv = round_up(head_dim_v, 16)
         self.slab_tokens = ROWS // self.heads_packed
@@ -297,7 +300,7 @@ class ForwardSm100(KeyTiles):
                 stages,
                 cfg.tile_n * h_bytes,
                 1,
-                copying_threads=self.copying_threads,
+                copying_warps=self.copying_warps,
             ),
             TensorPipeline(
                 "v",
@@ -305,7 +308,7 @@ class ForwardSm100(KeyTiles):
                 stages,
                 cfg.tile_n * hv_bytes,
                 1,
-                copying_threads=self.copying_threads,
+                copying_warps=self.copying_warps,
             ),
             TensorPipeline("s", storage.s_barriers.data_ptr(), tiles, 0, 4),
             TensorPipeline("o", storage.o_barriers.data_ptr(), tiles, 0, 4),
@@ -404,22 +407,23 @@ class ForwardSm100(KeyTiles):
                 ProductWarp(self).issue_products(sQ, sK, sV, tensor_memory, pipelines, work)
             if const_expr(self.following_warps > 0):
                 if warp_index == product_warp + 1:
-                    _, pipeline_k, pipeline_v, _, _, _, pipeline_tile = pipelines
+                    _, _, pipeline_v, _, _, _, pipeline_tile = pipelines
                     follow_tiles(
                         partial(
                             take_work,
                             work,
                             pipeline_tile,
-                            warps=FOLLOWING_WARPS,
+                            warps=self.following_warps,
                             role="following",
                         ),
                         partial(
-                            self.loaders, (tma_k, gK, sK), (tma_v, gV, sV), mPageTable, Int32(1)
+                            self.one_loader,
+                            *((tma_k, gK, sK), (tma_v, gV, sV), mPageTable, Int32(0), 1),
                         ),
                         self.heads_per_kv,
                         partial(self.key_order, lists=None),
-                        self.kv_tiles.nowhere,
-                        (pipeline_k, pipeline_v, pipeline_tile),
+                        self.kv_tiles,
+                        (pipeline_v, pipeline_tile),
                     )
         if warp_index < 4 * cfg.query_tiles:
             cute.arch.setmaxregister_increase(cfg.softmax_registers)

@@ -8,15 +8,14 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 
-from jax_flashcute.kernels.common.paging import fill_stage
+from jax_flashcute.kernels.common.paging import begin_stage, finish_stage, settle_last
 from jax_flashcute.kernels.common.scheduler import draw_tile
 from jax_flashcute.kernels.common.splits import split_range
 from jax_flashcute.kernels.common.tiles import clear_rows, slab_tma_layout, tma_partition
 from jax_flashcute.kernels.sm100.pipeline import TensorPipeline, write_work
 
-COPYING_WARPS = 2
-"""That copy keys from small pages: the load warp, and one of the two that have nothing to do."""
-FOLLOWING_WARPS = COPYING_WARPS - 1
+COPYING_WARPS = 1
+"""That copies K from small pages, the load warp; of two with nothing to do one copies V."""
 
 
 class LoadWarp:
@@ -98,50 +97,61 @@ class LoadWarp:
             visits, nth = self.kernel.key_order(fields, lists)
             # Where tiles lie comes from memory, and is asked for ahead of time.
             n, following = Int32(0), Int32(0)
-            place = following_place = self.kernel.kv_tiles.nowhere
+            tiles, before = self.kernel.kv_tiles, Int32(-1)
+            place = following_place = tiles.nowhere
             if visits > 0:
                 n = nth(0)
                 place = locate(n)
                 following = nth(cutlass.min(Int32(1), visits - 1))
                 following_place = locate(following)
                 pipeline_k.acquire(k_stage, k_phase)
-                fill_stage(pipeline_k, load_k, n, place, k_stage)
-                k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+                # Copies of threads are waited for once Q is on its way too.
+                begin_stage(pipeline_k, tiles, load_k, n, place, k_stage)
                 for w in cutlass.range_constexpr(cfg.query_tiles):
                     m = m_block * cfg.query_tiles + w
                     load_stage(pipeline_q, tma_q, tQgQ, m, tQsQ, Int32(w), q_phase)
                 q_phase ^= 1
+                finish_stage(pipeline_k, tiles, k_stage, before)
+                before = k_stage
+                k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
             for i in cutlass.range(visits, unroll=1):
-                if i + 1 < visits:
-                    pipeline_k.acquire(k_stage, k_phase)
-                    fill_stage(pipeline_k, load_k, following, following_place, k_stage)
-                    k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 ahead = nth(cutlass.min(i + 2, visits - 1))
                 ahead_place = locate(ahead)
-                pipeline_v.acquire(v_stage, v_phase)
-                is_tail = Boolean(False)
-                if const_expr(has_kv_lengths and not self.kernel.kv_tiles.copying_threads):
-                    is_tail = (n + 1) * cfg.tile_n > keys
-                if is_tail:
-                    # What lies beyond the length may be NaN, and 0 * NaN is NaN: clear it.
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(tail_barrier, pipeline_v.tx_bytes)
-                    load_v(n, place, v_stage, tail_barrier)
-                    cute.arch.mbarrier_wait(tail_barrier, tail_phase)
-                    # A list may hold tiles that lie beyond the length altogether.
-                    inside = keys - n * cfg.tile_n
-                    if const_expr(self.kernel.has_lists):
-                        inside = cutlass.max(inside, Int32(0))
-                    clear_rows(sV, self.kernel.smem_hv, v_stage, inside)
-                    cute.arch.fence_view_async_shared()
-                    cute.arch.sync_warp()
-                    pipeline_v.commit(v_stage)
-                    tail_phase ^= 1
-                else:
-                    fill_stage(pipeline_v, load_v, n, place, v_stage)
+                if i + 1 < visits:
+                    pipeline_k.acquire(k_stage, k_phase)
+                    begin_stage(pipeline_k, tiles, load_k, following, following_place, k_stage)
+                    finish_stage(pipeline_k, tiles, k_stage, before)
+                    before = k_stage
+                    k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+                # Another warp copies V, if threads do.
+                if const_expr(tiles.copying_warps == 0):
+                    pipeline_v.acquire(v_stage, v_phase)
+                    is_tail = Boolean(False)
+                    if const_expr(has_kv_lengths):
+                        is_tail = (n + 1) * cfg.tile_n > keys
+                    if is_tail:
+                        # What lies beyond the length may be NaN, and 0 * NaN is NaN: clear it.
+                        with cute.arch.elect_one():
+                            cute.arch.mbarrier_arrive_and_expect_tx(
+                                tail_barrier, pipeline_v.tx_bytes
+                            )
+                        load_v(n, place, v_stage, tail_barrier)
+                        cute.arch.mbarrier_wait(tail_barrier, tail_phase)
+                        # A list may hold tiles that lie beyond the length altogether.
+                        inside = keys - n * cfg.tile_n
+                        if const_expr(self.kernel.has_lists):
+                            inside = cutlass.max(inside, Int32(0))
+                        clear_rows(sV, self.kernel.smem_hv, v_stage, inside)
+                        cute.arch.fence_view_async_shared()
+                        cute.arch.sync_warp()
+                        pipeline_v.commit(v_stage)
+                        tail_phase ^= 1
+                    else:
+                        begin_stage(pipeline_v, tiles, load_v, n, place, v_stage)
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
                 n, place = following, following_place
                 following, following_place = ahead, ahead_place
+            settle_last(pipeline_k, tiles, before)
             tile = draw_tile(mCounter)
             tile = cute.arch.shuffle_sync(tile, 0)
 

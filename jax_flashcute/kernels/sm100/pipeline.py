@@ -27,15 +27,15 @@ class TensorPipeline(TmaPipeline):
         tx_bytes: int,
         consumer_warps: int,
         producer_warps: int = 1,
-        copying_threads: int = 0,
+        copying_warps: int = 0,
     ):
         """As ``TmaPipeline``; ``producer_warps``: arrivals that fill a stage, besides the bytes."""
-        super().__init__(name, barriers, stages, tx_bytes, consumer_warps, copying_threads)
+        super().__init__(name, barriers, stages, tx_bytes, consumer_warps, copying_warps)
         self.producer_warps = producer_warps
 
     def init(self) -> None:
         for stage in range(self.stages):
-            cute.arch.mbarrier_init(self.full + stage, self.copying_threads or self.producer_warps)
+            cute.arch.mbarrier_init(self.full + stage, self.copying_warps or self.producer_warps)
             cute.arch.mbarrier_init(self.empty + stage, self.consumer_warps)
 
     def commit_products(self, stage) -> None:

@@ -12,8 +12,8 @@ one, so softmax runs beside a product; between warpgroups named barriers make th
 issuing products, so one's softmax runs beside the other's products.
 
 Keys and values may lie in pages (common/paging.py): a tile is then several copies, of the part of
-each page that it holds.  Pages too small for TMA are copied by the threads of four warps; the other
-three follow the producer through its tiles.
+each page that it holds.  Pages too small for TMA are copied by threads: the producer warp and
+another copy K, two more V; these three follow the producer through its tiles.
 
 With ``split_kv``, for queries that fill one row of tiles, a tile is also one of several parts of
 its keys (common/splits.py).  Parts of one row go to scratch in float32 and a second kernel adds
@@ -30,8 +30,8 @@ them up (extra/combine.py); where a row has one part alone, the output is writte
 "terms" are what a score adds (added_terms.py), where it does.
 
 Counts are arrivals; "+ tx" means that the barrier also waits for the copies' bytes; W is the
-number of consumer warpgroups, of four warps each.  Where threads copy, 128 of them arrive at k and
-v, and three warps more take a tile.
+number of consumer warpgroups, of four warps each.  Where threads copy, two warps arrive at k, two
+at v, and three warps more take a tile.
 """
 
 from functools import partial
@@ -55,9 +55,10 @@ from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.paging import (
-    COPYING_WARPS,
-    fill_stage,
+    begin_stage,
+    finish_stage,
     follow_tiles,
+    settle_last,
     tiles_in_pages,
 )
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
@@ -169,8 +170,8 @@ class ForwardSm90(KeyTiles):
         self.has_sinks = functions is not None and functions.sinks
         self.has_mask_mod = functions is not None and functions.mask_mod is not None
         self.page_size = page_size
-        self.kv_tiles = tiles_in_pages(page_size, config.tile_n)
-        self.copying_threads = self.kv_tiles.copying_threads
+        self.kv_tiles = tiles_in_pages(page_size, config.tile_n, config.kv_stages)
+        self.copying_warps = self.kv_tiles.copying_warps
         self.smem_h = round_up(head_dim, 16)
         self.smem_hv = round_up(head_dim_v, 16)
         self.slab_tokens = 64 // self.heads_packed
@@ -354,7 +355,7 @@ class ForwardSm90(KeyTiles):
             cfg.kv_stages,
             cfg.tile_n * h_bytes,
             self.consumer_warps,
-            self.copying_threads,
+            self.copying_warps,
         )
         pipeline_v = TmaPipeline(
             "v",
@@ -362,9 +363,10 @@ class ForwardSm90(KeyTiles):
             cfg.kv_stages,
             cfg.tile_n * hv_bytes,
             self.consumer_warps,
-            self.copying_threads,
+            self.copying_warps,
         )
-        following_warps = COPYING_WARPS - 1 if self.copying_threads else 0
+        # One of those that copy K draws the tiles of work.
+        following_warps = max(2 * self.copying_warps - 1, 0)
         pipeline_tile = TmaPipeline(
             "tile",
             storage.tile_barriers.data_ptr(),
@@ -420,20 +422,27 @@ class ForwardSm90(KeyTiles):
                 )
             elif const_expr(following_warps):
                 _, pipeline_k, pipeline_v, pipeline_tile = pipelines
-                follow_tiles(
-                    partial(
-                        self.take_work,
-                        work,
-                        pipeline_tile,
-                        warps=COPYING_WARPS - 1,
-                        role="following",
-                    ),
-                    partial(self.loaders, (tma_k, gK, sK), (tma_v, gV, sV), mPageTable, warp_index),
-                    self.heads_per_kv,
-                    partial(self.key_order, lists=None),
-                    self.kv_tiles.nowhere,
-                    (pipeline_k, pipeline_v, pipeline_tile),
-                )
+                for copies_v in cutlass.range_constexpr(2):
+                    first = copies_v * self.copying_warps
+                    if first <= warp_index and warp_index < first + self.copying_warps:
+                        follow_tiles(
+                            partial(
+                                self.take_work,
+                                work,
+                                pipeline_tile,
+                                warps=following_warps,
+                                role="following",
+                            ),
+                            partial(
+                                self.one_loader,
+                                *((tma_k, gK, sK), (tma_v, gV, sV), mPageTable),
+                                *(warp_index - first, copies_v),
+                            ),
+                            self.heads_per_kv,
+                            partial(self.key_order, lists=None),
+                            self.kv_tiles,
+                            (pipeline_v if copies_v else pipeline_k, pipeline_tile),
+                        )
         else:
             if const_expr(cfg.reallocates_registers):
                 cute.arch.setmaxregister_increase(cfg.consumer_registers)
@@ -540,8 +549,8 @@ class ForwardSm90(KeyTiles):
                 following = nth(cutlass.min(Int32(1), visits - 1))
                 following_place = locate(following)
                 pipeline_k.acquire(k_stage, k_phase)
-                fill_stage(pipeline_k, load_k, n, place, k_stage)
-                k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+                # Copies of threads are waited for once Q is on its way too.
+                begin_stage(pipeline_k, self.kv_tiles, load_k, n, place, k_stage)
             pipeline_q.acquire(Int32(0), q_phase)
             pipeline_q.expect(Int32(0))
             for w in cutlass.range_constexpr(cfg.warpgroups):
@@ -552,39 +561,53 @@ class ForwardSm90(KeyTiles):
                     tma_bar_ptr=pipeline_q.full,
                 )
             q_phase ^= 1
+            before = Int32(-1)
+            if visits > 0:
+                finish_stage(pipeline_k, self.kv_tiles, k_stage, before)
+                before = k_stage
+                k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
             for i in cutlass.range(visits, unroll=1):
+                ahead = nth(cutlass.min(i + 2, visits - 1))
+                ahead_place = locate(ahead)
                 if i + 1 < visits:
                     pipeline_k.acquire(k_stage, k_phase)
-                    fill_stage(pipeline_k, load_k, following, following_place, k_stage)
+                    begin_stage(
+                        pipeline_k, self.kv_tiles, load_k, following, following_place, k_stage
+                    )
+                    finish_stage(pipeline_k, self.kv_tiles, k_stage, before)
+                    before = k_stage
                     k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 else:
                     tile = draw_tile(mCounter)
-                ahead = nth(cutlass.min(i + 2, visits - 1))
-                ahead_place = locate(ahead)
-                pipeline_v.acquire(v_stage, v_phase)
-                is_tail = Boolean(False)
-                if const_expr(has_kv_lengths and not self.copying_threads):
-                    is_tail = (n + 1) * cfg.tile_n > keys
-                if is_tail:
-                    # What lies beyond the length may be NaN, and 0 * NaN is NaN: clear it.
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(tail_barrier, pipeline_v.tx_bytes)
-                    load_v(n, place, v_stage, tail_barrier)
-                    cute.arch.mbarrier_wait(tail_barrier, tail_phase)
-                    # A list may hold tiles that lie beyond the length altogether.
-                    inside = keys - n * cfg.tile_n
-                    if const_expr(self.has_lists):
-                        inside = cutlass.max(inside, Int32(0))
-                    clear_rows(sV, self.smem_hv, v_stage, inside)
-                    cute.arch.fence_view_async_shared()
-                    cute.arch.sync_warp()
-                    pipeline_v.commit(v_stage)
-                    tail_phase ^= 1
-                else:
-                    fill_stage(pipeline_v, load_v, n, place, v_stage)
-                v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
+                # Other warps copy V, if threads do.
+                if const_expr(self.copying_warps == 0):
+                    pipeline_v.acquire(v_stage, v_phase)
+                    is_tail = Boolean(False)
+                    if const_expr(has_kv_lengths):
+                        is_tail = (n + 1) * cfg.tile_n > keys
+                    if is_tail:
+                        # What lies beyond the length may be NaN, and 0 * NaN is NaN: clear it.
+                        with cute.arch.elect_one():
+                            cute.arch.mbarrier_arrive_and_expect_tx(
+                                tail_barrier, pipeline_v.tx_bytes
+                            )
+                        load_v(n, place, v_stage, tail_barrier)
+                        cute.arch.mbarrier_wait(tail_barrier, tail_phase)
+                        # A list may hold tiles that lie beyond the length altogether.
+                        inside = keys - n * cfg.tile_n
+                        if const_expr(self.has_lists):
+                            inside = cutlass.max(inside, Int32(0))
+                        clear_rows(sV, self.smem_hv, v_stage, inside)
+                        cute.arch.fence_view_async_shared()
+                        cute.arch.sync_warp()
+                        pipeline_v.commit(v_stage)
+                        tail_phase ^= 1
+                    else:
+                        begin_stage(pipeline_v, self.kv_tiles, load_v, n, place, v_stage)
+                    v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
                 n, place = following, following_place
                 following, following_place = ahead, ahead_place
+            settle_last(pipeline_k, self.kv_tiles, before)
 
             if visits <= 0:
                 tile = draw_tile(mCounter)
