@@ -22,6 +22,8 @@ from jax_flashcute.ffi.resources import find_tools
 
 ARCH = "sm_100a"
 HEAD_DIM = 128
+WIDE = 256
+"""The head_dim at which the backward has a kernel for each gradient."""
 TILE = 128
 SMEM_BYTES_A_CYCLE = 128
 TENSOR_MACS_A_CYCLE = 4096
@@ -58,6 +60,12 @@ scores forward and one backward.
 The largest of the cycles bounds the kernel, as far as such a count can tell.
 
 """
+PASSES = """
+Ours at head_dim 256, backward, for 128 x 128 scores, where dV, dK and dQ have a kernel each
+([kernels.md](kernels.md)). FlashAttention-4 has two there, of pairs of blocks, with seven products
+in place of our eight; they are not counted here.
+
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,16 +97,19 @@ class Kernel:
     compile: Callable[[Path], bytes]
 
 
-def instructions(cubin: bytes) -> list[Instruction]:
-    """Those of the kernel that has tensor core products."""
+def kernels_of(cubin: bytes) -> list[list[Instruction]]:
+    """Those of each kernel that has tensor core products."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [str(find_tools() / "cuobjdump"), "-sass", file.name]
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (kernel,) = [part for part in sass.split("Function : ")[1:] if "UTCHMMA" in part]
+    kernels = [part for part in sass.split("Function : ")[1:] if "UTCHMMA" in part]
     pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
-    return [Instruction(int(a, 16), o, x) for a, o, x in re.findall(pattern, kernel)]
+    return [
+        [Instruction(int(a, 16), o, x) for a, o, x in re.findall(pattern, kernel)]
+        for kernel in kernels
+    ]
 
 
 def loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
@@ -131,17 +142,20 @@ def loop_of(
     raise ValueError(f"code must have a loop of {what}; found none")
 
 
-def without_rescaling(body: list[Instruction]) -> list[Instruction]:
-    """The correction's loop where no row's maximum has grown: no vote finds anything to do."""
+def without_branches(body: list[Instruction], name: str) -> list[Instruction]:
+    """A loop that skips what a branch may skip, where that has such instructions.
+
+    Of the correction, STTM: no row's maximum has grown.  Of a mask, R2P: the tile hides nothing.
+    """
     kept, resume = [], 0
     for instruction in body:
         if instruction.address < resume:
             continue
         kept.append(instruction)
         target = instruction.target
-        if target is not None and target > instruction.address:
+        if target is not None and instruction.address < target <= body[-1].address:
             skipped = [i for i in body if instruction.address < i.address < target]
-            if count(skipped, "STTM"):
+            if count(skipped, name):
                 resume = target
     return kept
 
@@ -196,15 +210,12 @@ def row(kernel: Kernel, code: list[Instruction]) -> dict[str, float]:
         others = loop_of(
             code, "rescaling", lambda b: bool(count(b, "STTM")) and not count(b, "MUFU")
         )
-        others = without_rescaling(others)
+        others = without_branches(others, "STTM")
     else:
         others = loop_of(code, "reductions", lambda b: bool(count(b, "UBLKRED")))
     # Eight warps of exponentials and four others, so two and one in each part.
     warps = ((exponentials, 2), (others, 1))
     names = sum((Counter(i.name for i in body * n) for body, n in warps), Counter())
-    lanes = {unit: 32 / n for unit, n in LANES.items()}
-    fma = sum(n * (2 if name.endswith("2") else 1) for name, n in names.items() if name in FMA)
-    alu = sum(n for name, n in names.items() if name in ALU)
     shared, tensor = product_bytes(products, kernel)
     # Of K and V, or of Q and dO; a pair shares the first.
     shared += 2 * TILE * HEAD_DIM * 2 // (2 if kernel.pair and forward else 1)
@@ -219,9 +230,7 @@ def row(kernel: Kernel, code: list[Instruction]) -> dict[str, float]:
     tiles = 4 if forward else 5
     return {
         "products": tiles * TILE * TILE * HEAD_DIM / TENSOR_MACS_A_CYCLE,
-        "special functions": names["MUFU"] * lanes["sfu"],
-        "FMA": fma * lanes["fma"],
-        "ALU": alu * lanes["alu"],
+        **unit_cycles(names),
         "issue": sum(names.values()) + len(products),
         "shared memory": shared / SMEM_BYTES_A_CYCLE,
         "tensor memory, KiB": tensor / 1024,
@@ -229,7 +238,46 @@ def row(kernel: Kernel, code: list[Instruction]) -> dict[str, float]:
     }
 
 
-def ours(direction: str, causal: bool) -> Callable[[Path], bytes]:
+def unit_cycles(names: Counter) -> dict[str, float]:
+    """Cycles of each unit of a part of a multiprocessor, of its instructions by name."""
+    lanes = {unit: 32 / n for unit, n in LANES.items()}
+    fma = sum(n * (2 if name.endswith("2") else 1) for name, n in names.items() if name in FMA)
+    alu = sum(n for name, n in names.items() if name in ALU)
+    return {
+        "special functions": names["MUFU"] * lanes["sfu"],
+        "FMA": fma * lanes["fma"],
+        "ALU": alu * lanes["alu"],
+    }
+
+
+def pass_row(code: list[Instruction]) -> dict[str, float]:
+    """``row`` of one of the passes at head_dim 256: 128 x 128 scores, in halves of 64 columns."""
+    products = loop_of(code, "products", lambda b: count(b, "UTCHMMA") >= 40)
+    exponentials = loop_of(code, "exponentials", lambda b: count(b, "MUFU") == 64)
+    step = without_branches(exponentials, "R2P")
+    names = Counter(i.name for i in step * 2)
+    shared = tensor = 0
+    macs = 0
+    for instruction in products:
+        if instruction.name == "UTCHMMA":
+            # S and dP have A, of 128 rows, in shared memory and B of 64; the gradient B of 256.
+            of_scores = instruction.operands.strip().startswith("gdesc")
+            shared += 2 * 16 * (TILE + TILE // 2 if of_scores else WIDE)
+            tensor += 0 if of_scores else 2 * 16 * TILE
+            macs += 16 * TILE * (TILE // 2 if of_scores else WIDE)
+    shared += 2 * TILE * WIDE * 2 + 8 * 128 * count(step, "LDS")
+    tensor += 8 * (accesses(step, "LDTM") + accesses(step, "STTM"))
+    return {
+        "products": macs / TENSOR_MACS_A_CYCLE,
+        **unit_cycles(names),
+        "issue": sum(names.values()) + len(products),
+        "shared memory": shared / SMEM_BYTES_A_CYCLE,
+        "tensor memory, KiB": tensor / 1024,
+        "spills": count(exponentials, "LDL", "STL"),
+    }
+
+
+def ours(direction: str, causal: bool, head_dim: int = HEAD_DIM) -> Callable[[Path], bytes]:
     def compile_ours(folder: Path) -> bytes:
         import jax
         import jax.numpy as jnp
@@ -238,8 +286,8 @@ def ours(direction: str, causal: bool) -> Callable[[Path], bytes]:
         from jax_flashcute.kernels import registry
         from jax_flashcute.spec import AttentionSpec, Operands
 
-        x = jax.ShapeDtypeStruct((2, 4096, 16, HEAD_DIM), jnp.bfloat16)
-        spec = AttentionSpec(HEAD_DIM**-0.5, is_causal=causal)
+        x = jax.ShapeDtypeStruct((2, 4096, 16, head_dim), jnp.bfloat16)
+        spec = AttentionSpec(head_dim**-0.5, is_causal=causal)
         key = registry.kernel_key(spec, Operands(x, x, x), direction, ARCH, 148)
         arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
         kernel = compile_kernel(registry.builder(key), arrays, ARCH, keep_intermediates=True)
@@ -335,24 +383,40 @@ def page(with_peer: bool) -> str:
         if kernel.implementation != "jax_flashcute" and not with_peer:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            found = row(kernel, instructions(kernel.compile(Path(folder))))
-        if not lines:
-            lines.append(f"| | | {' | '.join(found)} | bound by |")
-            lines.append("|---|---|" + "---:|" * len(found) + "---|")
-        cycles = {n: x for n, x in found.items() if n not in ("tensor memory, KiB", "spills")}
-        bound = max(cycles, key=lambda name: cycles[name])
-        bounds.setdefault(kernel.name, []).append(cycles[bound])
-        figures = " | ".join(f"{math.ceil(x):,}" for x in found.values())
+            (code,) = kernels_of(kernel.compile(Path(folder)))
+        found = row(kernel, code)
         name = kernel.implementation + (", 2-CTA" if kernel.pair else "")
-        lines.append(f"| {kernel.name} | {name} | {figures} | {bound} |")
-        print(lines[-1], flush=True)
+        bound = add_line(lines, f"{kernel.name} | {name}", found)
+        bounds.setdefault(kernel.name, []).append(found[bound])
     ratios = [
         f"{name} {cycles[0] / cycles[1]:.3f}" for name, cycles in bounds.items() if len(cycles) > 1
     ]
     text = PREAMBLE + "\n".join(lines) + "\n"
     if ratios:
         text += f"\nOurs of FlashAttention-4 by the largest of each: {', '.join(ratios)}.\n"
-    return text
+    wide: list[str] = []
+    codes = sorted(kernels_of(ours("bwd", False, WIDE)(Path())), key=pass_of)
+    for gradient, code in zip(("dV", "dK", "dQ"), codes, strict=True):
+        add_line(wide, f"head_dim {WIDE} | {gradient}", pass_row(code))
+    return f"{text}{PASSES}{chr(10).join(wide)}\n"
+
+
+def pass_of(code: list[Instruction]) -> tuple[int, int]:
+    """Sorts the passes: dV has the fewest products, and dQ no statistics in shared memory."""
+    return count(code, "UTCHMMA"), -count(code, "LDS")
+
+
+def add_line(lines: list[str], names: str, found: dict[str, float]) -> str:
+    """Adds a kernel's counts to a table; returns what bounds it."""
+    if not lines:
+        lines.append(f"| | | {' | '.join(found)} | bound by |")
+        lines.append("|---|---|" + "---:|" * len(found) + "---|")
+    cycles = {n: x for n, x in found.items() if n not in ("tensor memory, KiB", "spills")}
+    bound = max(cycles, key=lambda name: cycles[name])
+    figures = " | ".join(f"{math.ceil(x):,}" for x in found.values())
+    lines.append(f"| {names} | {figures} | {bound} |")
+    print(lines[-1], flush=True)
+    return bound
 
 
 def main() -> None:
