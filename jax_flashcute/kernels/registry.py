@@ -42,7 +42,6 @@ from jax_flashcute.kernels.config import (
     forward_config,
     forward_config_sm100,
     has_dq_sums,
-    in_parts,
     loads_pages_by_tma,
     most_splits,
     paged_config,
@@ -510,8 +509,6 @@ def kernel_key(
             config = paged_config(config)
     else:
         config, pack_gqa, num_sms = _existing(_backward_config(arch, spec, operands)), False, 0
-        if has_lists and group > 1 and isinstance(config, BwdConfig):
-            config = in_parts(config)
         functions = without_sinks(functions, spec.constants)
     return KernelKey(
         kernel=f"{'sm100' if arch in BLACKWELL else 'sm90'}_{passes}",
@@ -714,19 +711,11 @@ def _backward_arrays(key: KernelKey):
     v = (_element_type(key), (1, 1, 1, key.head_dim_v))
     rows = (cutlass.Float32, (1, 1, 1))
     turns = [(cutlass.Int32, (1, 1, 1))] if key.config.deterministic else []
-    carried = [(cutlass.Int32, (1, 1, 1)), rows] if _carries(key) else []
     others = [*_optional_arrays(key), *_element_arrays(key), *_bound_arrays(key)]
     others += [*_list_arrays(key), *_rank_arrays(key), *_packed_arrays(key)]
     sums = [(cutlass.Float32, (1,) * rank) for rank in _summed_ranks(key)]
     of_dq = rows if has_dq_sums(key.config) else None
-    results = [qk, qk, v, *sums]
-    scratch = [of_dq, rows, rows, *turns, *carried]
-    return [qk, qk, v, v, rows, v, rows, *others, *results, *scratch]
-
-
-def _carries(key: KernelKey) -> bool:
-    """Whether blocks of the backward are in parts, which carry dK and dV on."""
-    return isinstance(key.config, BwdConfig) and key.config.resident_bytes > 0
+    return [qk, qk, v, v, rows, v, rows, *others, qk, qk, v, *sums, of_dq, rows, rows, *turns]
 
 
 def _summed_ranks(key: KernelKey) -> list[int]:
@@ -796,10 +785,9 @@ def _packed_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
 
 def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
     """``launcher``, which takes the page table and groups of arrays by name, with these from
-    ``first`` on; gradients that are summed after three others; and what is carried at the end."""
+    ``first`` on; and gradients that are summed after three others."""
     paged = len(_table_arrays(key))
     sums = len(_summed_ranks(key)) if key.direction == "bwd" else 0
-    carries = _carries(key)
     groups = {
         "mElements": len(_element_arrays(key)),
         "mBounds": len(_bound_arrays(key)),
@@ -808,7 +796,7 @@ def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
         "mPacked": len(_packed_arrays(key)),
     }
     groups = {name: count for name, count in groups.items() if count}
-    if not groups and not paged and not carries:
+    if not groups and not paged:
         return launcher
 
     def launch(stream, *arrays):
@@ -818,8 +806,6 @@ def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
             named[name], rest = rest[:count], rest[count:]
         if sums:
             named["mGradients"], rest = rest[3 : 3 + sums], rest[:3] + rest[3 + sums :]
-        if carries:
-            named["mCarried"], rest = rest[-2:], rest[:-2]
         launcher(stream, *arrays[:first], *rest, **named)
 
     return launch
