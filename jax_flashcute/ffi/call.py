@@ -180,7 +180,9 @@ def _visits(
         if key.direction == "fwd" and given is not None:
             return given.in_tiles(rows, columns).kernel_lists()
         if given is not None and not key.has_ranks:
-            return given.transposed_lists(rows, columns)
+            if key.visits_both_ways:
+                both = given.in_tiles(columns, rows).kernel_lists()
+            return [*given.transposed_lists(rows, columns), *both]
         lengths = T, S
         if key.direction == "fwd":
             kinds = _mask_kinds(key, spec, operands, rows, columns)
