@@ -13,6 +13,7 @@ import pytest
 
 from jax_flashcute import masks, reference
 from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.common.splits import PART_TILES, parts_cost
 from jax_flashcute.kernels.elements import element_operands
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.simulator import simulate
@@ -91,7 +92,7 @@ def check(call: Call, table: jax.Array | None = None, **how) -> registry.KernelK
 
 
 def check_operands(call: Call, operands: Operands, arch: str = "sm_90a", **how):
-    """The kernel of a call on these operands, and O and LSE as it leaves them."""
+    """The kernel of a call on these operands; O, LSE and its scratch as it leaves them."""
     spec = call.spec
     assert not registry.reasons_against(spec, operands, "fwd", arch)
     key = registry.kernel_key(spec, operands, "fwd", arch, call.num_sms)
@@ -105,10 +106,12 @@ def check_operands(call: Call, operands: Operands, arch: str = "sm_90a", **how):
     rows = operands.query.shape[:3]
     outputs = [((*rows, call.head_dim_v), BF16), (rows, np.dtype(np.float32))]
     outputs += [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]
-    out, lse, *_ = simulate(compiled(key), *(np.asarray(x) for x in inputs), outputs=outputs, **how)
+    out, lse, *scratch = simulate(
+        compiled(key), *(np.asarray(x) for x in inputs), outputs=outputs, **how
+    )
     np.testing.assert_allclose(out.astype(np.float32), want.out, atol=0.02, rtol=0.02)
     np.testing.assert_allclose(lse, want.lse, atol=2e-4, rtol=1e-5)
-    return key, out, lse
+    return key, out, lse, *scratch
 
 
 CASES = {
@@ -170,6 +173,23 @@ def test_split_kv(call: Call) -> None:
     assert check(call, timing="shuffled", warps="adversarial").split_kv
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", [(2901, 2500, 700), (4000, 1), (3000, 60, 60)])
+def test_parts_are_those_that_the_estimate_finds_cheapest(lengths: tuple[int, ...]) -> None:
+    call = Call(16, lengths, group=8, num_sms=4)
+    key, _, _, _, o_parts, lse_parts = check_operands(call, call.operands())
+    tiles = [-(-n // key.tile[1]) for n in lengths]
+    most = len(o_parts)
+    parts = {n: [max(1, min(-(-t // n), most)) for t in tiles] for n in PART_TILES}
+    costs = {
+        n: parts_cost(n, sum(parts[n]), sum(tiles), max(tiles), most, key.num_sms) for n in parts
+    }
+    chosen = parts[min(costs, key=costs.__getitem__)]
+    # A row in one part leaves none behind; what is never written stays NaN.
+    written = np.isfinite(lse_parts[:, :, 0, 0]).sum(0)
+    np.testing.assert_array_equal(written, [n if n > 1 else 0 for n in chosen])
+
+
 BLACKWELL_CASES = {
     "8_prefill": CASES["8_prefill"],
     "1_decode": Call(1, (1101, 0, 1, 15), group=3, num_sms=16),
@@ -214,12 +234,12 @@ def test_a_sequence_does_not_depend_on_the_batch(arch: str) -> None:
     spec = AttentionSpec(0.125, is_causal=True, batch_invariant=True)
     call = Call(16, (1300, 90, 700), group=8, kv_heads=2, num_sms=16, spec=spec)
     operands = call.operands()
-    key, out, lse = check_operands(call, operands, arch)
+    key, out, lse, *_ = check_operands(call, operands, arch)
     assert key.split_kv
     batched = ("query", "q_offset", "key_value_seq_lengths", "page_table")
     for b in range(3):
         alone = {name: getattr(operands, name)[b : b + 1] for name in batched}
-        alone_key, alone_out, alone_lse = check_operands(
+        alone_key, alone_out, alone_lse, *_ = check_operands(
             call, dataclasses.replace(operands, **alone), arch
         )
         assert alone_key == key

@@ -81,16 +81,22 @@ def shared_part_tiles(
         total += cute.arch.shuffle_sync_bfly(total, offset=1 << step)
         longest = cutlass.max(longest, cute.arch.shuffle_sync_bfly(longest, offset=1 << step))
         counts = [c + cute.arch.shuffle_sync_bfly(c, offset=1 << step) for c in counts]
-    best, best_cost = Int32(PART_TILES[0]), Int32(2**31 - 1)
-    for count, length in zip(counts, PART_TILES, strict=True):
-        cost = parts_cost(length, count * heads, total * heads, longest, most, num_sms)
-        is_better = cost < best_cost
-        best = select(is_better, Int32(length), best)
-        best_cost = select(is_better, cost, best_cost)
-    return best
+    # A length a lane: blocks wait for this before they load anything.
+    choice = cute.arch.lane_idx() % 8
+    length, count = Int32(PART_TILES[0]), counts[0]
+    for i, other, parts in zip(range(len(PART_TILES)), PART_TILES, counts, strict=True):
+        length, count = select(choice < i, length, Int32(other)), select(choice < i, count, parts)
+    cost = parts_cost(length, count * heads, total * heads, longest, most, num_sms)
+    # The first of the cheapest: lengths descend.
+    for step in cutlass.range_constexpr(3):
+        other_cost = cute.arch.shuffle_sync_bfly(cost, offset=1 << step)
+        other = cute.arch.shuffle_sync_bfly(length, offset=1 << step)
+        is_better = (other_cost < cost) | ((other_cost == cost) & (other > length))
+        cost, length = select(is_better, other_cost, cost), select(is_better, other, length)
+    return length
 
 
-def parts_cost(length: int, parts, tiles, longest, most, num_sms: int):
+def parts_cost(length, parts, tiles, longest, most, num_sms: int):
     """How long a call takes with parts of ``length`` tiles, in sixteenths of a tile's time.
 
     Args:
