@@ -38,13 +38,14 @@ class TileLists:
         exists: Boolean,
         *,
         backwards: bool,
+        counts: tuple[Int32, Int32] | None = None,
     ):
         """``exists``: the row holds anything, or both lists are as good as empty; ``backwards``:
-        each list is visited from its end."""
+        each list is visited from its end; ``counts``: of both, where they have been read."""
         self.partial, self.full = (row_of(i, batch, head, row) for i in (arrays[1], arrays[3]))
-        self.partial_count, self.full_count = (
+        self.partial_count, self.full_count = counts or [
             select(exists, row_of(c, batch, head, row)[0], Int32(0)) for c in (arrays[0], arrays[2])
-        )
+        ]
         self.backwards = backwards
 
     @property

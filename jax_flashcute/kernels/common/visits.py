@@ -22,7 +22,8 @@ def work_fields(mask: IntervalMask | UnionMask) -> int:
     """How many numbers describe a forward kernel's tile of work.
 
     Its coordinates, its lengths and its range of key tiles; or, of a mask of several intervals, the
-    first and the last of the tiles that these visit, counted, and the range of each interval.
+    first and the last of the tiles that these visit, counted, and the range of each interval.  With
+    lists on Hopper, how many tiles either has, in place of the first and the last.
     """
     return 6 + (2 + 4 * len(mask.parts) if isinstance(mask, UnionMask) else 4)
 
@@ -86,13 +87,18 @@ class KeyTiles:
         """The ranges of key tiles of a tile of work, one for each interval of the mask."""
         return [fields[8 + 4 * i : 12 + 4 * i] for i in range(len(self.union.parts))]
 
-    def lists_of(self, mLists: tuple, fields: tuple) -> TileLists | None:
-        """The lists of a tile of work; empty where it holds no valid row."""
+    def lists_of(
+        self, mLists: tuple, fields: tuple, counts: tuple[Int32, Int32] | None = None
+    ) -> TileLists | None:
+        """The lists of a tile of work; empty where it holds no valid row.
+
+        ``counts``: as for ``TileLists``.
+        """
         if not self.has_lists:
             return None
         m_block, head, batch, _, queries = fields[:5]
         has_rows = m_block * self.tile_tokens < queries
-        return TileLists(mLists, batch, head, m_block, has_rows, backwards=True)
+        return TileLists(mLists, batch, head, m_block, has_rows, backwards=True, counts=counts)
 
     def key_order(self, fields: tuple, lists: TileLists | None):
         """How many key tiles a tile of work visits, and a function that gives the i-th."""

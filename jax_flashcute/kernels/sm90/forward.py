@@ -525,6 +525,10 @@ class ForwardSm90(KeyTiles):
             n_min, n_max = visited[:2]
             if const_expr(self.split_kv):
                 n_min, n_max = split_range(n_min, n_max, *part)
+            lists = self.lists_of(mLists, (m_block, head, batch, offset, queries))
+            if const_expr(lists is not None):
+                # Read ahead of time for the consumers too; a range has no use here.
+                n_min, n_max = lists.partial_count, lists.full_count
             pipeline_tile.acquire(t_stage, t_phase)
             fields = (m_block, head, batch, offset, queries, keys, n_min, n_max, *visited[2:])
             self.write_work(work[None, t_stage], fields + part)
@@ -534,7 +538,7 @@ class ForwardSm90(KeyTiles):
                 gQ[None, None, None, head, batch], q_box, (0, None, 0)
             )  # (heads, tokens, columns, slabs)
             tQsQ, tQgQ = tma_partition(tma_q, sQ_tma, gQ_tile)
-            visits, nth = self.key_order(fields, self.lists_of(mLists, fields))
+            visits, nth = self.key_order(fields, lists)
             locate, load_k, load_v = self.loaders(
                 k_copy, v_copy, mPageTable, Int32(0), kv_head, batch, keys
             )
@@ -735,7 +739,7 @@ class ForwardSm90(KeyTiles):
             softmax.reset()
             pipeline_q.wait(Int32(0), q_phase)
             q_phase ^= 1
-            lists = self.lists_of(mLists, fields)
+            lists = self.lists_of(mLists, fields, counts=fields[6:8])
             visits, nth = self.key_order(fields, lists)
             if visits > 0:
                 # S of the first tile (of a range, the rightmost), alone.
