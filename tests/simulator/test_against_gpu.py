@@ -5,6 +5,8 @@ and what lies beyond a length, must agree bit for bit; the rest to a unit in the
 16-bit output, since the tensor cores add in another order.  ``-s`` prints the agreement.
 """
 
+import json
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -15,11 +17,13 @@ from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
 from jax_flashcute.kernels import registry
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
-from tests.simulator import simulate
+from tests.simulator import agreement, simulate
 from tests.simulator.test_forward_features import CASES, SLOW_CASES, compiled, sized
+from tools import docs_hooks
 
 pytestmark = pytest.mark.gpu
 
+SIMULATED = json.loads((docs_hooks.RESULTS / "simulator" / "agreement.json").read_text())["calls"]
 LENGTHS = {
     f"128_{t}_{s}": sized(128, seqlen_q=t, seqlen_k=s, kv_heads=2, causal=causal)
     for t, s, causal in (
@@ -81,3 +85,14 @@ def test_forward(case: Case, num_sms: int):
     np.testing.assert_allclose(
         simulated.astype(np.float32), out.astype(np.float32), atol=2e-3, rtol=2**-7
     )
+
+
+@pytest.mark.parametrize("name", SIMULATED)
+@pytest.mark.usefixtures("num_sms")
+def test_hopper_agrees_with_what_is_simulated_for_blackwell(name: str):
+    with jax.default_device("cpu"):
+        found = agreement.record(name, "sm_90a", gpu=True)
+    for result, entry in found.items():
+        here, there = entry["samples"], SIMULATED[name][result]["samples"]
+        apart = docs_hooks.error(docs_hooks.decoded(here), docs_hooks.decoded(there))
+        assert apart < (1e-5 if result == "LSE" else 1e-2), (result, apart)

@@ -1,0 +1,266 @@
+"""One list of calls, run by the kernels of whatever is at hand: results to be laid side by side.
+
+    python -m tests.simulator.agreement --arch sm_100a --out FILE   # in simulation, on any machine
+    python -m tests.simulator.agreement --arch sm_90a --gpu --out FILE   # on a Hopper GPU
+
+Every call has fixed seeds and runs forward and, where a kernel has it, backward, from the forward's
+own results.  The file holds samples of each result, at places drawn by a fixed seed, and from a
+simulated run the float64 reference's there, so that a GPU's time is not spent on it.
+``tools/docs_hooks.py`` makes a table of two files.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flashcute import masks, reference
+from jax_flashcute.ffi import store
+from jax_flashcute.ffi.call import other_inputs
+from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
+from jax_flashcute.kernels import registry
+from jax_flashcute.spec import AttentionSpec, Operands
+from tests.simulator.compiled import kernel_of
+from tests.simulator.simulation import simulate
+from tests.simulator.test_block_lists import odd, random_lists
+from tests.simulator.test_forward_features import FIRST_KEYS, THREE
+from tests.simulator.test_forward_paged import Call
+from tests.simulator.test_forward_segments import PACKED, call_of
+from tools.docs_hooks import encoded, error
+
+NUM_SMS = 16
+MAIN = ("query", "key", "value")
+LENGTHS = (2, 150, 280)
+KEYS = {"key_value_seq_lengths": jnp.array([133, 280])}
+ROWS = {"query_seq_lengths": jnp.array([150, 70])}
+
+
+def drawn(*shape: int, high: int | None = None) -> jax.Array:
+    """Standard normal numbers, or integers below ``high``."""
+    rng = np.random.default_rng(len(shape))
+    return jnp.asarray(rng.standard_normal(shape) if high is None else rng.integers(0, high, shape))
+
+
+def alibi(score, b, h, q, kv):
+    return score - 0.125 * (h + 1) * jnp.abs(q - kv)
+
+
+def relative(table: jax.Array):
+    return lambda score, b, h, q, kv: score + table[h, jnp.clip(kv - q, -32, 32) + 32]
+
+
+CALLS: dict[str, tuple[tuple[int, int, int], dict]] = {
+    "full": (LENGTHS, {"head_dim": 128}),
+    "causal": (LENGTHS, {"head_dim": 128, "heads": (3, 1), "is_causal": True}),
+    "causal, groups of 7, offsets": (
+        (2, 70, 200),
+        {"heads": (7, 1), "is_causal": True, "q_offset": jnp.array([130, -20])},
+    ),
+    "causal, float16": (LENGTHS, {"is_causal": True, "dtype": jnp.float16}),
+    "window": (LENGTHS, {"local_window_size": (40, 10), "q_offset": jnp.array([130, -20])}),
+    "lengths": (LENGTHS, {"heads": (3, 1), **KEYS, **ROWS}),
+    "soft cap": (LENGTHS, {"logits_soft_cap": 1.5, "is_causal": True}),
+    "sinks": (LENGTHS, {"heads": (3, 1), "sinks": drawn(3), "is_causal": True, **KEYS}),
+    "bias": (LENGTHS, {"heads": (3, 1), "bias": drawn(1, 3, 150, 280).astype(jnp.float32)}),
+    "mask": (LENGTHS, {"mask": drawn(2, 1, 150, 280, high=2).astype(bool)}),
+    "ALiBi": (LENGTHS, {"heads": (3, 1), "score_mod": alibi, "is_causal": True}),
+    "relative bias": (LENGTHS, {"heads": (3, 1), "score_mod": relative(drawn(3, 65))}),
+    "documents by ids": (
+        (2, 200, 200),
+        {"mask_mod": masks.documents(drawn(2, 200, high=3)), "is_causal": True},
+    ),
+    "documents by offsets": (
+        (1, 250, 250),
+        {"mask_mod": masks.documents_by_offsets(jnp.array([0, 70, 75, 180]), 250)},
+    ),
+    "chunks": (LENGTHS, {"mask_mod": masks.chunked(60), "head_dim": 128}),
+    "first keys and a window": (LENGTHS, {"mask_mod": FIRST_KEYS, "heads": (3, 1), **KEYS}),
+    "three intervals": (LENGTHS, {"mask_mod": THREE, "q_offset": jnp.array([130, 60])}),
+    "compress_factor 4": (
+        (2, 300, 75),
+        {"mask_mod": masks.compressed_causal(4), "heads": (7, 1)},
+    ),
+    "segments": ((2, 300, 300), {"is_causal": True, **PACKED}),
+    "scattered segments": (
+        (1, 150, 290),
+        {
+            "segment_ids": (drawn(1, 150, high=3), drawn(1, 290, high=3)),
+            "positions": "segment",
+            "is_causal": True,
+        },
+    ),
+    "lists of tiles": (
+        (2, 300, 400),
+        {"mask_mod": odd, "heads": (3, 1), "block_mask": random_lists((2, 300, 400), 1, 3)},
+    ),
+    "a mask in bits": (
+        LENGTHS,
+        {"packed_mask": drawn(2, 1, 150, 9, high=2**32).astype(jnp.uint32)},
+    ),
+    "split-KV, groups of 7": (
+        (2, 3, 1300),
+        {"heads": (7, 1), "is_causal": True, "q_offset": jnp.array([1297, 700])},
+    ),
+    "split-KV, first keys": (
+        (2, 3, 1300),
+        {"heads": (7, 1), "mask_mod": FIRST_KEYS, "q_offset": jnp.array([1297, 700])},
+    ),
+    "head_dim 256": (LENGTHS, {"head_dim": 256, "is_causal": True}),
+    "deterministic": (LENGTHS, {"head_dim": 128, "is_causal": True, "deterministic": True}),
+}
+PAGES = {
+    "pages of 16": Call(16, (0, 7, 157), seqlen_q=70, queries=(3, 1, 70), group=3),
+    "pages of 4": Call(4, (300, 5), 72, 72, seqlen_q=5, group=7),
+}
+
+
+@functools.cache
+def arguments(name: str) -> tuple[AttentionSpec, Operands]:
+    """A call as the kernels take it; a bias has no gradient, which no Blackwell kernel sums."""
+    if name in PAGES:
+        return PAGES[name].spec, PAGES[name].operands()
+    lengths, given = CALLS[name]
+    spec, operands = call_of(lengths, **given)
+    return dataclasses.replace(spec, constants=("bias", "score_mod_arrays")), operands
+
+
+def directions(name: str) -> tuple[registry.Direction, ...]:
+    return ("fwd",) if name in PAGES else ("fwd", "bwd")
+
+
+def key_of(name: str, direction: registry.Direction, arch: str) -> registry.KernelKey:
+    spec, operands = arguments(name)
+    reasons = registry.reasons_against(spec, operands, direction, arch)
+    if reasons:
+        raise NotImplementedError(f"{name}: {'; '.join(reasons)}")
+    return registry.kernel_key(spec, operands, direction, arch, NUM_SMS)
+
+
+def results(name: str, run: Callable, arch: str) -> dict[str, np.ndarray]:
+    """O, LSE, dQ, dK and dV of a call; ``run``: a kernel, its inputs and outputs to results."""
+    spec, operands = arguments(name)
+    dtype = operands.query.dtype
+    main = [getattr(operands, n) for n in MAIN]
+    key = key_of(name, "fwd", arch)
+    rows = operands.query.shape[:3]
+    outputs = [((*rows, operands.value.shape[3]), dtype), (rows, np.dtype(np.float32))]
+    out, lse = run(key, [*main, *other_inputs(key, spec, operands)], outputs)[:2]
+    found = {"O": out, "LSE": lse}
+    if "bwd" in directions(name):
+        key = key_of(name, "bwd", arch)
+        inputs = [*main, out, lse, *cotangents(name), *other_inputs(key, spec, operands)]
+        gradients = run(key, inputs, [(x.shape, dtype) for x in main])
+        found |= dict(zip(("dQ", "dK", "dV"), gradients, strict=False))
+    return {n: np.asarray(x).astype(np.float64) for n, x in found.items()}
+
+
+def cotangents(name: str) -> tuple[jax.Array, jax.Array]:
+    """dO and dLSE, zero beyond the lengths."""
+    _, operands = arguments(name)
+    B, T, N, _ = operands.query.shape
+    rng = np.random.default_rng(1)
+    d_out = rng.standard_normal((B, T, N, operands.value.shape[3]))
+    d_lse = rng.standard_normal((B, T, N))
+    if operands.query_seq_lengths is not None:
+        inside = np.arange(T)[None] < np.asarray(operands.query_seq_lengths)[:, None]
+        d_out, d_lse = d_out * inside[..., None, None], d_lse * inside[..., None]
+    return jnp.asarray(d_out, operands.query.dtype), jnp.asarray(d_lse, jnp.float32)
+
+
+def expected(name: str) -> dict[str, np.ndarray]:
+    """The same by the reference in float64."""
+    spec, operands = arguments(name)
+    d_out, d_lse = (np.asarray(x, np.float64) for x in cotangents(name))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(
+            lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            operands,
+        )
+
+        def attend(*main):
+            given = dataclasses.replace(wide, **dict(zip(MAIN, main, strict=True)))
+            found = reference.attention(spec, given)
+            return found.out, found.lse
+
+        main = [getattr(wide, n) for n in MAIN]
+        if directions(name) == ("fwd",):
+            out, lse = jax.jit(attend)(*main)
+            return {"O": np.asarray(out), "LSE": np.asarray(lse)}
+        (out, lse), pull = jax.vjp(jax.jit(attend), *main)
+        alive = ~jnp.isinf(lse)
+        gradients = pull((jnp.where(alive[..., None], d_out, 0), jnp.where(alive, d_lse, 0)))
+        found = dict(zip(("O", "LSE", "dQ", "dK", "dV"), (out, lse, *gradients), strict=True))
+        return {n: np.asarray(x) for n, x in found.items()}
+
+
+def in_simulation(key: registry.KernelKey, inputs: list, outputs: list) -> list:
+    return simulate(
+        kernel_of(key), *map(np.asarray, inputs), outputs=outputs + scratch(key, inputs)
+    )
+
+
+def on_gpu(key: registry.KernelKey, inputs: list, outputs: list) -> list:
+    kernel = store.get(key)
+    register_call_target()
+    types = [jax.ShapeDtypeStruct(*o) for o in outputs + scratch(key, inputs)]
+    call = jax.ffi.ffi_call(CALL_TARGET, types)
+    arrays = jax.device_put(inputs, jax.local_devices(backend="cuda")[0])
+    found = jax.jit(lambda *x: call(*x, module=kernel.object, key=kernel.digest))(*arrays)
+    return [np.asarray(x) for x in found[: len(outputs)]]
+
+
+def scratch(key: registry.KernelKey, inputs: list) -> list:
+    operands = Operands(*inputs[:3])
+    if key.page_size is not None:
+        table = next(x for x in inputs[3:] if x.ndim == 2 and x.dtype == jnp.int32)
+        operands = dataclasses.replace(operands, page_table=table)
+    return [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]
+
+
+def record(name: str, arch: str, *, gpu: bool) -> dict[str, dict]:
+    """What is written of a call: samples of each result, and where simulated, what to expect."""
+    found = results(name, on_gpu if gpu else in_simulation, arch)
+    entry: dict[str, dict] = {n: {"samples": encoded(x)} for n, x in found.items()}
+    if not gpu:
+        for n, wanted in expected(name).items():
+            entry[n] |= {"expected": encoded(wanted), "error": error(found[n], wanted)}
+    return entry
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", default="sm_100a", choices=registry.ARCHITECTURES["fwd"])
+    parser.add_argument("--gpu", action="store_true", help="run on the GPU that is there")
+    parser.add_argument(
+        "--calls", default="", help="only calls in whose name this pattern is found"
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    names = [n for n in (*CALLS, *PAGES) if re.search(given.calls, n)]
+    if given.gpu:
+        keys = {key_of(n, d, given.arch) for n in names for d in directions(n)}
+        with ProcessPoolExecutor(min(len(keys), 15), get_context("spawn")) as pool:
+            list(pool.map(store.get, sorted(keys, key=repr)))
+    device = jax.local_devices(backend="cuda")[0].device_kind if given.gpu else "simulator"
+    made = {"jax": jax.__version__, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    written: dict = {"arch": given.arch, "device": device, **made, "calls": {}}
+    for name in names:
+        with jax.default_device("cpu"):
+            written["calls"][name] = record(name, given.arch, gpu=given.gpu)
+        given.out.write_text(json.dumps(written, indent=1) + "\n")
+        errors = {n: f"{e['error']:.1e}" for n, e in written["calls"][name].items() if "error" in e}
+        print(name, errors or "written", flush=True)
+
+
+if __name__ == "__main__":
+    main()
