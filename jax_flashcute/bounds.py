@@ -181,7 +181,7 @@ def _mask_bounds(rows: RowInterval, operands: Operands) -> tuple[jax.Array, jax.
     Rows beyond the query length are as any other.
     """
     B, T = operands.query.shape[:2]
-    S = operands.key.shape[1]
+    S = operands.kv_length
     position = jnp.arange(T, dtype=jnp.int32)[None] + _offset(operands)
     position = jnp.broadcast_to(position, (B, T))
     arrays = operands.mask_mod_arrays

@@ -231,9 +231,9 @@ def union_of(spec: AttentionSpec, operands: Operands) -> tuple[Interval, ...]:
 def rows_of(spec: AttentionSpec, operands: Operands) -> RowInterval | None:
     """``mask_mod`` within the window as an interval for each row, where a kernel takes its bounds.
 
-    They are computed before the kernel, which reads them from arrays.  None with pages.
+    They are computed before the kernel, which reads them from arrays.
     """
-    found = None if is_paged(operands) else _other_keys(spec, operands)
+    found = _other_keys(spec, operands)
     return None if found is None or rising_union(found[1], MOST_INTERVALS) else row_interval(*found)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from jax_flashcute import masks, reference
+from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.common.splits import PART_TILES, parts_cost
-from jax_flashcute.kernels.elements import element_operands
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.simulator import simulate
 from tests.simulator.test_forward_features import compiled
@@ -25,6 +25,8 @@ WIDE = AttentionSpec(0.125, local_window_size=(900, 20))
 DILATED = dataclasses.replace(SPEC, mask_mod=masks.trace_mask(masks.dilated(90, 3))[0])
 FIRST = masks.Mask(lambda b, h, q, kv: kv < 70) | masks.sliding_window(40)
 FIRST_KEYS = dataclasses.replace(SPEC, mask_mod=masks.trace_mask(FIRST)[0])
+PREFIXES, PREFIX_ARRAYS = masks.trace_mask(masks.prefix_lm(jnp.array([0, 90])))
+PREFIXES = dataclasses.replace(SPEC, is_causal=False, mask_mod=PREFIXES)
 CAPPED = dataclasses.replace(SPEC, logits_soft_cap=5.0)
 BF16 = jnp.dtype("bfloat16")
 
@@ -43,6 +45,7 @@ class Call:
     queries: tuple[int, ...] | None = None
     pages: str = "permuted"
     spec: AttentionSpec = SPEC
+    mask_arrays: tuple[jax.Array, ...] = ()
     sinks: bool = False
     num_sms: int = 2
 
@@ -79,6 +82,7 @@ class Call:
             key_value_seq_lengths=jnp.asarray(lengths),
             page_table=jnp.asarray(table, jnp.int32),
             batch_index=jnp.arange(B) if self.spec.mask_mod is not None else None,
+            mask_mod_arrays=self.mask_arrays,
             sinks=jnp.linspace(-1.0, 1.0, K * self.group)[None] if self.sinks else None,
         )
 
@@ -98,11 +102,7 @@ def check_operands(call: Call, operands: Operands, arch: str = "sm_90a", **how):
     key = registry.kernel_key(spec, operands, "fwd", arch, call.num_sms)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == BF16 else x, operands)
     want = reference.attention(spec, wide)
-    inputs = [operands.query, operands.key, operands.value]
-    given = (getattr(operands, name) for name in registry.OPTIONAL_OPERANDS)
-    inputs += [x for x in given if x is not None]
-    inputs += [operands.page_table]
-    inputs += [] if key.elements is None else element_operands(key.elements, operands)
+    inputs = [operands.query, operands.key, operands.value, *other_inputs(key, spec, operands)]
     rows = operands.query.shape[:3]
     outputs = [((*rows, call.head_dim_v), BF16), (rows, np.dtype(np.float32))]
     outputs += [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]
@@ -129,6 +129,9 @@ SLOW_CASES = {
     "64_sinks_cap": Call(64, (65, 300), seqlen_q=9, spec=CAPPED, group=2, sinks=True),
     "4_sinks_cap": Call(4, (65, 300), seqlen_q=9, spec=CAPPED, group=2, sinks=True),
     "16_dilated": Call(16, (65, 300), seqlen_q=9, spec=DILATED, group=2),
+    "4_prefixes": Call(
+        4, (70, 300), 72, seqlen_q=140, group=3, spec=PREFIXES, mask_arrays=PREFIX_ARRAYS
+    ),
     "4_first_keys": Call(4, (0, 133, 500), 72, seqlen_q=5, group=3, spec=FIRST_KEYS),
     "64_first_keys": Call(64, (65, 700), seqlen_q=200, spec=FIRST_KEYS),
     "128_window": Call(128, (129, 400, 127), 128, 128, seqlen_q=200, spec=WINDOW),
