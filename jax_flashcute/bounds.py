@@ -6,6 +6,8 @@ rows visits the keys between the least and the greatest bound of its rows, and n
 where all of them agree.  The backward has the same the other way round: for each key, its rows.
 """
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -28,11 +30,13 @@ class RowBounds:
       has_positions: positions start at 0 in every segment.
       compares_bounds: keys may be seen by rows with others between them; there the rows' own bounds
         are compared, element by element.  The backward of a mask.
+      intervals: of keys that each row sees; of several the bounds stand in arrays of their own.
     """
 
     compares_ids: bool
     has_positions: bool
     compares_bounds: bool = False
+    intervals: int = 1
 
     @staticmethod
     def of(segments: Segments | None) -> "RowBounds | None":
@@ -44,8 +48,39 @@ class RowBounds:
     def array_ranks(self) -> list[int]:
         """Of ``key_bound_arrays`` and ``query_bound_arrays``, which are int32."""
         pairs = self.compares_ids + (self.compares_ids and self.has_positions)
-        pairs += self.compares_bounds
+        pairs += self.compares_bounds + self._others
         return KEY_BOUND_RANKS + [2, 2] * pairs
+
+    @property
+    def _others(self) -> int:
+        return self.intervals if self.intervals > 1 else 0
+
+    def limits(self, arrays: tuple) -> list[tuple]:
+        """The first of each interval and one past its last, of a kernel's arrays."""
+        if not self._others:
+            return [tuple(arrays[:2])]
+        pairs = arrays[-2 * self._others :]
+        return list(zip(pairs[::2], pairs[1::2], strict=True))
+
+    def compared(self, arrays: tuple) -> tuple:
+        """Those of a kernel's arrays that are compared, element by element."""
+        return tuple(arrays[3 : len(arrays) - 2 * self._others])
+
+    def ranks_beside(self) -> list[int]:
+        """Of ``beside``."""
+        return [2, 2] * self._others + KEY_BOUND_RANKS
+
+    def beside(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        """Of ``key_bound_arrays`` what a kernel takes behind ``query_bound_arrays``.
+
+        The bounds of each of several intervals, then the first three.
+        """
+        return [*arrays[len(arrays) - 2 * self._others :], *arrays[: len(KEY_BOUND_RANKS)]]
+
+    def limits_beside(self, arrays: tuple) -> list[tuple]:
+        """``limits`` of ``beside``."""
+        pairs = arrays[: 2 * self._others] or arrays[:2]
+        return list(zip(pairs[::2], pairs[1::2], strict=True))
 
 
 TILE_FIELDS = 5
@@ -54,19 +89,20 @@ and one past the last; and whether ids are to be compared in the others."""
 
 
 def key_bound_arrays(
-    interval: Interval, operands: Operands, tile_rows: int, tile_n: int
+    intervals: Sequence[Interval], operands: Operands, tile_rows: int, tile_n: int
 ) -> list[jax.Array]:
     """What the forward kernel takes.
 
     Args:
-      interval: the keys seen by position alone.
+      intervals: the keys seen by position alone; of several, those of at least one.
       operands: of a call with segments.
       tile_rows: query rows of a tile.
       tile_n: keys of a tile.
 
     Returns:
       The first key of each row and one past the last, (B, T); ``TILE_FIELDS`` for each tile, (B,
-      tiles, TILE_FIELDS); and, where ids are compared, the ids and the positions that there are.
+      tiles, TILE_FIELDS); where ids are compared, the ids and the positions that there are; and
+      of several intervals the first two for each.
     """
     segments = _segments(operands)
     row = jnp.arange(operands.query.shape[1], dtype=jnp.int32)[None]
@@ -82,23 +118,29 @@ def key_bound_arrays(
             return found
         return jnp.where(scattered, open_side, found)
 
-    low, high = segments.kv_start, segments.kv_end
-    if interval.low is not None:
-        low = jnp.maximum(low, of_window(interval.low, low))
-    if interval.high is not None:
-        high = jnp.minimum(high, of_window(interval.high, high))
-    if operands.key_value_seq_lengths is not None:
-        high = jnp.minimum(high, operands.key_value_seq_lengths[:, None])
-    low, high = _emptied(low, high, high > low)
+    def of_interval(interval: Interval) -> tuple[jax.Array, jax.Array]:
+        low, high = segments.kv_start, segments.kv_end
+        if interval.low is not None:
+            low = jnp.maximum(low, of_window(interval.low, low))
+        if interval.high is not None:
+            high = jnp.minimum(high, of_window(interval.high, high))
+        if operands.key_value_seq_lengths is not None:
+            high = jnp.minimum(high, operands.key_value_seq_lengths[:, None])
+        return _emptied(low, high, high > low)
+
+    pairs = [of_interval(interval) for interval in intervals]
+    low, high = _hull(pairs)
     counts = jnp.ones_like(low, bool)
     if operands.query_seq_lengths is not None:
         counts = row < operands.query_seq_lengths[:, None]
-    tiles = _tile_fields(low, high, scattered, counts, tile_rows, tile_n)
-    return [low, high, tiles, *_compared(segments)]
+    tiles = _tile_fields(
+        *(low, high, scattered, counts, tile_rows, tile_n), may_be_full=len(pairs) == 1
+    )
+    return [low, high, tiles, *_compared(segments), *_others(pairs)]
 
 
 def query_bound_arrays(
-    interval: Interval, operands: Operands, tile_n: int, tile_m: int
+    intervals: Sequence[Interval], operands: Operands, tile_n: int, tile_m: int
 ) -> list[jax.Array]:
     """What the backward kernel takes: the same by keys, (B, S), with bounds of rows."""
     segments = _segments(operands)
@@ -115,22 +157,30 @@ def query_bound_arrays(
             return found
         return jnp.where(scattered, open_side, found)
 
-    low, high = segments.q_start, segments.q_end
-    if interval.high is not None:
-        low = jnp.maximum(low, of_window(interval.high, low))
-    if interval.low is not None:
-        high = jnp.minimum(high, of_window(interval.low, high))
     length = jnp.full((1, 1), T, jnp.int32)
     if operands.query_seq_lengths is not None:
         length = operands.query_seq_lengths[:, None]
-        high = jnp.minimum(high, length)
-    is_seen = high > low
-    if operands.key_value_seq_lengths is not None:
-        is_seen &= key < operands.key_value_seq_lengths[:, None]
-    low, high = _emptied(low, high, is_seen)
+
+    def of_interval(interval: Interval) -> tuple[jax.Array, jax.Array]:
+        low, high = segments.q_start, jnp.minimum(segments.q_end, length)
+        if interval.high is not None:
+            low = jnp.maximum(low, of_window(interval.high, low))
+        if interval.low is not None:
+            high = jnp.minimum(high, of_window(interval.low, high))
+        is_seen = high > low
+        if operands.key_value_seq_lengths is not None:
+            is_seen &= key < operands.key_value_seq_lengths[:, None]
+        return _emptied(low, high, is_seen)
+
+    pairs = [of_interval(interval) for interval in intervals]
+    low, high = _hull(pairs)
     counts = jnp.ones_like(low, bool)
-    tiles = _tile_fields(low, high, scattered, counts, tile_n, tile_m, length=length)
-    return [low, high, tiles, *_compared(segments)]
+    tiles = _tile_fields(
+        *(low, high, scattered, counts, tile_n, tile_m),
+        length=length,
+        may_be_full=len(pairs) == 1,
+    )
+    return [low, high, tiles, *_compared(segments), *_others(pairs)]
 
 
 def mask_key_bound_arrays(
@@ -228,6 +278,21 @@ def _emptied(low, high, is_seen) -> tuple[jax.Array, jax.Array]:
     return jnp.where(is_seen, low, 0), jnp.where(is_seen, high, 0)
 
 
+def _hull(pairs: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """The least interval around those of some pairs of bounds that are not empty."""
+    if len(pairs) == 1:
+        return pairs[0]
+    lows = [jnp.where(high > low, low, FAR) for low, high in pairs]
+    low = functools.reduce(jnp.minimum, lows)
+    high = functools.reduce(jnp.maximum, (high for _, high in pairs))
+    return _emptied(low, high, high > low)
+
+
+def _others(pairs: list[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
+    """The bounds of each interval, where there are several."""
+    return [bound for pair in pairs for bound in pair] if len(pairs) > 1 else []
+
+
 def _compared(segments: Segments) -> list[jax.Array]:
     if segments.kv_scattered is None:
         return []
@@ -237,7 +302,9 @@ def _compared(segments: Segments) -> list[jax.Array]:
     return arrays
 
 
-def _tile_fields(low, high, scattered, counts, rows: int, columns: int, *, length=None):
+def _tile_fields(
+    low, high, scattered, counts, rows: int, columns: int, *, length=None, may_be_full=True
+):
     """``TILE_FIELDS`` of tiles of ``rows``, as (B, tiles, TILE_FIELDS) int32.
 
     Args:
@@ -247,6 +314,7 @@ def _tile_fields(low, high, scattered, counts, rows: int, columns: int, *, lengt
       rows: of a tile.
       columns: of the tiles that are visited.
       length: (1|B, 1) columns there are, where what lies beyond needs no mask.
+      may_be_full: False where all tiles need a mask.
     """
     B, total = low.shape
     tiles = -(-total // rows)
@@ -270,6 +338,8 @@ def _tile_fields(low, high, scattered, counts, rows: int, columns: int, *, lengt
     # keys, whose gradients are sums over a tile.
     beyond = FAR if length is None else 0
     full_max = reduced(jnp.min, jnp.where(counts, jnp.where(scattered, 0, full), FAR), beyond)
+    if not may_be_full:
+        full_max = jnp.zeros_like(full_max)
     compares = reduced(jnp.max, (counts & scattered).astype(jnp.int32), 0)
     fields = (jnp.minimum(n_min, n_max), n_max, full_min, jnp.minimum(full_max, n_max), compares)
     return jnp.stack(fields, axis=2).astype(jnp.int32)

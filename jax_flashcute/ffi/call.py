@@ -17,7 +17,6 @@ from jax.interpreters import mlir
 from jax_flashcute import plan
 from jax_flashcute.block_mask import BlockMask, visits_before
 from jax_flashcute.bounds import (
-    KEY_BOUND_RANKS,
     key_bound_arrays,
     mask_key_bound_arrays,
     mask_query_bound_arrays,
@@ -36,6 +35,7 @@ from jax_flashcute.kernels.registry import (
     list_tile,
     rows_of,
     scratch_shapes,
+    union_of,
 )
 from jax_flashcute.recording import plans
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
@@ -156,14 +156,15 @@ def other_inputs(key: KernelKey, spec: AttentionSpec, operands: Operands) -> lis
         forward = key.direction == "fwd"
         rows = rows_of(spec, operands)
         if rows is None:
-            of_keys = partial(key_bound_arrays, key.interval, operands)
-            of_queries = partial(query_bound_arrays, key.interval, operands)
+            intervals = union_of(spec, operands) or (key.interval,)
+            of_keys = partial(key_bound_arrays, intervals, operands)
+            of_queries = partial(query_bound_arrays, intervals, operands)
         else:
             of_keys = partial(mask_key_bound_arrays, rows, operands)
             of_queries = partial(mask_query_bound_arrays, rows, operands)
         bounds = (of_keys if forward else of_queries)(*key.tile)
         if key.visits_both_ways:
-            bounds += of_keys(*key.tile[::-1])[: len(KEY_BOUND_RANKS)]
+            bounds += key.row_bounds.beside(of_keys(*key.tile[::-1]))
     given = [x for x in given if x is not None]
     packed = [] if operands.packed_mask is None else [operands.packed_mask]
     return [*given, *elements, *bounds, *_visits(key, spec, operands, bounds), *packed]

@@ -24,7 +24,7 @@ from jax_flashcute.analysis import (
     window,
     window_interval,
 )
-from jax_flashcute.bounds import KEY_BOUND_RANKS, RowBounds
+from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels import nsa
 from jax_flashcute.kernels.config import (
     BwdConfig,
@@ -211,10 +211,10 @@ def _keys(spec: AttentionSpec) -> tuple[Program, KeySet | None] | None:
 def _other_keys(spec: AttentionSpec, operands: Operands) -> tuple[Program, KeySet | None] | None:
     """``_keys`` that are not one interval by position alone, where kernels take others.
 
-    None with segments and lists of tiles.
+    None with lists of tiles.
     """
     found = _keys(spec)
-    if operands.segment_ids is not None or operands.block_mask is not None or found is None:
+    if operands.block_mask is not None or found is None:
         return None
     return None if rising_interval(found[1]) is not None else found
 
@@ -222,18 +222,21 @@ def _other_keys(spec: AttentionSpec, operands: Operands) -> tuple[Program, KeySe
 def union_of(spec: AttentionSpec, operands: Operands) -> tuple[Interval, ...]:
     """The intervals within the window whose union ``mask_mod`` shows, where a kernel takes them.
 
-    Empty where it is one interval, or something else.
+    Empty where it is one interval, or something else; and where keys are compared with windows by
+    positions within segments that may be scattered.
     """
-    found = _other_keys(spec, operands)
+    found, bounds = _other_keys(spec, operands), RowBounds.of(operands.segment_ids)
+    if bounds is not None and bounds.compares_ids and bounds.has_positions:
+        return ()
     return () if found is None else rising_union(found[1], MOST_INTERVALS) or ()
 
 
 def rows_of(spec: AttentionSpec, operands: Operands) -> RowInterval | None:
     """``mask_mod`` within the window as an interval for each row, where a kernel takes its bounds.
 
-    They are computed before the kernel, which reads them from arrays.
+    They are computed before the kernel, which reads them from arrays.  None with segments.
     """
-    found = _other_keys(spec, operands)
+    found = None if operands.segment_ids is not None else _other_keys(spec, operands)
     return None if found is None or rising_union(found[1], MOST_INTERVALS) else row_interval(*found)
 
 
@@ -489,6 +492,9 @@ def kernel_key(
     if rows_of(spec, operands) is not None:
         row_bounds = RowBounds(False, False, compares_bounds=direction == "bwd")
     union, packed = union_of(spec, operands), operands.packed_mask
+    if row_bounds is not None and union:
+        # Within segments these, too, are computed before the kernel.
+        row_bounds, union = dataclasses.replace(row_bounds, intervals=len(union)), ()
     if direction == "fwd":
         config = _existing(_forward_config(arch, operands))
         pack_gqa = packing_pays(query.shape[1], group, config)
@@ -758,9 +764,10 @@ def _element_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
 def _bound_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
     import cutlass
 
-    ranks = key.row_bounds.array_ranks() if key.row_bounds is not None else []
-    if ranks and key.visits_both_ways:
-        ranks = ranks + KEY_BOUND_RANKS
+    ranks = []
+    if key.row_bounds is not None:
+        ranks = key.row_bounds.array_ranks()
+        ranks += key.row_bounds.ranks_beside() if key.visits_both_ways else []
     return [(cutlass.Int32, (1,) * rank) for rank in ranks]
 
 

@@ -186,6 +186,11 @@ def expected(name: str) -> dict[str, np.ndarray]:
             lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x,
             operands,
         )
+        score_mod = CALLS[name][1].get("score_mod") if name in CALLS else None
+        if score_mod is not None:
+            traced, arrays = masks.trace_score(score_mod, jnp.float64)
+            spec = dataclasses.replace(spec, score_mod=traced)
+            wide = dataclasses.replace(wide, score_mod_arrays=arrays)
 
         def attend(*main):
             given = dataclasses.replace(wide, **dict(zip(MAIN, main, strict=True)))

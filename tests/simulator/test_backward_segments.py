@@ -70,7 +70,8 @@ BACKWARD = CASES | {
         {**PAIR, "positions": "segment", "mask_mod": masks.compressed_causal(2)},
     ),
 }
-SLOW = {"packed_heads", "compressed", "pair_window", "causal", "elements", "causal_256"}
+FIRST = {"first_keys", "first_keys_pair", "first_keys_scattered"}
+SLOW = FIRST | {"packed_heads", "compressed", "pair_window", "causal", "elements", "causal_256"}
 
 
 @pytest.mark.parametrize(

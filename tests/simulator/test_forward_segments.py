@@ -13,7 +13,7 @@ from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.kernels import registry
 from tests.simulator import simulate
 from tests.simulator.test_forward_elements import widened
-from tests.simulator.test_forward_features import NUM_SMS, compiled
+from tests.simulator.test_forward_features import FIRST_KEYS, NUM_SMS, compiled
 
 rng = np.random.default_rng(0)
 
@@ -90,6 +90,24 @@ CASES = {
             "query_seq_lengths": jnp.array([250, 131]),
         },
     ),
+    "first_keys": (
+        (2, 300, 300),
+        {
+            **PACKED, "heads": (3, 1), "mask_mod": FIRST_KEYS,
+            "key_value_seq_lengths": jnp.array([100, 300]),
+            "query_seq_lengths": jnp.array([250, 131]),
+        },
+    ),
+    "first_keys_pair": (
+        (1, 340, 270), {**PAIR, "positions": "segment", "mask_mod": FIRST_KEYS},
+    ),
+    "first_keys_scattered": (
+        (1, 150, 290),
+        {
+            "segment_ids": (scattered((1, 150), 3), scattered((1, 290), 3)),
+            "positions": "sequence", "mask_mod": FIRST_KEYS, "q_offset": jnp.array([130]),
+        },
+    ),
     "packed_heads": (
         (1, 9, 260),
         {
@@ -115,7 +133,7 @@ CASES = {
 }  # fmt: skip
 
 
-SLOW = {"causal", "packed_heads", "elements"}
+SLOW = {"causal", "packed_heads", "elements", "first_keys_pair", "first_keys_scattered"}
 
 
 @pytest.mark.parametrize(

@@ -292,13 +292,15 @@ class GradientWarpgroups:
         if self.kernel.row_bounds is not None:
             place = cutlass.min(key, Int32(array_lengths[1]) - 1)
             # Keys beyond the array are hidden: their zeros may be a score far above the LSE.
-            end = select(place == key, mBounds[1][batch, place], Int32(0))
-            limits = mBounds[0][batch, place], end
+            limits = [
+                (low[batch, place], select(place == key, high[batch, place], Int32(0)))
+                for low, high in self.kernel.row_bounds.limits(mBounds)
+            ]
             if self.kernel.compares:
                 compare = self.comparison(mBounds, batch, place, offset, array_lengths)
 
         def seen(start: Int32) -> list:
-            of_rows = [limits] if limits is not None else mask.query_limits(key, offset, queries)
+            of_rows = limits or mask.query_limits(key, offset, queries)
             if limits is None:
                 of_rows = [(first, select(key < keys, end, Int32(0))) for first, end in of_rows]
             words = limit_words(of_rows, start, HALF)
@@ -319,7 +321,7 @@ class GradientWarpgroups:
         """
         if self.kernel.row_bounds.compares_bounds:
             return self.comparison_of_bounds(*mBounds[3:], batch, key, array_lengths[0])
-        q_ids, kv_ids, *positions = mBounds[3:]
+        q_ids, kv_ids, *positions = self.kernel.row_bounds.compared(mBounds)
         q_length, _ = array_lengths
 
         def compare(start: Int32):

@@ -213,15 +213,19 @@ class PassWarpgroups(GradientWarpgroups):
         """As of the base, where rows are queries as a function of the half's first key."""
         kernel = self.kernel
         mBounds, compares = bounds
-        # The last three arrays are those of the forward.
-        others, of_rows = mBounds[:-3], mBounds[-3:]
+        others = mBounds
+        if kernel.row_bounds is not None:
+            # The last arrays are those of the forward.
+            first = len(mBounds) - len(kernel.row_bounds.ranks_beside())
+            others, of_rows = mBounds[:first], mBounds[first:]
         if kernel.of_keys:
             return super().mask_step(own, batch, (others, compares), array_lengths)
         _, _, row, (offset, _, keys) = own
         position, compare = row + offset, None
         if kernel.row_bounds is not None:
             inside = cutlass.min(row, Int32(array_lengths[0]) - 1)
-            limits = [(of_rows[0][batch, inside], of_rows[1][batch, inside])]
+            pairs = kernel.row_bounds.limits_beside(of_rows)
+            limits = [(low[batch, inside], high[batch, inside]) for low, high in pairs]
             if kernel.compares:
                 compare = SoftmaxWarpgroups(kernel).comparison(
                     others, batch, inside, offset, array_lengths

@@ -191,13 +191,14 @@ class SoftmaxWarpgroups:
         row = cutlass.min(token, Int32(q_length) - 1)
         bounds = compare = None
         if self.kernel.row_bounds is not None:
-            bounds = mBounds[0][batch, row], mBounds[1][batch, row]
+            pairs = self.kernel.row_bounds.limits(mBounds)
+            bounds = [(low[batch, row], high[batch, row]) for low, high in pairs]
             if self.kernel.compares_ids:
                 compare = self.comparison(mBounds, batch, row, offset, array_lengths)
 
         def hide(n: Int32) -> list:
             start = n * tile_n
-            limits = [bounds] if bounds is not None else mask.row_limits(offset + token, keys)
+            limits = bounds if bounds is not None else mask.row_limits(offset + token, keys)
             words = limit_words(limits, start, tile_n)
             if compare is not None:
                 seen, is_needed = compare(start), fields[self.kernel.own_field]
@@ -214,7 +215,7 @@ class SoftmaxWarpgroups:
 
         Scattered segments with positions of their own are compared with the window here too.
         """
-        q_ids, kv_ids, *positions = mBounds[3:]
+        q_ids, kv_ids, *positions = self.kernel.row_bounds.compared(mBounds)
         _, kv_length = array_lengths
 
         def compare(start: Int32):

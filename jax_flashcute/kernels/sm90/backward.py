@@ -1046,7 +1046,10 @@ class BackwardSm90(QueryTiles):
             keys = [cutlass.min(place, Int32(kv_length) - 1) for place in places]
             # Keys beyond the array are hidden: their zeros may be a score far above the LSE.
             limits = [
-                [(mBounds[0][batch, key], select(place == key, mBounds[1][batch, key], Int32(0)))]
+                [
+                    (low[batch, key], select(place == key, high[batch, key], Int32(0)))
+                    for low, high in self.row_bounds.limits(mBounds)
+                ]
                 for place, key in zip(places, keys, strict=True)
             ]
 
@@ -1076,7 +1079,7 @@ class BackwardSm90(QueryTiles):
         mBounds, batch, (q_length, _), _ = bounds
         if self.row_bounds.compares_bounds:
             return self.comparison_of_bounds(*mBounds[3:], batch, keys, q_length)
-        q_ids, kv_ids, *positions = mBounds[3:]
+        q_ids, kv_ids, *positions = self.row_bounds.compared(mBounds)
 
         def compare(m: Int32):
             # Read here and not once: scattered segments are rare, registers are too.

@@ -960,7 +960,10 @@ class ForwardSm90(KeyTiles):
 
     def listed_limits(self, mBounds: tuple, batch: Int32, tokens: list[Int32]):
         """``row_limits`` from arrays."""
-        limits = [[(mBounds[0][batch, token], mBounds[1][batch, token])] for token in tokens]
+        pairs = self.row_bounds.limits(mBounds)
+        limits = [
+            [(low[batch, token], high[batch, token]) for low, high in pairs] for token in tokens
+        ]
         return lambda r: limits[r]
 
     def comparison(self, mBounds: tuple, batch: Int32, tokens, lengths, offset):
@@ -968,7 +971,7 @@ class ForwardSm90(KeyTiles):
 
         Scattered segments with positions of their own are compared with the window here too.
         """
-        q_ids, kv_ids, *positions = mBounds[3:]
+        q_ids, kv_ids, *positions = self.row_bounds.compared(mBounds)
         _, kv_length = lengths
 
         def compare(n: Int32):
