@@ -297,9 +297,6 @@ def reasons_against_making_lists(
         reasons.append("queries are so few that heads share a tile")
     if config is not None and T <= config.slab_rows:
         reasons.append("queries are so few that their keys may be divided among blocks")
-    backward = _backward_config(arch, spec, operands)
-    if isinstance(backward, BwdConfigSm100) and backward.passes:
-        reasons.append("the backward of these head_dims takes none")
     return reasons
 
 
