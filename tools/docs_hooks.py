@@ -275,8 +275,8 @@ def agreement_table() -> str:
     cells = [
         [name, *map("<br>".join, zip(*of_call, strict=True))] for name, of_call in rows.items()
     ]
-    dates = " and ".join(record["date"][:10] for record in (simulated, measured))
-    return f"{_table([*head, 'apart'], cells)}\n\nRun on {dates}."
+    runs = (f"{x['date'][:10]}, commit `{x['commit']}`" for x in (simulated, measured))
+    return f"{_table([*head, 'apart'], cells)}\n\nRun on {' and '.join(runs)}."
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -30,6 +30,7 @@ from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
 from jax_flashcute.kernels import registry
 from jax_flashcute.spec import AttentionSpec, Operands
+from tests.conftest import commit
 from tests.simulator.compiled import kernel_of
 from tests.simulator.simulation import simulate
 from tests.simulator.test_block_lists import odd, random_lists
@@ -257,7 +258,8 @@ def main() -> None:
         with ProcessPoolExecutor(min(len(keys), 15), get_context("spawn")) as pool:
             list(pool.map(store.get, sorted(keys, key=repr)))
     device = jax.local_devices(backend="cuda")[0].device_kind if given.gpu else "simulator"
-    made = {"jax": jax.__version__, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    made = {"jax": jax.__version__, "date": now, "commit": commit()}
     written: dict = {"arch": given.arch, "device": device, **made, "calls": {}}
     for name in names:
         with jax.default_device("cpu"):
