@@ -194,7 +194,8 @@ _INDEX = jax.ShapeDtypeStruct((), jnp.int32)
 def _trace(name: str, function, arguments, kind, kind_name: str):
     if not callable(function):
         raise ValueError(f"{name} must be a function; got {function!r}")
-    closed, result = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        closed, result = jax.make_jaxpr(function, return_shape=True)(*arguments)
     if not isinstance(result, jax.ShapeDtypeStruct):
         raise ValueError(f"{name} must return one {kind_name}; got {jax.tree.structure(result)}")
     if result.shape != () or not jnp.issubdtype(result.dtype, kind):
@@ -225,24 +226,29 @@ def _without_casts(jaxpr: Jaxpr) -> Jaxpr:
     """``jaxpr`` without the casts that say over which mesh axes a value varies.
 
     They are there inside a ``shard_map`` that checks it; a device's part of a call has no mesh.
-    On an explicit mesh, the equations forget it as well; nested programs are bound to its types,
-    which is refused.
+    On an explicit mesh, the equations forget it as well; nested programs whose types are bound to
+    it, as those of arrays that are closed over, are refused.
     """
     renamed: dict[Var, Any] = {}
     # Inside a shard_map, all axes that it maps over are manual.
     explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
+    def nested(jaxpr: Jaxpr) -> Jaxpr:
+        if explicit and _is_on_a_mesh(jaxpr):
+            raise NotImplementedError(
+                "on an explicit mesh, a mask or a score cannot call jitted functions of arrays "
+                "that it closes over: call flash_attention inside a jax.shard_map"
+            )
+        return _without_casts(jaxpr)
+
     def of_parameter(parameter):
         match parameter:
             case ClosedJaxpr():
-                return ClosedJaxpr(_without_casts(parameter.jaxpr), parameter.consts)
+                return ClosedJaxpr(nested(parameter.jaxpr), parameter.consts)
             case Jaxpr():
-                return _without_casts(parameter)
-            case Mesh() | AbstractMesh() if explicit and AxisType.Explicit in parameter.axis_types:
-                raise NotImplementedError(
-                    "on an explicit mesh, a mask or a score cannot call jitted functions, such as "
-                    "those of // and % are: call flash_attention inside a jax.shard_map"
-                )
+                return nested(parameter)
+            case Mesh() if explicit:
+                return Mesh(np.empty((), object), ())
             case tuple() | list() if not hasattr(parameter, "_fields"):
                 return type(parameter)(of_parameter(p) for p in parameter)
             case _:
@@ -265,6 +271,12 @@ def _without_casts(jaxpr: Jaxpr) -> Jaxpr:
     ):
         return jaxpr
     return jaxpr.replace(eqns=equations, outvars=[current(v) for v in jaxpr.outvars])
+
+
+def _is_on_a_mesh(jaxpr: Jaxpr) -> bool:
+    """Whether a value has the type of a mesh."""
+    variables = [*jaxpr.constvars, *jaxpr.invars, *(v for e in jaxpr.eqns for v in e.outvars)]
+    return any(v.aval.sharding.mesh.axis_names for v in variables if hasattr(v.aval, "sharding"))
 
 
 @functools.cache

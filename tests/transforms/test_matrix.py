@@ -86,7 +86,6 @@ FEATURES = {
     "mask": Feature(
         masked,
         lambda: {"reach": jnp.asarray([3, 9, 1, 20], jnp.int32)},
-        explicit_mesh="on an explicit mesh, a mask or a score cannot call jitted functions",
     ),
     "score": Feature(scored, lambda: {"table": random(3, N, 2 * T)}),
     "bias": Feature(dense, lambda: {"bias": random(4, 1, N, T, T)}),

@@ -8,13 +8,13 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     path.relative_to(REPOSITORY).as_posix()
-    for path in (REPOSITORY / "docs").glob("*.md")
+    for path in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"))
     if "```python\n" in path.read_text()
 )
 
 
 def test_pages_with_code_are_found() -> None:
-    assert {"docs/masks.md", "docs/sharding.md", "docs/start.md", "docs/numerics.md"} <= set(PAGES)
+    assert {"README.md", "docs/masks.md", "docs/sharding.md", "docs/start.md"} <= set(PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES)

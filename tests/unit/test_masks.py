@@ -487,3 +487,16 @@ def test_explain_says_which_keys_are_seen(mask, keys: str | None) -> None:
     explanation = explain(**inputs(), mask_mod=mask)
     assert explanation.keys == keys
     assert (keys or "not known to be intervals") in str(explanation)
+
+
+def test_a_jitted_function_of_an_array_on_an_explicit_mesh_is_refused() -> None:
+    types = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.make_mesh((2,), ("data",), types, devices=jax.devices("cpu")[:2])
+    with jax.set_mesh(mesh):
+        reach = jax.device_put(jnp.arange(4), jax.sharding.PartitionSpec())
+
+        def trace(reach):
+            return masks.trace_mask(lambda b, h, q, kv: kv < jax.jit(lambda x: x[h])(reach))[1]
+
+        with pytest.raises(NotImplementedError, match="jitted functions of arrays that it closes"):
+            jax.jit(trace)(reach)
