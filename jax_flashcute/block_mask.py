@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 
 from jax_flashcute import masks
 from jax_flashcute.analysis import POSITION_LIMIT
+from jax_flashcute.promotion import of_any_rank
 from jax_flashcute.tile_kinds import FULL, HIDDEN, PARTIAL, Tiling, classify, kind_of, num_tiles
 
 _FEW_TILES = 128
@@ -311,6 +312,7 @@ class BlockMask:
         )
 
 
+@of_any_rank
 def make_block_mask(
     mask_mod: Callable[..., Any],
     B: int,

@@ -33,6 +33,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jax_flashcute import dispatch
 from jax_flashcute.dispatch import Direction, Implementation, ServedBy
+from jax_flashcute.promotion import of_any_rank
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 
 LAYOUTS: Mapping[str, str] = {
@@ -171,6 +172,7 @@ def without_mesh(function):
     """``function``, traced as if no mesh were around: a device's part of a program has none."""
 
     @functools.wraps(function)
+    @of_any_rank
     def wrapped(*arguments):
         with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
             return function(*arguments)
@@ -404,7 +406,9 @@ def _on_device(one: _Pass, sharding: _Sharding, shapes, *leaves: jax.Array):
 
 def _impl(*leaves, one: _Pass, program):
     del program  # a new object every time; the rest says it all
-    return _compiled(*leaves, one=one)
+    # Without it, a primitive that is evaluated would come here again and again.
+    with jax.disable_jit(False):
+        return _compiled(*leaves, one=one)
 
 
 @functools.partial(jax.jit, static_argnames="one")

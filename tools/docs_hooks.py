@@ -279,7 +279,48 @@ def agreement_table() -> str:
     return f"{_table([*head, 'apart'], cells)}\n\nRun on {' and '.join(runs)}."
 
 
+# ---- times of masks and scores ---------------------------------------------------------------
+
+_FUNCTIONS = {
+    "full": "none",
+    "causal": "`is_causal`",
+    "causal_lambda": "`lambda b, h, q, kv: kv <= q`",
+    "window256": "`masks.causal & masks.sliding_window(256)`",
+    "prefix512": "`masks.prefix_lm(512)`",
+    "documents": "`masks.causal & masks.documents(ids)`",
+    "alibi": "`scores.alibi(slopes)`",
+    "relative_bias": "`scores.relative_bias(table)`",
+    "kv_bias": "a score of an array by key",
+    "compress4": "`compress_factor=4`",
+    "compress64": "`compress_factor=64`",
+}
+
+
+def times_of_functions() -> str:
+    """Of every mask and score that was measured, the latest; on every GPU with results."""
+    texts = []
+    for path in sorted(RESULTS.glob("*/functions.json")):
+        latest: dict[tuple[str, str], dict[str, Any]] = {}
+        for row in json.loads(path.read_text()):
+            if row["implementation"] == "jax_flashcute":
+                cell = row["case"], row["pass"]
+                latest[cell] = max(row, latest.get(cell, row), key=lambda r: r["date"])
+        rows = []
+        for case, words in _FUNCTIONS.items():
+            found = [latest.get((case, pass_)) for pass_ in ("fwd", "bwd")]
+            if not any(found):
+                continue
+            row = next(r for r in found if r)
+            size = f"{row['seqlen_q']:,} on {row['seqlen_k']:,}, {row['q_heads']}/{row['kv_heads']}"
+            rows.append([words, size, *(f"{r['ms']:.2f}" if r else "–" for r in found)])
+        gpu = next(iter(latest.values()))["gpu"]
+        head = ["", "rows on keys, heads", "forward, ms", "backward, ms"]
+        texts.append(f"On one {gpu}, head_dim 128, bfloat16:\n\n{_table(head, rows)}")
+    return "\n\n".join(texts)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "times of functions": times_of_functions,
     "support table": support_table,
     "transform tables": transform_tables,
     "agreement table": agreement_table,

@@ -15,9 +15,11 @@ from jax_flashcute.nsa.config import NSAConfig
 from jax_flashcute.nsa.gating import gate, weighted_sum
 from jax_flashcute.nsa.packing import Packing, Tiling, of_lengths, of_packing, pack, whole
 from jax_flashcute.nsa.selection import select_blocks, to_block_mask
+from jax_flashcute.promotion import of_any_rank
 from jax_flashcute.sharding import refuse_sharded_types
 
 
+@of_any_rank
 def native_sparse_attention(
     query: jax.Array,
     key: jax.Array,

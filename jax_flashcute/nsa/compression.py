@@ -164,7 +164,8 @@ class _Backward(Pass):
         def of_tokens(gradient):
             B, _, K, H = gradient.shape
             dtype = jnp.promote_types(gradient.dtype, jnp.float32)
-            share = gradient.astype(dtype) / jnp.maximum(count, 1)[:, :, None, None]
+            divisor = jnp.maximum(count, 1).astype(dtype)[:, :, None, None]
+            share = gradient.astype(dtype) / divisor
             share = jnp.where(is_counted, share[:, :, None], 0).astype(self.dtype)
             return share.reshape(B, -1, K, H)[:, : self.length]
 

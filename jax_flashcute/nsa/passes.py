@@ -29,6 +29,7 @@ from jax_flashcute import dispatch, plan
 from jax_flashcute.dispatch import Implementation, ServedBy
 from jax_flashcute.kernels import nsa
 from jax_flashcute.kernels.nsa import NSAKernelKey
+from jax_flashcute.promotion import of_any_rank
 from jax_flashcute.sharding import axes_left_to_xla, without_mesh
 
 Axes = tuple[str, ...]
@@ -72,6 +73,7 @@ def _results(one: Pass, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     def kernel(*arrays):
         return tuple(one.kernel(*arrays))
 
+    @of_any_rank
     def formula(*arrays):
         return tuple(one.formula(*arrays))
 
@@ -293,7 +295,8 @@ def _compiled(*arrays, one: Pass):
 
 def _impl(*arrays, one: Pass, program):
     del program  # a new object every time; the rest says it all
-    return _compiled(*arrays, one=one)
+    with jax.disable_jit(False):
+        return _compiled(*arrays, one=one)
 
 
 def _lowering(ctx: mlir.LoweringRuleContext, *args, one: Pass, program):

@@ -10,6 +10,7 @@ from jax_flashcute.block_mask import BlockMask
 from jax_flashcute.nsa.compression import block_means
 from jax_flashcute.nsa.config import NSAConfig
 from jax_flashcute.nsa.packing import Tiling, whole
+from jax_flashcute.promotion import of_any_rank
 
 # Query tiles whose scores against all blocks exist at once.
 _TILES_AT_ONCE = 64
@@ -73,6 +74,7 @@ def score_blocks(tile_means: jax.Array, compressed_key: jax.Array, scale: float)
     return scale * scores
 
 
+@of_any_rank
 def select_blocks(
     query: jax.Array,
     compressed_key: jax.Array,

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flashcute import flash_attention
+from jax_flashcute import flash_attention, make_block_mask, masks
 from jax_flashcute.arguments import follows_xla_flags
+from jax_flashcute.nsa import NSAConfig, native_sparse_attention
 from tests.cases import Case
 
 reference = functools.partial(flash_attention, implementation="reference")
@@ -163,3 +164,40 @@ def test_donated_inputs() -> None:
     attend = jax.jit(lambda q, k, v: flash_attention(q, k, v), donate_argnums=0)
     out = attend(*(jnp.array(x) for x in arrays.values()))
     np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+STRICT = {
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_numpy_rank_promotion": "raise",
+    "jax_disable_jit": True,
+}
+
+
+@pytest.mark.parametrize("name", STRICT)
+def test_what_a_program_asks_of_its_own_code(name: str) -> None:
+    """Segments, lists, lengths and native sparse attention, with gradients, under strict rules."""
+    query = jax.random.normal(jax.random.key(0), (2, 20, 4, 8))
+    key = query[:, :, :2]
+    config = NSAConfig(block=8, num_selected=2, window=6, query_tile=8)
+
+    def every(query, key):
+        mask = masks.dilated(6, 2)
+        listed = make_block_mask(mask, 2, 4, 20, 20, tile_m=8, tile_n=8)
+        ids, lengths = jnp.arange(40).reshape(2, 20) // 7, jnp.asarray([0, 13])
+        outs = [
+            flash_attention(query, key, key, segment_ids=ids, is_causal=True),
+            flash_attention(query, key, key, mask_mod=mask, block_mask=listed),
+            flash_attention(query, key, key, key_value_seq_lengths=lengths),
+            native_sparse_attention(query, key, key, config=config, key_value_seq_lengths=lengths),
+        ]
+        return sum(out.sum() for out in outs)
+
+    before = getattr(jax.config, name)
+    jax.config.update(name, STRICT[name])
+    try:
+        if name == "jax_disable_jit":
+            assert flash_attention(query, key, key, is_causal=True).shape == query.shape
+        else:
+            jax.eval_shape(jax.grad(every, argnums=(0, 1)), query, key)
+    finally:
+        jax.config.update(name, before)

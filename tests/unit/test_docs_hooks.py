@@ -31,6 +31,18 @@ def test_transform_tables_are_those_recorded(tmp_path, monkeypatch) -> None:
     assert "1. NotImplemented: no" in text
 
 
+def test_times_are_those_measured_last(tmp_path, monkeypatch) -> None:
+    row = {"case": "causal", "pass": "fwd", "implementation": "jax_flashcute", "gpu": "a GPU"}
+    row |= {"seqlen_q": 4096, "seqlen_k": 4096, "q_heads": 8, "kv_heads": 2}
+    rows = [row | {"date": f"2026-01-0{day}", "ms": float(day)} for day in (2, 3, 1)]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "functions.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(docs_hooks, "RESULTS", tmp_path)
+    text = docs_hooks.times_of_functions()
+    assert "On one a GPU" in text
+    assert "| `is_causal` | 4,096 on 4,096, 8/2 | 3.00 | – |" in text
+
+
 def test_the_recorded_table_is_whole() -> None:
     record = json.loads((docs_hooks.RESULTS / "cpu" / "transforms.json").read_text())
     assert len(record["cells"]) == 9
