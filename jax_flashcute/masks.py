@@ -276,7 +276,8 @@ def _without_casts(jaxpr: Jaxpr) -> Jaxpr:
 def _is_on_a_mesh(jaxpr: Jaxpr) -> bool:
     """Whether a value has the type of a mesh."""
     variables = [*jaxpr.constvars, *jaxpr.invars, *(v for e in jaxpr.eqns for v in e.outvars)]
-    return any(v.aval.sharding.mesh.axis_names for v in variables if hasattr(v.aval, "sharding"))
+    shardings = (getattr(v.aval, "sharding", None) for v in variables)
+    return any(s.mesh.axis_names for s in shardings if s is not None)
 
 
 @functools.cache
