@@ -256,6 +256,9 @@ class ElementProgram:
             return False
         if name in OVERFLOWING and result == "int32" and equation.output not in self._limits:
             return False
+        if name == "convert_element_type" and result == "bool" != equation.dtypes[0]:
+            # Whether a number is not 0 does not rise with it.
+            return False
         if name in ("mul", "div"):
             first, *rest = (isinstance(x, int) and x in ranging for x in equation.inputs)
             is_divided = result == "float32" and not any(rest)

@@ -188,6 +188,35 @@ def test_terms_that_are_added(case: Case):
     assert key.elements.added_kinds(key.pack_gqa) == {"row", "affine", "key"}
 
 
+def test_terms_beyond_scores():
+    """NaN is added to rows that see no key, and much more than scores can hold to the others."""
+    case = sized(64, seqlen_q=70, seqlen_k=1)
+    rows = jnp.asarray(np.where(np.arange(70) % 2, 1e9, np.nan), jnp.float32)
+    keys = jnp.full(1, 300.0, jnp.float32)
+    key = check(
+        case,
+        lambda b, h, q, kv: q % 2 == 1,
+        lambda score, b, h, q, kv: score + rows[q] + keys[kv],
+    )
+    assert key.elements.added_kinds(key.pack_gqa) == {"row", "key"}
+
+
+@pytest.mark.parametrize("name", ["two_tables", "clipped_to_bool"])
+def test_terms_of_few_values(name: str):
+    """A term of the distance beside one that is not, and one that changes within its bounds."""
+    case = sized(64, seqlen_q=64, seqlen_k=256)
+    table = jnp.asarray(3 * np.random.default_rng(1).standard_normal(300), jnp.float32)
+
+    def two_tables(score, b, h, q, kv):
+        near = jnp.sqrt(jnp.abs(q - kv).astype(jnp.float32))
+        return score - 0.1 * near + table[jnp.clip(kv - 2 * q + 5, 0, 200)]
+
+    def clipped_to_bool(score, b, h, q, kv):
+        return score + table[jnp.clip(q - kv, -1, 1).astype(bool).astype(jnp.int32)]
+
+    check(case, score_mod={"two_tables": two_tables, "clipped_to_bool": clipped_to_bool}[name])
+
+
 # Few queries and many keys: the keys are divided among blocks, and a sink belongs to all of them.
 SPLIT = sized(64, group=7, seqlen_q=3, seqlen_k=1100, kv_heads=2, **EVERYTHING)
 ONE_SLAB = FwdConfig(1, 64, 4, takes_turns=False)

@@ -12,6 +12,7 @@ from cutlass import Float32, Int32, const_expr
 from cutlass._mlir.dialects import llvm
 
 from jax_flashcute.kernels.common.traced import Traced
+from jax_flashcute.kernels.primitives import select
 
 LN2 = math.log(2.0)
 LOG2_E = math.log2(math.e)
@@ -151,7 +152,12 @@ class OnlineSoftmax(Traced):
         )
         if const_expr(self.lanes_per_row == 4):
             tile_max = quad_max(tile_max)
+        least_base = tile_max
         if const_expr(shift is not None):
+            # What is added to a row that sees no key may be NaN.
+            shift = select(tile_max == -Float32.inf, Float32(0.0), shift)
+            if const_expr(self.threshold > 0):
+                least_base = tile_max - self.threshold / self.scale_log2
             tile_max = tile_max + shift
         previous = self.row_max[r]
         if const_expr(is_first):
@@ -170,7 +176,9 @@ class OnlineSoftmax(Traced):
         if const_expr(not is_first):
             factor = exp2((previous - base) * self.scale_log2)
         if const_expr(shift is not None):
+            # A large shift absorbs the maximum: without this bound exponentials would overflow.
             base = base - shift
+            base = select(base < least_base, least_base, base)
         return base, factor
 
     @cute.jit

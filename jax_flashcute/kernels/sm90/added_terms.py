@@ -78,6 +78,7 @@ class AddedTerms:
         of_tiles = self.config.smem_bytes(head_dim, head_dim_v)
         return (
             bool(self.kinds)
+            and ("distance" not in self.kinds or self.by_distance)
             and SCALES[0] <= self.scale <= SCALES[1]
             and of_tiles + self.smem_bytes() + 3072 * bool(self.smem_bytes()) <= SMEM_BYTES
             and (in_order or not self.is_staged)
@@ -221,8 +222,7 @@ class WarpgroupTerms(Traced):
         of_first = self.entry.keys(first)
         for r, query in enumerate(self.queries):
             for term in self._of_program(self.entry.both(query, of_first), "tile"):
-                raw = cute.math.fma(term, Float32(1.0 / self.plan.scale), found[r])
-                found[r] = select(varies == 0, raw, found[r])
+                found[r] = select(varies == 0, found[r] + self._raw([term]), found[r])
         return found, varies
 
     def _is_same(self, query: dict, first: Int32) -> Boolean:
@@ -273,7 +273,7 @@ class WarpgroupTerms(Traced):
         inverse = Float32(1.0 / self.plan.scale)
         for c in range(cute.size(scores, mode=[1])):
             for r, known in enumerate(column(column_step(c))):
-                # Without ``_raw``'s bound, here as there: it would cost as much again.
+                # Without ``_raw``'s bound: it would cost as much again.
                 for term in self._of_program(known, "tile"):
                     scores[r, c] = cute.math.fma(term, inverse, scores[r, c])
 
