@@ -743,7 +743,9 @@ def backward_config_sm100(
         return BwdConfigSm100(0, 0, passes=passes)
     config = BwdConfigSm100(2, 2, deterministic=deterministic)
     # Rings of one stage suffice pairs: S gives Q back before dK takes it from a ring of its own.
-    pair = dataclasses.replace(config, cta_group=2)
+    pair = dataclasses.replace(
+        config, cta_group=2, gradient_registers=152, reduce_registers=88, other_registers=120
+    )
     pairs = (pair, dataclasses.replace(pair, q_stages=1, do_stages=1))
     if may_pair and min(head_dim, head_dim_v) > 48:
         for found in pairs:
