@@ -61,6 +61,13 @@ def test_any_timing(timing: str, warps: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", FAST | SLOW)
+@pytest.mark.parametrize(("timing", "warps"), [("early", "adversarial"), ("shuffled", "seeded")])
+def test_feature_under_any_timing(name: str, timing: str, warps: str) -> None:
+    check((FAST | SLOW)[name], arch=ARCH, timing=timing, warps=warps, seed=5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_any_seed(seed: int) -> None:
     case = sized(128, group=3, seqlen_k=500, **EVERYTHING)
