@@ -8,6 +8,7 @@ not, become operands, and what is left is identified by its text.
 ``&``, ``|`` and ``~``.
 """
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -194,7 +195,10 @@ _INDEX = jax.ShapeDtypeStruct((), jnp.int32)
 def _trace(name: str, function, arguments, kind, kind_name: str):
     if not callable(function):
         raise ValueError(f"{name} must be a function; got {function!r}")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+    # Inside a shard_map that checks what varies, values that are closed over need its mesh.
+    explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    no_mesh = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+    with no_mesh if explicit else contextlib.nullcontext():
         closed, result = jax.make_jaxpr(function, return_shape=True)(*arguments)
     if not isinstance(result, jax.ShapeDtypeStruct):
         raise ValueError(f"{name} must return one {kind_name}; got {jax.tree.structure(result)}")

@@ -112,20 +112,23 @@ def test_gradients(dimensions: str) -> None:
 def test_gradients_on_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both kernels; where the backward's refuses, the forward kernel and then the XLA path."""
     monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_100a")
+    bias = jax.ShapeDtypeStruct((1, 1, 1, 500), jnp.float32)
 
-    def gradient(head_dim, implementation=None):
-        def loss(query, key, value):
-            return jnp.sum(attend(query, key, value, implementation=implementation)[0])
+    def gradients(head_dim, of, implementation=None):
+        def loss(query, key, value, bias):
+            out, _ = attend(query, key, value, bias=bias, implementation=implementation)
+            return jnp.sum(out)
 
         given = [x.update(shape=(*x.shape[:3], head_dim)) for x in shapes(2, 300, 500)]
         return jax.export.export(
-            jax.jit(jax.grad(loss)), platforms=["cuda"], disabled_checks=EXPORT_CHECKS
-        )(*given)
+            jax.jit(jax.grad(loss, of)), platforms=["cuda"], disabled_checks=EXPORT_CHECKS
+        )(*given, bias)
 
-    assert calls(gradient(64, "cute")) == [CALL_TARGET] * 2
-    assert calls(gradient(256)) == [CALL_TARGET]
-    with pytest.raises(NotImplementedError, match="head_dim"):
-        gradient(256, "cute")
+    for head_dim in (64, 256):
+        assert calls(gradients(head_dim, 0, "cute")) == [CALL_TARGET] * 2
+    assert calls(gradients(64, (0, 3))) == [CALL_TARGET]
+    with pytest.raises(NotImplementedError, match="bias"):
+        gradients(64, (0, 3), "cute")
 
 
 def test_a_symbolic_offset() -> None:
