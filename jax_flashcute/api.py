@@ -20,9 +20,7 @@ from jax_flashcute.arguments import (
     with_compression,
 )
 from jax_flashcute.dispatch import Implementation
-from jax_flashcute.segments import (
-    packed_rows,
-)
+from jax_flashcute.segments import packed_rows
 
 
 def flash_attention(
