@@ -14,6 +14,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.tiles import (
+    clear_rows,
     slab_tma_layout,
     smem_layout,
     swizzle_width,
@@ -51,6 +52,54 @@ def begin_stage(pipeline: TmaPipeline, tiles, load, n: Int32, place, stage: Int3
     else:
         pipeline.expect(stage)
         load(n, place, stage, pipeline.full + stage)
+
+
+@cute.jit
+def begin_values(
+    pipeline: TmaPipeline,
+    tiles: cutlass.Constexpr,
+    load: cutlass.Constexpr,
+    n: Int32,
+    place,
+    stage: Int32,
+    values,
+    keys: Int32,
+    tail,
+    has_lengths: cutlass.Constexpr[bool],
+    has_lists: cutlass.Constexpr[bool],
+) -> Int32:
+    """``begin_stage`` of V, and what lies beyond the length cleared: it may be NaN, and 0 * NaN is.
+
+    Args:
+      values: shared memory of V and its width.
+      tail: a barrier of its own for the copies of such a tile, and its phase.
+      has_lengths: the length may end within a tile.
+      has_lists: tiles may lie beyond the length altogether.
+
+    Returns:
+      The next phase of ``tail``.
+    """
+    sV, width = values
+    tail_barrier, tail_phase = tail
+    is_tail = Boolean(False)
+    if const_expr(has_lengths):
+        is_tail = (n + 1) * tiles.tile_n > keys
+    if is_tail:
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(tail_barrier, pipeline.tx_bytes)
+        load(n, place, stage, tail_barrier)
+        cute.arch.mbarrier_wait(tail_barrier, tail_phase)
+        inside = keys - n * tiles.tile_n
+        if const_expr(has_lists):
+            inside = cutlass.max(inside, Int32(0))
+        clear_rows(sV, width, stage, inside)
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+        pipeline.commit(stage)
+        tail_phase ^= 1
+    else:
+        begin_stage(pipeline, tiles, load, n, place, stage)
+    return tail_phase
 
 
 @cute.jit

@@ -6,9 +6,14 @@ those that follow it through its tiles.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, const_expr
+from cutlass import Int32, const_expr
 
-from jax_flashcute.kernels.common.paging import begin_stage, finish_stage, settle_last
+from jax_flashcute.kernels.common.paging import (
+    begin_stage,
+    begin_values,
+    finish_stage,
+    settle_last,
+)
 from jax_flashcute.kernels.common.scheduler import draw_tile
 from jax_flashcute.kernels.common.splits import split_range
 from jax_flashcute.kernels.common.tiles import clear_rows, slab_tma_layout, tma_partition
@@ -126,28 +131,14 @@ class LoadWarp:
                 # Another warp copies V, if threads do.
                 if const_expr(tiles.copying_warps == 0):
                     pipeline_v.acquire(v_stage, v_phase)
-                    is_tail = Boolean(False)
-                    if const_expr(has_kv_lengths):
-                        is_tail = (n + 1) * cfg.tile_n > keys
-                    if is_tail:
-                        # What lies beyond the length may be NaN, and 0 * NaN is NaN: clear it.
-                        with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(
-                                tail_barrier, pipeline_v.tx_bytes
-                            )
-                        load_v(n, place, v_stage, tail_barrier)
-                        cute.arch.mbarrier_wait(tail_barrier, tail_phase)
-                        # A list may hold tiles that lie beyond the length altogether.
-                        inside = keys - n * cfg.tile_n
-                        if const_expr(self.kernel.has_lists):
-                            inside = cutlass.max(inside, Int32(0))
-                        clear_rows(sV, self.kernel.smem_hv, v_stage, inside)
-                        cute.arch.fence_view_async_shared()
-                        cute.arch.sync_warp()
-                        pipeline_v.commit(v_stage)
-                        tail_phase ^= 1
-                    else:
-                        begin_stage(pipeline_v, tiles, load_v, n, place, v_stage)
+                    tail_phase = begin_values(
+                        *(pipeline_v, tiles, load_v, n, place, v_stage),
+                        (sV, self.kernel.smem_hv),
+                        keys,
+                        (tail_barrier, tail_phase),
+                        has_kv_lengths,
+                        self.kernel.has_lists,
+                    )
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
                 n, place = following, following_place
                 following, following_place = ahead, ahead_place

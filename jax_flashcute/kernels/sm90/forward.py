@@ -56,6 +56,7 @@ from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.paging import (
     begin_stage,
+    begin_values,
     finish_stage,
     follow_tiles,
     settle_last,
@@ -586,28 +587,14 @@ class ForwardSm90(KeyTiles):
                 # Other warps copy V, if threads do.
                 if const_expr(self.copying_warps == 0):
                     pipeline_v.acquire(v_stage, v_phase)
-                    is_tail = Boolean(False)
-                    if const_expr(has_kv_lengths):
-                        is_tail = (n + 1) * cfg.tile_n > keys
-                    if is_tail:
-                        # What lies beyond the length may be NaN, and 0 * NaN is NaN: clear it.
-                        with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(
-                                tail_barrier, pipeline_v.tx_bytes
-                            )
-                        load_v(n, place, v_stage, tail_barrier)
-                        cute.arch.mbarrier_wait(tail_barrier, tail_phase)
-                        # A list may hold tiles that lie beyond the length altogether.
-                        inside = keys - n * cfg.tile_n
-                        if const_expr(self.has_lists):
-                            inside = cutlass.max(inside, Int32(0))
-                        clear_rows(sV, self.smem_hv, v_stage, inside)
-                        cute.arch.fence_view_async_shared()
-                        cute.arch.sync_warp()
-                        pipeline_v.commit(v_stage)
-                        tail_phase ^= 1
-                    else:
-                        begin_stage(pipeline_v, self.kv_tiles, load_v, n, place, v_stage)
+                    tail_phase = begin_values(
+                        *(pipeline_v, self.kv_tiles, load_v, n, place, v_stage),
+                        (sV, self.smem_hv),
+                        keys,
+                        (tail_barrier, tail_phase),
+                        has_kv_lengths,
+                        self.has_lists,
+                    )
                     v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
                 n, place = following, following_place
                 following, following_place = ahead, ahead_place
