@@ -1,11 +1,15 @@
 """Masks and scores written at random on a GPU, against attention in numpy.
 
-``JAX_FLASHCUTE_RANDOM=2000 pytest tests/kernels/test_random_functions_gpu.py`` runs so many, from
-``JAX_FLASHCUTE_RANDOM_FIRST`` on; every eighth has its gradients compared too.  Each is a kernel of
-its own: all are compiled first, by as many processes as there are processors, and kept.
+``OMP_NUM_THREADS=1 JAX_FLASHCUTE_RANDOM=2000 pytest -n 16 --dist worksteal
+tests/kernels/test_random_functions_gpu.py`` runs so many, from ``JAX_FLASHCUTE_RANDOM_FIRST`` on;
+every eighth has its gradients compared too.  Each is a kernel of its own, and compiling it is most
+of a test: pytest's workers compile their own; where there are none, all are compiled first, by as
+many processes as there are processors.  Kernels without gradients have smaller tiles, which compile
+in half the time.
 """
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 
@@ -15,6 +19,8 @@ import numpy as np
 import pytest
 
 from jax_flashcute import flash_attention
+from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.config import FwdConfig
 from jax_flashcute.plan import ARCH_VARIABLE, target
 from tests.unit.test_analysis import random_mask, random_number
 
@@ -103,6 +109,22 @@ def step(call: RandomCall, with_gradients: bool):
     return jax.jit(both if with_gradients else forward)
 
 
+def has_gradients(number: int) -> bool:
+    return number % GRADIENTS_EVERY == 0
+
+
+@contextlib.contextmanager
+def tiles_of(number: int):
+    """Hopper kernels of a call are tiled so, save where its gradients are compared."""
+    if has_gradients(number):
+        yield
+        return
+    config = FwdConfig(2, 32 if number % 4 else 64, 2, takes_turns=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "forward_config", lambda *head_dims: config)
+        yield
+
+
 def shapes() -> list[tuple[int, ...]]:
     """Of query, key, value and the gradient of the output."""
     queries, keys = (BATCH, QUERIES, HEADS, HEAD_DIM), (BATCH, KEYS, 1, HEAD_DIM)
@@ -113,13 +135,16 @@ def compile_one(number: int, named: str) -> None:
     """Leaves the kernels of a call in the store, without a GPU."""
     os.environ[ARCH_VARIABLE] = named
     jax.config.update("jax_platforms", "cpu")
-    lowered = step(RandomCall(number), number % GRADIENTS_EVERY == 0)
+    jitted = step(RandomCall(number), has_gradients(number))
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes()]
-    lowered.trace(*arrays).lower(lowering_platforms=("cuda",))
+    with tiles_of(number):
+        jitted.trace(*arrays).lower(lowering_platforms=("cuda",))
 
 
 @pytest.fixture(scope="module")
 def compiled() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
     numbers = range(FIRST, FIRST + COUNT)
     with concurrent.futures.ProcessPoolExecutor(
         min(COUNT, os.cpu_count() or 1), multiprocessing.get_context("spawn")
@@ -132,8 +157,9 @@ def compiled() -> None:
 def test_random_functions(number: int, compiled: None) -> None:
     rng = np.random.default_rng(number)
     arrays = [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes()]
-    call, with_gradients = RandomCall(number), number % GRADIENTS_EVERY == 0
-    out, lse, gradients = step(call, with_gradients)(*arrays)
+    call = RandomCall(number)
+    with tiles_of(number):
+        out, lse, gradients = step(call, has_gradients(number))(*arrays)
     want, want_lse, want_gradients = dense(call, *(np.asarray(x, np.float32) for x in arrays))
     close(out, want)
     np.testing.assert_allclose(lse, want_lse, atol=1e-3, rtol=1e-4)
