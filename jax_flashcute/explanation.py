@@ -19,7 +19,7 @@ from jax_flashcute.arguments import (
     with_compression,
 )
 from jax_flashcute.dispatch import Implementation
-from jax_flashcute.kernels import registry
+from jax_flashcute.kernels import masking, registry
 from jax_flashcute.spec import AttentionSpec, Operands
 
 
@@ -274,7 +274,7 @@ def _explanation(
         forward_reasons=(*([invariance] if invariance else []), *reasons["fwd"]),
         backward_reasons=reasons["bwd"],
         elsewhere="refused" if invariance else elsewhere,
-        keys=registry.keys_of(spec, operands),
+        keys=masking.keys_of(spec, operands),
         tiles=tiles,
         loads=tuple(_loads(spec)),
         splits=None if key is None else registry.splits_of(key, operands),

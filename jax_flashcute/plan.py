@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 
 from jax_flashcute.kernels import nsa, registry
+from jax_flashcute.kernels.key import Direction, KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 
 ARCH_VARIABLE = "JAX_FLASHCUTE_ARCH"
@@ -49,17 +50,13 @@ def target() -> Target | None:
     return Target(f"sm_{capability}{suffix}", getattr(device, "core_count", DEFAULT_NUM_SMS))
 
 
-def reasons_against(
-    spec: AttentionSpec, operands: Operands, direction: registry.Direction
-) -> list[str]:
+def reasons_against(spec: AttentionSpec, operands: Operands, direction: Direction) -> list[str]:
     """``registry.reasons_against`` on the architecture that a program would be lowered for."""
     known = target()
     return registry.reasons_against(spec, operands, direction, known.arch if known else None)
 
 
-def make_plan(
-    spec: AttentionSpec, operands: Operands, direction: registry.Direction = "fwd"
-) -> registry.KernelKey:
+def make_plan(spec: AttentionSpec, operands: Operands, direction: Direction = "fwd") -> KernelKey:
     """The compile key of the kernel of a call.
 
     Raises:

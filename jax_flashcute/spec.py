@@ -57,6 +57,14 @@ class AttentionSpec:
     constants: tuple[str, ...] = ()
     may_make_lists: bool = False
 
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        """``(left, right)``: position p sees only ``p - left <= kv <= p + right``; None is open."""
+        left, right = self.local_window_size or (None, None)
+        if self.is_causal:
+            right = 0 if right is None else min(right, 0)
+        return left, right
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

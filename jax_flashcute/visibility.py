@@ -13,14 +13,6 @@ from jax_flashcute.spec import AttentionSpec, Operands
 _FAR = np.iinfo(np.int32).max
 
 
-def reach(spec: AttentionSpec) -> tuple[int | None, int | None]:
-    """``(left, right)``: position p sees only ``p - left <= kv <= p + right``; None is open."""
-    left, right = spec.local_window_size or (None, None)
-    if spec.is_causal:
-        right = 0 if right is None else min(right, 0)
-    return left, right
-
-
 def visible(
     spec: AttentionSpec, operands: Operands, q_idx: jax.Array, kv_idx: jax.Array
 ) -> jax.Array:
@@ -50,7 +42,7 @@ def visible(
             kv_position = _per_index(segments.kv_positions, kv_idx)[:, None]
     if operands.q_offset is not None:
         position = position + per_batch(operands.q_offset)
-    left, right = reach(spec)
+    left, right = spec.reach
     if left is not None:
         seen = seen & (kv_position >= position - left)
     if right is not None:
@@ -207,7 +199,7 @@ def _index_reach(spec: AttentionSpec, operands: Operands) -> tuple[int | None, i
     segments = operands.segment_ids
     if segments is not None and segments.q_positions is not None:
         return None, None
-    return reach(spec)
+    return spec.reach
 
 
 def _bounds_over(start: jax.Array, end: jax.Array, first, last):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax_flashcute import api, plan
 from jax_flashcute.ffi import bundle, kernel_file, store
 from jax_flashcute.ffi.toolchain import INSTALL_COMPILER, toolchain
-from jax_flashcute.kernels.registry import AnyKey, Direction
+from jax_flashcute.kernels.key import AnyKey, Direction
 from jax_flashcute.recording import plans
 from jax_flashcute.recording.programs import parse_array
 

@@ -17,7 +17,6 @@ from jax_flashcute.context.steps import Call, KeyChunk, QueryChunk
 from jax_flashcute.masks import TracedFunction
 from jax_flashcute.segments import segments_of_ids
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
-from jax_flashcute.visibility import reach
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class PartCall:
     @staticmethod
     def of(call: Call, operands: Operands) -> "PartCall":
         spec, stride = call.spec, call.layout.stride
-        left, right = reach(spec)
+        left, right = spec.reach
         window, beyond = spec.local_window_size, (None, None)
         if stride > 1 and window is not None:
             # Its edge lies between two strides, elsewhere for every pair of devices.

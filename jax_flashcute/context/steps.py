@@ -17,7 +17,6 @@ from jax_flashcute import analysis
 from jax_flashcute.context.order import Layout
 from jax_flashcute.dispatch import Implementation
 from jax_flashcute.spec import AttentionSpec, Operands
-from jax_flashcute.visibility import reach
 
 ContextParallel = Literal["ring", "all_gather"]
 METHODS: tuple[ContextParallel, ...] = ("ring", "all_gather")
@@ -87,7 +86,7 @@ class Call:
 @functools.lru_cache(maxsize=64)
 def _intervals(spec: AttentionSpec) -> analysis.KeySet:
     """The keys that a position sees, as far as that is known."""
-    window = (analysis.window_interval(*reach(spec)),)
+    window = (analysis.window_interval(*spec.reach),)
     if spec.mask_mod is None:
         return window
     found = analysis.analyse(spec.mask_mod.jaxpr).intervals()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from jax_flashcute.ffi.kernel_file import SUFFIX, entry_name
 from jax_flashcute.ffi.toolchain import RUNTIME, Toolchain, toolchain
-from jax_flashcute.kernels.registry import AnyKey
+from jax_flashcute.kernels.key import AnyKey
 
 BUNDLE_VARIABLE = "JAX_FLASHCUTE_BUNDLE"
 """Environment variable that names bundles, separated by colons."""

@@ -27,16 +27,10 @@ from jax_flashcute.ffi import store
 from jax_flashcute.ffi.compile import CompiledKernel
 from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
 from jax_flashcute.kernels.elements import element_operands, summed_arrays
+from jax_flashcute.kernels.key import OPTIONAL_OPERANDS, AnyKey, KernelKey
+from jax_flashcute.kernels.masking import rows_of, union_of
 from jax_flashcute.kernels.nsa import NSAKernelKey
-from jax_flashcute.kernels.registry import (
-    OPTIONAL_OPERANDS,
-    AnyKey,
-    KernelKey,
-    list_tile,
-    rows_of,
-    scratch_shapes,
-    union_of,
-)
+from jax_flashcute.kernels.registry import list_tile, scratch_shapes
 from jax_flashcute.recording import plans
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 from jax_flashcute.tile_kinds import HIDDEN, Tiling, classify, coarser

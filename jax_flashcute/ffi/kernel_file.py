@@ -16,7 +16,7 @@ from pathlib import Path
 from jax_flashcute.ffi.compile import CompiledKernel
 from jax_flashcute.ffi.toolchain import Toolchain
 from jax_flashcute.kernels.elements import names_of
-from jax_flashcute.kernels.registry import AnyKey, KernelKey
+from jax_flashcute.kernels.key import AnyKey, KernelKey
 
 MAGIC = b"flashcute kernel 2\n"
 SUFFIX = ".kernel"

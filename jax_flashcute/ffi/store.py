@@ -20,7 +20,7 @@ from jax_flashcute.ffi.compile import ArrayType, CompiledKernel, compile_kernel
 from jax_flashcute.ffi.kernel_file import PART_SUFFIX, SUFFIX
 from jax_flashcute.ffi.toolchain import toolchain
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.registry import AnyKey
+from jax_flashcute.kernels.key import AnyKey
 
 CACHE_VARIABLE = "JAX_FLASHCUTE_CACHE_DIR"
 """Environment variable that names the directory of the store."""

@@ -1,4 +1,4 @@
-"""Which kernel serves a call, every reason why one does not, and how it is built.
+"""Which kernel serves a call, every reason why one does not, and the kernels by name.
 
 Works on shapes alone: nothing here needs a device, a compiler or JAX.
 """
@@ -7,23 +7,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from jax_flashcute.analysis import (
-    Interval,
-    KeySet,
-    Linear,
-    Program,
-    RowInterval,
-    analyse,
-    evaluate,
-    intersection,
-    rising_interval,
-    rising_union,
-    row_interval,
-    window,
-    window_interval,
-)
+from jax_flashcute.analysis import Interval, Linear, evaluate, window, window_interval
 from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels import nsa
 from jax_flashcute.kernels.config import (
@@ -41,32 +27,39 @@ from jax_flashcute.kernels.config import (
     few_rows_config_sm100,
     forward_config,
     forward_config_sm100,
-    has_dq_sums,
     loads_pages_by_tma,
     most_splits,
     paged_config,
     workspace_shapes,
 )
 from jax_flashcute.kernels.elements import (
-    ElementFunctions,
     element_functions,
     full_axes,
     reasons_against_elements,
     reasons_against_gradients,
     without_sinks,
 )
+from jax_flashcute.kernels.key import OPTIONAL_OPERANDS, AnyKey, Direction, KernelKey
+from jax_flashcute.kernels.launchers import (
+    backward_arrays,
+    backward_builder,
+    forward_arrays,
+    forward_builder,
+)
+from jax_flashcute.kernels.masking import (
+    by_element,
+    interval_of,
+    rows_of,
+    union_of,
+    without_intervals,
+)
 from jax_flashcute.spec import AttentionSpec, Operands
-
-Direction = Literal["fwd", "bwd"]
 
 ARCHITECTURES = {"fwd": ("sm_90a", "sm_100a", "sm_103a"), "bwd": ("sm_90a", "sm_100a", "sm_103a")}
 """The architectures that kernels exist for, by direction."""
 
 BLACKWELL = ("sm_100a", "sm_103a")
 """Those with tcgen05 and tensor memory; no such GPU has run the kernels yet."""
-
-MOST_INTERVALS = 4
-"""Of a mask whose intervals a kernel takes; more are looked at element by element."""
 
 DTYPES = ("bfloat16", "float16")
 MAX_HEAD_DIM = 256
@@ -86,180 +79,12 @@ LEAST_HEADS_FOR_A_LIST = 4
 """Heads, of all batch entries, that share a list which is made in the call at least.  To make one,
 each element of the mask is evaluated once."""
 
-OPTIONAL_OPERANDS = ("q_offset", "query_seq_lengths", "key_value_seq_lengths")
-"""Lengths and offsets, which may be absent, in the order in which kernels take them."""
-
 
 class Shaped(Protocol):
     """An array, or anything with its shape and dtype."""
 
     shape: Any
     dtype: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelKey:
-    """What makes one compiled kernel differ from another.
-
-    Attributes:
-      kernel: its name, a key of ``KERNELS``.
-      arch: the architecture it is compiled for.
-      dtype: name of the dtype of query, key and value.
-      head_dim, head_dim_v: of query and key, of value.
-      group: query heads that share a key/value head.
-      pack_gqa: those heads share a tile of query rows; forward only.
-      scale: factor on the scores.
-      interval: the keys a query sees, between bounds that rise with its position.
-      optional: the optional operands that are present.
-      config: tile sizes and the like.
-      num_sms: multiprocessors that persistent blocks are spread over; 0 where it does not matter.
-      split_kv: a row's keys are divided among blocks; forward only.
-      elements: what is done to single scores; None where nothing.
-      page_size: keys of a page, where keys and values are paged; forward only.
-      batch_invariant: the parts of a row's keys do not follow from the number of batch entries.
-      row_bounds: each row's keys stand in arrays; None where they follow from its position.
-      has_lists: the tiles that are visited stand in lists.
-      union: intervals within ``interval``: a query sees the keys of at least one; none where it
-        sees all of ``interval``.
-      packed_mask: which of batch, heads and rows a mask in bits varies along, of "bnt"; None
-        without one.
-    """
-
-    kernel: str
-    arch: str
-    dtype: str
-    head_dim: int
-    head_dim_v: int
-    group: int
-    pack_gqa: bool
-    scale: float
-    interval: Interval
-    optional: tuple[str, ...]
-    config: FwdConfig | FwdConfigSm100 | BwdConfig | BwdConfigSm100
-    num_sms: int
-    split_kv: bool = False
-    elements: ElementFunctions | None = None
-    page_size: int | None = None
-    batch_invariant: bool = False
-    row_bounds: RowBounds | None = None
-    has_lists: bool = False
-    union: tuple[Interval, ...] = ()
-    packed_mask: str | None = None
-
-    @property
-    def direction(self) -> Direction:
-        return "bwd" if isinstance(self.config, (BwdConfig, BwdConfigSm100)) else "fwd"
-
-    @property
-    def has_ranks(self) -> bool:
-        """Whether blocks take turns at dQ in an order that stands in an array."""
-        in_arrays = self.has_lists or self.row_bounds is not None
-        return self.direction == "bwd" and self.config.deterministic and in_arrays
-
-    @property
-    def visits_both_ways(self) -> bool:
-        """Whether some blocks visit tiles of queries and others tiles of keys."""
-        return isinstance(self.config, BwdConfigSm100) and self.config.passes != ()
-
-    @property
-    def tile(self) -> tuple[int, int]:
-        """Query rows (of each head) and keys of a tile; for the backward, keys and query rows."""
-        if isinstance(self.config, (BwdConfig, BwdConfigSm100)):
-            return self.config.tile_n, self.config.tile_m
-        slab = self.config.slab_rows
-        tokens = slab // self.group if self.pack_gqa else slab
-        return tokens * (self.config.tile_m // slab), self.config.tile_n
-
-
-AnyKey = KernelKey | nsa.NSAKernelKey
-"""The key of any kernel."""
-
-
-def interval_of(spec: AttentionSpec, *, has_lists: bool = False) -> Interval:
-    """The keys that the kernel visits by a query's position: causal is ``kv < q + 1``.
-
-    ``mask_mod`` is a part of it where the analysis finds one interval whose bounds rise with q;
-    elsewhere it is left to single scores, and so it is with lists of tiles, of which it holds in
-    some alone.
-    """
-    of_window, of_mask = _intervals(spec)
-    return of_window if of_mask is None or has_lists else of_mask
-
-
-def _intervals(spec: AttentionSpec) -> tuple[Interval, Interval | None]:
-    """The interval of the window, and that of ``mask_mod`` within it, where there is one."""
-    of_window = _window_interval(spec)
-    found = _keys(spec)
-    return of_window, None if found is None else rising_interval(found[1])
-
-
-def _window_interval(spec: AttentionSpec) -> Interval:
-    left, right = spec.local_window_size or (None, None)
-    if spec.is_causal:
-        right = 0 if right is None else min(right, 0)
-    return window_interval(left, right)
-
-
-def _keys(spec: AttentionSpec) -> tuple[Program, KeySet | None] | None:
-    """``mask_mod`` and its keys within the window, where they are known; None without one."""
-    if spec.mask_mod is None:
-        return None
-    program = analyse(spec.mask_mod.jaxpr)
-    return program, intersection((_window_interval(spec),), program.intervals())
-
-
-def _other_keys(spec: AttentionSpec, operands: Operands) -> tuple[Program, KeySet | None] | None:
-    """``_keys`` that are not one interval by position alone, where kernels take others.
-
-    None with lists of tiles.
-    """
-    found = _keys(spec)
-    if operands.block_mask is not None or found is None:
-        return None
-    return None if rising_interval(found[1]) is not None else found
-
-
-def union_of(spec: AttentionSpec, operands: Operands) -> tuple[Interval, ...]:
-    """The intervals within the window whose union ``mask_mod`` shows, where a kernel takes them.
-
-    Empty where it is one interval, or something else; and where keys are compared with windows by
-    positions within segments that may be scattered.
-    """
-    found, bounds = _other_keys(spec, operands), RowBounds.of(operands.segment_ids)
-    if bounds is not None and bounds.compares_ids and bounds.has_positions:
-        return ()
-    return () if found is None else rising_union(found[1], MOST_INTERVALS) or ()
-
-
-def rows_of(spec: AttentionSpec, operands: Operands) -> RowInterval | None:
-    """``mask_mod`` within the window as an interval for each row, where a kernel takes its bounds.
-
-    They are computed before the kernel, which reads them from arrays.  None with segments.
-    """
-    found = None if operands.segment_ids is not None else _other_keys(spec, operands)
-    return None if found is None or rising_union(found[1], MOST_INTERVALS) else row_interval(*found)
-
-
-def keys_of(spec: AttentionSpec, operands: Operands) -> str | None:
-    """The keys that a position sees, in words; None where they are not known to be intervals."""
-    if operands.packed_mask is not None:
-        return None
-    union = union_of(spec, operands)
-    if union:
-        return " or ".join(map(str, union))
-    if rows_of(spec, operands) is not None:
-        return "one interval for each row, computed from arrays"
-    has_lists = operands.block_mask is not None
-    if by_element(spec, has_lists=has_lists).mask_mod is not None:
-        return None
-    return str(interval_of(spec, has_lists=has_lists))
-
-
-def by_element(spec: AttentionSpec, *, has_lists: bool = False) -> AttentionSpec:
-    """The call without a ``mask_mod`` that ``interval_of`` holds in full."""
-    if spec.mask_mod is None or _intervals(spec)[1] is None or has_lists:
-        return spec
-    return dataclasses.replace(spec, mask_mod=None)
 
 
 def reasons_against_making_lists(
@@ -269,7 +94,7 @@ def reasons_against_making_lists(
 
     All follow from the program and from shapes: what a mask hides is not known here.
     """
-    mask_mod = _scores(spec, operands).mask_mod
+    mask_mod = without_intervals(spec, operands).mask_mod
     if operands.block_mask is not None or not spec.may_make_lists:
         return ["block_mask says what is visited"]
     if mask_mod is None:
@@ -283,7 +108,7 @@ def reasons_against_making_lists(
     S = operands.kv_length
     if not all(isinstance(size, int) for size in (B, T, N, S)):
         return [*reasons, "a dimension is known at run time only"]
-    left, right = window((_window_interval(spec),)) or (None, None)
+    left, right = window((window_interval(*spec.reach),)) or (None, None)
     keys = S if left is None or right is None else min(S, left + right + 1)
     if B * N * T * keys < LEAST_SCORES_FOR_LISTS:
         reasons.append(f"{B * N * T * keys:,} scores are fewer than {LEAST_SCORES_FOR_LISTS:,}")
@@ -308,13 +133,6 @@ def list_tile(spec: AttentionSpec, operands: Operands, arch: str | None) -> tupl
     forward = _existing(_forward_config(arch, operands))
     backward = _existing(_backward_config(arch, spec, operands))
     return math.gcd(forward.tile_m, backward.tile_m), math.gcd(forward.tile_n, backward.tile_n)
-
-
-def _scores(spec: AttentionSpec, operands: Operands) -> AttentionSpec:
-    """The call without a ``mask_mod`` that the kernel takes as intervals."""
-    if union_of(spec, operands) or rows_of(spec, operands) is not None:
-        return dataclasses.replace(spec, mask_mod=None)
-    return by_element(spec, has_lists=operands.block_mask is not None)
 
 
 def reasons_against(
@@ -346,7 +164,7 @@ def reasons_against(
         if name not in SERVED_OPERANDS:
             reasons.append(f"no kernel takes {name} yet")
     has_lists = operands.block_mask is not None
-    scores = _scores(spec, operands)
+    scores = without_intervals(spec, operands)
     reasons += reasons_against_elements(scores, operands)
     # 0 times -inf, the score of a hidden key, is NaN.
     if not (math.isfinite(spec.scale) and spec.scale > 0):
@@ -446,7 +264,7 @@ def _may_part(spec: AttentionSpec, operands: Operands) -> bool:
     others = (operands.segment_ids, operands.block_mask, operands.packed_mask)
     if any(x is not None for x in others):
         return False
-    functions = element_functions(_scores(spec, operands), operands)
+    functions = element_functions(without_intervals(spec, operands), operands)
     return without_sinks(functions) is None and rows_of(spec, operands) is None
 
 
@@ -481,7 +299,7 @@ def kernel_key(
     present = operands.present()
     makes_lists = not reasons_against_making_lists(spec, operands, arch)
     has_lists = operands.block_mask is not None or makes_lists
-    functions = element_functions(_scores(spec, operands), operands)
+    functions = element_functions(without_intervals(spec, operands), operands)
     config: FwdConfig | FwdConfigSm100 | BwdConfig | BwdConfigSm100
     split_kv = False
     interval = interval_of(spec, has_lists=has_lists)
@@ -500,7 +318,9 @@ def kernel_key(
         may_split = operands.segment_ids is None and not has_lists
         # A part is a stretch of tiles that are computed from positions; other masks go by element,
         # if they can.
-        alone = _scores(spec, operands) if union else by_element(spec, has_lists=has_lists)
+        alone = (
+            without_intervals(spec, operands) if union else by_element(spec, has_lists=has_lists)
+        )
         may_split = may_split and not reasons_against_elements(alone, operands)
         splits = partial(num_splits, arch, batch_invariant=spec.batch_invariant)
         if may_split and splits(interval, operands, num_sms) > 1:
@@ -683,184 +503,6 @@ class Kernel:
     scratch: Callable[[Any, Operands], list[tuple[tuple[int, ...], str]]]
 
 
-def _element_type(key: KernelKey):
-    import cutlass
-
-    return {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[key.dtype]
-
-
-def _forward_arrays(key: KernelKey):
-    import cutlass
-
-    qk = (_element_type(key), (1, 1, 1, key.head_dim))
-    v = (_element_type(key), (1, 1, 1, key.head_dim_v))
-    lse, counter = (cutlass.Float32, (1, 1, 1)), (cutlass.Int32, (1,))
-    partials = []
-    if key.split_kv:
-        partials = [
-            (cutlass.Float32, (1, 1, 1, 1, key.head_dim_v)),
-            (cutlass.Float32, (1, 1, 1, 1)),
-        ]
-    inputs = [qk, qk, v, *_optional_arrays(key), *_table_arrays(key)]
-    inputs += [*_element_arrays(key), *_bound_arrays(key), *_list_arrays(key)]
-    inputs += _packed_arrays(key)
-    return [*inputs, v, lse, counter, *partials]
-
-
-def _backward_arrays(key: KernelKey):
-    import cutlass
-
-    qk = (_element_type(key), (1, 1, 1, key.head_dim))
-    v = (_element_type(key), (1, 1, 1, key.head_dim_v))
-    rows = (cutlass.Float32, (1, 1, 1))
-    turns = [(cutlass.Int32, (1, 1, 1))] if key.config.deterministic else []
-    others = [*_optional_arrays(key), *_element_arrays(key), *_bound_arrays(key)]
-    others += [*_list_arrays(key), *_rank_arrays(key), *_packed_arrays(key)]
-    sums = [(cutlass.Float32, (1,) * rank) for rank in _summed_ranks(key)]
-    of_dq = rows if has_dq_sums(key.config) else None
-    return [qk, qk, v, v, rows, v, rows, *others, qk, qk, v, *sums, of_dq, rows, rows, *turns]
-
-
-def _summed_ranks(key: KernelKey) -> list[int]:
-    """Ranks of the gradients that the backward sums, after those of query, key and value."""
-    return key.elements.summed_ranks if key.elements is not None else []
-
-
-def _optional_arrays(key: KernelKey):
-    import cutlass
-
-    return [(cutlass.Int32, (1,)) if n in key.optional else None for n in OPTIONAL_OPERANDS]
-
-
-def _table_arrays(key: KernelKey):
-    """The page table, where there is one."""
-    import cutlass
-
-    return [] if key.page_size is None else [(cutlass.Int32, (1, 1))]
-
-
-def _element_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
-    import cutlass
-
-    element_types = {
-        "bool": cutlass.Uint8,
-        "int8": cutlass.Int8,
-        "int16": cutlass.Int16,
-        "int32": cutlass.Int32,
-        "uint8": cutlass.Uint8,
-        "uint16": cutlass.Uint16,
-        "uint32": cutlass.Uint32,
-        "float16": cutlass.Float16,
-        "bfloat16": cutlass.BFloat16,
-        "float32": cutlass.Float32,
-    }
-    types = key.elements.array_types() if key.elements is not None else []
-    return [(element_types[dtype], (1,) * rank) for dtype, rank in types]
-
-
-def _bound_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
-    import cutlass
-
-    ranks = []
-    if key.row_bounds is not None:
-        ranks = key.row_bounds.array_ranks()
-        ranks += key.row_bounds.ranks_beside() if key.visits_both_ways else []
-    return [(cutlass.Int32, (1,) * rank) for rank in ranks]
-
-
-def _list_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
-    import cutlass
-
-    times = key.has_lists * (1 + key.visits_both_ways)
-    return [(cutlass.Int32, (1,) * rank) for rank in (3, 4, 3, 4) * times]
-
-
-def _rank_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
-    import cutlass
-
-    return [(cutlass.Int32, (1, 1, 1, 1))] if key.has_ranks else []
-
-
-def _packed_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
-    import cutlass
-
-    return [] if key.packed_mask is None else [(cutlass.Uint32, (1, 1, 1, 1))]
-
-
-def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
-    """``launcher``, which takes the page table and groups of arrays by name, with these from
-    ``first`` on; and gradients that are summed after three others."""
-    paged = len(_table_arrays(key))
-    sums = len(_summed_ranks(key)) if key.direction == "bwd" else 0
-    groups = {
-        "mElements": len(_element_arrays(key)),
-        "mBounds": len(_bound_arrays(key)),
-        "mLists": len(_list_arrays(key)),
-        "mRanks": len(_rank_arrays(key)),
-        "mPacked": len(_packed_arrays(key)),
-    }
-    groups = {name: count for name, count in groups.items() if count}
-    if not groups and not paged:
-        return launcher
-
-    def launch(stream, *arrays):
-        named: dict[str, Any] = {"mPageTable": arrays[first]} if paged else {}
-        rest = arrays[first + paged :]
-        for name, count in groups.items():
-            named[name], rest = rest[:count], rest[count:]
-        if sums:
-            named["mGradients"], rest = rest[3 : 3 + sums], rest[:3] + rest[3 + sums :]
-        launcher(stream, *arrays[:first], *rest, **named)
-
-    return launch
-
-
-def _forward_builder(key: KernelKey):
-    from jax_flashcute.kernels.common.intervals import mask_of
-    from jax_flashcute.kernels.sm90.forward import ForwardSm90
-    from jax_flashcute.kernels.sm100.forward import ForwardSm100
-
-    # Not where a sequence's parts must not follow from the others.
-    lengths_vary = "key_value_seq_lengths" in key.optional and not key.batch_invariant
-    splits = {"split_kv": key.split_kv, "lengths_vary": key.split_kv and lengths_vary}
-    forward = {
-        "sm90_forward": partial(
-            ForwardSm90,
-            **splits,
-            functions=key.elements,
-            page_size=key.page_size,
-            row_bounds=key.row_bounds,
-            has_lists=key.has_lists,
-            packed_mask=key.packed_mask,
-        ),
-        "sm100_forward": partial(
-            ForwardSm100,
-            **splits,
-            functions=key.elements,
-            page_size=key.page_size,
-            row_bounds=key.row_bounds,
-            has_lists=key.has_lists,
-            packed_mask=key.packed_mask,
-        ),
-    }[key.kernel]
-
-    def build():
-        launcher = forward(
-            key.config,
-            _element_type(key),
-            key.head_dim,
-            key.head_dim_v,
-            key.group,
-            key.pack_gqa,
-            key.scale,
-            mask_of(key.interval, key.union),
-            key.num_sms,
-        )
-        return _taking_named(launcher, key, 6)
-
-    return build
-
-
 def _forward_scratch(key: KernelKey, operands: Operands):
     """The tile counter, and O and LSE of each part of the keys."""
     shapes: list[tuple[tuple[int, ...], str]] = [((1,), "int32")]
@@ -871,39 +513,6 @@ def _forward_scratch(key: KernelKey, operands: Operands):
     return shapes
 
 
-def backward_class(config: BwdConfig | BwdConfigSm100) -> type:
-    """What makes the launcher of a configuration."""
-    from jax_flashcute.kernels.sm90.backward import BackwardSm90
-    from jax_flashcute.kernels.sm100.backward import BackwardSm100
-    from jax_flashcute.kernels.sm100.passes import BackwardInPassesSm100
-
-    if isinstance(config, BwdConfig):
-        return BackwardSm90
-    return BackwardInPassesSm100 if config.passes else BackwardSm100
-
-
-def _backward_builder(key: KernelKey):
-    from jax_flashcute.kernels.common.intervals import mask_of
-
-    def build():
-        launcher = backward_class(key.config)(
-            key.config,
-            _element_type(key),
-            key.head_dim,
-            key.head_dim_v,
-            key.group,
-            key.scale,
-            mask_of(key.interval, key.union),
-            functions=key.elements,
-            row_bounds=key.row_bounds,
-            has_lists=key.has_lists,
-            packed_mask=key.packed_mask,
-        )
-        return _taking_named(launcher, key, 10)
-
-    return build
-
-
 def _backward_scratch(key: KernelKey, operands: Operands):
     B, T, N, H = operands.query.shape
     _, S, K, Hv = operands.value.shape
@@ -911,10 +520,10 @@ def _backward_scratch(key: KernelKey, operands: Operands):
 
 
 KERNELS = {
-    "sm90_forward": Kernel(_forward_arrays, _forward_builder, _forward_scratch),
-    "sm100_forward": Kernel(_forward_arrays, _forward_builder, _forward_scratch),
-    "sm90_backward": Kernel(_backward_arrays, _backward_builder, _backward_scratch),
-    "sm100_backward": Kernel(_backward_arrays, _backward_builder, _backward_scratch),
+    "sm90_forward": Kernel(forward_arrays, forward_builder, _forward_scratch),
+    "sm100_forward": Kernel(forward_arrays, forward_builder, _forward_scratch),
+    "sm90_backward": Kernel(backward_arrays, backward_builder, _backward_scratch),
+    "sm100_backward": Kernel(backward_arrays, backward_builder, _backward_scratch),
     **{name: Kernel(nsa.arrays_of, nsa.builder, nsa.no_scratch) for name in nsa.KERNELS},
 }
 """Every kernel by name."""

@@ -25,8 +25,8 @@ from typing import Any
 
 from jax_flashcute import plan
 from jax_flashcute.block_mask import BlockMask
+from jax_flashcute.kernels.key import AnyKey, Direction
 from jax_flashcute.kernels.nsa import NSAKernelKey
-from jax_flashcute.kernels.registry import AnyKey, Direction
 from jax_flashcute.masks import TracedFunction
 from jax_flashcute.recording.programs import (
     array_text,

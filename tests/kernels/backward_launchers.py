@@ -5,7 +5,7 @@ import functools
 
 from jax_flashcute.analysis import Interval
 from jax_flashcute.ffi.compile import ArrayType
-from jax_flashcute.kernels import registry
+from jax_flashcute.kernels import launchers, masking
 from jax_flashcute.kernels.config import (
     BwdConfig,
     BwdConfigSm100,
@@ -24,7 +24,7 @@ class Launcher:
     """What a backward launcher is compiled for.
 
     Attributes:
-      interval, union: the keys a query sees, as in ``registry.KernelKey``.
+      interval, union: the keys a query sees, as in ``key.KernelKey``.
       optional: the optional arrays that it takes, of dlse, q_offset, query_seq_lengths and
         key_value_seq_lengths.
     """
@@ -45,7 +45,7 @@ class Launcher:
 
         from jax_flashcute.kernels.common.intervals import mask_of
 
-        backward = registry.backward_class(self.config)
+        backward = launchers.backward_class(self.config)
         dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[self.dtype]
         qk, v = (ArrayType(dtype, (1, 1, 1, h)) for h in (self.head_dim, self.head_dim_v))
         rows, integers = ArrayType(cutlass.Float32, (1, 1, 1)), ArrayType(cutlass.Int32, (1,))
@@ -88,7 +88,7 @@ def launcher(
     config: BwdConfig | BwdConfigSm100 | None = None,
     arch: str = "sm_90a",
 ) -> Launcher:
-    interval = registry.interval_of(case.spec())
+    interval = masking.interval_of(case.spec())
     assert interval is not None
     optional = (("dlse",) if case.lengths else ()) + (("q_offset",) if case.offset else ())
     if case.lengths:
@@ -104,7 +104,7 @@ def launcher(
         dtype,
         config or choose(case.head_dim, case.head_dim_v),
         arch,
-        registry.union_of(case.spec(), Operands(None, None, None)),
+        masking.union_of(case.spec(), Operands(None, None, None)),
     )
 
 

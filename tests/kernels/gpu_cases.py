@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_flashcute import plan
 from jax_flashcute.ffi import store
-from jax_flashcute.kernels.registry import Direction, KernelKey
+from jax_flashcute.kernels.key import Direction, KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
 

@@ -17,7 +17,7 @@ from jax_flashcute.ffi.compile import ArrayType, CompiledKernel, compile_kernel
 from jax_flashcute.ffi.resources import ResourceReport, find_tools, report
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import SMEM_BYTES, FwdConfig
-from jax_flashcute.kernels.registry import KernelKey
+from jax_flashcute.kernels.key import KernelKey
 from jax_flashcute.kernels.sm90.fragments import ROWS_PER_THREAD
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.simulator.simulation import record_launches

@@ -12,6 +12,7 @@ from jax_flashcute.ffi.compile import ArrayType, compile_kernel
 from jax_flashcute.ffi.resources import find_tools, report
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import FwdConfigSm100
+from jax_flashcute.kernels.key import KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
 from tests.simulator.test_block_lists import random_lists
@@ -115,9 +116,7 @@ def test_code_of_masks_in_arrays(name: str) -> None:
     check_code(*call_of((1, 300, 300), head_dim=128, **arguments), "sm_100a", spilled)
 
 
-def check_code(
-    spec: AttentionSpec, operands: Operands, arch: str, allowed: int = 0
-) -> registry.KernelKey:
+def check_code(spec: AttentionSpec, operands: Operands, arch: str, allowed: int = 0) -> KernelKey:
     """``allowed``: bytes a thread that may be spilled."""
     key = registry.kernel_key(spec, operands, "fwd", arch, 148)
     arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]

@@ -24,6 +24,7 @@ from jax_flashcute.analysis import window_interval
 from jax_flashcute.ffi.compile import ArrayType, CompiledKernel, compile_kernel
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import FwdConfig, backward_config, forward_config
+from jax_flashcute.kernels.key import AnyKey, KernelKey
 
 NUM_SMS = 2
 """Persistent blocks of the forward kernel: fewer than the tiles of most tests."""
@@ -111,7 +112,7 @@ def _write(path: Path, kernel: SimulatedKernel) -> None:
 
 
 @functools.cache
-def kernel_of(key: registry.AnyKey) -> SimulatedKernel:
+def kernel_of(key: AnyKey) -> SimulatedKernel:
     """The kernel of a plan."""
     arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
     return compile_to_simulate(registry.builder(key), arrays, key.arch, repr(key))
@@ -129,7 +130,7 @@ def forward(
     config: FwdConfig | None = None,
 ) -> SimulatedKernel:
     """The Hopper forward kernel; ``scale`` is ``head_dim ** -0.5``."""
-    key = registry.KernelKey(
+    key = KernelKey(
         kernel="sm90_forward",
         arch="sm_90a",
         dtype=dtype,

@@ -15,6 +15,7 @@ import pytest
 
 from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
 from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.key import OPTIONAL_OPERANDS
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
 from tests.simulator import agreement, simulate
@@ -62,7 +63,7 @@ def test_forward(case: Case, num_sms: int):
     key = registry.kernel_key(spec, operands, "fwd", "sm_90a", num_sms)
     kernel = compiled(key)
     inputs = [operands.query, operands.key, operands.value]
-    inputs += [arrays[n] for n in registry.OPTIONAL_OPERANDS if n in arrays]
+    inputs += [arrays[n] for n in OPTIONAL_OPERANDS if n in arrays]
     rows = (case.batch, case.seqlen_q, case.q_heads)
     outputs = [((*rows, case.head_dim_v), np.dtype(ml_dtypes.bfloat16)), (rows, np.dtype("f4"))]
     outputs += [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]

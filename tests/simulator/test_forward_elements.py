@@ -12,6 +12,7 @@ from jax_flashcute import masks, reference
 from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import FwdConfig, FwdConfigSm100
+from jax_flashcute.kernels.key import KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
 from tests.simulator import simulate
@@ -60,7 +61,7 @@ def check(
     config: FwdConfig | FwdConfigSm100 | None = None,
     num_sms: int = NUM_SMS,
     **how,
-) -> registry.KernelKey:
+) -> KernelKey:
     """Simulate the kernel that a call gets and compare with the dense reference.
 
     Args:

@@ -10,6 +10,7 @@ import pytest
 from jax_flashcute import masks, reference
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.elements import element_operands
+from jax_flashcute.kernels.key import OPTIONAL_OPERANDS
 from jax_flashcute.spec import Operands
 from tests.cases import Case
 from tests.simulator import simulate
@@ -37,7 +38,7 @@ def check(
     }
     want = jax.jit(lambda x: reference.attention(spec, Operands(**x)))(wide | case.batch_index())
     inputs = [operands.query, operands.key, operands.value]
-    inputs += [arrays[n] for n in registry.OPTIONAL_OPERANDS if n in arrays]
+    inputs += [arrays[n] for n in OPTIONAL_OPERANDS if n in arrays]
     inputs += [] if key.elements is None else element_operands(key.elements, operands)
     rows = (case.batch, case.seqlen_q, case.q_heads)
     outputs = [((*rows, case.head_dim_v), jnp.dtype(dtype)), (rows, np.dtype(np.float32))]

@@ -15,6 +15,7 @@ from jax_flashcute import masks, reference
 from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.common.splits import PART_TILES, parts_cost
+from jax_flashcute.kernels.key import KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.simulator import simulate
 from tests.simulator.test_forward_features import compiled
@@ -87,7 +88,7 @@ class Call:
         )
 
 
-def check(call: Call, table: jax.Array | None = None, **how) -> registry.KernelKey:
+def check(call: Call, table: jax.Array | None = None, **how) -> KernelKey:
     """Simulate the kernel that a call gets, on another ``table`` if there is one."""
     operands = call.operands()
     if table is not None:

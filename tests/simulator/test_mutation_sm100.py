@@ -13,6 +13,7 @@ import pytest
 
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import backward_config_sm100
+from jax_flashcute.kernels.key import OPTIONAL_OPERANDS
 from jax_flashcute.spec import Operands
 from tests.cases import Case
 from tests.kernels.backward_launchers import launcher, scratch_of
@@ -166,7 +167,7 @@ def test_every_mutant_is_killed() -> None:
     operands = Operands(**arrays)
     key = registry.kernel_key(CASE.spec(), operands, "fwd", "sm_100a", 2)
     kernel = kernel_of(key).with_lines()
-    names = ["query", "key", "value", *(n for n in registry.OPTIONAL_OPERANDS if n in arrays)]
+    names = ["query", "key", "value", *(n for n in OPTIONAL_OPERANDS if n in arrays)]
     inputs = [np.asarray(arrays[name]) for name in names]
     outputs = [(operands.query.shape, BF16), (operands.query.shape[:3], np.dtype(np.float32))]
     scratch = registry.scratch_shapes(key, operands)

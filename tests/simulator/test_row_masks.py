@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jax_flashcute import masks
-from jax_flashcute.kernels import registry
+from jax_flashcute.kernels import masking
 from tests.simulator.test_backward_segments import check_backward
 from tests.simulator.test_forward_segments import call_of, check_forward
 
@@ -60,5 +60,5 @@ SLOW = {
 def test_rows(direction: str, name: str) -> None:
     lengths, arguments = CASES[name]
     spec, operands = call_of(lengths, **arguments)
-    assert registry.rows_of(spec, operands) is not None
+    assert masking.rows_of(spec, operands) is not None
     {"fwd": check_forward, "bwd": check_backward}[direction](spec, operands)

@@ -13,7 +13,7 @@ from jax_flashcute import plan
 from jax_flashcute.cli import ahead, kernels
 from jax_flashcute.cli.main import main
 from jax_flashcute.ffi import bundle, kernel_file, store, toolchain
-from jax_flashcute.kernels.registry import KernelKey
+from jax_flashcute.kernels.key import KernelKey
 from tests.unit.test_store import KEY, compiler, directory, make_key
 
 __all__ = ["compiler", "directory"]  # fixtures; the store is empty

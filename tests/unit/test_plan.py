@@ -8,6 +8,7 @@ import pytest
 
 from jax_flashcute import plan
 from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.key import Direction
 from jax_flashcute.plan import ARCH_VARIABLE, DEFAULT_NUM_SMS, Target
 from jax_flashcute.spec import AttentionSpec, Operands
 
@@ -74,7 +75,7 @@ def test_a_named_architecture_goes_before_the_device(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
-def test_a_plan_is_the_registry_s_key(monkeypatch, direction: registry.Direction) -> None:
+def test_a_plan_is_the_registry_s_key(monkeypatch, direction: Direction) -> None:
     with_device(monkeypatch, compute_capability="9.0", core_count=114)
     key = plan.make_plan(SPEC, OPERANDS, direction)
     assert key == registry.kernel_key(SPEC, OPERANDS, direction, "sm_90a", 114)

@@ -14,6 +14,7 @@ from jax_flashcute.block_mask import make_block_mask
 from jax_flashcute.ffi import store
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.elements import program_of
+from jax_flashcute.kernels.key import KernelKey
 from jax_flashcute.kernels.nsa import NSAKernelKey
 from jax_flashcute.recording import plans
 from jax_flashcute.segments import segments_of_ids
@@ -58,7 +59,7 @@ def operations(function: masks.TracedFunction) -> list[str]:
     ]
 
 
-def read_back(key: registry.KernelKey, found: plans.RecordedPlan, path: Path):
+def read_back(key: KernelKey, found: plans.RecordedPlan, path: Path):
     path.unlink(missing_ok=True)
     plans._append(path, found, key)
     (again,), calls = plans.read_plans(path)

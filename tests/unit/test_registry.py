@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jax_flashcute import masks
 from jax_flashcute.analysis import Interval, evaluate
-from jax_flashcute.kernels import registry
+from jax_flashcute.kernels import masking, registry
 from jax_flashcute.kernels.config import (
     SMEM_BYTES,
     BwdConfig,
@@ -27,6 +27,7 @@ from jax_flashcute.kernels.config import (
     most_splits,
     round_up,
 )
+from jax_flashcute.kernels.key import OPTIONAL_OPERANDS, Direction, KernelKey
 from jax_flashcute.masks import trace_score
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
@@ -63,7 +64,7 @@ def test_what_the_forward_serves() -> None:
     archs = ("sm_90a", "sm_100a", "sm_103a", None)
     for dtype, arch in itertools.product((jnp.bfloat16, jnp.float16), archs):
         for present in itertools.chain.from_iterable(
-            itertools.combinations(registry.OPTIONAL_OPERANDS, n) for n in range(4)
+            itertools.combinations(OPTIONAL_OPERANDS, n) for n in range(4)
         ):
             operands = shapes(dtype=dtype, present=present)
             for spec in (SPEC, dataclasses.replace(SPEC, is_causal=True, local_window_size=(3, 4))):
@@ -94,7 +95,7 @@ REASONS = {
 }
 
 
-def reasons_against(direction: registry.Direction = "fwd", arch=None, **changes) -> list[str]:
+def reasons_against(direction: Direction = "fwd", arch=None, **changes) -> list[str]:
     fields = {f.name for f in dataclasses.fields(AttentionSpec)}
     spec = dataclasses.replace(SPEC, **{n: x for n, x in changes.items() if n in fields})
     operands = shapes(**{n: x for n, x in changes.items() if n not in fields})
@@ -103,7 +104,7 @@ def reasons_against(direction: registry.Direction = "fwd", arch=None, **changes)
 
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 @pytest.mark.parametrize("reason", REASONS)
-def test_each_reason_alone(reason: str, direction: registry.Direction) -> None:
+def test_each_reason_alone(reason: str, direction: Direction) -> None:
     assert reasons_against(direction, **REASONS[reason]) == [reason]
 
 
@@ -195,7 +196,7 @@ def test_the_backward_serves_what_the_forward_does() -> None:
 # ---- keys ----------------------------------------------------------------------------------
 
 
-def forward_key(spec: AttentionSpec = SPEC, **changes) -> registry.KernelKey:
+def forward_key(spec: AttentionSpec = SPEC, **changes) -> KernelKey:
     return registry.kernel_key(spec, shapes(**changes), "fwd", "sm_90a", 132)
 
 
@@ -216,8 +217,8 @@ def test_a_key_tells_calls_apart() -> None:
         forward_key(spec(SPEC, scale=0.1)),
         forward_key(spec(SPEC, is_causal=True)),
         forward_key(spec(SPEC, local_window_size=(5, None))),
-        *(forward_key(present=(name,)) for name in registry.OPTIONAL_OPERANDS),
-        forward_key(present=registry.OPTIONAL_OPERANDS),
+        *(forward_key(present=(name,)) for name in OPTIONAL_OPERANDS),
+        forward_key(present=OPTIONAL_OPERANDS),
         registry.kernel_key(SPEC, shapes(), "bwd", "sm_90a", 132),
         registry.kernel_key(SPEC, shapes(), "fwd", "sm_90a", 114),
     ]
@@ -242,7 +243,7 @@ def test_what_has_a_pass_of_its_own_for_dq() -> None:
     assert has_pass(H=192, Hv=8)
     assert has_pass(spec(SPEC, is_causal=True, deterministic=True))
     assert has_pass(first_keys)
-    assert has_pass(present=(*registry.OPTIONAL_OPERANDS, "sinks"))
+    assert has_pass(present=(*OPTIONAL_OPERANDS, "sinks"))
     assert not has_pass(H=128)
     assert not has_pass(H=64, Hv=256)
     assert not has_pass(present=("mask",))
@@ -251,11 +252,11 @@ def test_what_has_a_pass_of_its_own_for_dq() -> None:
 
 
 def test_the_array_list_has_a_place_for_every_operand() -> None:
-    for present in ((), ("query_seq_lengths",), registry.OPTIONAL_OPERANDS):
+    for present in ((), ("query_seq_lengths",), OPTIONAL_OPERANDS):
         arrays = registry.arrays_of(forward_key(present=present, Hv=40))
         assert len(arrays) == 9
         given = [array is not None for array in arrays[3:6]]
-        assert given == [name in present for name in registry.OPTIONAL_OPERANDS]
+        assert given == [name in present for name in OPTIONAL_OPERANDS]
         q, k, v, *_, out, lse, counter = arrays
         assert q == k
         assert q[1] == (1, 1, 1, 64)
@@ -272,7 +273,7 @@ def test_a_window_and_causality_are_one_interval(
     is_causal: bool, left: int | None, right: int | None
 ) -> None:
     spec = AttentionSpec(1.0, is_causal, (left, right))
-    interval = registry.interval_of(spec)
+    interval = masking.interval_of(spec)
     for position in (0, 20, 60):
         for key in range(130):
             expected = (
@@ -288,7 +289,7 @@ def test_a_window_and_causality_are_one_interval(
 
 
 def test_no_window_is_open() -> None:
-    assert registry.interval_of(SPEC) == Interval()
+    assert masking.interval_of(SPEC) == Interval()
 
 
 @given(st.integers(1, 9000), st.integers(1, 80), st.integers(1, 3))

@@ -10,7 +10,7 @@ import pytest
 
 from jax_flashcute import masks
 from jax_flashcute.bounds import mask_key_bound_arrays, mask_query_bound_arrays
-from jax_flashcute.kernels import registry
+from jax_flashcute.kernels import masking
 from jax_flashcute.visibility import visible
 from tests.simulator.test_forward_segments import call_of
 
@@ -43,7 +43,7 @@ def test_bounds_are_what_the_mask_shows(name: str) -> None:
     mask_mod, others = MASKS[name]
     spec, operands = call_of((B, T, S), mask_mod=mask_mod, **others)
     seen = what_is_seen(spec, operands, mask_mod)
-    mask = registry.rows_of(spec, operands)
+    mask = masking.rows_of(spec, operands)
     assert mask is not None
     low, high, tiles = (
         np.asarray(x) for x in jax.jit(lambda o: mask_key_bound_arrays(mask, o, 16, 8))(operands)
@@ -102,4 +102,4 @@ def check_tiles(tiles, seen, counts, rows: int, columns: int, *, always: bool) -
 )
 def test_what_is_no_interval_of_a_row_is_none(mask_mod: Callable[..., Any]) -> None:
     spec, operands = call_of((B, T, S), mask_mod=mask_mod)
-    assert registry.rows_of(spec, operands) is None
+    assert masking.rows_of(spec, operands) is None

@@ -22,7 +22,7 @@ from jax_flashcute.ffi import kernel_file, store, toolchain
 from jax_flashcute.ffi.compile import CompiledKernel
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.elements import ElementFunctions
-from jax_flashcute.kernels.registry import KernelKey
+from jax_flashcute.kernels.key import KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 
 REPOSITORY = Path(__file__).resolve().parents[2]
