@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jax_flashcute.spec import AttentionSpec, Operands
-from jax_flashcute.visibility import key_block_range, query_block_range, reach, visible
+from jax_flashcute.visibility import key_block_range, query_block_range, visible
 
 
 def random_call(rng: np.random.Generator) -> tuple[AttentionSpec, Operands]:
@@ -108,4 +108,5 @@ def test_window_ranges_are_a_band() -> None:
     ],
 )
 def test_reach(causal: bool, window, expected) -> None:
-    assert reach(AttentionSpec(scale=1.0, is_causal=causal, local_window_size=window)) == expected
+    spec = AttentionSpec(scale=1.0, is_causal=causal, local_window_size=window)
+    assert spec.reach == expected
