@@ -16,13 +16,14 @@ import argparse
 import json
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from byte_decoder import ByteDecoder, generate_greedily, load_model
 from serving.endpoint import Server, Worker, make_server
-from serving.engine import Engine, next_tokens
+from serving.engine import Engine
 from serving.load import Trial, draw_trials, send
 from serving.scheduler import Scheduler
 
@@ -123,9 +124,13 @@ def main() -> int:
         chunk_sizes=args.chunks,
         implementation=args.implementation,
     )
+    start = time.perf_counter()
     programs = engine.warm_up()
-    compiled = next_tokens._cache_size()
-    print(f"{device.device_kind} · {args.model} in {dtype} · {programs} programs compiled")
+    seconds = time.perf_counter() - start
+    print(
+        f"{device.device_kind} · {args.model} in {dtype} · {programs} programs compiled in "
+        f"{seconds:.1f} s"
+    )
 
     worker = Worker(Scheduler(engine))
     worker.start()
@@ -148,7 +153,7 @@ def main() -> int:
         telemetry.plot(args.out / "serving.png")
         (args.out / "serving.json").write_text(json.dumps(telemetry.summary()) + "\n")
         print(f"Wrote {args.out / 'serving.png'} and {args.out / 'serving.json'}")
-    if late := next_tokens._cache_size() - compiled:
+    if late := len(engine.programs) - programs:
         print(f"{late} programs were compiled while serving.", file=sys.stderr)
         return 1
     if args.check and count_differences(model, trials, args.max_tokens):

@@ -8,6 +8,7 @@ grow; the cache is donated, so that its pages are written where they are.
 
 import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,7 @@ class Engine:
             raise ValueError(f"chunk_sizes must be one or more of at least 1; got {chunk_sizes}")
         self.graph, self.state = nnx.split(model)
         self.implementation = implementation
+        self.programs: dict[tuple[int, int], jax.stages.Compiled] = {}  # by bucket
         self.allocator = PageAllocator(num_pages, page_size)
         self.max_tokens = max_tokens
         self.max_pages = self.allocator.pages_for(max_tokens)
@@ -82,12 +84,26 @@ class Engine:
         )
 
     def warm_up(self) -> int:
-        """Compile every bucket; the number of buckets."""
+        """Compile every bucket, side by side, and run each once; the number of buckets."""
         buckets = [(1, chunk) for chunk in self.chunk_sizes]
         buckets += [(batch, 1) for batch in self.batch_sizes if (batch, 1) not in buckets]
+        # Tracing takes turns; XLA's compiling, most of the time, runs on all cores.
+        lowered = [self._lower(bucket) for bucket in buckets]
+        with ThreadPoolExecutor() as threads:
+            compiled = threads.map(lambda program: program.compile(), lowered)
+            self.programs.update(zip(buckets, compiled, strict=True))
         for batch, length in buckets:
             self._step(np.zeros((batch, length), np.int32), np.zeros(batch, np.int32), [], [])
         return len(buckets)
+
+    def _lower(self, bucket: tuple[int, int]) -> jax.stages.Lowered:
+        batch, length = bucket
+        counts = np.zeros(batch, np.int32)
+        cache = self.cache.with_sequences(self.allocator.table([[]] * batch, self.max_pages), counts)
+        tokens = np.zeros((batch, length), np.int32)
+        return next_tokens.lower(
+            self.graph, self.state, cache, tokens, counts, self.implementation
+        )
 
     def prefill(self, tokens: Sequence[int], pages: Sequence[int], length: int) -> int:
         """Run a chunk of one sequence that has `length` tokens in its pages; the byte to follow."""
@@ -112,7 +128,8 @@ class Engine:
         table = self.allocator.table([*pages, *[[]] * padding], self.max_pages)
         padded = np.array([*lengths, *[0] * padding], np.int32)
         cache = self.cache.with_sequences(table, padded)
-        following, self.cache = next_tokens(
-            self.graph, self.state, cache, tokens, token_counts, self.implementation
-        )
+        bucket = tokens.shape
+        if bucket not in self.programs:
+            self.programs[bucket] = self._lower(bucket).compile()
+        following, self.cache = self.programs[bucket](self.state, cache, tokens, token_counts)
         return np.asarray(following)
