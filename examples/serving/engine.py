@@ -99,11 +99,10 @@ class Engine:
     def _lower(self, bucket: tuple[int, int]) -> jax.stages.Lowered:
         batch, length = bucket
         counts = np.zeros(batch, np.int32)
-        cache = self.cache.with_sequences(self.allocator.table([[]] * batch, self.max_pages), counts)
+        table = self.allocator.table([[]] * batch, self.max_pages)
+        cache = self.cache.with_sequences(table, counts)
         tokens = np.zeros((batch, length), np.int32)
-        return next_tokens.lower(
-            self.graph, self.state, cache, tokens, counts, self.implementation
-        )
+        return next_tokens.lower(self.graph, self.state, cache, tokens, counts, self.implementation)
 
     def prefill(self, tokens: Sequence[int], pages: Sequence[int], length: int) -> int:
         """Run a chunk of one sequence that has `length` tokens in its pages; the byte to follow."""
