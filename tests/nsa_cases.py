@@ -91,6 +91,44 @@ def check(
         assert error < TOLERANCE[dtype], (name, error)
 
 
+def check_ties() -> None:
+    """Equal scores: the lowest indices, besides the blocks that are forced in."""
+    query, key = jnp.ones((1, 800, 1, 4)), jnp.ones((1, 100, 1, 4))
+    config = NSAConfig(block=8, num_selected=5, window=8, query_tile=16)
+    found = jax.jit(functools.partial(select_blocks_, config=config, kv_length=800, scale=1.0))(
+        query, key
+    )
+    np.testing.assert_array_equal(found.indices[0, 0, -1], [0, 1, 2, 98, 99])
+    np.testing.assert_array_equal(found.counts[0, 0], [2, 4, *[5] * 48])
+
+
+def check_future(case: Case, t: int, dtype: str, implementation) -> None:
+    """New values from position t on move nothing before t in the branches without a selection;
+
+    with the selection, nothing before t's tile, whose mean query holds row t.  Without
+    ``complete_only``, the block of t is seen by its own rows before t, and by none before it.
+    """
+    config, tokens = case.config, ("query", "key", "value")
+    given = {n: jnp.asarray(case.arrays()[n], dtype) for n in tokens}
+    changed = {n: x.at[:, t:].set(3 * jnp.sin(9 * x[:, t:])) for n, x in given.items()}
+
+    @jax.jit
+    def attend(arrays, gates):
+        gates = jnp.broadcast_to(gates, (*arrays["query"].shape[:3], 3)).astype(dtype)
+        return native_sparse_attention(
+            **arrays, config=config, gates=gates, implementation=implementation
+        )
+
+    def first_moved(*gates: float) -> int:
+        before, after = (attend(arrays, jnp.asarray(gates)) for arrays in (given, changed))
+        return int(np.flatnonzero(np.any(before != after, axis=(0, 2, 3)))[0])
+
+    in_means = t if config.complete_only else t // config.block * config.block
+    assert first_moved(1, 0, 0) == in_means
+    assert first_moved(0, 0, 1) == t
+    assert first_moved(1, 1, 1) >= min(in_means, t // config.query_tile * config.query_tile)
+
+
 def _selected(config: NSAConfig, implementation, query, key, value, key_weight) -> Selection:
     compressed, _ = compress_kv(
         key, value, config.block, key_weight=key_weight, implementation=implementation

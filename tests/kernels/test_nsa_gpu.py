@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flashcute.nsa import compress_kv, gate
+from jax_flashcute.nsa import NSAConfig, compress_kv, gate
 from tests.kernels.gpu_cases import BF16, FP16, UNIT_ROUNDOFF
-from tests.nsa_cases import CASES, check
+from tests.nsa_cases import CASES, Case, check, check_future, check_ties
 
 pytestmark = pytest.mark.gpu
 
@@ -132,3 +132,24 @@ def test_beyond_two_to_the_31_elements() -> None:
 def test_the_whole_against_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the kernels where they serve a stage, by XLA where they do not."""
     check(CASES[name], BF16, None, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("group", [1, 3, 4, 5])
+def test_every_group_and_head_dim(
+    group: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = NSAConfig(64, 3, 100, 128, complete_only=group % 2 == 0)
+    case = Case(500 + head_dim + group, 2, group, head_dim, config)
+    check(case, BF16, None, monkeypatch)
+
+
+def test_ties_go_to_the_lowest_index() -> None:
+    check_ties()
+
+
+@pytest.mark.parametrize("complete_only", [False, True])
+def test_the_future_does_not_leak(complete_only: bool) -> None:
+    case = Case(1000, 2, 4, 128, NSAConfig(64, 4, 100, 128, complete_only=complete_only))
+    check_future(case, 700, BF16, "cute")

@@ -18,6 +18,7 @@ from jax_flashcute.nsa import (
     to_block_mask,
 )
 from jax_flashcute.nsa.packing import of_packing, pack
+from tests.nsa_cases import Case, check_future, check_ties
 
 SMALL = NSAConfig(block=8, num_selected=3, window=10, query_tile=16)
 
@@ -276,40 +277,13 @@ def test_more_sequences_than_there_can_be_give_nan() -> None:
 
 
 def test_ties_go_to_the_lowest_index() -> None:
-    query, key = jnp.ones((1, 80, 1, 4)), jnp.ones((1, 10, 1, 4))
-    config = NSAConfig(block=8, num_selected=5, window=8, query_tile=16)
-    found = select_blocks(query, key, config, kv_length=80, scale=1.0)
-    np.testing.assert_array_equal(found.indices[0, 0, -1], [0, 1, 2, 8, 9])
-    np.testing.assert_array_equal(found.counts[0, 0], [2, 4, 5, 5, 5])
+    check_ties()
 
 
-def test_the_future_does_not_leak() -> None:
-    """New values at position t move nothing before t in the two branches that have no selection;
-
-    with the selection, nothing before t's tile, whose mean query holds row t.  Without
-    ``complete_only``, the block of t is seen by its own rows before t, and by none before it.
-    """
-    arrays = inputs(64, 1, 2, 8)
-    t, block = 44, 8
-    changed = {
-        n: arrays[n].at[:, t:].set(3 * jnp.sin(9 * arrays[n][:, t:]))
-        for n in ("query", "key", "value")
-    }
-
-    def attend(arrays, complete_only, gates):
-        config = NSAConfig(block, 3, 10, 16, complete_only=complete_only)
-        given = {n: arrays[n] for n in ("query", "key", "value")}
-        gates = jnp.broadcast_to(jnp.asarray(gates), (*arrays["query"].shape[:3], 3))
-        return native_sparse_attention(**given, config=config, gates=gates, implementation="xla")
-
-    def first_moved(complete_only, gates):
-        before = attend(arrays, complete_only, gates)
-        after = attend(arrays | changed, complete_only, gates)
-        return int(np.flatnonzero(np.any(before != after, axis=(0, 2, 3)))[0])
-
-    assert first_moved(True, [1.0, 0.0, 1.0]) == t
-    assert first_moved(False, [1.0, 0.0, 0.0]) == t // block * block
-    assert first_moved(True, [1.0, 1.0, 1.0]) >= t // 16 * 16
+@pytest.mark.parametrize("complete_only", [False, True])
+def test_the_future_does_not_leak(complete_only: bool) -> None:
+    case = Case(64, 1, 2, 8, NSAConfig(8, 3, 10, 16, complete_only=complete_only))
+    check_future(case, 44, "float32", "xla")
 
 
 def test_pieces() -> None:
