@@ -53,6 +53,15 @@ def by_head(x: cute.Tensor, width: int, packed: int) -> cute.Tensor:
     )
 
 
+def tile_tma(op, x: cute.Tensor, width: int, dtype, shape: tuple[int, int]):
+    """The TMA copy of tiles of one head of (B, T, heads, width), and what it reads or writes.
+
+    ``shape``: rows and columns in shared memory; columns beyond the width are read as zeros.
+    """
+    rows = by_head(x, width, 1)[0, None, None, None, None]
+    return cpasync.make_tiled_tma_atom(op, rows, smem_layout(dtype, *shape), shape)
+
+
 def transposed(x: cute.Tensor) -> cute.Tensor:
     """(rows, columns, stages) as (columns, rows, stages)."""
     return cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 0, 2]))

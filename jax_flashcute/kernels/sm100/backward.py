@@ -68,7 +68,7 @@ from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels.common.intervals import IntervalMask, UnionMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.scheduler import section_size
-from jax_flashcute.kernels.common.tiles import CHUNK, by_head, smem_layout
+from jax_flashcute.kernels.common.tiles import CHUNK, smem_layout, tile_tma
 from jax_flashcute.kernels.common.turns import section_in_turns
 from jax_flashcute.kernels.common.visits import QueryTiles
 from jax_flashcute.kernels.config import BwdConfigSm100, round_up
@@ -192,12 +192,7 @@ class BackwardSm100(QueryTiles):
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
 
         def tma(op, x, width, rows, columns):
-            return cpasync.make_tiled_tma_atom(
-                op,
-                by_head(x, width, 1)[0, None, None, None, None],
-                smem_layout(self.dtype, rows, columns),
-                (rows, columns),
-            )
+            return tile_tma(op, x, width, self.dtype, (rows, columns))
 
         h, hv = self.head_dim, self.head_dim_v
         tile_loads = (

@@ -53,7 +53,7 @@ from jax_flashcute.kernels.common.intervals import (
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.scheduler import TileOrder, section_size
-from jax_flashcute.kernels.common.tiles import by_head, smem_layout
+from jax_flashcute.kernels.common.tiles import smem_layout, tile_tma
 from jax_flashcute.kernels.common.visits import QueryTiles
 from jax_flashcute.kernels.config import BwdConfigSm100, PassConfigSm100, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
@@ -205,13 +205,7 @@ class GradientPassSm100(QueryTiles):
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
 
         def tma(op, x, rows, i):
-            width, smem_width = self.head_dims[i], self.smem_widths[i]
-            return cpasync.make_tiled_tma_atom(
-                op,
-                by_head(x, width, 1)[0, None, None, None, None],
-                smem_layout(self.dtype, rows, smem_width),
-                (rows, smem_width),
-            )
+            return tile_tma(op, x, self.head_dims[i], self.dtype, (rows, self.smem_widths[i]))
 
         own, others = (mK, mV), (mQ, mdO)
         if not self.of_keys:

@@ -52,9 +52,9 @@ from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import section_size
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
 from jax_flashcute.kernels.common.tiles import (
-    by_head,
     clear_rows,
     smem_layout,
+    tile_tma,
     tma_partition,
     transposed,
 )
@@ -206,12 +206,7 @@ class BackwardSm90(QueryTiles):
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
 
         def tma(op, x, rows, width, smem_width):
-            return cpasync.make_tiled_tma_atom(
-                op,
-                by_head(x, width, 1)[0, None, None, None, None],
-                smem_layout(self.dtype, rows, smem_width),
-                (rows, smem_width),
-            )
+            return tile_tma(op, x, width, self.dtype, (rows, smem_width))
 
         tma_q = tma(load, mQ, cfg.tile_m, self.head_dim, self.smem_h)
         tma_do = tma(load, mdO, cfg.tile_m, self.head_dim_v, self.smem_hv)

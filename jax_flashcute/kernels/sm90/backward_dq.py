@@ -39,9 +39,9 @@ from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import TileOrder, section_size
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
 from jax_flashcute.kernels.common.tiles import (
-    by_head,
     clear_rows,
     smem_layout,
+    tile_tma,
     tma_partition,
     transposed,
 )
@@ -108,12 +108,7 @@ class QueryGradientSm90:
         load = cpasync.CopyBulkTensorTileG2SOp()
 
         def tma(x, rows, width, smem_width):
-            return cpasync.make_tiled_tma_atom(
-                load,
-                by_head(x, width, 1)[0, None, None, None, None],
-                smem_layout(self.dtype, rows, smem_width),
-                (rows, smem_width),
-            )
+            return tile_tma(load, x, width, self.dtype, (rows, smem_width))
 
         m_blocks = cute.ceil_div(q_length, cfg.tile_m)
         # As in the forward: rows of equal length go head by head, others longest first.
