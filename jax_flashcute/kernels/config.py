@@ -224,8 +224,7 @@ class FwdConfigSm100:
     def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Shared memory in bytes, without barriers, for 16-bit operands."""
         h, hv = round_up(head_dim, 16), round_up(head_dim_v, 16)
-        queries = self.tile_m * (2 * h + 4)
-        return queries + 2 * self.kv_stages * self.tile_n * (h + hv)
+        return 2 * (self.tile_m * h + self.kv_stages * self.tile_n * (h + hv))
 
     def reasons_invalid(self, head_dim: int, head_dim_v: int) -> list[str]:
         """Every reason why this configuration cannot be compiled for these head_dims."""

@@ -25,7 +25,6 @@ class CorrectionWarpgroup:
     def correct_outputs(
         self,
         tensor_memory: cute.Pointer,
-        factors: cute.Tensor,  # (128, query_tiles) float32 in shared memory
         mO: cute.Tensor,
         mOPartial: cute.Tensor | None,
         pipelines,
@@ -45,10 +44,9 @@ class CorrectionWarpgroup:
             m_block, head, batch, _, queries, _, n_min, n_max = fields[:8]
             for _ in cutlass.range(n_max - n_min - 1, unroll=1):
                 for w in cutlass.range_constexpr(cfg.query_tiles):
-                    factor = take_factor(pipeline_factor, factors, w, f_phase, thread)
+                    factor = self.take_factor(tensor_memory, pipeline_factor, w, f_phase, thread)
                     if cute.arch.vote_any_sync(factor != 1.0):
                         # O is up to date: the scores that gave this factor came after it.
-                        fence_after_sync()
                         self.rescale(tensor_memory + self.kernel.o_column(w), thread, factor)
                         fence_before_sync()
                     cute.arch.sync_warp()
@@ -59,7 +57,7 @@ class CorrectionWarpgroup:
                 factor = Float32(0.0)
                 place = tensor_memory + self.kernel.o_column(w)
                 if n_min < n_max:
-                    factor = take_factor(pipeline_factor, factors, w, f_phase, thread)
+                    factor = self.take_factor(tensor_memory, pipeline_factor, w, f_phase, thread)
                     pipeline_o.wait(w, o_phase)
                     fence_after_sync()
                 q_head = self.kernel.query_head(head, thread)
@@ -92,6 +90,23 @@ class CorrectionWarpgroup:
                 f_phase ^= 1
                 o_phase ^= 1
             fields = counted(take_work(work, pipeline_tile, t_stage, t_phase, 4, "correction"))
+
+    @cute.jit
+    def take_factor(
+        self, tensor_memory: cute.Pointer, pipeline_factor, slab, phase: Int32, thread: Int32
+    ):
+        """What the softmax warpgroup of a query tile left for this thread's row."""
+        pipeline_factor.wait(slab, phase)
+        fence_after_sync()
+        factor = cute.make_rmem_tensor(1, Float32)
+        load_row(
+            tensor_memory + (self.kernel.s_column(slab) + self.kernel.factor_column), factor, thread
+        )
+        cute.arch.fence_view_async_tmem_load()
+        fence_before_sync()
+        cute.arch.sync_warp()
+        pipeline_factor.release(slab, 4, "correction")
+        return factor[0]
 
     @cute.jit
     def rescale(self, place: cute.Pointer, thread: Int32, factor: Float32):
@@ -154,13 +169,3 @@ class CorrectionWarpgroup:
                     line[i] = values[c + i] * factor
                 target = (row + (first + c)).align(16)
                 cute.autovec_copy(line, cute.make_tensor(target, cute.make_layout(4)))
-
-
-@cute.jit
-def take_factor(pipeline_factor, factors: cute.Tensor, slab, phase: Int32, thread: Int32):
-    """What the softmax warpgroup of a query tile left for this thread's row."""
-    pipeline_factor.wait(slab, phase)
-    factor = factors[thread, slab]
-    cute.arch.sync_warp()
-    pipeline_factor.release(slab, 4, "correction")
-    return factor

@@ -5,8 +5,8 @@ No Blackwell GPU has run it: it is compiled for sm_100a and sm_103a and run in s
 A block has up to two query tiles of 128 rows in flight, which take turns: the tensor cores work on
 one while the softmax of the other runs.  Without packing a query tile is 128 tokens of one query
 head; with packing it is 128 // G tokens of the G query heads that share a key/value head, row =
-token * G + head.  S, P (over S, in 16 bits) and O live in tensor memory.  Blocks are persistent and
-draw tiles of work from a counter (common/scheduler.py).
+token * G + head.  S, P (over S, in 16 bits), each row's factor (beside P) and O live in tensor
+memory.  Blocks are persistent and draw tiles of work from a counter (common/scheduler.py).
 
 With ``split_kv``, for queries that fill one row of tiles, a tile of work is also one of several
 parts of its keys (common/splits.py).  Parts of one row go to scratch in float32 and a second kernel
@@ -25,12 +25,13 @@ nothing else is said:
     v        TMA, load warp        product warp        kv_stages  1 + tx      products
     s[t]     product warp          softmax warpgroup t            products    4: P is stored
     o[t]     product warp          correction                     products    4: O is rescaled, read
-    factor[t] softmax warpgroup t  correction                     4           4
+    factor[t] softmax warpgroup t  correction                     4           4: it is read
     tile     load warp             all other roles     2          1           5 + 4 per query tile
 
 Counts are arrivals of warps; "+ tx" means that the barrier also waits for the copies' bytes;
 "products", one arrival that tcgen05.commit makes once the products before it are done.  ``o`` is
-filled only after the last key tile; it must be empty for every O += P V.  Where threads copy, 64 of
+filled only after the last key tile; it must be empty for every O += P V.  A tile of work's first S
+needs ``factor`` empty, the others come after an O that is rescaled.  Where threads copy, 64 of
 them arrive at k and v, and one warp more takes a tile.
 """
 
@@ -129,6 +130,8 @@ class ForwardSm100(KeyTiles):
         self.copying_warps = self.kv_tiles.copying_warps
         # One copies K and draws the tiles of work, another copies V.
         self.following_warps = self.copying_warps
+        # P, in 16 bits, leaves half of S's columns.
+        self.factor_column = config.tile_n // 2
         self.smem_h = round_up(head_dim, 16)
         self.smem_hv = round_up(head_dim_v, 16)
         self.slab_tokens = ROWS // self.heads_packed
@@ -278,7 +281,6 @@ class ForwardSm100(KeyTiles):
             tail_barrier: cute.struct.MemRange[Int64, 1]
             tensor_memory: cute.struct.MemRange[Int32, 1]
             work: cute.struct.Align[cute.struct.MemRange[Int32, work_fields * TILE_STAGES], 16]
-            factors: cute.struct.MemRange[Float32, ROWS * cfg.query_tiles]
             sQ: aligned(cfg.tile_m * self.smem_h)
             sK: aligned(cfg.kv_stages * cfg.tile_n * self.smem_h)
             sV: aligned(cfg.kv_stages * cfg.tile_n * self.smem_hv)
@@ -377,7 +379,6 @@ class ForwardSm100(KeyTiles):
         sK = storage.sK.get_tensor(k_layout.outer, swizzle=k_layout.inner)
         sV = storage.sV.get_tensor(v_layout.outer, swizzle=v_layout.inner)
         work = storage.work.get_tensor(cute.make_layout((self.work_fields, TILE_STAGES)))
-        factors = storage.factors.get_tensor(cute.make_layout((ROWS, cfg.query_tiles)))
 
         order = TileOrder(m_blocks, kv_heads, batch, self.heads_per_kv, section)
         lengths = partial(entry_lengths, mQOffset, mQLengths, mKVLengths, q_length, kv_length)
@@ -429,7 +430,6 @@ class ForwardSm100(KeyTiles):
             cute.arch.setmaxregister_increase(cfg.softmax_registers)
             SoftmaxWarpgroups(self).softmax_rows(
                 tensor_memory,
-                factors,
                 mLSE,
                 mLSEPartial,
                 pipelines,
@@ -443,7 +443,7 @@ class ForwardSm100(KeyTiles):
         if warp_index >= 4 * cfg.query_tiles and warp_index < load_warp:
             cute.arch.setmaxregister_decrease(cfg.correction_registers)
             CorrectionWarpgroup(self).correct_outputs(
-                tensor_memory, factors, mO, mOPartial, pipelines, work, q_length
+                tensor_memory, mO, mOPartial, pipelines, work, q_length
             )
         for pipeline in pipelines:
             pipeline.check_arrivals()

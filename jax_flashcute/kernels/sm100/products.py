@@ -39,7 +39,15 @@ class ProductWarp:
         next S is, so the correction needs no signal of its own but the last.
         """
         cfg = self.kernel.config
-        pipeline_q, pipeline_k, pipeline_v, pipeline_s, pipeline_o, _, pipeline_tile = pipelines
+        (
+            pipeline_q,
+            pipeline_k,
+            pipeline_v,
+            pipeline_s,
+            pipeline_o,
+            pipeline_factor,
+            pipeline_tile,
+        ) = pipelines
         mma_qk = tiled_mma(
             self.kernel.dtype, cfg.tile_n, OperandMajorMode.K, tcgen05.OperandSource.SMEM
         )
@@ -74,7 +82,7 @@ class ProductWarp:
         q_phase, k_stage, k_phase, v_stage, v_phase, o_phase, t_stage, t_phase = (
             Int32(0) for _ in range(8)
         )
-        # The first S of all overwrites nothing: no P is waited for.
+        # The first S of all overwrites nothing: no P is waited for.  There is a factor for each P.
         s_phase = Int32(1)
         fields = counted(take_work(work, pipeline_tile, t_stage, t_phase, 1, "products"))
         while fields[0] >= 0:
@@ -84,6 +92,9 @@ class ProductWarp:
                 pipeline_k.wait(k_stage, k_phase)
                 for w in cutlass.range_constexpr(cfg.query_tiles):
                     pipeline_q.wait(Int32(w), q_phase)
+                    # The last factor of the tile of work before lies where S comes.
+                    pipeline_factor.acquire(w, s_phase ^ 1)
+                    fence_after_sync()
                     gemm(
                         mma_qk,
                         acc_S[w],

@@ -32,7 +32,6 @@ class SoftmaxWarpgroups:
     def softmax_rows(
         self,
         tensor_memory: cute.Pointer,
-        factors: cute.Tensor,  # (128, query_tiles) float32 in shared memory
         mLSE: cute.Tensor,
         mLSEPartial: cute.Tensor | None,
         pipelines,
@@ -51,6 +50,7 @@ class SoftmaxWarpgroups:
         thread = cute.arch.thread_idx()[0] % 128
         slab = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128)
         place = tensor_memory + self.kernel.s_column(slab)
+        turn = (pipeline_s, slab, place, thread)
         scores = cute.make_rmem_tensor((1, cfg.tile_n), Float32)
         # Scores that are looked at one by one are scaled there.
         scale = 1.0 if self.kernel.by_element else self.kernel.scale
@@ -70,7 +70,6 @@ class SoftmaxWarpgroups:
             hide = self.mask_step(mBounds, fields, token, array_lengths)
             softmax.reset()
             if n_min < n_max:
-                turn = (pipeline_s, slab, place, thread)
                 lists = self.kernel.lists_of(mLists, fields)
                 _, nth = self.kernel.key_order(fields, lists)
                 # Of lists, the first tile may be from either.
@@ -95,7 +94,7 @@ class SoftmaxWarpgroups:
                         base, factor = self.take_scores(
                             softmax, scores, turn, s_phase, steps, n, kind
                         )
-                        send_factor(pipeline_factor, factors, slab, f_phase, thread, factor)
+                        self.leave_factor(pipeline_factor, turn, factor)
                         f_phase ^= 1
                         self.leave_probabilities(
                             softmax, scores, turn, base, factor, False, is_hiding is not False
@@ -110,7 +109,10 @@ class SoftmaxWarpgroups:
                     sinks = [select(is_whole, sinks[0], Float32(-Float32.inf))]
             softmax.finish(row_scale, lse, sinks)
             if n_min < n_max:
-                send_factor(pipeline_factor, factors, slab, f_phase, thread, row_scale[0])
+                # Nothing but this wait says that the factor of the last tile has been read.
+                pipeline_factor.acquire(slab, f_phase)
+                fence_after_sync()
+                self.leave_factor(pipeline_factor, turn, row_scale[0])
                 f_phase ^= 1
             if self.kernel.is_row(thread) and token < q_length:
                 # Rows at or beyond the query length are as good as empty.
@@ -303,13 +305,17 @@ class SoftmaxWarpgroups:
         cute.arch.sync_warp()
         pipeline_s.release(slab, 4, "softmax")
 
+    @cute.jit
+    def leave_factor(self, pipeline_factor, turn, factor: Float32):
+        """Hands the correction what this row of O must be multiplied by.
 
-@cute.jit
-def send_factor(
-    pipeline_factor, factors: cute.Tensor, slab: Int32, phase: Int32, thread: Int32, factor: Float32
-):
-    """Hands the correction what this row of O must be multiplied by."""
-    pipeline_factor.acquire(slab, phase)
-    factors[thread, slab] = factor
-    cute.arch.sync_warp()
-    pipeline_factor.commit(slab)
+        S must be in registers; the next one comes once O is rescaled, so the factor was read.
+        """
+        _, slab, place, thread = turn
+        register = cute.make_rmem_tensor(1, Float32)
+        register[0] = factor
+        store_row(place + self.kernel.factor_column, register, thread)
+        cute.arch.fence_view_async_tmem_store()
+        fence_before_sync()
+        cute.arch.sync_warp()
+        pipeline_factor.commit(slab)
