@@ -42,6 +42,7 @@ class KeyTiles:
     heads_packed: int
     num_sms: int
     lengths_vary: bool
+    has_mask_mod: bool
     kv_tiles: Any
     smem_h: int
     smem_hv: int
@@ -114,14 +115,16 @@ class KeyTiles:
         _, nth = tiles_of(self.ranges_of(fields))
         return n_max - n_min, lambda i: nth(before(i))
 
-    def stretches(self, fields: tuple, lists: TileLists | None) -> list:
+    def stretches(self, fields: tuple, lists: TileLists | None, kv_length: Int32) -> list:
         """What follows the first key tile: how many tiles, and the i-th of them, by stretch.
 
-        Masked tiles, full ones, masked ones: the middle one of a range from right to left; or the
-        two lists; or all tiles of several ranges, each masked unless it is full.
+        Masked tiles, full ones, masked ones: the middle one of a range from right to left; or those
+        of ``TileLists.stretches_by_mask``; or all tiles of several ranges.
         """
         if lists is not None:
-            return lists.stretches(1)
+            full_min, full_max = fields[8:10]
+            is_clear = (full_min <= 0) & (full_max * self.config.tile_n >= kv_length)
+            return lists.stretches_by_mask(1, is_clear, has_mask_mod=self.has_mask_mod)
         if self.union is not None:
             visits, nth = self.key_order(fields, None)
             return [(visits - 1, lambda i: nth(i + 1))]

@@ -63,7 +63,7 @@ class SoftmaxWarpgroups:
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
             m_block, head, batch, offset, queries = fields[:5]
-            n_min, n_max, full_min, full_max = fields[6:10]
+            n_min, n_max = fields[6:8]
             token = self.kernel.token(m_block, slab, thread)
             q_head = self.kernel.query_head(head, thread)
             modify = self.element_step(mElements, (batch, offset, array_lengths), q_head, token)
@@ -80,16 +80,14 @@ class SoftmaxWarpgroups:
                 )
                 self.leave_probabilities(softmax, scores, turn, base, factor, True, True)
                 s_phase ^= 1
-                stretches = self.kernel.stretches(fields, lists)
+                stretches = self.kernel.stretches(fields, lists, array_lengths[1])
                 for stretch in cutlass.range_constexpr(len(stretches)):
                     count, tile_of = stretches[stretch]
                     for i in cutlass.range(count, unroll=1):
                         n = tile_of(i)
-                        is_full = const_expr(stretch == 1 and self.kernel.has_lists)
+                        # Full to its mask function; the window and the lengths have no lists.
+                        is_full = const_expr(stretch > 0 and self.kernel.has_lists)
                         is_hiding = const_expr(stretch != 1)
-                        if const_expr(is_full):
-                            # Full to its mask function; the window and the lengths have no lists.
-                            is_hiding = (n < full_min) | (n >= full_max)
                         kind = (False, is_full, is_hiding)
                         base, factor = self.take_scores(
                             softmax, scores, turn, s_phase, steps, n, kind
@@ -97,7 +95,7 @@ class SoftmaxWarpgroups:
                         self.leave_factor(pipeline_factor, turn, factor)
                         f_phase ^= 1
                         self.leave_probabilities(
-                            softmax, scores, turn, base, factor, False, is_hiding is not False
+                            softmax, scores, turn, base, factor, False, is_hiding
                         )
                         s_phase ^= 1
             sinks = None
@@ -143,37 +141,38 @@ class SoftmaxWarpgroups:
         Args:
           steps: of ``element_step``, of ``mask_step`` and of ``packed_step``.
           kind: whether it is the first tile, whether lists have it as one that ``mask_mod`` hides
-            nothing of, whether the other masks may hide some; all but the first may be traced.
+            nothing of (may be traced), whether the other masks may hide some.
         """
         pipeline_s, slab, place, thread = turn
         modify, hide, read_bits = steps
         is_first, is_full, is_hiding = kind
-        may_hide = const_expr(is_hiding is not False)
         # On their way from memory while the product is.
         bits = read_bits(n)
         pipeline_s.wait(slab, phase)
         fence_after_sync()
         if const_expr(self.kernel.by_element):
             if const_expr(isinstance(is_full, bool) or not self.kernel.has_mask_mod):
-                self.change_scores(place, thread, modify, n, (may_hide, is_full is True))
+                self.change_scores(place, thread, modify, n, (is_hiding, is_full is True))
             else:
                 if is_full:
-                    self.change_scores(place, thread, modify, n, (may_hide, True))
+                    self.change_scores(place, thread, modify, n, (is_hiding, True))
                 else:
-                    self.change_scores(place, thread, modify, n, (may_hide, False))
+                    self.change_scores(place, thread, modify, n, (is_hiding, False))
         load_row(
             place, cute.make_tensor(scores.iterator, cute.make_layout(cute.size(scores))), thread
         )
         cute.arch.fence_view_async_tmem_load()
-        if const_expr(self.kernel.packed_mask is not None):
-            hide_outside(scores, bits)
-        if const_expr(is_hiding is True):
-            hide_outside(scores, hide(n))
-        elif const_expr(may_hide):
-            if is_hiding:
-                hide_outside(scores, hide(n))
-        hides_anywhere = const_expr(self.kernel.by_element or self.kernel.packed_mask is not None)
-        return softmax.raise_max(scores, 0, is_first, may_hide or hides_anywhere)
+        words = self.visible(bits, hide(n) if is_hiding else [])
+        if const_expr(len(words) > 0):
+            hide_outside(scores, words)
+        may_be_empty = const_expr(len(words) > 0 or self.kernel.by_element)
+        return softmax.raise_max(scores, 0, is_first, may_be_empty)
+
+    def visible(self, bits: list, limits: list) -> list:
+        """The words that a mask in bits and the others leave; no words, where there are neither."""
+        if bits and limits:
+            return [bit & limit for bit, limit in zip(bits, limits, strict=True)]
+        return bits or limits
 
     def packed_step(self, mPacked: tuple, batch: Int32, head: Int32, token: Int32, q_length: Int32):
         """The words of a mask in bits for a row and a tile of keys: a function of its number."""

@@ -759,7 +759,7 @@ class ForwardSm90(KeyTiles):
                 convert_pairs(acc_S, rP)
 
                 accumulate = Boolean(False)
-                stretches = self.stretches_apart(fields, lists, kv_length)
+                stretches = self.stretches(fields, lists, kv_length)
                 for stretch in cutlass.range_constexpr(len(stretches)):
                     count, tile_of = stretches[stretch]
                     for i in cutlass.range(count, unroll=1):
@@ -919,14 +919,6 @@ class ForwardSm90(KeyTiles):
                 hide_outside(scores, r, own_bits(words[r], first, thread, tile_n))
 
         return read, hide
-
-    def stretches_apart(self, fields: tuple, lists: TileLists | None, kv_length: Int32) -> list:
-        """``stretches``, with lists those of ``TileLists.stretches_by_mask``."""
-        if lists is None:
-            return self.stretches(fields, lists)
-        full_min, full_max = fields[8:10]
-        is_clear = (full_min <= 0) & (full_max * self.config.tile_n >= kv_length)
-        return lists.stretches_by_mask(1, is_clear, has_mask_mod=self.has_mask_mod)
 
     def row_limits(self, thread: Int32, position: Int32, keys: Int32, r: int) -> list:
         """The intervals of keys of a thread's row, by position.
