@@ -3,11 +3,14 @@
 No GPU is needed, and none has run these kernels.
 """
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import sass_model
 from jax_flashcute.ffi.compile import ArrayType, compile_kernel
 from jax_flashcute.ffi.resources import find_tools, report
 from jax_flashcute.kernels import registry
@@ -100,20 +103,31 @@ def test_code_of_elements(name: str, head_dim: int, arch: str) -> None:
 
 IN_ARRAYS = {
     "segments": ({"segment_ids": np.arange(300)[None] // 70, "is_causal": True}, 8),
-    "lists": ({"block_mask": random_lists((1, 300, 300), 1, 1, tile=(256, 128))}, 64),
+    "lists": ({"block_mask": random_lists((1, 300, 300), 1, 1, tile=(256, 128))}, 0),
     "union": ({"mask_mod": FIRST_KEYS, "q_offset": 5}, 8),
-    "bits": ({"packed_mask": np.zeros((1, 1, 300, 10), np.uint32)}, 16),
+    "bits": ({"packed_mask": np.zeros((1, 1, 300, 10), np.uint32)}, 0),
 }
-"""Calls, and the bytes a thread that ptxas spills of them for sm_100a at head_dim 128.
+"""Calls, and the bytes a thread that ptxas spills of them at head_dim 128.
 
-Of a union it is the correction's, once for each tile of work."""
+They are the correction's, read and written once for each tile of work."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", IN_ARRAYS)
-def test_code_of_masks_in_arrays(name: str) -> None:
+@pytest.mark.parametrize("arch", ["sm_100a", "sm_103a"])
+def test_code_of_masks_in_arrays(name: str, arch: str) -> None:
     arguments, spilled = IN_ARRAYS[name]
-    check_code(*call_of((1, 300, 300), head_dim=128, **arguments), "sm_100a", spilled)
+    check_code(*call_of((1, 300, 300), head_dim=128, **arguments), arch, spilled)
+
+
+def test_products_bound_the_main_loop() -> None:
+    """By the model's count: shared memory has no time for more than products and their tiles."""
+    kernel = sass_model.KERNELS[0]
+    assert (kernel.name, kernel.implementation) == ("forward, full", "jax_flashcute")
+    (code,) = sass_model.kernels_of(kernel.compile(Path()))
+    found = sass_model.row(kernel, code)
+    assert max(found[name] for name in sass_model.CYCLES) == found["products"]
+    assert found["spills"] == 0
 
 
 def check_code(spec: AttentionSpec, operands: Operands, arch: str, allowed: int = 0) -> KernelKey:
@@ -137,10 +151,12 @@ def check_code(spec: AttentionSpec, operands: Operands, arch: str, allowed: int 
     if not allowed:
         assert (found.spill_loads, found.spill_stores) == (0, 0)
     # A product in the code for each that was written; tensor memory read and written; Q, K and V
-    # by TMA; rows of O 16 bytes at a time.
+    # by TMA; rows of O 16 bytes at a time; mask bits eight at once; arithmetic in pairs.
     assert found.count("UTCHMMA") == kernel.ptx.count("tcgen05.mma.")
     assert found.count("LDTM") >= 3
     assert found.count("STTM") >= 2
     assert found.count("UTMALDG") >= 3
     assert found.count("STG.E.128") > 0
+    assert found.count("R2P") >= config.tile_n // 8
+    assert found.count("FFMA2") >= config.tile_n // 2
     return key

@@ -52,7 +52,6 @@ from jax_flashcute.kernels.common.intervals import (
     within,
 )
 from jax_flashcute.kernels.common.lengths import entry_lengths
-from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.paging import (
     begin_stage,
