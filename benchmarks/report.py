@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks import context_parallel, start_up
+from benchmarks import context_parallel, nsa, start_up
 from benchmarks.tables import OURS, UNITS, Row, by_cell, implementations, latest_runs, rate, table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -89,9 +89,18 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def sections(results: Path, out: Path, gpu: str) -> tuple[list[str], list[Path]]:
-    """Lines on several devices and on starting, and the plots written."""
+    """Lines on native sparse attention, several devices and starting, and the plots written."""
     lines: list[str] = []
     written = []
+    if (path := results / "nsa.json").exists():
+        rows = json.loads(path.read_text())
+        picture = out / f"{results.name}_nsa_curve.png"
+        nsa.plot(rows, f"Dense causal and native sparse attention, {gpu}", picture)
+        written.append(picture)
+        lines += ["", "## native sparse attention over the length", ""]
+        lines += [f"![Time and stages over the length, {gpu}]({picture.name})"]
+        for pass_, name in PASS_NAMES.items():
+            lines += ["", f"{name.capitalize()}:", "", nsa.shares(rows, pass_)]
     if rows := rows_of(results / "context_parallel.json"):
         picture = out / f"{results.name}_context_parallel.png"
         context_parallel.plot(rows, f"One causal sequence on several devices, {gpu}", picture)
