@@ -138,7 +138,7 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
     if lengths:
         names = [*STAGES, "the three branches"]
         right.stackplot(lengths, *parts, rest, labels=names, alpha=0.8)
-        right.legend(loc="lower left", fontsize=8)
+        right.legend(loc="upper left", fontsize=8)
     right.set(xlabel="tokens", ylabel="part of the forward", ylim=(0, 1), title="Stages")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
