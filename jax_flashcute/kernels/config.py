@@ -381,6 +381,8 @@ class BwdConfig:
       dq_pass: a kernel of its own for dQ, which computes the scores once more: seven products in
         place of five, and nothing is added up in global memory.
       deterministic: blocks add to dQ in a fixed order, each waiting for those before it.
+      resident_bytes: where not 0, blocks that run together work on so many bytes of Q, dO and dQ:
+        one of more heads is several, which carry dK and dV on through global memory.
       consumer_registers, producer_registers: registers a thread, after reallocation.
     """
 
@@ -393,6 +395,7 @@ class BwdConfig:
     by_role: bool = False
     dq_pass: DqConfig | None = None
     deterministic: bool = False
+    resident_bytes: int = 0
     consumer_registers: int = 240
     producer_registers: int = 24
 
@@ -467,6 +470,8 @@ class BwdConfig:
             reasons.append(f"dq_split={self.dq_split!r} does not go with dq_pass={self.dq_pass}")
         if self.dq_pass is not None:
             reasons += self.dq_pass.reasons_invalid(head_dim, head_dim_v)
+        if self.resident_bytes and (self.by_role or self.deterministic):
+            reasons.append("resident_bytes goes with neither by_role nor deterministic")
         if self.dq_split == "columns" and h % (64 * self.warpgroups):
             reasons.append(f"dq_split=columns needs head_dim to divide into 64s, got {head_dim}")
         if max(h, hv) > 256:
@@ -774,6 +779,17 @@ def dividing_backward(
     return None
 
 
+RESIDENT_BYTES = 16 * 1024 * 1024
+"""Of ``BwdConfig.resident_bytes`` with lists of tiles, as ``scheduler.L2_BYTES``."""
+
+
+def in_parts(config: BwdConfig) -> BwdConfig:
+    """The backward configuration for lists of tiles that a group of heads visits."""
+    if config.by_role or config.deterministic:
+        return config
+    return dataclasses.replace(config, resident_bytes=RESIDENT_BYTES)
+
+
 def has_dq_sums(config: BwdConfig | BwdConfigSm100) -> bool:
     """Whether blocks add to dQ in global memory, in float32."""
     return not (config.passes if isinstance(config, BwdConfigSm100) else config.dq_pass)
@@ -793,8 +809,9 @@ def workspace_shapes(
 
     Where it is summed in global memory, dQ in float32, tile by tile in the order of the registers
     that held it; the log-sum-exp in base 2 and the row sums of dO * O, both padded to whole query
-    tiles; where the configuration is deterministic, how many blocks have added to each tile's dQ.
-    None needs initialising.
+    tiles; where the configuration is deterministic, how many blocks have added to each tile's dQ;
+    where blocks are in parts, how many of each are done, and its dV and dK in float32.  None needs
+    initialising.
     """
     m_blocks = -(-q_length // config.tile_m)
     h = config.padded_head_dim(head_dim)
@@ -804,4 +821,9 @@ def workspace_shapes(
         shapes.insert(0, ((batch, heads, m_blocks * config.tile_m * h), "float32"))
     if config.deterministic:
         shapes.append(((batch, heads, m_blocks * config.dq_warps(head_dim)), "int32"))
+    if isinstance(config, BwdConfig) and config.resident_bytes:
+        n_blocks = -(-kv_length // config.tile_n)
+        width = h + round_up(head_dim_v, 16)
+        shapes.append(((batch, kv_heads, n_blocks), "int32"))
+        shapes.append(((batch, kv_heads, n_blocks * config.tile_n * width), "float32"))
     return shapes

@@ -41,11 +41,19 @@ def backward_arrays(key: KernelKey):
     v = (_element_type(key), (1, 1, 1, key.head_dim_v))
     rows = (cutlass.Float32, (1, 1, 1))
     turns = [(cutlass.Int32, (1, 1, 1))] if key.config.deterministic else []
+    carried = [(cutlass.Int32, (1, 1, 1)), rows] if _carries(key) else []
     others = [*_optional_arrays(key), *_element_arrays(key), *_bound_arrays(key)]
     others += [*_list_arrays(key), *_rank_arrays(key), *_packed_arrays(key)]
     sums = [(cutlass.Float32, (1,) * rank) for rank in _summed_ranks(key)]
     of_dq = rows if has_dq_sums(key.config) else None
-    return [qk, qk, v, v, rows, v, rows, *others, qk, qk, v, *sums, of_dq, rows, rows, *turns]
+    results = [qk, qk, v, *sums]
+    scratch = [of_dq, rows, rows, *turns, *carried]
+    return [qk, qk, v, v, rows, v, rows, *others, *results, *scratch]
+
+
+def _carries(key: KernelKey) -> bool:
+    """Whether blocks of the backward are in parts, which carry dK and dV on."""
+    return isinstance(key.config, BwdConfig) and key.config.resident_bytes > 0
 
 
 def _summed_ranks(key: KernelKey) -> list[int]:
@@ -116,9 +124,10 @@ def _packed_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
 
 def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
     """``launcher``, which takes the page table and groups of arrays by name, with these from
-    ``first`` on; and gradients that are summed after three others."""
+    ``first`` on; gradients that are summed after three others; and what is carried at the end."""
     paged = len(_table_arrays(key))
     sums = len(_summed_ranks(key)) if key.direction == "bwd" else 0
+    carries = _carries(key)
     groups = {
         "mElements": len(_element_arrays(key)),
         "mBounds": len(_bound_arrays(key)),
@@ -127,7 +136,7 @@ def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
         "mPacked": len(_packed_arrays(key)),
     }
     groups = {name: count for name, count in groups.items() if count}
-    if not groups and not paged:
+    if not groups and not paged and not carries:
         return launcher
 
     def launch(stream, *arrays):
@@ -137,6 +146,8 @@ def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
             named[name], rest = rest[:count], rest[count:]
         if sums:
             named["mGradients"], rest = rest[3 : 3 + sums], rest[:3] + rest[3 + sums :]
+        if carries:
+            named["mCarried"], rest = rest[-2:], rest[:-2]
         launcher(stream, *arrays[:first], *rest, **named)
 
     return launch

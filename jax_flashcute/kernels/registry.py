@@ -27,6 +27,7 @@ from jax_flashcute.kernels.config import (
     few_rows_config_sm100,
     forward_config,
     forward_config_sm100,
+    in_parts,
     loads_pages_by_tma,
     most_splits,
     paged_config,
@@ -332,6 +333,8 @@ def kernel_key(
             config = paged_config(config)
     else:
         config, pack_gqa, num_sms = _existing(_backward_config(arch, spec, operands)), False, 0
+        if has_lists and group > 1 and isinstance(config, BwdConfig):
+            config = in_parts(config)
         functions = without_sinks(functions, spec.constants)
     return KernelKey(
         kernel=f"{'sm100' if arch in BLACKWELL else 'sm90'}_{passes}",

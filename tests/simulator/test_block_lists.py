@@ -8,7 +8,8 @@ import pytest
 
 from jax_flashcute import masks
 from jax_flashcute.block_mask import BlockMask, make_block_mask
-from jax_flashcute.kernels import registry
+from jax_flashcute.kernels import config, registry
+from jax_flashcute.kernels.sm90 import backward
 from tests.simulator.test_backward_segments import check_backward
 from tests.simulator.test_forward_segments import call_of, check_forward
 
@@ -96,6 +97,7 @@ BACKWARD = CASES | {
 del BACKWARD["packed_heads"]
 
 
+SLOW = pytest.mark.slow
 QUICK = {"forward": {"128_everything"}, "backward": {"64_unordered"}}
 
 
@@ -115,6 +117,44 @@ def test_backward(name: str):
     lengths, arguments = BACKWARD[name]
     spec, operands = call_of(lengths, **arguments)
     check_backward(spec, operands)
+
+
+PARTS = {
+    "64": BACKWARD["64_unordered"],
+    "128": (
+        (2, 300, 400),
+        {
+            **BACKWARD["128_everything"][1], "heads": (8, 2), "sinks": None,
+            "block_mask": random_lists((2, 300, 400), 2, 8, seed=5),
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "least", "how"),
+    [
+        ("64", 1, 1, {}),
+        pytest.param("64", 2, 1, {}, marks=SLOW),
+        pytest.param("64", 1, 2, {"timing": "early", "warps": "adversarial"}, marks=SLOW),
+        pytest.param("128", 1, 1, {"timing": "shuffled", "warps": "seeded"}, marks=SLOW),
+        pytest.param("128", 3, 4, {}, marks=SLOW),
+    ],
+)
+def test_parts_of_heads(monkeypatch: pytest.MonkeyPatch, name, heads, least, how):
+    """dK and dV go from part to part in float32: every bit is that of one block for all heads."""
+    lengths, arguments = PARTS[name]
+    spec, operands = call_of(lengths, **arguments)
+    together = check_backward(spec, operands)
+    per_head = lengths[1] * 8 * operands.query.shape[-1]
+    monkeypatch.setattr(config, "RESIDENT_BYTES", heads * per_head)
+    monkeypatch.setattr(backward, "LEAST_STEPS", least)
+    apart = check_backward(spec, operands, **how)
+    assert apart[-2].max() > 0
+    if how:
+        return  # its products are cut up otherwise, and then rounded otherwise
+    for x, y in zip(together[1:3], apart[1:3], strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 DETERMINISTIC = {

@@ -59,5 +59,11 @@ def take_turn(turns: cute.Pointer, turn: Int32):
 def pass_turn(turns: cute.Pointer):
     """Lets the next block add, once this warp's own additions are done; one warp."""
     cute.arch.cp_async_bulk_wait_group(0)
+    end_turn(turns)
+
+
+@cute.jit
+def end_turn(turns: cute.Pointer):
+    """Says that a turn is over, and publishes what was written in it; one warp."""
     if cute.arch.lane_idx() == 0:
         cute.arch.red(turns, Int32(1), op="add", dtype="s32", sem="release", scope="gpu")

@@ -37,7 +37,7 @@ class Preprocess:
     ) -> None:
         """``out``: (LSE2, dPsum, dQ accumulator or None, turns or None).
 
-        ``mSums``: float32 arrays that are cleared.
+        ``mSums``: arrays of 32-bit elements that are cleared.
         """
         heads, batch = mO.shape[2], mO.shape[0]
         self.kernel(mO, mdO, mLSE, mdLSE, mQLengths, *out, mSums, m_blocks).launch(
@@ -142,11 +142,11 @@ class Preprocess:
 
     @cute.jit
     def clear(self, mSum: cute.Tensor, first: Int64):
-        """Sets a float32 array to zero; every thread of the grid does, ``first`` its number."""
+        """Sets an array to zero; every thread of the grid does, ``first`` its number."""
         count = math.prod((Int64(mSum.shape[i]) for i in range(cute.rank(mSum))), start=Int64(1))
         at_once = Int64(cute.arch.grid_dim()[0]) * THREADS
-        zero = cute.make_rmem_tensor(1, Float32)
-        zero.fill(0.0)
+        zero = cute.make_rmem_tensor(1, mSum.element_type)
+        zero.fill(0)
         turns = Int32((count - first + at_once - 1) // at_once)
         for i in cutlass.range(turns, unroll=1):
             place = mSum.iterator + (first + i * at_once)

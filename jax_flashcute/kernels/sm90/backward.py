@@ -15,6 +15,11 @@ depend on their order: a deterministic kernel counts the blocks that have added 
 block waits for those of the keys before its own, which were launched before it.  How many those
 are follows from the mask, or stands in an array where the tiles that are visited do.
 
+Blocks with lists of their own meet the same queries at different times, and what a group's heads
+need of L2 (Q, dO and dQ) is more than it holds.  A block may therefore be several, each of some of
+the heads (``BwdConfig.resident_bytes``): each leaves dK and dV in float32 in global memory for the
+next, which was launched later, so that blocks that run together work on the same heads.
+
     edge       producer             consumer               stages     full       empty
     k, v       TMA, producer warp   every warpgroup        1 each     1 + tx     used once
     q, LSE2    TMA, producer warp   every warpgroup        q_stages   1 + tx     4 W
@@ -60,6 +65,7 @@ from jax_flashcute.kernels.common.tiles import (
 )
 from jax_flashcute.kernels.common.turns import (
     bulk_add,
+    end_turn,
     pass_turn,
     section_in_turns,
     take_turn,
@@ -94,6 +100,10 @@ DQ_FULL_BARRIER = 2
 DQ_EMPTY_BARRIER = 5
 LARGEST_SCORE = 1e38
 """Scores above it count as it where they may be infinite: it is finite in base 2, too."""
+
+LEAST_STEPS = 16
+"""Query tiles that a part of a block visits at least, on average: to begin, and to carry dK and dV
+over, takes about as long as four of them."""
 
 # Barriers in shared memory: K, V, one for loads whose tail is cleared, the two pipelines.
 TAIL = 2
@@ -177,6 +187,7 @@ class BackwardSm90(QueryTiles):
         mLSE2: cute.Tensor,  # (B, N, m_blocks * tile_m) float32, scratch
         mdPsum: cute.Tensor,  # (B, N, m_blocks * tile_m) float32, scratch
         mTurns: cute.Tensor | None = None,  # (B, N, m_blocks * dq_warps) int32, scratch
+        mCarried: tuple = (),  # scratch of blocks in parts: how many are done, dK and dV
         mElements: tuple = (),  # arrays of ``functions``
         mBounds: tuple = (),  # arrays of ``bounds.query_bound_arrays``
         mLists: tuple = (),  # arrays of ``BlockMask.kernel_lists``, transposed
@@ -200,7 +211,7 @@ class BackwardSm90(QueryTiles):
             mdLSE,
             mQLengths,
             (mLSE2, mdPsum, mdQAccum, mTurns),
-            mGradients,
+            (*mGradients, *mCarried[:1]),
         )
 
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
@@ -221,6 +232,13 @@ class BackwardSm90(QueryTiles):
         section = section_size(q_length, bytes_per_query, kv_heads, batch)
         if const_expr(cfg.deterministic):
             section = section_in_turns(section, kv_heads, batch)
+        heads_at_once, parts = None, Int32(1)
+        if const_expr(cfg.resident_bytes > 0):
+            of_head = Int64(q_length) * (bytes_per_query // self.group)
+            fitting = Int64(cfg.resident_bytes) // cutlass.max(of_head, Int64(1))
+            heads_at_once = Int32(cutlass.max(cutlass.min(fitting, Int64(self.group)), Int64(1)))
+            parts = (self.group + heads_at_once - 1) // heads_at_once
+            section = section if parts == 1 else Int32(1)
         self.kernel(
             *tma_q,
             *tma_do,
@@ -235,6 +253,7 @@ class BackwardSm90(QueryTiles):
             mdPsum,
             mdQAccum,
             mTurns,
+            mCarried,
             mElements,
             mBounds,
             mLists,
@@ -244,13 +263,14 @@ class BackwardSm90(QueryTiles):
             m_blocks,
             n_blocks,
             section,
+            heads_at_once,
             q_length,
             kv_length,
             heads,
             kv_heads,
             batch,
         ).launch(
-            grid=[n_blocks * kv_heads * batch, 1, 1],
+            grid=[n_blocks * kv_heads * batch * parts, 1, 1],
             block=[self.consumer_threads + 128, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -331,6 +351,7 @@ class BackwardSm90(QueryTiles):
         mdPsum: cute.Tensor,
         mdQAccum: cute.Tensor | None,
         mTurns: cute.Tensor | None,
+        mCarried: tuple,
         mElements: tuple,
         mBounds: tuple,
         mLists: tuple,
@@ -340,6 +361,7 @@ class BackwardSm90(QueryTiles):
         m_blocks: Int32,
         n_blocks: Int32,
         section: Int32,
+        heads_at_once: Int32 | None,
         q_length: Int32,
         kv_length: Int32,
         heads: Int32,
@@ -401,12 +423,20 @@ class BackwardSm90(QueryTiles):
 
         # Longest first: with a causal mask the first keys are seen by most queries.
         per_section = section * n_blocks
+        block_parts = Int32(1)
+        if const_expr(cfg.resident_bytes > 0):
+            block_parts = (self.group + heads_at_once - 1) // heads_at_once
+            per_section = per_section * block_parts
         tile = cute.arch.block_idx()[0]
         first_entry = tile // per_section * section
         within = tile - tile // per_section * per_section
         width = cutlass.min(section, kv_heads * batch_size - first_entry)
         n_block = within // width
         entry = first_entry + within - n_block * width
+        part = Int32(0)
+        if const_expr(cfg.resident_bytes > 0):
+            part = n_block // n_blocks
+            n_block = n_block - part * n_blocks
         batch = entry // kv_heads
         kv_head = entry - batch * kv_heads
 
@@ -417,6 +447,16 @@ class BackwardSm90(QueryTiles):
         block = (n_block, kv_head, batch)
         visits = partial(self.visits, tiles, mLists, block, keys, q_length=q_length)
         steps = self.all_steps(visits)
+        heads_here, carried = (0, self.group), None
+        if const_expr(cfg.resident_bytes > 0):
+            if steps < block_parts * LEAST_STEPS:
+                block_parts = Int32(1)
+                heads_at_once = Int32(self.group)
+            # Where there are fewer parts than blocks for them, the others have nothing to do.
+            steps = steps if part < block_parts else Int32(0)
+            first_head = cutlass.min(part * heads_at_once, Int32(self.group))
+            heads_here = (first_head, cutlass.min(first_head + heads_at_once, Int32(self.group)))
+            carried = (mCarried, entry * n_blocks + n_block, part, block_parts)
 
         if warp_index < 4:
             if const_expr(cfg.reallocates_registers):
@@ -430,7 +470,7 @@ class BackwardSm90(QueryTiles):
                     (mLSE2, mdPsum),
                     (pipeline_q, pipeline_do, kv_full),
                     block,
-                    (visits, m_blocks),
+                    (visits, heads_here, m_blocks),
                     (queries, keys),
                     (mQLengths is not None, mKVLengths is not None),
                 )
@@ -448,7 +488,7 @@ class BackwardSm90(QueryTiles):
                         sdQ,
                         (mdQAccum, mTurns, mRanks),
                         (n_block, kv_head, batch, heads),
-                        (visits, m_blocks, offset),
+                        (visits, heads_here, m_blocks, offset),
                         (part_values, tuple(range(w, parts, dq_warps))),
                     )
         else:
@@ -480,7 +520,8 @@ class BackwardSm90(QueryTiles):
                     (tma_dv, gdV),
                     barriers,
                     block,
-                    (visits, steps, tiles),
+                    (visits, heads_here, steps, tiles),
+                    carried,
                     mask_step,
                     elements,
                 )
@@ -508,7 +549,7 @@ class BackwardSm90(QueryTiles):
         mLSE2, mdPsum = statistics
         pipeline_q, pipeline_do, kv_full = barriers
         n_block, kv_head, batch = block
-        visits, m_blocks = tiles
+        visits, heads_here, m_blocks = tiles
         queries, keys = lengths
         has_q_lengths, has_kv_lengths = has_lengths
         padded = Int64(m_blocks) * cfg.tile_m
@@ -540,7 +581,7 @@ class BackwardSm90(QueryTiles):
         # The statistics come from the kernel before this one.
         cute.arch.griddepcontrol_wait()
         q_stage, q_phase, do_stage, do_phase = (Int32(0) for _ in range(4))
-        for g in cutlass.range(self.group, unroll=1):
+        for g in cutlass.range(heads_here[0], heads_here[1], unroll=1):
             head = kv_head * self.group + g
             gQ_tile = cute.local_tile(
                 gQ[None, None, head, batch], (cfg.tile_m, self.smem_h), (None, 0)
@@ -642,13 +683,13 @@ class BackwardSm90(QueryTiles):
         buffers = 1 if cfg.by_role else len(mine)
         mdQAccum, mTurns, mRanks = sums
         n_block, kv_head, batch, heads = block
-        visits, m_blocks, offset = tiles
+        visits, heads_here, m_blocks, offset = tiles
         dq_warps = cfg.dq_warps(self.head_dim)
         threads = 128 + 32
         values = cfg.tile_m * self.smem_h
         # Nothing may be added before the kernel before this one has cleared the sums.
         cute.arch.griddepcontrol_wait()
-        for g in cutlass.range(self.group, unroll=1):
+        for g in cutlass.range(heads_here[0], heads_here[1], unroll=1):
             entry = Int64(batch) * heads + kv_head * self.group + g
             count, tile_of, _ = visits(g)
             turn_at = partial(self.turn, mRanks, (n_block, kv_head, batch), g, offset)
@@ -697,6 +738,7 @@ class BackwardSm90(QueryTiles):
         barriers,
         block,
         tiles,
+        carried,
         mask_step: cutlass.Constexpr,
         elements,
     ):
@@ -707,7 +749,7 @@ class BackwardSm90(QueryTiles):
         tma_dv, gdV = dv_copy
         pipeline_q, pipeline_do, kv_full = barriers
         n_block, kv_head, _ = block
-        visits, steps, ranges = tiles
+        visits, heads_here, steps, ranges = tiles
         thread = cute.arch.thread_idx()[0] % 128
         slab = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128) - 1
         smem_source, register_source = (
@@ -789,11 +831,14 @@ class BackwardSm90(QueryTiles):
         # Stages and phases of Q and of dO, and the buffer of dS.
         state = tuple(Int32(0) for _ in range(5))
         if steps > 0:
+            if const_expr(carried is not None):
+                # While K and V are on their way.
+                self.take_over(carried, (acc_dV, acc_dK), thread, slab)
             cute.arch.mbarrier_wait(kv_full, 0)
             cute.arch.mbarrier_wait(kv_full + 1, 0)
             pullback = self.pullback(elements, block, n_block * cfg.tile_n + slab * 64, thread)
             sums = [] if pullback is None else [pullback.start, pullback.finish]
-            for g in cutlass.range(self.group, unroll=1):
+            for g in cutlass.range(heads_here[0], heads_here[1], unroll=1):
                 of_head = self.elements_of_head(
                     elements, block, g, n_block * cfg.tile_n + slab * 64, thread
                 )
@@ -808,15 +853,69 @@ class BackwardSm90(QueryTiles):
                 if const_expr(sums):
                     sums[1](of_head[2])
 
+        stores = ((tma_dv, gdV, sV, self.smem_hv), (tma_dk, gdK, sK, self.smem_h))
+        gradients = ((acc_dV, mma_dv, sV_slab, 1.0), (acc_dK, mma_dk, sK_slab, self.scale))
+        if const_expr(carried is None):
+            self.round_gradients(gradients, stores, block, thread)
+        else:
+            _, _, part, parts = carried
+            if part + 1 < parts:
+                self.hand_on(carried, (acc_dV, acc_dK), thread, slab)
+            elif part + 1 == parts:
+                self.round_gradients(gradients, stores, block, thread)
+
+    def round_gradients(self, gradients: tuple, stores: tuple, block, thread: Int32) -> None:
+        """Stores dV and dK in 16 bits; called by every consumer."""
         # Nobody reads K and V any more: they give their place to dK and dV.
         self.meet()
-        self.stage_gradient(acc_dV, mma_dv, sV_slab, thread, 1.0)
-        self.stage_gradient(acc_dK, mma_dk, sK_slab, thread, self.scale)
+        for acc, mma, target, scale in gradients:
+            self.stage_gradient(acc, mma, target, thread, scale)
         cute.arch.fence_view_async_shared()
         self.meet()
-        self.store_gradients(
-            ((tma_dv, gdV, sV, self.smem_hv), (tma_dk, gdK, sK, self.smem_h)), block
-        )
+        self.store_gradients(stores, block)
+
+    def carried_values(self, carried, accumulators, thread: Int32, slab: Int32) -> list:
+        """A thread's dV and dK in registers and where they stand between parts of a block."""
+        (_, mValues), block, _, _ = carried
+        threads = self.consumer_threads
+        first = Int64(block) * (self.config.tile_n * (self.smem_h + self.smem_hv))
+        found = []
+        for acc in accumulators:
+            values = cute.size(acc)
+            there = cute.make_tensor(
+                (mValues.iterator + first).align(16),
+                cute.make_layout((4, threads, values // 4), stride=(1, 4, 4 * threads)),
+            )
+            here = cute.make_tensor(acc.iterator, cute.make_layout((4, values // 4)))
+            found.append((here, there[None, slab * 128 + thread, None]))
+            first += threads * values
+        return found
+
+    @cute.jit
+    def take_over(self, carried, accumulators, thread: Int32, slab: Int32):
+        """Loads dV and dK as the part of the block before this one left them, once it is done."""
+        (mDone, _), block, part, _ = carried
+        if part > 0:
+            # The kernel before this one clears the counters.
+            cute.arch.griddepcontrol_wait()
+            take_turn(mDone.iterator + block, part)
+            pairs = self.carried_values(carried, accumulators, thread, slab)
+            for i in cutlass.range_constexpr(len(pairs)):
+                here, there = pairs[i]
+                cute.autovec_copy(there, here)
+
+    @cute.jit
+    def hand_on(self, carried, accumulators, thread: Int32, slab: Int32):
+        """Leaves dV and dK to the part of the block that comes after this one."""
+        mDone, block = carried[0][0], carried[1]
+        pairs = self.carried_values(carried, accumulators, thread, slab)
+        for i in cutlass.range_constexpr(len(pairs)):
+            here, there = pairs[i]
+            cute.autovec_copy(here, there)
+        cute.arch.griddepcontrol_wait()
+        self.meet()
+        if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 4:
+            end_turn(mDone.iterator + block)
 
     def stage_gradient(
         self, acc: cute.Tensor, mma: cute.TiledMma, target: cute.Tensor, thread: Int32, scale: float
