@@ -24,6 +24,8 @@ class FwdConfig:
         more than this many powers of two; 0 rescales at every tile.
       takes_turns: warpgroups issue their products in turns, so that the softmax of one runs beside
         the products of another.
+      cluster: blocks that visit the same key tiles, for as many heads of a group, and load each
+        together; 1 or 2.
       consumer_registers, producer_registers: registers a thread, after reallocation.
     """
 
@@ -32,6 +34,7 @@ class FwdConfig:
     kv_stages: int
     rescale_threshold: float = 8.0
     takes_turns: bool = True
+    cluster: int = 1
     consumer_registers: int = 240
     producer_registers: int = 24
 
@@ -63,6 +66,8 @@ class FwdConfig:
             reasons.append(f"tile_n must be a multiple of 16 from 16 to 256, got {self.tile_n}")
         if self.kv_stages < 1:
             reasons.append(f"kv_stages must be at least 1, got {self.kv_stages}")
+        if self.cluster not in (1, 2):
+            reasons.append(f"cluster must be 1 or 2, got {self.cluster}")
         smem = self.smem_bytes(head_dim, head_dim_v) + 1024
         if smem > SMEM_BYTES:
             reasons.append(f"shared memory: {smem} bytes needed, {SMEM_BYTES} available")

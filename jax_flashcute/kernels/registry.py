@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from jax_flashcute.analysis import Interval, Linear, evaluate, window, window_interval
+from jax_flashcute.block_mask import BlockMask
 from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels import nsa
 from jax_flashcute.kernels.config import (
@@ -281,8 +282,25 @@ def _may_pack(operands: Operands, group: int, config: FwdConfig | FwdConfigSm100
     if blocks is None:
         return True
     tokens = config.slab_rows // group * (config.tile_m // config.slab_rows)
-    shared = all(x.shape[1] == 1 for x in (blocks.partial_counts, blocks.full_counts))
-    return shared and tokens > 0 and blocks.tile_m % tokens == 0
+    return _are_shared(blocks) and tokens > 0 and blocks.tile_m % tokens == 0
+
+
+def _are_shared(blocks: BlockMask) -> bool:
+    """Whether all heads have the same lists of tiles."""
+    return all(x.shape[1] == 1 for x in (blocks.partial_counts, blocks.full_counts))
+
+
+def _in_pairs(config: FwdConfig, spec: AttentionSpec, operands: Operands) -> FwdConfig:
+    """The configuration with lists for an even group: two heads that share lists load together."""
+    blocks = operands.block_mask
+    if blocks is None:
+        # Lists made of the mask.
+        are_shared = spec.mask_mod is not None and not spec.mask_mod.reads(1)
+    else:
+        are_shared = _are_shared(blocks)
+    # What lies beyond a length is cleared by one block alone.
+    may_pair = are_shared and operands.key_value_seq_lengths is None
+    return dataclasses.replace(config, cluster=2) if may_pair else config
 
 
 def _main(operands: Operands) -> tuple[Shaped, Shaped, Shaped]:
@@ -331,6 +349,8 @@ def kernel_key(
             pack_gqa = packing_pays(query.shape[1], group, config)
         if is_paged(operands) and isinstance(config, FwdConfig):
             config = paged_config(config)
+        if isinstance(config, FwdConfig) and has_lists and not (pack_gqa or group % 2):
+            config = _in_pairs(config, spec, operands)
     else:
         config, pack_gqa, num_sms = _existing(_backward_config(arch, spec, operands)), False, 0
         if has_lists and group > 1 and isinstance(config, BwdConfig):

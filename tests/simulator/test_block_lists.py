@@ -67,6 +67,14 @@ CASES = {
         (1, 200, 150),
         {"mask_mod": odd, "block_mask": random_lists((1, 200, 150), 1, 1, (192, 64), seed=3)},
     ),
+    "pairs_of_heads": (
+        (2, 380, 400),
+        {
+            "heads": (4, 2), "head_dim": 128, "mask_mod": odd, "q_offset": jnp.array([100, 40]),
+            "is_causal": True, "query_seq_lengths": jnp.array([380, 100]),
+            "block_mask": random_lists((2, 380, 400), 2, 1, seed=6),
+        },
+    ),
     "small_tiles_of_a_mask": (
         (1, 130, 200),
         {"mask_mod": masks.causal, "segment_ids": (np.arange(130)[None] // 50,
@@ -98,7 +106,7 @@ del BACKWARD["packed_heads"]
 
 
 SLOW = pytest.mark.slow
-QUICK = {"forward": {"128_everything"}, "backward": {"64_unordered"}}
+QUICK = {"forward": {"128_everything", "pairs_of_heads"}, "backward": {"64_unordered"}}
 
 
 def marked(direction: str, cases) -> list:

@@ -9,7 +9,7 @@ from functools import partial
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, Int64, Uint32, const_expr
+from cutlass import Boolean, Int16, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
@@ -32,14 +32,16 @@ def tiles_in_pages(
     kv_stages: int,
     copying_warps: int = COPYING_WARPS,
     boxes_at_once: int = 4,
+    cluster: int = 1,
 ) -> "DenseTiles | BoxedTiles | CopiedTiles":
     """How tiles of ``tile_n`` keys are loaded from pages of ``page_size``; None: from no pages.
 
     ``copying_warps``: that copy K, and as many V; ``boxes_at_once``: how far the loop over a tile's
-    boxes is unrolled, which takes registers.
+    boxes is unrolled, which takes registers;
+    ``cluster``: blocks that load the same tiles, each a part for all; from no pages.
     """
     if page_size is None:
-        return DenseTiles(tile_n)
+        return DenseTiles(tile_n, cluster)
     if loads_pages_by_tma(page_size):
         return BoxedTiles(page_size, tile_n, boxes_at_once)
     return CopiedTiles(page_size, tile_n, copying_warps, kv_stages)
@@ -177,21 +179,29 @@ def follow_tiles(
 
 
 class DenseTiles:
-    """Tiles of arrays (B, S, K, H), each copied at once by TMA."""
+    """Tiles of arrays (B, S, K, H), each copied at once by TMA.
+
+    Where the blocks of a cluster visit the same tiles, each copies a part of a tile to all of them.
+    """
 
     copying_warps = 0
     nowhere = 0
 
-    def __init__(self, tile_n: int):
+    def __init__(self, tile_n: int, cluster: int):
         self.tile_n = tile_n
+        self.cluster = cluster
 
     def source(self, dtype, x: cute.Tensor, width: int):
         """The copy of a tile from ``by_head``'s view of an array, and what it reads."""
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        if self.cluster > 1:
+            load = cpasync.CopyBulkTensorTileG2SMulticastOp()
         return cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(),
+            load,
             x[0, None, None, None, None],
             smem_layout(dtype, self.tile_n, width),
             (self.tile_n, width),
+            self.cluster,
         )
 
     def places(self, mPageTable: None, batch: Int32, keys: Int32, warp: Int32, n: Int32):
@@ -211,10 +221,14 @@ class DenseTiles:
         """A function (n, places, stage, barrier) that starts the copy of tile n."""
         atom, gX, sX = copy
         tiles = cute.local_tile(gX[None, None, head, batch], (self.tile_n, width), (None, 0))
-        target, source = tma_partition(atom, sX, tiles)
+        rank, to_all = 0, {}
+        if self.cluster > 1:
+            rank = cute.arch.block_idx_in_cluster()
+            to_all = {"mcast_mask": Int16(2**self.cluster - 1)}
+        target, source = tma_partition(atom, sX, tiles, rank, self.cluster)
 
         def load(n: Int32, places: Int32, stage: Int32, barrier) -> None:
-            cute.copy(atom, source[None, n], target[None, stage], tma_bar_ptr=barrier)
+            cute.copy(atom, source[None, n], target[None, stage], tma_bar_ptr=barrier, **to_all)
 
         return load
 

@@ -1,9 +1,18 @@
 """Shared-memory pipelines, with their arrive counts checked while tracing."""
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
 from jax_flashcute.kernels.common.traced import Traced
+
+
+@cute.jit
+def arrive_in_cluster(barrier: cute.Pointer, blocks: cutlass.Constexpr[int]):
+    """Arrives at the barrier of that name in every block of the cluster; one warp."""
+    lane = cute.arch.lane_idx()
+    if lane < blocks:
+        cute.arch.mbarrier_arrive(barrier, peer_cta_rank_in_cluster=lane)
 
 
 class TmaPipeline(Traced):
@@ -14,6 +23,10 @@ class TmaPipeline(Traced):
 
     With ``copying_warps``, so many warps fill a stage by their threads' copies instead, and
     ``full[stage]`` completes after an arrival of each; nothing is then expected.
+
+    With ``blocks``, of a cluster, each of them fills a part of a stage in all: an ``empty`` barrier
+    completes after the arrivals of the consumers of all, and ``tx_bytes`` are what they bring
+    together.
 
     The state of either end is a (stage, phase) pair that starts at (0, 0) and moves by
     ``advance``.  ``check_arrivals`` compares the arrivals that were traced releasing a stage, over
@@ -28,6 +41,7 @@ class TmaPipeline(Traced):
         tx_bytes: int,
         consumer_warps: int,
         copying_warps: int = 0,
+        blocks: int = 1,
     ):
         """``barriers``: pointer to 2 * stages 64-bit words in shared memory, full ones first."""
         self.name = name
@@ -37,13 +51,14 @@ class TmaPipeline(Traced):
         self.tx_bytes = tx_bytes
         self.consumer_warps = consumer_warps
         self.copying_warps = copying_warps
+        self.blocks = blocks
         self.releasing: dict[str, set[int]] = {}
 
     def init(self) -> None:
         """Initialises the barriers; called by one thread."""
         for stage in range(self.stages):
             cute.arch.mbarrier_init(self.full + stage, self.copying_warps or 1)
-            cute.arch.mbarrier_init(self.empty + stage, self.consumer_warps)
+            cute.arch.mbarrier_init(self.empty + stage, self.consumer_warps * self.blocks)
 
     def acquire(self, stage: Int32, phase: Int32) -> None:
         """Producer: waits until the stage is empty."""
@@ -74,6 +89,9 @@ class TmaPipeline(Traced):
         self.releasing.setdefault(role, set()).add(warps)
         if lanes_read:
             cute.arch.sync_warp()
+        if self.blocks > 1:
+            arrive_in_cluster(self.empty + stage, self.blocks)
+            return
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(self.empty + stage)
 

@@ -7,7 +7,7 @@ blocks finish together.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, Uint32
 
 from jax_flashcute.kernels.common.traced import Traced
 
@@ -80,8 +80,8 @@ def reset_counter(counter: cute.Tensor):
 
 
 @cute.jit
-def draw_tile(mCounter: cute.Tensor) -> Int32:
-    """The next tile's index, in lane 0 alone.
+def draw_tile(mCounter: cute.Tensor, tiles: cutlass.Constexpr[int] = 1) -> Int32:
+    """The next tile's index, or that of the first of so many, in lane 0 alone.
 
     Drawn while the last key tile of the one before is on its way: sooner, blocks in the midst
     of long tiles would take tiles that others come to first; later, the latency would show.
@@ -90,5 +90,60 @@ def draw_tile(mCounter: cute.Tensor) -> Int32:
     cute.arch.griddepcontrol_wait()
     tile = Int32(0)
     if cute.arch.lane_idx() == 0:
-        tile = cute.arch.atomic_add(mCounter.iterator, Int32(1)) + cute.arch.grid_dim()[0]
+        tile = cute.arch.atomic_add(mCounter.iterator, Int32(tiles)) + cute.arch.grid_dim()[0]
     return tile
+
+
+class PairDraw(Traced):
+    """How the two blocks of a cluster draw tiles that follow each other.
+
+    The first block draws; it leaves the second one's in that one's shared memory and arrives at
+    ``full`` there; the second reads it and arrives at ``empty`` of the first.
+    """
+
+    def __init__(self, barriers, slot):
+        """``barriers``: pointer to two 64-bit words in shared memory; ``slot``: to an Int32."""
+        self.full = barriers
+        self.empty = barriers + 1
+        self.slot = slot
+
+    def init(self) -> None:
+        """Initialises the barriers; called by one thread."""
+        cute.arch.mbarrier_init(self.full, 1)
+        cute.arch.mbarrier_init(self.empty, 1)
+
+    @cute.jit
+    def draw(self, mCounter: cute.Tensor, phase: Int32) -> Int32:
+        """This block's next tile, in lane 0 alone; ``phase``: 0 and 1 in turn; one warp."""
+        tile = Int32(0)
+        if cute.arch.block_idx_in_cluster() == 0:
+            tile = draw_tile(mCounter, 2)
+            cute.arch.mbarrier_wait(self.empty, phase ^ 1)
+            if cute.arch.lane_idx() == 0:
+                cute.arch.inline_ptx(
+                    """{
+                    .reg .b32 slot, full;
+                    mapa.shared::cluster.u32 slot, {$r0}, 1;
+                    mapa.shared::cluster.u32 full, {$r1}, 1;
+                    st.shared::cluster.b32 [slot], {$r2};
+                    mbarrier.arrive.release.cluster.shared::cluster.b64 _, [full];
+                    }""",
+                    read_only_args=[self.slot.toint(), self.full.toint(), tile + 1],
+                )
+        else:
+            arrived = Uint32(0)
+            while arrived == 0:
+                arrived = cute.arch.inline_ptx(
+                    """{
+                    .reg .pred done;
+                    mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [{$r0}], {$r1};
+                    selp.b32 {$w0}, 1, 0, done;
+                    }""",
+                    write_only_types=[Uint32],
+                    read_only_args=[self.full.toint(), phase],
+                )
+            tile = cute.make_tensor(self.slot, cute.make_layout(1))[0]
+            cute.arch.sync_warp()
+            if cute.arch.lane_idx() == 0:
+                cute.arch.mbarrier_arrive(self.empty, peer_cta_rank_in_cluster=0)
+        return tile

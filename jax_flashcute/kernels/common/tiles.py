@@ -81,12 +81,21 @@ def slab_tma_layout(dtype, rows: int, width: int, heads: int, tokens: int):
     )
 
 
-def tma_partition(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
-    """Shared and global tiles as the copy takes them: (copy, stages) and (copy, tiles)."""
+def tma_partition(
+    atom: cute.CopyAtom,
+    smem: cute.Tensor,
+    gmem: cute.Tensor,
+    rank: Int32 | int = 0,
+    blocks: int = 1,
+):
+    """Shared and global tiles as the copy takes them: (copy, stages) and (copy, tiles).
+
+    Of a copy that the blocks of a cluster share, the part of the block of that rank.
+    """
     return cpasync.tma_partition(
         atom,
-        0,
-        cute.make_layout(1),
+        rank,
+        cute.make_layout(blocks),
         cute.group_modes(smem, 0, cute.rank(gmem) - 1),
         cute.group_modes(gmem, 0, cute.rank(gmem) - 1),
     )

@@ -15,6 +15,9 @@ Keys and values may lie in pages (common/paging.py): a tile is then several copi
 each page that it holds.  Pages too small for TMA are copied by threads: the producer warp and
 another copy K, two more V; these three follow the producer through its tiles.
 
+Heads of a group that visit the same key tiles, by lists, may share what they load: two blocks of a
+cluster take the same rows of two heads, and each loads half of a key tile for both.
+
 With ``split_kv``, for queries that fill one row of tiles, a tile is also one of several parts of
 its keys (common/splits.py).  Parts of one row go to scratch in float32 and a second kernel adds
 them up (extra/combine.py); where a row has one part alone, the output is written at once.
@@ -26,12 +29,14 @@ them up (extra/combine.py); where a row has one part alone, the output is writte
     tile     producer warp        every warpgroup            2          1         4 W
     turn[w]  warpgroup w - 1      warpgroup w                named barrier 1 + w, 256 threads
     terms    warpgroup w          warpgroup w                named barrier 4 + w, 128 threads
+    draw     first of a cluster   second one's producer      1          1         1
 
 "terms" are what a score adds (added_terms.py), where it does.
 
 Counts are arrivals; "+ tx" means that the barrier also waits for the copies' bytes; W is the
-number of consumer warpgroups, of four warps each.  Where threads copy, two warps arrive at k, two
-at v, and three warps more take a tile.
+number of consumer warpgroups, of four warps each.  In a cluster k and v are empty after twice as
+many arrivals, of both blocks.  Where threads copy, two warps arrive at k, two at v, and three warps
+more take a tile.
 """
 
 from functools import partial
@@ -63,6 +68,7 @@ from jax_flashcute.kernels.common.paging import (
 )
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import (
+    PairDraw,
     TileOrder,
     draw_tile,
     reset_counter,
@@ -170,7 +176,9 @@ class ForwardSm90(KeyTiles):
         self.has_sinks = functions is not None and functions.sinks
         self.has_mask_mod = functions is not None and functions.mask_mod is not None
         self.page_size = page_size
-        self.kv_tiles = tiles_in_pages(page_size, config.tile_n, config.kv_stages)
+        self.kv_tiles = tiles_in_pages(
+            page_size, config.tile_n, config.kv_stages, cluster=config.cluster
+        )
         self.copying_warps = self.kv_tiles.copying_warps
         self.smem_h = round_up(head_dim, 16)
         self.smem_hv = round_up(head_dim_v, 16)
@@ -242,7 +250,8 @@ class ForwardSm90(KeyTiles):
         num_tiles = m_blocks * kv_heads * batch * self.heads_per_kv
         if const_expr(self.split_kv):
             num_tiles = num_tiles * mOPartial.shape[0]
-        blocks = cutlass.min(num_tiles, Int32(self.num_sms))
+        most = self.num_sms - self.num_sms % self.config.cluster
+        blocks = cutlass.min(num_tiles, Int32(most))
         reset_counter(mCounter).launch(grid=[1, 1, 1], block=[32, 1, 1], stream=stream)
         self.kernel(
             *tma_q,
@@ -270,6 +279,7 @@ class ForwardSm90(KeyTiles):
         ).launch(
             grid=[blocks, 1, 1],
             block=[self.consumer_threads + 128, 1, 1],
+            cluster=[self.config.cluster, 1, 1] if self.config.cluster > 1 else None,
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=True,
@@ -286,6 +296,7 @@ class ForwardSm90(KeyTiles):
     def shared_storage(self):
         cfg = self.config
         kv_words, work_fields = 2 * cfg.kv_stages, self.work_fields
+        draws = int(cfg.cluster > 1)
 
         def aligned(elements):
             return cute.struct.Align[cute.struct.MemRange[self.dtype, elements], 1024]
@@ -297,6 +308,8 @@ class ForwardSm90(KeyTiles):
             v_barriers: cute.struct.MemRange[Int64, kv_words]
             tile_barriers: cute.struct.MemRange[Int64, 2 * TILE_STAGES]
             tail_barrier: cute.struct.MemRange[Int64, 1]
+            draw_barriers: cute.struct.MemRange[Int64, draws * 2]
+            draw_slot: cute.struct.MemRange[Int32, draws]
             work: cute.struct.MemRange[Int32, work_fields * TILE_STAGES]
             sQ: aligned(cfg.tile_m * self.smem_h)
             sK: aligned(cfg.kv_stages * cfg.tile_n * self.smem_h)
@@ -356,6 +369,7 @@ class ForwardSm90(KeyTiles):
             cfg.tile_n * h_bytes,
             self.consumer_warps,
             self.copying_warps,
+            cfg.cluster,
         )
         pipeline_v = TmaPipeline(
             "v",
@@ -364,6 +378,7 @@ class ForwardSm90(KeyTiles):
             cfg.tile_n * hv_bytes,
             self.consumer_warps,
             self.copying_warps,
+            cfg.cluster,
         )
         # One of those that copy K draws the tiles of work.
         following_warps = max(2 * self.copying_warps - 1, 0)
@@ -375,6 +390,9 @@ class ForwardSm90(KeyTiles):
             self.consumer_warps + following_warps,
         )
         pipelines = (pipeline_q, pipeline_k, pipeline_v, pipeline_tile)
+        pair = None
+        if const_expr(cfg.cluster > 1):
+            pair = PairDraw(storage.draw_barriers.data_ptr(), storage.draw_slot.data_ptr())
         if warp_index == 0:
             for atom in (tma_q, tma_k, tma_v):
                 if const_expr(atom is not None):
@@ -383,8 +401,14 @@ class ForwardSm90(KeyTiles):
                 for pipeline in pipelines:
                     pipeline.init()
                 cute.arch.mbarrier_init(storage.tail_barrier.data_ptr(), 1)
+                if const_expr(pair is not None):
+                    pair.init()
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
+        if const_expr(pair is not None):
+            # Nothing may reach the other block before its barriers are there.
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
 
         # One slab of Q per warpgroup; the slab is the last mode.
         q_layout = smem_layout(self.dtype, 64, self.smem_h, cfg.warpgroups)
@@ -412,7 +436,7 @@ class ForwardSm90(KeyTiles):
                     pipelines,
                     storage.tail_barrier.data_ptr(),
                     work,
-                    mCounter,
+                    (mCounter, pair),
                     mPageTable,
                     order,
                     lengths,
@@ -468,6 +492,10 @@ class ForwardSm90(KeyTiles):
                 mLists,
                 mPacked,
             )
+        if const_expr(pair is not None):
+            # Nor after a block is gone.
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
         for pipeline in pipelines:
             pipeline.check_arrivals()
 
@@ -480,7 +508,7 @@ class ForwardSm90(KeyTiles):
         pipelines,
         tail_barrier,
         work: cute.Tensor,
-        mCounter: cute.Tensor,
+        draws,
         mPageTable: cute.Tensor | None,
         order: cutlass.Constexpr,
         lengths: cutlass.Constexpr,
@@ -507,8 +535,8 @@ class ForwardSm90(KeyTiles):
             cute.arch.fence_view_async_shared()
             cute.arch.sync_warp()
         tile = cute.arch.block_idx()[0]
-        q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase, tail_phase = (
-            Int32(0) for _ in range(8)
+        q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase, tail_phase, draw_phase = (
+            Int32(0) for _ in range(9)
         )
         if const_expr(self.split_kv):
             num_tiles = order.count()
@@ -582,7 +610,7 @@ class ForwardSm90(KeyTiles):
                     before = k_stage
                     k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 else:
-                    tile = draw_tile(mCounter)
+                    tile = self.draw(draws, draw_phase)
                 # Other warps copy V, if threads do.
                 if const_expr(self.copying_warps == 0):
                     pipeline_v.acquire(v_stage, v_phase)
@@ -600,12 +628,18 @@ class ForwardSm90(KeyTiles):
             settle_last(pipeline_k, self.kv_tiles, before)
 
             if visits <= 0:
-                tile = draw_tile(mCounter)
+                tile = self.draw(draws, draw_phase)
+            draw_phase ^= 1
             tile = cute.arch.shuffle_sync(tile, 0)
 
         pipeline_tile.acquire(t_stage, t_phase)
         self.write_work(work[None, t_stage], (Int32(-1),) * self.work_fields)
         pipeline_tile.commit(t_stage)
+
+    def draw(self, draws, phase: Int32) -> Int32:
+        """The next tile, in lane 0 alone; ``phase``: 0 and 1 in turn."""
+        mCounter, pair = draws
+        return draw_tile(mCounter) if pair is None else pair.draw(mCounter, phase)
 
     @cute.jit
     def write_work(self, slot: cute.Tensor, fields: tuple):
