@@ -109,7 +109,10 @@ def flash_attention(
         no segments (``explain`` says).  None: every tile is visited.
       segment_ids: packed sequences: (B, T) or (T,) integers for query and key alike, or a pair for
         query rows (B, T) and keys (B, S).  A row sees keys of its own id alone.  A negative id is
-        padding, which sees nothing, is seen by none, and may hold NaN.  Ids need not be sorted.
+        padding, which sees nothing, is seen by none, and may hold NaN.  Ids need not be sorted, and
+        padding may stand anywhere: it is cleared in copies, where XLA cannot fuse that with what
+        makes the arrays.  Of ids that ascend from 0, with padding as n behind them, boundaries
+        ``jnp.searchsorted(ids, jnp.arange(n + 1))`` say the same, and nothing is copied.
       cu_seqlens_q: (n + 1,) or (B, n + 1) integers, not decreasing: segment i is rows
         ``cu_seqlens_q[i]`` up to ``cu_seqlens_q[i + 1]``, which may be none; rows outside of all
         are padding.  n, the most segments there can be, is static; fill up with the last value.

@@ -139,6 +139,17 @@ def test_ids_are_the_mask_that_they_describe(extra: str) -> None:
         assert_close(actual, expected, 2e-5)
 
 
+def test_boundaries_of_sorted_ids() -> None:
+    """As the documentation of ``segment_ids`` makes them; some ids have no row."""
+    ids = np.sort(np.random.default_rng(3).choice([0, 1, 4, 5, 7], 60))
+    floating = inputs(60, 60, 1)
+    boundaries = jnp.searchsorted(jnp.asarray(ids), jnp.arange(8))
+    padding = jnp.asarray(np.where(ids == 7, -1, ids))
+    got = results(floating, is_causal=True, cu_seqlens_q=boundaries)
+    assert_close(got, results(floating, is_causal=True, segment_ids=padding), 1e-6)
+    assert np.all(np.isneginf(got["lse"][0, ids == 7]))
+
+
 Q_LENGTHS, K_LENGTHS = [40, 0, 1, 70, 5, 30], [10, 3, 1, 90, 0, 50]
 
 
