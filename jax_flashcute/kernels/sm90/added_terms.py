@@ -13,7 +13,9 @@ What a row adds to all keys of a tile alike, as a table does that is read by cli
 part of a there; of the other tiles it is added to single scores.
 
 Of what depends on the distance of a key alone, a warp's 16 rows have 15 more numbers than the tile
-has columns: they are computed once, and each score's is read from shared memory.
+has columns: they are computed once, while the product is under way, and each score's is read from
+shared memory.  Which tiles it differs in is known before the first, and these have a loop of their
+own: a branch between a product and its softmax would keep the two from running side by side.
 
 Each warpgroup writes X and Y for itself: X at each tile of work, Y once, or where there is a c for
 each tile of keys while the products of the tile before are under way, in two buffers.
@@ -57,9 +59,20 @@ BARRIER = 4
 class AddedTerms:
     """Whether and how the forward adds terms by a product; no traced values."""
 
-    def __init__(self, functions: ElementFunctions, config: FwdConfig, scale: float, packed: bool):
-        """``scale``: of the call; ``packed``: rows of one product are of different heads."""
+    def __init__(
+        self,
+        functions: ElementFunctions,
+        config: FwdConfig,
+        scale: float,
+        packed: bool,
+        in_order: bool,
+    ):
+        """``scale``: of the call; ``packed``: rows of one product are of different heads.
+
+        ``in_order``: a tile of work visits one range of key tiles, from right to left.
+        """
         self.functions = functions
+        self.in_order = in_order
         self.config = config
         self.scale = scale
         self.kinds = functions.added_kinds(packed) or frozenset()
@@ -67,21 +80,21 @@ class AddedTerms:
         self.is_staged = "key" in self.kinds
         self.buffers = 2 if self.is_staged else 1
         self.by_distance = self._is_by_distance(packed)
+        self.splits_stretches = (
+            in_order and self.by_distance and "tile" in self.kinds and "distance" not in self.kinds
+        )
         # In base 2 what is held may not exceed ``LARGEST`` either.
         self.largest = LARGEST * min(1.0, 1 / (scale * LOG2_E)) if scale > 0 else 0.0
 
-    def serves(self, head_dim: int, head_dim_v: int, in_order: bool) -> bool:
-        """Whether it can do all that a call does to scores.
-
-        ``in_order``: a tile of work visits one range of key tiles, from right to left.
-        """
+    def serves(self, head_dim: int, head_dim_v: int) -> bool:
+        """Whether it can do all that a call does to scores."""
         of_tiles = self.config.smem_bytes(head_dim, head_dim_v)
         return (
             bool(self.kinds)
             and ("distance" not in self.kinds or self.by_distance)
             and SCALES[0] <= self.scale <= SCALES[1]
             and of_tiles + self.smem_bytes() + 3072 * bool(self.smem_bytes()) <= SMEM_BYTES
-            and (in_order or not self.is_staged)
+            and (self.in_order or not self.is_staged)
         )
 
     def _is_by_distance(self, packed: bool) -> bool:
@@ -147,6 +160,7 @@ class WarpgroupTerms(Traced):
         self.plan = plan
         self.entry = entry
         self.queries = queries
+        self.head = head
         self.of_head = entry.known_of(head=head)
         self.sX, self.sY, self.sD = operands
         self.first_token = first_token
@@ -199,8 +213,11 @@ class WarpgroupTerms(Traced):
         _, rows = self.entry.along(self.queries, first)
         return [self._of_program(row, "affine") for row in rows]
 
-    def shifts(self, n: Int32) -> tuple[list[Float32] | None, Int32]:
-        """What the softmax adds to each row of tile n, and whether ``vary`` has work to do."""
+    def shifts(self, n: Int32, is_varying: bool | None) -> tuple[list[Float32] | None, Int32]:
+        """What the softmax adds to each row of tile n, and whether ``vary`` has work to do.
+
+        ``is_varying``: that of ``varying_tiles``, where it is known.
+        """
         kinds = self.plan.kinds
         if not kinds & {"row", "affine", "tile"}:
             return None, Int32(0)
@@ -211,25 +228,84 @@ class WarpgroupTerms(Traced):
             for term in terms:
                 constant = cute.math.fma(term.base, inverse, constant)
             found.append(constant)
-        if "tile" not in kinds or "distance" in kinds:
+        if "tile" not in kinds or "distance" in kinds or is_varying:
             return found, Int32(0)
         first = n * self.plan.config.tile_n
-        is_same = Boolean(True)
-        for query in self.queries:
-            is_same = is_same & self._is_same(query, first)
-        differs = select(is_same, Int32(0), Int32(1)) != 0
-        varies = Int32(cute.arch.vote_any_sync(differs))
+        varies = Int32(0)
+        if is_varying is None:
+            is_same = Boolean(True)
+            for query in self.queries:
+                is_same = is_same & self._is_same(query, first, self._last_key(first))
+            differs = select(is_same, Int32(0), Int32(1)) != 0
+            varies = Int32(cute.arch.vote_any_sync(differs))
         of_first = self.entry.keys(first)
+        if is_varying is False:
+            # By distance, and the same for all rows of the slab.
+            added = self._raw(self._of_program(self.entry.both(self.queries[0], of_first), "tile"))
+            return [shift + added for shift in found], Int32(0)
         for r, query in enumerate(self.queries):
             for term in self._of_program(self.entry.both(query, of_first), "tile"):
                 found[r] = select(varies == 0, found[r] + self._raw([term]), found[r])
         return found, varies
 
-    def _is_same(self, query: dict, first: Int32) -> Boolean:
-        """Whether the terms of a row are the same for all keys of a tile."""
-        last = cutlass.min(first + self.plan.config.tile_n, Int32(self.entry.kv_length)) - 1
+    def _last_key(self, first: Int32) -> Int32:
+        """Of a tile that begins with key ``first``."""
+        return cutlass.min(first + self.plan.config.tile_n, Int32(self.entry.kv_length)) - 1
+
+    def _is_same(self, query: dict, first: Int32, last: Int32) -> Boolean:
+        """Whether the terms of a row are the same for all of some keys."""
         indices = [i for value, _ in self.addends for i in self.program.reads_by_bounds(value)]
         return self.program.are_points(query["score_mod"], indices, Span(first, last))
+
+    @cute.jit
+    def varying_tiles(self, n_min: Int32, n_max: Int32):
+        """The first of these tiles, and one past the last, outside of which all scores of a row
+        have the same added; each lane looks at other tiles."""
+        tile_n = self.plan.config.tile_n
+        low, high = Int32(n_max), Int32(n_min)
+        # Of a distance the slab's rows are its first one, and keys that lie further left.
+        query = self.entry.queries(self.head, self.first_token)
+        for i in cutlass.range((n_max - n_min + 31) // 32, unroll=1):
+            n = n_min + 32 * i + self.thread % 32
+            is_same = self._is_same(query, n * tile_n - 63, self._last_key(n * tile_n))
+            is_found = (n < n_max) & (select(is_same, Int32(0), Int32(1)) != 0)
+            low = select(is_found, cutlass.min(low, n), low)
+            high = select(is_found, cutlass.max(high, n + 1), high)
+        low = cute.arch.warp_redux_sync(low, kind="min")
+        high = cute.arch.warp_redux_sync(high, kind="max")
+        return cute.arch.make_warp_uniform(low), cute.arch.make_warp_uniform(high)
+
+    def loops(self, stretches: list, n_min: Int32, n_max: Int32) -> list[tuple]:
+        """``stretches`` with the number of each and whether scores of a row vary in it.
+
+        Where that is known beforehand, the second, whose tiles need no mask, falls into three.
+        """
+        if not self.plan.splits_stretches:
+            return [(*stretch, i, None) for i, stretch in enumerate(stretches)]
+        low, high = self.varying_tiles(n_min, n_max)
+        found = []
+        for i, (count, tile_of) in enumerate(stretches):
+            if i != 1:
+                found.append((count, tile_of, i, True))
+                continue
+            end = tile_of(Int32(0)) + 1
+            begin = end - count
+            high = cutlass.min(cutlass.max(high, begin), end)
+            low = cutlass.min(cutlass.max(low, begin), high)
+            for first, last, varies in ((high, end, False), (low, high, True), (begin, low, False)):
+                found.append((last - first, _before(last), i, varies))
+        return found
+
+    def prepare(self, n: Int32, is_varying: bool | None) -> None:
+        """What ``vary`` reads, where it will for sure."""
+        if self._adds_numbers(is_varying):
+            self._write_numbers(n)
+
+    def _asks_whether_varying(self, is_varying: bool | None) -> bool:
+        return is_varying is None and "tile" in self.plan.kinds
+
+    def _adds_numbers(self, is_varying: bool | None) -> bool:
+        return is_varying is True or "distance" in self.plan.kinds
 
     @cute.jit
     def vary(
@@ -238,21 +314,24 @@ class WarpgroupTerms(Traced):
         n: Int32,
         varies: Int32,
         may_be_beyond: cutlass.Constexpr[bool],
+        is_varying: cutlass.Constexpr,
     ):
         """Adds to single scores of tile n what is not the same for all keys of a row."""
-        if const_expr("distance" in self.plan.kinds):
-            self._add_by_distance(scores, n)
-        elif const_expr("tile" in self.plan.kinds):
+        if const_expr(self._adds_numbers(is_varying)):
+            self._add_numbers(scores)
+        elif const_expr(self._asks_whether_varying(is_varying)):
             if varies != 0:
                 if const_expr(self.plan.by_distance):
-                    self._add_by_distance(scores, n)
+                    self._write_numbers(n)
+                    self._add_numbers(scores)
                 else:
                     self._add_to_each(scores, n, may_be_beyond)
 
-    def _add_by_distance(self, scores: cute.Tensor, n: Int32) -> None:
-        tile_n, warp, lane = self.plan.config.tile_n, self.thread // 32, self.thread % 32
+    def _write_numbers(self, n: Int32) -> None:
+        """What is added by distance, of this warp's rows and tile n."""
+        warp, lane = self.thread // 32, self.thread % 32
         numbers = self.sD[None, self.slab * 4 + warp]
-        last_key = (n + 1) * tile_n - 1
+        last_key = (n + 1) * self.plan.config.tile_n - 1
         least = self.entry.position(self.first_token + ROWS_PER_WARP * warp) - last_key
         # The numbers of the tile before have been read.
         cute.arch.sync_warp()
@@ -262,7 +341,11 @@ class WarpgroupTerms(Traced):
             terms = self._of_program(known, "tile") + self._of_program(known, "distance")
             numbers[first + lane] = self._raw(terms)
         cute.arch.sync_warp()
-        own = lane // 4 + tile_n - 1 - first_column(self.thread)
+
+    def _add_numbers(self, scores: cute.Tensor) -> None:
+        warp, lane = self.thread // 32, self.thread % 32
+        numbers = self.sD[None, self.slab * 4 + warp]
+        own = lane // 4 + self.plan.config.tile_n - 1 - first_column(self.thread)
         for c in range(cute.size(scores, mode=[1])):
             for r in range(ROWS_PER_THREAD):
                 scores[r, c] = scores[r, c] + numbers[own + (8 * r - column_step(c))]
@@ -343,7 +426,7 @@ class WarpgroupTerms(Traced):
             self.join()
 
     def multiply(self, acc_S: cute.Tensor, buffer: Int32) -> None:
-        """Issues acc_S += X Y^T."""
+        """Issues acc_S += X Y^T, the last of a group of products."""
         if not self.plan.multiplies:
             return
         source = warpgroup.OperandSource.SMEM
@@ -351,7 +434,7 @@ class WarpgroupTerms(Traced):
         part = mma.get_slice(0)
         tX = mma.make_fragment_A(part.partition_A(self.sX))[None, None, None, self.slab]
         tY = mma.make_fragment_B(part.partition_B(self.sY))[None, None, None, self._place(buffer)]
-        gemm(mma, acc_S, tX, tY, True)
+        gemm(mma, acc_S, tX, tY, True, begins=False)
 
 
 class NoTerms(Traced):
@@ -360,10 +443,18 @@ class NoTerms(Traced):
     def nothing(self, *_):
         return None
 
-    start = read = stage_next = join_next = multiply = vary = nothing
+    start = read = stage_next = join_next = multiply = prepare = vary = nothing
 
-    def shifts(self, n: Int32) -> tuple[None, Int32]:
+    def shifts(self, *_) -> tuple[None, Int32]:
         return None, Int32(0)
+
+    def loops(self, stretches: list, *_) -> list[tuple]:
+        return [(*stretch, i, None) for i, stretch in enumerate(stretches)]
+
+
+def _before(end: Int32):
+    """A function of i: the i-th tile from ``end`` leftwards."""
+    return lambda i: end - 1 - i
 
 
 def thirds(x: Float32) -> tuple[Float32, Float32, Float32]:

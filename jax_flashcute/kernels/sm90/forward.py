@@ -192,8 +192,9 @@ class ForwardSm90(KeyTiles):
         """What scores add, where that is done by a product; None for nothing."""
         if self.functions is None:
             return None
-        added = AddedTerms(self.functions, self.config, self.scale, self.heads_packed > 1)
-        return added if added.serves(self.head_dim, self.head_dim_v, in_order) else None
+        packed = self.heads_packed > 1
+        added = AddedTerms(self.functions, self.config, self.scale, packed, in_order)
+        return added if added.serves(self.head_dim, self.head_dim_v) else None
 
     # ---- host side -------------------------------------------------------------------------
 
@@ -726,6 +727,8 @@ class ForwardSm90(KeyTiles):
 
         q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase = (Int32(0) for _ in range(7))
         y_stage, y_stages = Int32(0), 1 if self.added is None else self.added.buffers
+        # Terms are of the product's group.
+        is_last = self.added is None or not self.added.multiplies
         fields = self.take_work(work, pipeline_tile, t_stage, t_phase, warps)
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
@@ -768,16 +771,17 @@ class ForwardSm90(KeyTiles):
                 pipeline_k.wait(k_stage, k_phase)
                 terms.start(n, y_stage)
                 self.take_turn(slab)
-                gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False)
+                gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False, ends=is_last)
                 terms.multiply(acc_S, y_stage)
                 y_stage ^= y_stages - 1
                 self.pass_turn(slab)
                 second = terms.read(n - 1)
-                shifts, varies = terms.shifts(n)
+                shifts, varies = terms.shifts(n, None)
+                terms.prepare(n, None)
                 warpgroup.wait_group(0)
                 pipeline_k.release(k_stage, warps)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
-                terms.vary(scores, n, varies, True)
+                terms.vary(scores, n, varies, True, None)
                 if const_expr(lists is None or not self.has_mask_mod):
                     modify(n, True)
                 else:
@@ -793,8 +797,9 @@ class ForwardSm90(KeyTiles):
 
                 accumulate = Boolean(False)
                 stretches = self.stretches(fields, lists, kv_length)
-                for stretch in cutlass.range_constexpr(len(stretches)):
-                    count, tile_of = stretches[stretch]
+                loops = terms.loops(stretches, *fields[6:8])
+                for loop in cutlass.range_constexpr(len(loops)):
+                    count, tile_of, stretch, is_varying = loops[loop]
                     for i in cutlass.range(count, unroll=1):
                         n = tile_of(i)
                         # On their way from memory while the product is.
@@ -804,17 +809,21 @@ class ForwardSm90(KeyTiles):
                         pipeline_k.wait(k_stage, k_phase)
                         self.take_turn(slab)
                         terms.join_next()
-                        gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False)
+                        gemm(
+                            mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False,
+                            ends=is_last,
+                        )  # fmt: skip
                         terms.multiply(acc_S, y_stage)
                         y_stage ^= y_stages - 1
                         pipeline_v.wait(v_stage, v_phase)
                         gemm(mma_pv, acc_O, tOrP, tOrV[None, None, None, v_stage], accumulate)
                         self.pass_turn(slab)
-                        shifts, varies = terms.shifts(n)
+                        shifts, varies = terms.shifts(n, is_varying)
+                        terms.prepare(n, is_varying)
                         warpgroup.wait_group(1)
                         pipeline_k.release(k_stage, warps)
                         k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
-                        terms.vary(scores, n, varies, is_masked)
+                        terms.vary(scores, n, varies, is_masked, is_varying)
                         modify(n, is_masked, is_full=stretch >= 1)
                         hide_bits(n, bits)
                         if const_expr(is_masked):

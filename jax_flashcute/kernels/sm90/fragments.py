@@ -39,15 +39,28 @@ def tiled_mma(
     )
 
 
-def gemm(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, accumulate) -> None:
-    """Issues acc (+)= a @ b over all k blocks of the fragments and commits them as one group."""
+def gemm(
+    mma: cute.TiledMma,
+    acc: cute.Tensor,
+    a: cute.Tensor,
+    b: cute.Tensor,
+    accumulate,
+    begins: bool = True,
+    ends: bool = True,
+) -> None:
+    """Issues acc (+)= a @ b over all k blocks of the fragments and commits them as one group.
+
+    ``begins``, ``ends``: it is the first, and the last, of the products in a group.
+    """
     atom = cute.make_mma_atom(mma.op)
     atom.set(warpgroup.Field.ACCUMULATE, accumulate)
-    warpgroup.fence()
+    if begins:
+        warpgroup.fence()
     for k in range(cute.size(a, mode=[2])):
         cute.gemm(atom, acc, a[None, None, k], b[None, None, k], acc)
         atom.set(warpgroup.Field.ACCUMULATE, True)
-    warpgroup.commit_group()
+    if ends:
+        warpgroup.commit_group()
 
 
 def rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
