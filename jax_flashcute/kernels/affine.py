@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from jax_flashcute.kernels.primitives import select
+
 
 @dataclasses.dataclass(frozen=True)
 class Affine:
@@ -35,6 +37,12 @@ class Affine:
         return Affine(-x.base, -x.step)
 
     @staticmethod
+    def absolute(x: "Affine") -> "Affine":
+        """Of one that is above 0 in all columns, or below it in all."""
+        is_below = x.base < type(x.base)(0)
+        return Affine(select(is_below, -x.base, x.base), select(is_below, -x.step, x.step))
+
+    @staticmethod
     def difference(x: Any, y: Any) -> "Affine":
         (xb, xs), (yb, ys) = map(_base_and_step, (x, y))
         if ys is None:
@@ -61,3 +69,6 @@ AFFINE_RULES: dict[str, Callable[..., Affine | None]] = {
     "mul": Affine.product,
 }
 """What sums and products make of ``Affine`` operands; one at least is."""
+
+SIGNED_RULES: dict[str, Callable[..., Affine | None]] = {**AFFINE_RULES, "abs": Affine.absolute}
+"""The same where no sign changes along the columns."""

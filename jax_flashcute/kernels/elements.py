@@ -80,7 +80,7 @@ class ElementFunctions:
 
         "row": not with the key; "affine": as ``Affine``; "key": with the key, and not the row;
         "tile": with both, but many a tile has one for all of its keys; "distance": with their
-        difference.
+        difference; "bent": likewise, and as ``Affine`` in tiles where no sign changes.
 
         Args:
           heads_share_rows: rows of one product are of different heads.
@@ -97,7 +97,7 @@ class ElementFunctions:
             for value, _ in addends:
                 kind = program.kind_of(value)
                 is_shared = kind != "key" or not program.arguments_of(value) & of_rows
-                is_shared &= kind != "distance" or not heads_share_rows
+                is_shared &= kind not in ("distance", "bent") or not heads_share_rows
                 kinds.append(kind if is_shared else None)
         if self.bias is not None:
             of_rows = {"t", "n"} if heads_share_rows else {"t"}

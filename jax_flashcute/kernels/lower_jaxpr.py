@@ -22,7 +22,7 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from jax_flashcute.analysis import POSITION_LIMIT
-from jax_flashcute.kernels.affine import AFFINE_RULES, Affine
+from jax_flashcute.kernels.affine import AFFINE_RULES, SIGNED_RULES, Affine
 from jax_flashcute.kernels.limits import INDEX_LIMITS, LIMIT_RULES, Limits, holds
 from jax_flashcute.kernels.primitives import (
     RULES,
@@ -50,11 +50,20 @@ LARGEST_VECTOR = 16
 class ElementProgram:
     """Scalar functions of named arguments, and of the arrays that they close over."""
 
-    def __init__(self, jaxpr: Jaxpr, arguments: Sequence[str], keys: int = POSITION_LIMIT):
+    def __init__(
+        self,
+        jaxpr: Jaxpr,
+        arguments: Sequence[str],
+        keys: int = POSITION_LIMIT,
+        keeps_signs: bool = False,
+    ):
         """``jaxpr``: its last inputs are the arguments; constants and inputs before are arrays.
 
-        ``keys``: ``kv_idx`` is below it.
+        ``keys``: ``kv_idx`` is below it; ``keeps_signs``: none of ``bends`` changes its sign over
+        the columns of a tile, nor is 0.
         """
+        self._given = (jaxpr, arguments, keys)
+        self._affine_rules = SIGNED_RULES if keeps_signs else AFFINE_RULES
         variables = [*jaxpr.constvars, *jaxpr.invars]
         arrays = variables[: len(variables) - len(arguments)]
         self.arguments = tuple(arguments)
@@ -182,7 +191,7 @@ class ElementProgram:
 
         "row": not with the key; "affine": as ``Affine``; "tile": as ``reads_by_bounds`` has it;
         "key": otherwise, and not with the row, if heads are no matter; "distance": as
-        ``is_of_distance`` has it.
+        ``is_of_distance`` has it; "bent": likewise, and as ``Affine`` between its ``bends``.
         """
         arguments = self.arguments_of(value)
         if "kv_idx" not in arguments:
@@ -193,7 +202,9 @@ class ElementProgram:
             return "key"
         if self.reads_by_bounds(value):
             return "tile"
-        return "distance" if self.is_of_distance(value) else None
+        if not self.is_of_distance(value):
+            return None
+        return "bent" if self.bends(value) else "distance"
 
     def is_of_distance(self, value: int | np.ndarray) -> bool:
         """Whether a value depends on ``q_idx`` and ``kv_idx`` by their difference alone."""
@@ -219,6 +230,33 @@ class ElementProgram:
             elif known & affine:
                 affine.add(equation.output)
         return isinstance(value, int) and value in affine
+
+    @functools.cached_property
+    def between_bends(self) -> "ElementProgram":
+        """The same program, where no value of ``bends`` changes its sign nor is 0."""
+        return ElementProgram(*self._given, keeps_signs=True)
+
+    def bends(self, value: int | np.ndarray) -> list[int]:
+        """Values that have bounds to follow, while whose signs last a value is ``Affine``.
+
+        None where it never is.
+        """
+        if not self.between_bends.is_affine(value):
+            return []
+        needed, found = {value}, []
+        for equation in reversed(self._equations):
+            if equation.output in needed:
+                needed.update(equation.inputs_known)
+        ranging = {self._inputs["kv_idx"]}
+        for equation in self._equations:
+            if equation.output not in needed or not ranging & set(equation.inputs_known):
+                continue
+            if not self._keeps_bounds(equation, ranging):
+                return []
+            ranging.add(equation.output)
+            if equation.primitive == "abs":
+                found.append(equation.inputs[0])
+        return found
 
     def reads_by_bounds(self, value: int | np.ndarray) -> list[int]:
         """Indices by which alone a value depends on ``kv_idx``, where that has bounds to follow.
@@ -267,7 +305,20 @@ class ElementProgram:
 
     def are_points(self, known: Mapping[int, Any], indices: Sequence[int], keys: Span) -> Any:
         """Whether all indices of ``reads_by_bounds`` are the same for all of some keys."""
-        spans = {self._inputs["kv_idx"]: keys}
+        spans = self._spans(known, keys)
+        found = [x for i in indices for x in np.ravel(np.asarray(spans[i], object))]
+        points = [x.is_point for x in found if isinstance(x, Span)]
+        return functools.reduce(lambda a, b: a & b, points)
+
+    def have_signs(self, known: Mapping[int, Any], bends: Sequence[int], keys: Span) -> Any:
+        """Whether each of ``bends`` is above 0 for all of some keys, or below it for all."""
+        spans = self._spans(known, keys)
+        signs = [(spans[i].low > 0) | (spans[i].high < 0) for i in bends]
+        return functools.reduce(lambda a, b: a & b, signs)
+
+    def _spans(self, known: Mapping[int, Any], keys: Span) -> dict[int, Any]:
+        """What has bounds to follow, between those of some keys."""
+        spans: dict[int, Any] = {self._inputs["kv_idx"]: keys}
         for equation in self._equations:
             ranges = any(x in spans for x in equation.inputs_known)
             if not ranges or self._is_read(equation, spans):
@@ -281,9 +332,7 @@ class ElementProgram:
                 ]
                 is_bounded = equation.output in self._limits or equation.dtypes[-1] != "int32"
                 spans[equation.output] = span_of(equation, not is_bounded, *inputs)
-        found = [x for i in indices for x in np.ravel(np.asarray(spans[i], object))]
-        points = [x.is_point for x in found if isinstance(x, Span)]
-        return functools.reduce(lambda a, b: a & b, points)
+        return spans
 
     def unsupported(self) -> list[str]:
         """Every reason why the program cannot be lowered, with the user's line."""
@@ -404,7 +453,7 @@ class ElementProgram:
         reaching: set[Any] = self._computed_results()
         elsewhere: set[int] = set()
         for equation in reversed(self._equations):
-            passes = equation.primitive in AFFINE_RULES
+            passes = equation.primitive in self._affine_rules
             passes = passes and equation.output in reaching - elsewhere
             (reaching if passes else elsewhere).update(equation.inputs_known)
         return reaching - elsewhere
@@ -420,7 +469,7 @@ class ElementProgram:
         ]
         if equation.primitive == "convert_element_type":
             return values[0].converted(number_type(equation.dtypes[-1]))
-        return AFFINE_RULES[equation.primitive](*values)
+        return self._affine_rules[equation.primitive](*values)
 
     def _keeps_affine(self, equation: Equation, affine: Collection[int]) -> bool:
         """Whether an operation makes an ``Affine`` value of inputs of which some are."""
@@ -434,7 +483,8 @@ class ElementProgram:
         if name == "mul" and all(isinstance(x, int) and x in affine for x in equation.inputs):
             return False
         is_float = result == "float32"
-        return name in AFFINE_RULES and not (is_float and equation.output not in self._continuous)
+        is_rounded = is_float and equation.output not in self._continuous
+        return name in self._affine_rules and not is_rounded
 
 
 @dataclasses.dataclass(frozen=True)

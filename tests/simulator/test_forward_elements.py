@@ -202,6 +202,26 @@ def test_terms_beyond_scores():
     assert key.elements.added_kinds(key.pack_gqa) == {"row", "key"}
 
 
+def test_terms_by_distance():
+    """Slopes that turn at the diagonal and a table near it, beside a slope and terms of keys."""
+    sizes = {"seqlen_q": 150, "seqlen_k": 520, "batch": 2}
+    case = sized(64, **sizes, offset=True, lengths=True, window=(200, 150))
+    rng = np.random.default_rng(0)
+    slopes = jnp.asarray(rng.uniform(-0.3, 0.3, case.q_heads), jnp.float32)
+    table = jnp.asarray(rng.standard_normal((case.q_heads, 21)), jnp.float32)
+    keys = jnp.asarray(rng.standard_normal((2, 520)), jnp.float32)
+
+    def score_mod(score, b, h, q, kv):
+        near = table[h, jnp.clip(q - kv, -10, 10) + 10] + 0.02 * slopes[h] * kv
+        return score - slopes[h] * jnp.abs(q - kv) + near + keys[b, kv]
+
+    key = check(
+        *(case, None, score_mod), config=SMALL_TILES, num_sms=3, timing="shuffled",
+        warps="adversarial",
+    )  # fmt: skip
+    assert key.elements.added_kinds(key.pack_gqa) == {"bent", "tile", "affine", "key"}
+
+
 @pytest.mark.parametrize("name", ["two_tables", "clipped_to_bool"])
 def test_terms_of_few_values(name: str):
     """A term of the distance beside one that is not, and one that changes within its bounds."""

@@ -118,7 +118,7 @@ ADDED = {
     "distances": (lambda s, b, h, q, kv: s + TABLE[h, q - kv], {"distance"}),
     "not_alone": (lambda s, b, h, q, kv: s + jnp.sin(kv - q + kv), None),
     "pairs": (lambda s, b, h, q, kv: s + TABLE[q, kv], None),
-    "absolute": (scores.alibi(SLOPES), {"distance"}),
+    "absolute": (scores.alibi(SLOPES), {"bent"}),
     "of_the_score": (lambda s, b, h, q, kv: s + jnp.sin(s), None),
     "subtracted": (lambda s, b, h, q, kv: kv * SLOPES[h] - s, None),
     "scaled": (lambda s, b, h, q, kv: 2 * s + SLOPES[h], None),
@@ -132,7 +132,7 @@ def test_how_what_is_added_varies(name: str) -> None:
     functions = ElementFunctions(score_mod=masks.trace_score(score_mod, jnp.float32)[0])
     assert functions.added_kinds(False) == kinds
     # Rows of several heads have no key bias of a head in common, and distances of fewer tokens.
-    of_heads = None if kinds in ({"key"}, {"distance"}) else kinds
+    of_heads = None if kinds in ({"key"}, {"distance"}, {"bent"}) else kinds
     assert functions.added_kinds(True) == of_heads
 
 

@@ -15,7 +15,8 @@ part of a there; of the other tiles it is added to single scores.
 Of what depends on the distance of a key alone, a warp's 16 rows have 15 more numbers than the tile
 has columns: they are computed once, while the product is under way, and each score's is read from
 shared memory.  Which tiles it differs in is known before the first, and these have a loop of their
-own: a branch between a product and its softmax would keep the two from running side by side.
+own: a branch between a product and its softmax would keep the two from running side by side.  What
+is affine while no sign changes, as a multiple of |q - kv| is, is so in the other tiles.
 
 Each warpgroup writes X and Y for itself: X at each tile of work, Y once, or where there is a c for
 each tile of keys while the products of the tile before are under way, in two buffers.
@@ -52,6 +53,8 @@ SCALES = (2.0**-20, 2.0**20)
 LARGEST = 2.0**126
 """Numbers are held below this, in either unit: what exceeds it, save infinity, counts as it."""
 ROWS_PER_WARP = 16
+BY_DISTANCE = ("tile", "distance", "bent")
+"""Kinds of terms that may depend on the distance of a key alone."""
 BARRIER = 4
 """The first of the named barriers, one for each warpgroup."""
 
@@ -76,13 +79,14 @@ class AddedTerms:
         self.config = config
         self.scale = scale
         self.kinds = functions.added_kinds(packed) or frozenset()
-        self.multiplies = bool(self.kinds & {"affine", "key"})
         self.is_staged = "key" in self.kinds
         self.buffers = 2 if self.is_staged else 1
         self.by_distance = self._is_by_distance(packed)
-        self.splits_stretches = (
-            in_order and self.by_distance and "tile" in self.kinds and "distance" not in self.kinds
-        )
+        self.splits_stretches = in_order and self.by_distance and "distance" not in self.kinds
+        if not self.splits_stretches:
+            # Then every tile's numbers are computed by distance.
+            self.kinds = frozenset("distance" if x == "bent" else x for x in self.kinds)
+        self.multiplies = bool(self.kinds & {"affine", "key", "bent"})
         # In base 2 what is held may not exceed ``LARGEST`` either.
         self.largest = LARGEST * min(1.0, 1 / (scale * LOG2_E)) if scale > 0 else 0.0
 
@@ -98,12 +102,16 @@ class AddedTerms:
         )
 
     def _is_by_distance(self, packed: bool) -> bool:
-        if packed or not self.kinds & {"tile", "distance"}:
+        if packed or not self.kinds & set(BY_DISTANCE):
             return False
         program = program_of(self.functions.score_mod, self.functions.keys)
         addends = [value for value, _ in program.addends() or ()]
-        varying = [x for x in addends if program.kind_of(x) in ("tile", "distance")]
+        varying = [x for x in addends if program.kind_of(x) in BY_DISTANCE]
         return all(program.is_of_distance(value) for value in varying)
+
+    def multiplies_in(self, is_varying: bool | None) -> bool:
+        """Whether X Y^T is added in a loop of ``WarpgroupTerms.loops``."""
+        return bool(self.kinds & {"affine", "key"}) or ("bent" in self.kinds and not is_varying)
 
     @property
     def distances(self) -> int:
@@ -167,6 +175,8 @@ class WarpgroupTerms(Traced):
         self.slab = slab
         self.thread = thread
         self.addends: list[tuple] = []
+        # The first tile is as those are where terms vary.
+        self.of_first = True if plan.splits_stretches else None
         functions = entry.elements.functions
         if functions.score_mod is not None:
             self.program = entry.elements.programs["score_mod"]
@@ -206,12 +216,22 @@ class WarpgroupTerms(Traced):
     def _row_constant(self, query: dict) -> Float32:
         return self._raw(self._of_program(query, "row") + self._of_bias(query, "row"))
 
-    def _affine(self, first: Int32) -> list[list[Affine]]:
-        """Each row's affine terms where column 0 is key ``first``; not scaled."""
-        if "affine" not in self.plan.kinds:
-            return [[] for _ in self.queries]
-        _, rows = self.entry.along(self.queries, first)
-        return [self._of_program(row, "affine") for row in rows]
+    def _affine(self, first: Int32, keeps_signs: bool) -> list[list[Affine]]:
+        """Each row's affine terms where column 0 is key ``first``; not scaled.
+
+        ``keeps_signs``: with those that are affine in this tile.
+        """
+        found: list[list[Affine]] = [[] for _ in self.queries]
+        if "affine" in self.plan.kinds:
+            _, rows = self.entry.along(self.queries, first)
+            found = [self._of_program(row, "affine") for row in rows]
+        if keeps_signs and "bent" in self.plan.kinds:
+            program = self.program.between_bends
+            for terms, query in zip(found, self.queries, strict=True):
+                key = Affine(first, Int32(1))
+                known = {"score_mod": program.given(query["score_mod"], kv_idx=key)}
+                terms += self._of_program(known, "bent")
+        return found
 
     def shifts(self, n: Int32, is_varying: bool | None) -> tuple[list[Float32] | None, Int32]:
         """What the softmax adds to each row of tile n, and whether ``vary`` has work to do.
@@ -219,10 +239,10 @@ class WarpgroupTerms(Traced):
         ``is_varying``: that of ``varying_tiles``, where it is known.
         """
         kinds = self.plan.kinds
-        if not kinds & {"row", "affine", "tile"}:
+        if not kinds & {"row", "affine", "tile", "bent"}:
             return None, Int32(0)
         found = []
-        rows = self._affine(n * self.plan.config.tile_n)
+        rows = self._affine(n * self.plan.config.tile_n, is_varying is False)
         for constant, terms in zip(self.row_constants, rows, strict=True):
             inverse = Float32(1.0 / self.plan.scale)
             for term in terms:
@@ -252,6 +272,20 @@ class WarpgroupTerms(Traced):
         """Of a tile that begins with key ``first``."""
         return cutlass.min(first + self.plan.config.tile_n, Int32(self.entry.kv_length)) - 1
 
+    def _is_even(self, query: dict, first: Int32, last: Int32) -> Boolean:
+        """Whether a row's terms by distance are the same for all of some keys, or affine."""
+        is_even = Boolean(True)
+        if "tile" in self.plan.kinds:
+            is_even = self._is_same(query, first, last)
+        bends = [i for value, _ in self.addends for i in self._bends_of(value)]
+        if bends:
+            keys = Span(first, last)
+            is_even = is_even & self.program.have_signs(query["score_mod"], bends, keys)
+        return is_even
+
+    def _bends_of(self, value) -> list[int]:
+        return self.program.bends(value) if self.program.kind_of(value) == "bent" else []
+
     def _is_same(self, query: dict, first: Int32, last: Int32) -> Boolean:
         """Whether the terms of a row are the same for all of some keys."""
         indices = [i for value, _ in self.addends for i in self.program.reads_by_bounds(value)]
@@ -259,16 +293,16 @@ class WarpgroupTerms(Traced):
 
     @cute.jit
     def varying_tiles(self, n_min: Int32, n_max: Int32):
-        """The first of these tiles, and one past the last, outside of which all scores of a row
-        have the same added; each lane looks at other tiles."""
+        """The first of these tiles, and one past the last, outside of which what is added is as
+        ``_is_even`` has it; each lane looks at other tiles."""
         tile_n = self.plan.config.tile_n
         low, high = Int32(n_max), Int32(n_min)
         # Of a distance the slab's rows are its first one, and keys that lie further left.
         query = self.entry.queries(self.head, self.first_token)
         for i in cutlass.range((n_max - n_min + 31) // 32, unroll=1):
             n = n_min + 32 * i + self.thread % 32
-            is_same = self._is_same(query, n * tile_n - 63, self._last_key(n * tile_n))
-            is_found = (n < n_max) & (select(is_same, Int32(0), Int32(1)) != 0)
+            is_even = self._is_even(query, n * tile_n - 63, self._last_key(n * tile_n))
+            is_found = (n < n_max) & (select(is_even, Int32(0), Int32(1)) != 0)
             low = select(is_found, cutlass.min(low, n), low)
             high = select(is_found, cutlass.max(high, n + 1), high)
         low = cute.arch.warp_redux_sync(low, kind="min")
@@ -276,7 +310,7 @@ class WarpgroupTerms(Traced):
         return cute.arch.make_warp_uniform(low), cute.arch.make_warp_uniform(high)
 
     def loops(self, stretches: list, n_min: Int32, n_max: Int32) -> list[tuple]:
-        """``stretches`` with the number of each and whether scores of a row vary in it.
+        """``stretches`` with the number of each, and whether terms by distance vary in it.
 
         Where that is known beforehand, the second, whose tiles need no mask, falls into three.
         """
@@ -338,7 +372,7 @@ class WarpgroupTerms(Traced):
         for first in range(0, self.plan.distances, 32):
             place = {"q_idx": least + first + lane, "kv_idx": Int32(0)}
             known = {"score_mod": self.program.given(self.of_head["score_mod"], **place)}
-            terms = self._of_program(known, "tile") + self._of_program(known, "distance")
+            terms = [term for kind in BY_DISTANCE for term in self._of_program(known, kind)]
             numbers[first + lane] = self._raw(terms)
         cute.arch.sync_warp()
 
@@ -366,17 +400,33 @@ class WarpgroupTerms(Traced):
     def start(self, n: Int32, buffer: Int32):
         """X, and Y of the first tile of keys, n; all of the warpgroup's threads meet."""
         if const_expr(self.plan.multiplies):
-            for r in cutlass.range_constexpr(ROWS_PER_THREAD):
-                step = Float32(0.0)
-                for term in self._affine(Int32(0))[r]:
-                    step = step + term.step
-                if self.thread % 4 == 0:
-                    row = row_in_slab(self.thread, r)
-                    numbers = (*thirds(step * Float32(1.0 / self.plan.scale)), *_thrice(1.0))
-                    _store_row(self.sX[None, None, self.slab], row, numbers)
+            self.store_steps(Int32(0), False)
             self.stage(self.read(n), buffer)
             cute.arch.fence_view_async_shared()
             self.join()
+
+    @cute.jit
+    def enter(self, n: Int32, is_varying: cutlass.Constexpr):
+        """X of a loop that begins with tile n, where loops differ in it."""
+        if const_expr("bent" in self.plan.kinds and self.plan.multiplies_in(is_varying)):
+            # All have waited for the products that read the one before.
+            self.join()
+            self.store_steps(n * self.plan.config.tile_n, is_varying is False)
+            cute.arch.fence_view_async_shared()
+            self.join()
+
+    @cute.jit
+    def store_steps(self, first: Int32, keeps_signs: cutlass.Constexpr[bool]):
+        """Writes X: the step of ``_affine`` of each row."""
+        rows = self._affine(first, keeps_signs)
+        for r in cutlass.range_constexpr(ROWS_PER_THREAD):
+            step = Float32(0.0)
+            for term in rows[r]:
+                step = step + term.step
+            if self.thread % 4 == 0:
+                row = row_in_slab(self.thread, r)
+                numbers = (*thirds(step * Float32(1.0 / self.plan.scale)), *_thrice(1.0))
+                _store_row(self.sX[None, None, self.slab], row, numbers)
 
     def read(self, n: Int32) -> list[Float32]:
         """The terms of this thread's keys of a tile, on their way from memory."""
@@ -425,9 +475,12 @@ class WarpgroupTerms(Traced):
         if const_expr(self.plan.is_staged):
             self.join()
 
-    def multiply(self, acc_S: cute.Tensor, buffer: Int32) -> None:
+    def multiplies(self, is_varying: bool | None) -> bool:
+        return self.plan.multiplies_in(is_varying)
+
+    def multiply(self, acc_S: cute.Tensor, buffer: Int32, is_varying: bool | None) -> None:
         """Issues acc_S += X Y^T, the last of a group of products."""
-        if not self.plan.multiplies:
+        if not self.multiplies(is_varying):
             return
         source = warpgroup.OperandSource.SMEM
         mma = tiled_mma(BFloat16, self.plan.config.tile_n, OperandMajorMode.K, source)
@@ -443,7 +496,9 @@ class NoTerms(Traced):
     def nothing(self, *_):
         return None
 
-    start = read = stage_next = join_next = multiply = prepare = vary = nothing
+    multiplies = start = enter = read = stage_next = join_next = multiply = prepare = vary = nothing
+
+    of_first = None
 
     def shifts(self, *_) -> tuple[None, Int32]:
         return None, Int32(0)

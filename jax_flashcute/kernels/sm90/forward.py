@@ -727,8 +727,6 @@ class ForwardSm90(KeyTiles):
 
         q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase = (Int32(0) for _ in range(7))
         y_stage, y_stages = Int32(0), 1 if self.added is None else self.added.buffers
-        # Terms are of the product's group.
-        is_last = self.added is None or not self.added.multiplies
         fields = self.take_work(work, pipeline_tile, t_stage, t_phase, warps)
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
@@ -771,17 +769,18 @@ class ForwardSm90(KeyTiles):
                 pipeline_k.wait(k_stage, k_phase)
                 terms.start(n, y_stage)
                 self.take_turn(slab)
-                gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False, ends=is_last)
-                terms.multiply(acc_S, y_stage)
+                ends = not terms.multiplies(terms.of_first)
+                gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False, ends=ends)
+                terms.multiply(acc_S, y_stage, terms.of_first)
                 y_stage ^= y_stages - 1
                 self.pass_turn(slab)
                 second = terms.read(n - 1)
-                shifts, varies = terms.shifts(n, None)
-                terms.prepare(n, None)
+                shifts, varies = terms.shifts(n, terms.of_first)
+                terms.prepare(n, terms.of_first)
                 warpgroup.wait_group(0)
                 pipeline_k.release(k_stage, warps)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
-                terms.vary(scores, n, varies, True, None)
+                terms.vary(scores, n, varies, True, terms.of_first)
                 if const_expr(lists is None or not self.has_mask_mod):
                     modify(n, True)
                 else:
@@ -800,6 +799,7 @@ class ForwardSm90(KeyTiles):
                 loops = terms.loops(stretches, *fields[6:8])
                 for loop in cutlass.range_constexpr(len(loops)):
                     count, tile_of, stretch, is_varying = loops[loop]
+                    terms.enter(tile_of(Int32(0)), is_varying)
                     for i in cutlass.range(count, unroll=1):
                         n = tile_of(i)
                         # On their way from memory while the product is.
@@ -809,11 +809,9 @@ class ForwardSm90(KeyTiles):
                         pipeline_k.wait(k_stage, k_phase)
                         self.take_turn(slab)
                         terms.join_next()
-                        gemm(
-                            mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False,
-                            ends=is_last,
-                        )  # fmt: skip
-                        terms.multiply(acc_S, y_stage)
+                        ends = not terms.multiplies(is_varying)
+                        gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False, ends=ends)
+                        terms.multiply(acc_S, y_stage, is_varying)
                         y_stage ^= y_stages - 1
                         pipeline_v.wait(v_stage, v_phase)
                         gemm(mma_pv, acc_O, tOrP, tOrV[None, None, None, v_stage], accumulate)
