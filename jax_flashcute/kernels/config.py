@@ -123,8 +123,8 @@ def loads_pages_by_tma(page_size: int) -> bool:
     return page_size >= SMALLEST_BOX
 
 
-def paged_config(config: FwdConfig) -> FwdConfig:
-    """A forward configuration for keys in pages: who loads them holds more addresses."""
+def busy_producer(config: FwdConfig) -> FwdConfig:
+    """A forward configuration whose producer warpgroup does more than TMA copies of whole tiles."""
     if config.warpgroups != 2:
         return config
     # Of the 168 registers a thread that a block of 384 threads is launched with.

@@ -237,11 +237,11 @@ class ElementProgram:
         return ElementProgram(*self._given, keeps_signs=True)
 
     def bends(self, value: int | np.ndarray) -> list[int]:
-        """Values that have bounds to follow, while whose signs last a value is ``Affine``.
+        """Values that have bounds to follow, and while whose signs last a value is ``Affine``.
 
-        None where it never is.
+        Empty where it never is.
         """
-        if not self.between_bends.is_affine(value):
+        if not isinstance(value, int) or not self.between_bends.is_affine(value):
             return []
         needed, found = {value}, []
         for equation in reversed(self._equations):

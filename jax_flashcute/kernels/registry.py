@@ -21,6 +21,7 @@ from jax_flashcute.kernels.config import (
     backward_config,
     backward_config_sm100,
     batch_invariant_splits,
+    busy_producer,
     dividing,
     dividing_backward,
     dividing_sm100,
@@ -31,7 +32,6 @@ from jax_flashcute.kernels.config import (
     in_parts,
     loads_pages_by_tma,
     most_splits,
-    paged_config,
     workspace_shapes,
 )
 from jax_flashcute.kernels.elements import (
@@ -348,7 +348,7 @@ def kernel_key(
             functions = element_functions(alone, operands)
             pack_gqa = packing_pays(query.shape[1], group, config)
         if is_paged(operands) and isinstance(config, FwdConfig):
-            config = paged_config(config)
+            config = busy_producer(config)
         if isinstance(config, FwdConfig) and has_lists and not (pack_gqa or group % 2):
             config = _in_pairs(config, spec, operands)
     else:

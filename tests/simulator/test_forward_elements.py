@@ -212,8 +212,8 @@ def test_terms_by_distance():
     keys = jnp.asarray(rng.standard_normal((2, 520)), jnp.float32)
 
     def score_mod(score, b, h, q, kv):
-        near = table[h, jnp.clip(q - kv, -10, 10) + 10] + 0.02 * slopes[h] * kv
-        return score - slopes[h] * jnp.abs(q - kv) + near + keys[b, kv]
+        near = table[h, jnp.clip(q - kv, -10, 10) + 10]
+        return score - slopes[h] * jnp.abs(q - kv) + near + 0.02 * slopes[h] * kv + keys[b, kv]
 
     key = check(
         *(case, None, score_mod), config=SMALL_TILES, num_sms=3, timing="shuffled",

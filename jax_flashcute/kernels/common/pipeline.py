@@ -42,22 +42,24 @@ class TmaPipeline(Traced):
         consumer_warps: int,
         copying_warps: int = 0,
         blocks: int = 1,
+        also_filling: int = 0,
     ):
-        """``barriers``: pointer to 2 * stages 64-bit words in shared memory, full ones first."""
+        """``barriers``: pointer to 2 * stages 64-bit words in shared memory, full ones first;
+        ``also_filling``: warps that write to a stage beside those, each of which commits it."""
         self.name = name
         self.full = barriers
         self.empty = barriers + stages
         self.stages = stages
         self.tx_bytes = tx_bytes
         self.consumer_warps = consumer_warps
-        self.copying_warps = copying_warps
+        self.filling = (copying_warps or 1) + also_filling
         self.blocks = blocks
         self.releasing: dict[str, set[int]] = {}
 
     def init(self) -> None:
         """Initialises the barriers; called by one thread."""
         for stage in range(self.stages):
-            cute.arch.mbarrier_init(self.full + stage, self.copying_warps or 1)
+            cute.arch.mbarrier_init(self.full + stage, self.filling)
             cute.arch.mbarrier_init(self.empty + stage, self.consumer_warps * self.blocks)
 
     def acquire(self, stage: Int32, phase: Int32) -> None:

@@ -18,8 +18,8 @@ shared memory.  Which tiles it differs in is known before the first, and these h
 own: a branch between a product and its softmax would keep the two from running side by side.  What
 is affine while no sign changes, as a multiple of |q - kv| is, is so in the other tiles.
 
-Each warpgroup writes X and Y for itself: X at each tile of work, Y once, or where there is a c for
-each tile of keys while the products of the tile before are under way, in two buffers.
+Each warpgroup writes X for itself at each tile of work, and Y too, unless there is a c: then a warp
+beside the one that loads keys writes it into a stage that belongs to theirs.
 """
 
 import cutlass
@@ -69,18 +69,19 @@ class AddedTerms:
         scale: float,
         packed: bool,
         in_order: bool,
+        has_idle_warp: bool,
     ):
         """``scale``: of the call; ``packed``: rows of one product are of different heads.
 
         ``in_order``: a tile of work visits one range of key tiles, from right to left.
+        ``has_idle_warp``: of the producer's warpgroup.
         """
         self.functions = functions
-        self.in_order = in_order
+        self.in_order, self.has_idle_warp = in_order, has_idle_warp
         self.config = config
         self.scale = scale
         self.kinds = functions.added_kinds(packed) or frozenset()
         self.is_staged = "key" in self.kinds
-        self.buffers = 2 if self.is_staged else 1
         self.by_distance = self._is_by_distance(packed)
         self.splits_stretches = in_order and self.by_distance and "distance" not in self.kinds
         if not self.splits_stretches:
@@ -99,6 +100,7 @@ class AddedTerms:
             and SCALES[0] <= self.scale <= SCALES[1]
             and of_tiles + self.smem_bytes() + 3072 * bool(self.smem_bytes()) <= SMEM_BYTES
             and (self.in_order or not self.is_staged)
+            and (self.has_idle_warp or not self.is_staged)
         )
 
     def _is_by_distance(self, packed: bool) -> bool:
@@ -122,9 +124,14 @@ class AddedTerms:
         """Of X, of Y, and of numbers by distance."""
         config = self.config
         x = COLUMNS * config.tile_m
-        y = COLUMNS * config.tile_n * config.warpgroups * self.buffers
+        y = COLUMNS * config.tile_n * self.y_stages
         numbers = self.distances * 4 * config.warpgroups
         return 2 * self.multiplies * (x + y) + 4 * self.by_distance * numbers
+
+    @property
+    def y_stages(self) -> int:
+        """Of Y: each belongs to a stage of keys, or to a warpgroup."""
+        return self.config.kv_stages if self.is_staged else self.config.warpgroups
 
     def allocate(self, allocator: SmemAllocator) -> tuple:
         """X, Y and (distances, warps) in shared memory; None for what is not needed."""
@@ -136,7 +143,7 @@ class AddedTerms:
             return None, None, sD
         layouts = (
             smem_layout(BFloat16, 64, COLUMNS, warpgroups),
-            smem_layout(BFloat16, self.config.tile_n, COLUMNS, warpgroups * self.buffers),
+            smem_layout(BFloat16, self.config.tile_n, COLUMNS, self.y_stages),
         )
         sX, sY = (
             allocator.allocate_tensor(BFloat16, x.outer, 1024, swizzle=x.inner) for x in layouts
@@ -144,46 +151,19 @@ class AddedTerms:
         return sX, sY, sD
 
 
-class WarpgroupTerms(Traced):
-    """The same for a tile of work of a warpgroup: Python that makes straight-line code."""
+class Terms(Traced):
+    """Terms of a head of a batch entry, scaled as raw products are."""
 
-    def __init__(
-        self,
-        plan: AddedTerms,
-        entry: EntryElements,
-        queries: list[dict],
-        head: Int32,
-        first_token: Int32,
-        operands: tuple,
-        slab: Int32,
-        thread: Int32,
-    ):
-        """
-        Args:
-          queries: of the thread's rows.
-          head: of all rows, where terms of the key or the distance need one.
-          first_token: of the warpgroup's rows.
-          operands: of ``AddedTerms.allocate``.
-        """
+    def __init__(self, plan: AddedTerms, entry: EntryElements, head: Int32):
+        """``head``: of all rows, where terms of the key or the distance need one."""
         self.plan = plan
         self.entry = entry
-        self.queries = queries
         self.head = head
         self.of_head = entry.known_of(head=head)
-        self.sX, self.sY, self.sD = operands
-        self.first_token = first_token
-        self.slab = slab
-        self.thread = thread
         self.addends: list[tuple] = []
-        # The first tile is as those are where terms vary.
-        self.of_first = True if plan.splits_stretches else None
-        functions = entry.elements.functions
-        if functions.score_mod is not None:
+        if entry.elements.functions.score_mod is not None:
             self.program = entry.elements.programs["score_mod"]
             self.addends = self.program.addends()
-        self.row_constants = [self._row_constant(query) for query in queries]
-
-    # ---- terms, scaled as raw products are ---------------------------------------------------
 
     def _of_program(self, known: dict, kind: str) -> list:
         """The score's addends of one kind, each a number or ``Affine``."""
@@ -212,6 +192,68 @@ class WarpgroupTerms(Traced):
         bound = select(raw > Float32(0.0), Float32(largest), Float32(-largest))
         is_finite = cute.math.absf(total) < Float32(Float32.inf)
         return select((size > Float32(largest)) & is_finite, bound, raw)
+
+
+class KeyTerms(Terms):
+    """Y of each tile of keys, by a warp beside the one that loads them."""
+
+    def read(self, n: Int32) -> list[Float32]:
+        """The terms of this lane's keys of a tile, on their way from memory."""
+        found = []
+        for first in range(0, self.plan.config.tile_n, 32):
+            key = n * self.plan.config.tile_n + first + cute.arch.lane_idx()
+            known = self.entry.both(self.of_head, self.entry.keys(key))
+            found.append(self._raw(self._of_program(known, "key") + self._of_bias(known, "key")))
+        return found
+
+    @cute.jit
+    def write(self, terms: list, sY: cute.Tensor, stage: Int32):
+        """Writes Y from ``read``."""
+        tile_n = self.plan.config.tile_n
+        for i in cutlass.range_constexpr(len(terms)):
+            column = cute.arch.lane_idx() + 32 * i
+            numbers = (*_thrice(Float32(column)), *thirds(terms[i]))
+            if const_expr(tile_n % 32 == 0):
+                _store_row(sY[None, None, stage], column, numbers)
+            else:
+                if column < tile_n:
+                    _store_row(sY[None, None, stage], column, numbers)
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+
+
+class WarpgroupTerms(Terms):
+    """What is added to a tile of work of a warpgroup: Python that makes straight-line code."""
+
+    def __init__(
+        self,
+        plan: AddedTerms,
+        entry: EntryElements,
+        queries: list[dict],
+        head: Int32,
+        first_token: Int32,
+        operands: tuple,
+        slab: Int32,
+        thread: Int32,
+    ):
+        """
+        Args:
+          queries: of the thread's rows.
+          head: of all rows, where terms of the key or the distance need one.
+          first_token: of the warpgroup's rows.
+          operands: of ``AddedTerms.allocate``.
+        """
+        super().__init__(plan, entry, head)
+        self.queries = queries
+        self.sX, self.sY, self.sD = operands
+        self.first_token = first_token
+        self.slab = slab
+        self.thread = thread
+        # The first tile is as those are where terms vary.
+        self.of_first = True if plan.splits_stretches else None
+        self.row_constants = [self._row_constant(query) for query in queries]
+
+    # ---- of rows, tiles and distances --------------------------------------------------------
 
     def _row_constant(self, query: dict) -> Float32:
         return self._raw(self._of_program(query, "row") + self._of_bias(query, "row"))
@@ -397,11 +439,17 @@ class WarpgroupTerms(Traced):
     # ---- X and Y ------------------------------------------------------------------------------
 
     @cute.jit
-    def start(self, n: Int32, buffer: Int32):
-        """X, and Y of the first tile of keys, n; all of the warpgroup's threads meet."""
+    def start(self):
+        """X, and Y where no other warp writes it; all of the warpgroup's threads meet."""
         if const_expr(self.plan.multiplies):
             self.store_steps(Int32(0), False)
-            self.stage(self.read(n), buffer)
+            if const_expr(not self.plan.is_staged):
+                tile_n = self.plan.config.tile_n
+                for first in cutlass.range_constexpr(0, tile_n, 128):
+                    column = self.thread + first
+                    if column < tile_n:
+                        tile = self.sY[None, None, self.slab]
+                        _store_row(tile, column, _thrice(Float32(column)))
             cute.arch.fence_view_async_shared()
             self.join()
 
@@ -428,57 +476,15 @@ class WarpgroupTerms(Traced):
                 numbers = (*thirds(step * Float32(1.0 / self.plan.scale)), *_thrice(1.0))
                 _store_row(self.sX[None, None, self.slab], row, numbers)
 
-    def read(self, n: Int32) -> list[Float32]:
-        """The terms of this thread's keys of a tile, on their way from memory."""
-        if not self.plan.is_staged:
-            return []
-        tile_n = self.plan.config.tile_n
-        found = []
-        for first in range(0, tile_n, 128):
-            key = cutlass.max(n * tile_n + first + self.thread, Int32(0))
-            known = self.entry.both(self.of_head, self.entry.keys(key))
-            found.append(self._raw(self._of_program(known, "key") + self._of_bias(known, "key")))
-        return found
-
-    @cute.jit
-    def stage(self, terms: list, buffer: Int32):
-        """Writes Y from ``read``."""
-        tile_n = self.plan.config.tile_n
-        for i in cutlass.range_constexpr(-(-tile_n // 128)):
-            column = self.thread + 128 * i
-            last = thirds(terms[i]) if const_expr(self.plan.is_staged) else _thrice(0.0)
-            numbers = (*_thrice(Float32(column)), *last)
-            if const_expr(tile_n % 128 == 0):
-                _store_row(self.sY[None, None, self._place(buffer)], column, numbers)
-            else:
-                if column < tile_n:
-                    _store_row(self.sY[None, None, self._place(buffer)], column, numbers)
-
-    def _place(self, buffer: Int32) -> Int32:
-        return self.slab * self.plan.buffers + buffer
-
-    @cute.jit
-    def stage_next(self, terms: list, buffer: Int32):
-        """``stage`` beside products that read the other buffer."""
-        if const_expr(self.plan.is_staged):
-            self.stage(terms, buffer)
-            cute.arch.fence_view_async_shared()
-
     @cute.jit
     def join(self):
         """Waits until all of the warpgroup's threads have written."""
         cute.arch.barrier(barrier_id=BARRIER + self.slab, number_of_threads=128)
 
-    @cute.jit
-    def join_next(self):
-        """The same before each tile of keys but the first."""
-        if const_expr(self.plan.is_staged):
-            self.join()
-
     def multiplies(self, is_varying: bool | None) -> bool:
         return self.plan.multiplies_in(is_varying)
 
-    def multiply(self, acc_S: cute.Tensor, buffer: Int32, is_varying: bool | None) -> None:
+    def multiply(self, acc_S: cute.Tensor, k_stage: Int32, is_varying: bool | None) -> None:
         """Issues acc_S += X Y^T, the last of a group of products."""
         if not self.multiplies(is_varying):
             return
@@ -486,7 +492,8 @@ class WarpgroupTerms(Traced):
         mma = tiled_mma(BFloat16, self.plan.config.tile_n, OperandMajorMode.K, source)
         part = mma.get_slice(0)
         tX = mma.make_fragment_A(part.partition_A(self.sX))[None, None, None, self.slab]
-        tY = mma.make_fragment_B(part.partition_B(self.sY))[None, None, None, self._place(buffer)]
+        stage = k_stage if self.plan.is_staged else self.slab
+        tY = mma.make_fragment_B(part.partition_B(self.sY))[None, None, None, stage]
         gemm(mma, acc_S, tX, tY, True, begins=False)
 
 
@@ -496,8 +503,7 @@ class NoTerms(Traced):
     def nothing(self, *_):
         return None
 
-    multiplies = start = enter = read = stage_next = join_next = multiply = prepare = vary = nothing
-
+    multiplies = start = enter = multiply = prepare = vary = nothing
     of_first = None
 
     def shifts(self, *_) -> tuple[None, Int32]:

@@ -31,7 +31,8 @@ them up (extra/combine.py); where a row has one part alone, the output is writte
     terms    warpgroup w          warpgroup w                named barrier 4 + w, 128 threads
     draw     first of a cluster   second one's producer      1          1         1
 
-"terms" are what a score adds (added_terms.py), where it does.
+"terms" are what a score adds (added_terms.py), where it does.  Where some of it follows from the
+key alone, one warp more arrives at k and takes a tile.
 
 Counts are arrivals; "+ tx" means that the barrier also waits for the copies' bytes; W is the
 number of consumer warpgroups, of four warps each.  In a cluster k and v are empty after twice as
@@ -87,11 +88,16 @@ from jax_flashcute.kernels.common.tiles import (
     tma_partition,
 )
 from jax_flashcute.kernels.common.visits import KeyTiles, work_fields
-from jax_flashcute.kernels.config import FwdConfig, round_up
+from jax_flashcute.kernels.config import FwdConfig, busy_producer, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
 from jax_flashcute.kernels.primitives import select
-from jax_flashcute.kernels.sm90.added_terms import AddedTerms, NoTerms, WarpgroupTerms
+from jax_flashcute.kernels.sm90.added_terms import (
+    AddedTerms,
+    KeyTerms,
+    NoTerms,
+    WarpgroupTerms,
+)
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,
@@ -168,18 +174,21 @@ class ForwardSm90(KeyTiles):
         if isinstance(mask, IntervalMask):
             self.has_low |= mask.low is not None
         self.functions = functions
-        in_order = not (split_kv or has_lists or self.union)
-        self.added = self.added_terms(in_order)
-        self.changes_scores = functions is not None and functions.changes_scores
-        self.changes_scores &= self.added is None
-        self.by_element = self.changes_scores or (functions is not None and functions.hides)
-        self.has_sinks = functions is not None and functions.sinks
-        self.has_mask_mod = functions is not None and functions.mask_mod is not None
         self.page_size = page_size
         self.kv_tiles = tiles_in_pages(
             page_size, config.tile_n, config.kv_stages, cluster=config.cluster
         )
         self.copying_warps = self.kv_tiles.copying_warps
+        in_order = not (split_kv or has_lists or self.union)
+        self.added = self.added_terms(in_order)
+        self.has_key_terms = self.added is not None and self.added.is_staged
+        if self.has_key_terms:
+            self.config = config = busy_producer(config)
+        self.changes_scores = functions is not None and functions.changes_scores
+        self.changes_scores &= self.added is None
+        self.by_element = self.changes_scores or (functions is not None and functions.hides)
+        self.has_sinks = functions is not None and functions.sinks
+        self.has_mask_mod = functions is not None and functions.mask_mod is not None
         self.smem_h = round_up(head_dim, 16)
         self.smem_hv = round_up(head_dim_v, 16)
         self.slab_tokens = 64 // self.heads_packed
@@ -193,7 +202,8 @@ class ForwardSm90(KeyTiles):
         if self.functions is None:
             return None
         packed = self.heads_packed > 1
-        added = AddedTerms(self.functions, self.config, self.scale, packed, in_order)
+        has_idle_warp = self.copying_warps == 0
+        added = AddedTerms(self.functions, self.config, self.scale, packed, in_order, has_idle_warp)
         return added if added.serves(self.head_dim, self.head_dim_v) else None
 
     # ---- host side -------------------------------------------------------------------------
@@ -353,7 +363,7 @@ class ForwardSm90(KeyTiles):
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         allocator = SmemAllocator()
         storage = allocator.allocate(self.shared_storage())
-        term_operands = () if self.added is None else self.added.allocate(allocator)
+        term_operands: tuple = () if self.added is None else self.added.allocate(allocator)
         h_bytes, hv_bytes = self.smem_h * 2, self.smem_hv * 2
         slab_rows = self.heads_packed * self.slab_tokens
         pipeline_q = TmaPipeline(
@@ -371,6 +381,7 @@ class ForwardSm90(KeyTiles):
             self.consumer_warps,
             self.copying_warps,
             cfg.cluster,
+            also_filling=int(self.has_key_terms),
         )
         pipeline_v = TmaPipeline(
             "v",
@@ -382,7 +393,7 @@ class ForwardSm90(KeyTiles):
             cfg.cluster,
         )
         # One of those that copy K draws the tiles of work.
-        following_warps = max(2 * self.copying_warps - 1, 0)
+        following_warps = max(2 * self.copying_warps - 1, 0) + self.has_key_terms
         pipeline_tile = TmaPipeline(
             "tile",
             storage.tile_barriers.data_ptr(),
@@ -445,6 +456,10 @@ class ForwardSm90(KeyTiles):
                     mBounds,
                     mLists,
                 )
+            elif const_expr(self.has_key_terms):
+                if warp_index == 1:
+                    place = (mElements, (q_length, kv_length))
+                    self.write_key_terms(term_operands[1], *place, pipelines, work)
             elif const_expr(following_warps):
                 _, pipeline_k, pipeline_v, pipeline_tile = pipelines
                 for copies_v in cutlass.range_constexpr(2):
@@ -643,6 +658,34 @@ class ForwardSm90(KeyTiles):
         return draw_tile(mCounter) if pair is None else pair.draw(mCounter, phase)
 
     @cute.jit
+    def write_key_terms(
+        self,
+        sY: cute.Tensor,
+        mElements: tuple,
+        array_lengths: tuple,
+        pipelines,
+        work: cute.Tensor,
+    ):
+        """A warp beside the producer: what scores add by key, for each tile of keys."""
+        _, pipeline_k, _, pipeline_tile = pipelines
+        take = partial(self.take_work, work, pipeline_tile, warps=1, role="key terms")
+        stage, phase, t_stage, t_phase = (Int32(0) for _ in range(4))
+        fields = take(t_stage, t_phase)
+        while fields[0] >= 0:
+            t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
+            _, head, batch, offset = fields[:4]
+            elements = Elements(self.functions, mElements)
+            terms = KeyTerms(self.added, elements.of_entry(batch, offset, array_lengths), head)
+            visits, nth = self.key_order(fields, None)
+            for i in cutlass.range(visits, unroll=1):
+                found = terms.read(nth(i))
+                pipeline_k.acquire(stage, phase)
+                terms.write(found, sY, stage)
+                pipeline_k.commit(stage)
+                stage, phase = pipeline_k.advance(stage, phase)
+            fields = take(t_stage, t_phase)
+
+    @cute.jit
     def write_work(self, slot: cute.Tensor, fields: tuple):
         """Leaves a tile's coordinates and ranges for the consumers; one warp."""
         if cute.arch.lane_idx() == 0:
@@ -726,7 +769,6 @@ class ForwardSm90(KeyTiles):
                 self.pass_turn(slab)
 
         q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase = (Int32(0) for _ in range(7))
-        y_stage, y_stages = Int32(0), 1 if self.added is None else self.added.buffers
         fields = self.take_work(work, pipeline_tile, t_stage, t_phase, warps)
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
@@ -767,14 +809,12 @@ class ForwardSm90(KeyTiles):
                 n = nth(0)
                 bits = read_bits(n)
                 pipeline_k.wait(k_stage, k_phase)
-                terms.start(n, y_stage)
+                terms.start()
                 self.take_turn(slab)
                 ends = not terms.multiplies(terms.of_first)
                 gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False, ends=ends)
-                terms.multiply(acc_S, y_stage, terms.of_first)
-                y_stage ^= y_stages - 1
+                terms.multiply(acc_S, k_stage, terms.of_first)
                 self.pass_turn(slab)
-                second = terms.read(n - 1)
                 shifts, varies = terms.shifts(n, terms.of_first)
                 terms.prepare(n, terms.of_first)
                 warpgroup.wait_group(0)
@@ -791,7 +831,6 @@ class ForwardSm90(KeyTiles):
                 hide_bits(n, bits)
                 mask_tile(n)
                 softmax.step(scores, row_scale, True, True, shifts)
-                terms.stage_next(second, y_stage)
                 convert_pairs(acc_S, rP)
 
                 accumulate = Boolean(False)
@@ -804,15 +843,12 @@ class ForwardSm90(KeyTiles):
                         n = tile_of(i)
                         # On their way from memory while the product is.
                         bits = read_bits(n)
-                        next_terms = terms.read(n - 1)
                         is_masked = const_expr(stretch != 1)
                         pipeline_k.wait(k_stage, k_phase)
                         self.take_turn(slab)
-                        terms.join_next()
                         ends = not terms.multiplies(is_varying)
                         gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False, ends=ends)
-                        terms.multiply(acc_S, y_stage, is_varying)
-                        y_stage ^= y_stages - 1
+                        terms.multiply(acc_S, k_stage, is_varying)
                         pipeline_v.wait(v_stage, v_phase)
                         gemm(mma_pv, acc_O, tOrP, tOrV[None, None, None, v_stage], accumulate)
                         self.pass_turn(slab)
@@ -830,7 +866,6 @@ class ForwardSm90(KeyTiles):
                             *(scores, row_scale, False, is_masked or may_hide),
                             shifts,
                         )
-                        terms.stage_next(next_terms, y_stage)
                         warpgroup.wait_group(0)
                         pipeline_v.release(v_stage, warps)
                         v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
