@@ -1,7 +1,8 @@
-"""This library's dense attention over no more than a sparse or packed case needs.
+"""This library's dense attention over no more than a sparse, packed or scored case needs.
 
 Of lists: as many key tiles in a row as every list names.  Of documents: each one on its own, one
-call after the other.  What a case takes above that is the price of its lists or its packing.
+call after the other.  Of a score: the same call without it.  What a case takes above that, in the
+same rounds and at the same clocks, is the price of its lists, its packing or its score.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ from functools import partial
 
 import jax
 
+from benchmarks import functions
 from benchmarks.cases import SPARSE_TILE, Case, Pass
 from benchmarks.measure import Step
 from benchmarks.peers.jax_step import jax_step
@@ -28,7 +30,9 @@ def build(case: Case, pass_: Pass) -> Step:
     if case.documents is not None:
         steps = [jax_step(attention, _dense(case, n, n), pass_) for n in case.documents]
         return Step(lambda: [step.call() for step in steps], jax.block_until_ready, case.dtype)
-    raise NotImplementedError("compares with lists and documents alone")
+    if case.name in functions.SCORES:
+        return jax_step(attention, dataclasses.replace(case, name="full"), pass_)
+    raise NotImplementedError("compares with lists, documents and scores alone")
 
 
 def _dense(case: Case, queries: int, keys: int) -> Case:

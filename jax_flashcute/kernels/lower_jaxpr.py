@@ -152,6 +152,19 @@ class ElementProgram:
         found = self._results[result]
         return isinstance(found, np.ndarray) and not found.any()
 
+    def result(self, result: int) -> int | np.ndarray:
+        """A result, by its place among them, as the number of its value or as a constant."""
+        return self._results[result]
+
+    def is_argument(self, result: int, name: str) -> bool:
+        """Whether a result, by its place among them, is an argument, if in another shape."""
+        found = self._results[result]
+        for equation in reversed(self._equations):
+            if equation.output == found and equation.primitive in SAME_ELEMENTS:
+                is_single = all(math.prod(shape) == 1 for shape in equation.shapes)
+                found = equation.inputs[0] if is_single else found
+        return isinstance(found, int) and found == self._inputs[name]
+
     def depends_on(self, result: int) -> frozenset[str]:
         """The arguments that a result, by its place among them, is a function of."""
         return self.arguments_of(self._results[result])

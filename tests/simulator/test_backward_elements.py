@@ -139,6 +139,14 @@ def test_together(head_dim: int):
     check(case, MASKS["documents"](case), SCORES["alibi_of_numbers"](case))
 
 
+def test_elements_that_tiles_have_in_common():
+    """Distances are clipped in most tiles, and not in all."""
+    case = sized(64, seqlen_q=150, seqlen_k=340, batch=2, offset=True, lengths=True)
+    table = np.random.default_rng(0).standard_normal((case.q_heads, 21))
+    table = jnp.asarray(table, jnp.float32)
+    check(case, None, lambda s, b, h, q, kv: s + table[h, jnp.clip(q - kv, -10, 10) + 10])
+
+
 INFINITE_AT_0 = {
     "derivative": lambda s, b, h, q, kv: jnp.sign(s) * jnp.sqrt(jnp.abs(s)),
     "score": lambda s, b, h, q, kv: s - 0.1 * jnp.log(jnp.abs(s)),

@@ -6,7 +6,8 @@ two keys and some columns of queries, so what it adds to
     an element of a head    is summed over all tiles of a head, then over the warp
     an element of a key     is summed over all tiles of a head, then over the four lanes of the key
     an element of a query   is summed over the thread's keys, then over the eight lanes of the query
-    any element             is summed as long as the element stays the same
+    any element             is summed as long as the element stays the same: over a tile at once
+                            where it is read by a clipped distance, and is the same for all of it
 
 before it goes to the float32 sum in global memory by an atomic addition.
 """
@@ -27,6 +28,10 @@ from jax_flashcute.kernels.sm90.fragments import (
     first_column,
     row_in_slab,
 )
+from jax_flashcute.kernels.spans import Span
+
+SLAB_KEYS = 64
+"""Of a warpgroup."""
 
 
 class Pullback:
@@ -58,6 +63,7 @@ class Pullback:
         self.tile_m = tile_m
         self.thread = thread
         self.reads_score = entry.reads_score
+        self.first_key = first_key
         self.keys = [entry.keys(first_key + row_in_slab(thread, r)) for r in range(ROWS_PER_THREAD)]
         rest = list(tensors)
         self.sums: list[_Sum] = []
@@ -94,14 +100,49 @@ class Pullback:
                 dscores[r, c], found = entry.gradient(known[r], product, d_scores[r], self.scale)
                 values.append(found)
             for each in self.sums:
-                each.add(known, values, d_scores)
+                if not each.may_agree:
+                    each.add(known, values, d_scores)
         for each in self.sums:
+            if each.may_agree:
+                self.add_by_distance(each, head, m * self.tile_m + zero, dscores)
             if each.varies == "q":
                 totals, column = _over_keys(each.columns, self.thread)
                 each.columns = []
                 for i, total in enumerate(totals):
                     query = entry.queries(head, first + column_step(column + i))
                     each.add_to(query, total)
+
+    @cute.jit
+    def add_by_distance(
+        self, each: cutlass.Constexpr, head: Int32, first: Int32, dscores: cute.Tensor
+    ):
+        """Adds a tile from query ``first`` on to a sum that ``may_agree``."""
+        entry = self.entry
+        query = entry.queries(head, first)
+        # Of a distance the tile's queries are its first one, and keys that lie further left.
+        keys = Span(self.first_key - (self.tile_m - 1), self.first_key + (SLAB_KEYS - 1))
+        if each.agrees(query, keys):
+            self.add_at_once(each, query, dscores)
+        else:
+            self.add_one_by_one(each, head, first, dscores)
+
+    def add_at_once(self, each: "_Sum", query: dict, dscores: cute.Tensor) -> None:
+        columns, rows = range(cute.size(dscores, mode=[1])), range(ROWS_PER_THREAD)
+        totals = [sum((dscores[r, c] for c in columns), start=Float32(0.0)) for r in rows]
+        both = self.entry.both(query, self.keys[0])
+        each.add_element(0, *self.given(both, sum(totals, start=Float32(0.0))))
+
+    def add_one_by_one(self, each: "_Sum", head: Int32, first: Int32, dscores: cute.Tensor) -> None:
+        for c in range(cute.size(dscores, mode=[1])):
+            place = first + first_column(self.thread) + column_step(c)
+            query = self.entry.queries(head, place)
+            for r, key in enumerate(self.keys):
+                both = self.entry.both(query, key)
+                each.add_element(r, *self.given(both, dscores[r, c]))
+
+    def given(self, known: dict, d_score: Float32) -> tuple[dict, dict, Float32]:
+        """What ``_Sum.add_element`` takes, of a score whose gradient stays as it is."""
+        return known, self.entry.gradient(known, None, d_score, self.scale)[1], d_score
 
     def finish(self, head: Int32) -> None:
         """After the last tile of a head."""
@@ -127,9 +168,12 @@ class _Sum:
       varies: "", "q", "k" or "qk": whether the element depends on the query and on the key.
       totals: what has been summed of a head; by the thread's keys where these matter.
       columns: likewise of a tile, by its queries.
+
+      may_agree: many a tile adds to one element alone, the gradients of its scores.
     """
 
     varies: str
+    may_agree = False
 
     def __init__(self):
         self.totals = cute.make_rmem_tensor(1 if self.varies == "" else ROWS_PER_THREAD, Float32)
@@ -211,6 +255,15 @@ class _ReadSum(_Sum):
         size = math.prod(self.program.array_types[array][1])
         batch = cutlass.min(entry.entry, Int32(tensor.shape[0]) - 1)
         self.base = tensor.iterator + Int64(batch) * size
+        number = self.program.result(at)
+        self.indices = self.program.reads_by_bounds(number)
+        self.may_agree = (
+            bool(self.indices)
+            and self.program.is_of_distance(number)
+            and not self.reads_score
+            and self.program.is_argument(0, "cotangent")
+            and self.program.is_argument(at + 1, "cotangent")
+        )
         self.kept = cute.make_rmem_tensor(ROWS_PER_THREAD, Int32) if self.varies == "qk" else None
         super().__init__()
 
@@ -228,6 +281,10 @@ class _ReadSum(_Sum):
             select(d_score != Float32(0.0), part, Float32(0.0))
             for d_score, part in zip(d_scores, parts, strict=True)
         ]
+
+    def agrees(self, query: dict, keys: Span) -> Boolean:
+        """Whether a query and all of some keys read the same element."""
+        return self.program.are_points(query["derivative"], self.indices, keys)
 
     def add_to(self, known: dict, total: Float32, where: Boolean | None = None) -> None:
         number = self.program.value(known["derivative"], self.at)
