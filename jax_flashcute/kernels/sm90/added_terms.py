@@ -22,6 +22,8 @@ Each warpgroup writes X for itself at each tile of work, and Y too, unless there
 beside the one that loads keys writes it into a stage that belongs to theirs.
 """
 
+from collections.abc import Callable
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Boolean, Float32, Int32, const_expr
@@ -275,10 +277,12 @@ class WarpgroupTerms(Terms):
                 terms += self._of_program(known, "bent")
         return found
 
-    def shifts(self, n: Int32, is_varying: bool | None) -> tuple[list[Float32] | None, Int32]:
+    def shifts(
+        self, n: Int32, is_varying: bool | None, common: Float32 | None
+    ) -> tuple[list[Float32] | None, Int32]:
         """What the softmax adds to each row of tile n, and whether ``vary`` has work to do.
 
-        ``is_varying``: that of ``varying_tiles``, where it is known.
+        ``is_varying``: that of ``loops``, where it is known; ``common``: of ``common_term``.
         """
         kinds = self.plan.kinds
         if not kinds & {"row", "affine", "tile", "bent"}:
@@ -289,26 +293,38 @@ class WarpgroupTerms(Terms):
             inverse = Float32(1.0 / self.plan.scale)
             for term in terms:
                 constant = cute.math.fma(term.base, inverse, constant)
-            found.append(constant)
-        if "tile" not in kinds or "distance" in kinds or is_varying:
+            found.append(constant if common is None else constant + common)
+        if "tile" not in kinds or "distance" in kinds or is_varying is not None:
             return found, Int32(0)
         first = n * self.plan.config.tile_n
-        varies = Int32(0)
-        if is_varying is None:
-            is_same = Boolean(True)
-            for query in self.queries:
-                is_same = is_same & self._is_same(query, first, self._last_key(first))
-            differs = select(is_same, Int32(0), Int32(1)) != 0
-            varies = Int32(cute.arch.vote_any_sync(differs))
+        is_same = Boolean(True)
+        for query in self.queries:
+            is_same = is_same & self._is_same(query, first, self._last_key(first))
+        differs = select(is_same, Int32(0), Int32(1)) != 0
+        varies = Int32(cute.arch.vote_any_sync(differs))
         of_first = self.entry.keys(first)
-        if is_varying is False:
-            # By distance, and the same for all rows of the slab.
-            added = self._raw(self._of_program(self.entry.both(self.queries[0], of_first), "tile"))
-            return [shift + added for shift in found], Int32(0)
         for r, query in enumerate(self.queries):
             for term in self._of_program(self.entry.both(query, of_first), "tile"):
                 found[r] = select(varies == 0, found[r] + self._raw([term]), found[r])
         return found, varies
+
+    def _common_of(self, n: Int32) -> Float32:
+        """What is added by distance to all of the slab's rows and of tile n's keys alike."""
+        of_key = self.entry.keys(cutlass.max(n, Int32(0)) * self.plan.config.tile_n)
+        return self._raw(self._of_program(self.entry.both(self.queries[0], of_key), "tile"))
+
+    def common_term(self, n: Int32, of_loop: tuple | None) -> Float32 | None:
+        """``_common_of`` tile n, where it is that; to be asked for when no product is under way.
+
+        ``of_loop``: of ``enter``.
+        """
+        return None if of_loop is None else self._common_of_tile(n, *of_loop)
+
+    @cute.jit
+    def _common_of_tile(self, n: Int32, common: Float32, is_common: Int32):
+        if is_common == 0:
+            common = self._common_of(n)
+        return common
 
     def _last_key(self, first: Int32) -> Int32:
         """Of a tile that begins with key ``first``."""
@@ -453,8 +469,19 @@ class WarpgroupTerms(Terms):
             cute.arch.fence_view_async_shared()
             self.join()
 
+    def enter(self, count: Int32, tile_of: Callable, is_varying: bool | None) -> tuple | None:
+        """Before a loop: what is added to its first tile alike, and whether (1, 0) to all tiles."""
+        last = cutlass.max(tile_of(Int32(0)), Int32(0))
+        self.write_steps(last, is_varying)
+        if is_varying is not False or "tile" not in self.plan.kinds:
+            return None
+        tile_n = self.plan.config.tile_n
+        query = self.entry.queries(self.head, self.first_token)
+        keys = (last + 1 - count) * tile_n - 63, self._last_key(last * tile_n)
+        return self._common_of(last), select(self._is_same(query, *keys), Int32(1), Int32(0))
+
     @cute.jit
-    def enter(self, n: Int32, is_varying: cutlass.Constexpr):
+    def write_steps(self, n: Int32, is_varying: cutlass.Constexpr):
         """X of a loop that begins with tile n, where loops differ in it."""
         if const_expr("bent" in self.plan.kinds and self.plan.multiplies_in(is_varying)):
             # All have waited for the products that read the one before.
@@ -503,7 +530,7 @@ class NoTerms(Traced):
     def nothing(self, *_):
         return None
 
-    multiplies = start = enter = multiply = prepare = vary = nothing
+    multiplies = start = enter = common_term = multiply = prepare = vary = nothing
     of_first = None
 
     def shifts(self, *_) -> tuple[None, Int32]:

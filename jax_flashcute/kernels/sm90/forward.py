@@ -815,7 +815,7 @@ class ForwardSm90(KeyTiles):
                 gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False, ends=ends)
                 terms.multiply(acc_S, k_stage, terms.of_first)
                 self.pass_turn(slab)
-                shifts, varies = terms.shifts(n, terms.of_first)
+                shifts, varies = terms.shifts(n, terms.of_first, None)
                 terms.prepare(n, terms.of_first)
                 warpgroup.wait_group(0)
                 pipeline_k.release(k_stage, warps)
@@ -838,11 +838,12 @@ class ForwardSm90(KeyTiles):
                 loops = terms.loops(stretches, *fields[6:8])
                 for loop in cutlass.range_constexpr(len(loops)):
                     count, tile_of, stretch, is_varying = loops[loop]
-                    terms.enter(tile_of(Int32(0)), is_varying)
+                    of_loop = terms.enter(count, tile_of, is_varying)
                     for i in cutlass.range(count, unroll=1):
                         n = tile_of(i)
                         # On their way from memory while the product is.
                         bits = read_bits(n)
+                        common = terms.common_term(n, of_loop)
                         is_masked = const_expr(stretch != 1)
                         pipeline_k.wait(k_stage, k_phase)
                         self.take_turn(slab)
@@ -852,7 +853,7 @@ class ForwardSm90(KeyTiles):
                         pipeline_v.wait(v_stage, v_phase)
                         gemm(mma_pv, acc_O, tOrP, tOrV[None, None, None, v_stage], accumulate)
                         self.pass_turn(slab)
-                        shifts, varies = terms.shifts(n, is_varying)
+                        shifts, varies = terms.shifts(n, is_varying, common)
                         terms.prepare(n, is_varying)
                         warpgroup.wait_group(1)
                         pipeline_k.release(k_stage, warps)
