@@ -2,7 +2,6 @@
 tests, and pictures of masks.  Run by mkdocs (``hooks`` in mkdocs.yml); nothing generated is kept.
 """
 
-import base64
 import dataclasses
 import inspect
 import json
@@ -12,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_flashcute import make_block_mask, masks, scores, show_mask
 from jax_flashcute.arguments import checked_call
@@ -220,65 +218,6 @@ def transform_tables() -> str:
     return "\n\n".join(texts)
 
 
-# ---- agreement -------------------------------------------------------------------------------
-
-
-SAMPLES = 192
-"""Numbers of each array that are kept."""
-
-
-def encoded(array: np.ndarray) -> str:
-    """Numbers of an array at places that follow from its size, as float32."""
-    places = np.random.default_rng(array.size).integers(0, array.size, SAMPLES)
-    return base64.b64encode(array.reshape(-1)[places].astype("<f4").tobytes()).decode()
-
-
-def decoded(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
-
-
-def error(found: np.ndarray, wanted: np.ndarray) -> float:
-    """The norm of the difference over that of ``wanted``; equal infinities differ by 0."""
-    equal = found == wanted
-    difference = np.where(equal, 0, found - np.where(equal, 0, wanted))
-    finite = np.where(np.isfinite(wanted), wanted, 0)
-    return float(np.linalg.norm(difference) / max(np.linalg.norm(finite), 1e-2))
-
-
-def _agreement(
-    simulated: dict[str, Any], measured: dict[str, Any]
-) -> Iterator[tuple[str, str, float, float, float]]:
-    """Of every result of both: call, result, the errors of either, and how far they are apart.
-
-    All over the samples, as ``error`` has it: against the reference, and the last of one against
-    the other.
-    """
-    for name, of_call in simulated["calls"].items():
-        for result, entry in of_call.items():
-            other = measured["calls"].get(name, {}).get(result)
-            if other is not None:
-                here, there = decoded(entry["samples"]), decoded(other["samples"])
-                wanted = decoded(entry["expected"])
-                yield name, result, error(here, wanted), error(there, wanted), error(there, here)
-
-
-def agreement_table() -> str:
-    """Blackwell's kernels in simulation beside Hopper's on a GPU, call by call."""
-    paths = [RESULTS / machine / "agreement.json" for machine in ("simulator", "h200")]
-    if not all(path.exists() for path in paths):
-        return "Not run on both yet."
-    simulated, measured = (json.loads(path.read_text()) for path in paths)
-    head = ["", *(f"{record['arch']}, {record['device']}" for record in (simulated, measured))]
-    rows: dict[str, list[list[str]]] = {}
-    for name, result, *errors in _agreement(simulated, measured):
-        rows.setdefault(name, []).append([f"{result} {e:.1e}" for e in errors])
-    cells = [
-        [name, *map("<br>".join, zip(*of_call, strict=True))] for name, of_call in rows.items()
-    ]
-    runs = (f"{x['date'][:10]}, commit `{x['commit']}`" for x in (simulated, measured))
-    return f"{_table([*head, 'apart'], cells)}\n\nRun on {' and '.join(runs)}."
-
-
 # ---- times of masks and scores ---------------------------------------------------------------
 
 _FUNCTIONS = {
@@ -323,5 +262,4 @@ TABLES: dict[str, Callable[[], str]] = {
     "times of functions": times_of_functions,
     "support table": support_table,
     "transform tables": transform_tables,
-    "agreement table": agreement_table,
 }

@@ -249,8 +249,10 @@ def _backward_config(
     dims = operands.query.shape[3], operands.value.shape[3]
     blocks = operands.block_mask
     if arch in BLACKWELL:
-        # Lists name tiles of 128 keys, and leave out more of them than tiles of 256 would.
-        found = backward_config_sm100(*dims, spec.deterministic, may_pair=blocks is None)
+        found = backward_config_sm100(*dims, spec.deterministic)
+        if blocks is not None and blocks.tile_n % found.tile_n:
+            # A pair would visit what either of its blocks does.
+            found = backward_config_sm100(*dims, spec.deterministic, may_pair=False)
         divides = blocks is None or not (
             blocks.tile_m % found.tile_m or blocks.tile_n % found.tile_n
         )

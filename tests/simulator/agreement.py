@@ -2,11 +2,11 @@
 
     python -m tests.simulator.agreement --arch sm_100a --out FILE   # in simulation, on any machine
     python -m tests.simulator.agreement --arch sm_90a --gpu --out FILE   # on a Hopper GPU
+    python -m tests.simulator.agreement --table   # writes docs/agreement.md of the two
 
 Every call has fixed seeds and runs forward and, where a kernel has it, backward, from the forward's
 own results.  The file holds samples of each result, at places drawn by a fixed seed, and from a
 simulated run the float64 reference's there, so that a GPU's time is not spent on it.
-``tools/docs_hooks.py`` makes a table of two files.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +30,17 @@ from jax_flashcute.ffi import store
 from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.key import Direction, KernelKey
+from jax_flashcute.kernels.config import BwdConfigSm100
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.conftest import commit
+from tests.simulator.agreement_table import encoded, error, write_page
 from tests.simulator.compiled import kernel_of
 from tests.simulator.simulation import simulate
-from tests.simulator.test_block_lists import odd, random_lists
+from tests.simulator.test_block_lists import holes, odd, random_lists
 from tests.simulator.test_forward_features import FIRST_KEYS, THREE
-from tests.simulator.test_forward_paged import Call
+from tests.simulator.test_forward_paged import CAPPED, Call
+from tests.simulator.test_forward_paged import FIRST_KEYS as FIRST_KEYS_IN_PAGES
 from tests.simulator.test_forward_segments import PACKED, call_of
-from tools.docs_hooks import encoded, error
 
 NUM_SMS = 16
 MAIN = ("query", "key", "value")
@@ -119,10 +121,50 @@ CALLS: dict[str, tuple[tuple[int, int, int], dict]] = {
     ),
     "head_dim 256": (LENGTHS, {"head_dim": 256, "is_causal": True}),
     "deterministic": (LENGTHS, {"head_dim": 128, "is_causal": True, "deterministic": True}),
+    "several pairs of blocks": (
+        (1, 260, 900),
+        {"heads": (2, 1), "head_dim": 128, "is_causal": True, "q_offset": jnp.array([640])},
+    ),
+    "head_dim 96, a window": (LENGTHS, {"head_dim": 96, "local_window_size": (90, 20)}),
+    "head_dim 192, values 128": (
+        LENGTHS,
+        {"heads": (3, 1), "head_dim": 192, "head_dim_v": 128, "is_causal": True, **KEYS},
+    ),
+    "head_dim 256, first keys and a window": (
+        LENGTHS,
+        {"head_dim": 256, "mask_mod": FIRST_KEYS, "heads": (3, 1), **KEYS},
+    ),
+    "head_dim 256, segments": ((2, 300, 300), {"head_dim": 256, "is_causal": True, **PACKED}),
+    "first keys within segments": (
+        (2, 300, 300),
+        {"mask_mod": FIRST_KEYS, "heads": (3, 1), **PACKED},
+    ),
+    "lists of tiles of 256 keys": (
+        (2, 300, 600),
+        {
+            "mask_mod": odd,
+            "heads": (3, 1),
+            "head_dim": 128,
+            "block_mask": random_lists((2, 300, 600), 1, 3, (128, 256)),
+        },
+    ),
+    "lists made in the call": (
+        (2, 200, 300),
+        {"mask_mod": holes, "heads": (3, 1), "head_dim": 128, "block_mask": "auto"},
+    ),
+    "head_dim 256, lists made in the call": (
+        (1, 200, 300),
+        {"mask_mod": holes, "heads": (2, 1), "head_dim": 256, "block_mask": "auto"},
+    ),
 }
 PAGES = {
     "pages of 16": Call(16, (0, 7, 157), seqlen_q=70, queries=(3, 1, 70), group=3),
     "pages of 4": Call(4, (300, 5), 72, 72, seqlen_q=5, group=7),
+    "pages of 16, split-KV": Call(16, (1101, 0, 15), 128, 128, group=7),
+    "pages of 1, first keys": Call(1, (0, 133, 500), seqlen_q=5, group=3, spec=FIRST_KEYS_IN_PAGES),
+    "pages of 64, a sink, soft cap": Call(
+        64, (65, 300), seqlen_q=9, spec=CAPPED, group=2, sinks=True
+    ),
 }
 
 
@@ -136,16 +178,56 @@ def arguments(name: str) -> tuple[AttentionSpec, Operands]:
     return dataclasses.replace(spec, constants=("bias", "score_mod_arrays")), operands
 
 
-def directions(name: str) -> tuple[Direction, ...]:
+def directions(name: str) -> tuple[registry.Direction, ...]:
     return ("fwd",) if name in PAGES else ("fwd", "bwd")
 
 
-def key_of(name: str, direction: Direction, arch: str) -> KernelKey:
+def key_of(name: str, direction: registry.Direction, arch: str) -> registry.KernelKey:
+    """The kernel of a call; where it may make lists it does, however few its scores."""
     spec, operands = arguments(name)
     reasons = registry.reasons_against(spec, operands, direction, arch)
     if reasons:
         raise NotImplementedError(f"{name}: {'; '.join(reasons)}")
-    return registry.kernel_key(spec, operands, direction, arch, NUM_SMS)
+    with mock.patch.multiple(registry, LEAST_SCORES_FOR_LISTS=1, LEAST_HEADS_FOR_A_LIST=1):
+        return registry.kernel_key(spec, operands, direction, arch, NUM_SMS)
+
+
+def features(name: str, arch: str) -> list[str]:
+    """What the kernels of a call have that those of dense calls do not, in words."""
+    found: dict[str, list[str]] = {}
+    directions_of = directions(name)
+    for direction in directions_of:
+        for feature in _features(key_of(name, direction, arch), arguments(name)[1]):
+            found.setdefault(feature, []).append({"fwd": "forward", "bwd": "backward"}[direction])
+    return [
+        feature if len(where) == len(directions_of) else f"{where[0]}: {feature}"
+        for feature, where in found.items()
+    ]
+
+
+def _features(key: registry.KernelKey, operands: Operands) -> list[str]:
+    config, elements, bounds = key.config, key.elements, key.row_bounds
+    intervals = max(len(key.union), bounds.intervals if bounds is not None else 0)
+    copies = registry.page_copies(key)
+    blackwell_backward = isinstance(config, BwdConfigSm100)
+    present = {
+        "pairs of blocks": blackwell_backward and config.cta_group == 2,
+        "a kernel for each gradient": blackwell_backward and config.passes != (),
+        "deterministic": key.direction == "bwd" and config.deterministic,
+        "heads share a tile": key.pack_gqa,
+        "split-KV": key.split_kv,
+        f"pages by {copies}": copies is not None,
+        "lists given": key.has_lists and operands.block_mask is not None,
+        "lists made in the call": key.has_lists and operands.block_mask is None,
+        "bounds of rows in arrays": bounds is not None,
+        "ids are compared": bounds is not None and bounds.compares_ids,
+        f"{intervals} intervals": intervals > 1,
+        "a mask in bits": key.packed_mask is not None,
+        "scores are changed": elements is not None and elements.changes_scores,
+        "scores are hidden one by one": elements is not None and elements.hides,
+        "sinks": elements is not None and elements.sinks,
+    }
+    return [feature for feature, is_present in present.items() if is_present]
 
 
 def results(name: str, run: Callable, arch: str) -> dict[str, np.ndarray]:
@@ -210,13 +292,13 @@ def expected(name: str) -> dict[str, np.ndarray]:
         return {n: np.asarray(x) for n, x in found.items()}
 
 
-def in_simulation(key: KernelKey, inputs: list, outputs: list) -> list:
+def in_simulation(key: registry.KernelKey, inputs: list, outputs: list) -> list:
     return simulate(
         kernel_of(key), *map(np.asarray, inputs), outputs=outputs + scratch(key, inputs)
     )
 
 
-def on_gpu(key: KernelKey, inputs: list, outputs: list) -> list:
+def on_gpu(key: registry.KernelKey, inputs: list, outputs: list) -> list:
     kernel = store.get(key)
     register_call_target()
     types = [jax.ShapeDtypeStruct(*o) for o in outputs + scratch(key, inputs)]
@@ -226,7 +308,7 @@ def on_gpu(key: KernelKey, inputs: list, outputs: list) -> list:
     return [np.asarray(x) for x in found[: len(outputs)]]
 
 
-def scratch(key: KernelKey, inputs: list) -> list:
+def scratch(key: registry.KernelKey, inputs: list) -> list:
     operands = Operands(*inputs[:3])
     if key.page_size is not None:
         table = next(x for x in inputs[3:] if x.ndim == 2 and x.dtype == jnp.int32)
@@ -234,14 +316,14 @@ def scratch(key: KernelKey, inputs: list) -> list:
     return [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]
 
 
-def record(name: str, arch: str, *, gpu: bool) -> dict[str, dict]:
+def record(name: str, arch: str, *, gpu: bool) -> dict:
     """What is written of a call: samples of each result, and where simulated, what to expect."""
     found = results(name, on_gpu if gpu else in_simulation, arch)
     entry: dict[str, dict] = {n: {"samples": encoded(x)} for n, x in found.items()}
     if not gpu:
         for n, wanted in expected(name).items():
             entry[n] |= {"expected": encoded(wanted), "error": error(found[n], wanted)}
-    return entry
+    return {"features": features(name, arch), "results": entry}
 
 
 def main() -> None:
@@ -251,8 +333,13 @@ def main() -> None:
     parser.add_argument(
         "--calls", default="", help="only calls in whose name this pattern is found"
     )
-    parser.add_argument("--out", type=Path, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path)
+    what.add_argument("--table", action="store_true", help="write docs/agreement.md")
     given = parser.parse_args()
+    if given.table:
+        write_page()
+        return
     names = [n for n in (*CALLS, *PAGES) if re.search(given.calls, n)]
     if given.gpu:
         keys = {key_of(n, d, given.arch) for n in names for d in directions(n)}
@@ -266,7 +353,8 @@ def main() -> None:
         with jax.default_device("cpu"):
             written["calls"][name] = record(name, given.arch, gpu=given.gpu)
         given.out.write_text(json.dumps(written, indent=1) + "\n")
-        errors = {n: f"{e['error']:.1e}" for n, e in written["calls"][name].items() if "error" in e}
+        entries = written["calls"][name]["results"].items()
+        errors = {n: f"{e['error']:.1e}" for n, e in entries if "error" in e}
         print(name, errors or "written", flush=True)
 
 

@@ -18,13 +18,12 @@ from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.key import OPTIONAL_OPERANDS
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
-from tests.simulator import agreement, simulate
+from tests.simulator import agreement, agreement_table, simulate
 from tests.simulator.test_forward_features import CASES, SLOW_CASES, compiled, sized
-from tools import docs_hooks
 
 pytestmark = pytest.mark.gpu
 
-SIMULATED = json.loads((docs_hooks.RESULTS / "simulator" / "agreement.json").read_text())["calls"]
+SIMULATED = json.loads(agreement_table.RECORDS[0].read_text())["calls"]
 LENGTHS = {
     f"128_{t}_{s}": sized(128, seqlen_q=t, seqlen_k=s, kv_heads=2, causal=causal)
     for t, s, causal in (
@@ -93,7 +92,8 @@ def test_forward(case: Case, num_sms: int):
 def test_hopper_agrees_with_what_is_simulated_for_blackwell(name: str):
     with jax.default_device("cpu"):
         found = agreement.record(name, "sm_90a", gpu=True)
-    for result, entry in found.items():
-        here, there = entry["samples"], SIMULATED[name][result]["samples"]
-        apart = docs_hooks.error(docs_hooks.decoded(here), docs_hooks.decoded(there))
+    for result, entry in found["results"].items():
+        there = SIMULATED[name]["results"][result]
+        samples = (agreement_table.decoded(x["samples"]) for x in (entry, there))
+        apart = agreement_table.error(*samples)
         assert apart < (1e-5 if result == "LSE" else 1e-2), (result, apart)

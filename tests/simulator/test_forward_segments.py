@@ -18,7 +18,9 @@ from tests.simulator.test_forward_features import FIRST_KEYS, NUM_SMS, compiled
 rng = np.random.default_rng(0)
 
 
-def call_of(lengths, heads=(1, 1), head_dim=64, seed=0, dtype=jnp.bfloat16, **arguments):
+def call_of(
+    lengths, heads=(1, 1), head_dim=64, seed=0, dtype=jnp.bfloat16, head_dim_v=None, **arguments
+):
     """The spec and the operands of a call; ``lengths``: batch, T, S."""
     draw = np.random.default_rng(seed).standard_normal
     (B, T, S), (N, K) = lengths, heads
@@ -30,8 +32,12 @@ def call_of(lengths, heads=(1, 1), head_dim=64, seed=0, dtype=jnp.bfloat16, **ar
         "positions": None, "deterministic": False,
     }  # fmt: skip
     main = [
-        jnp.asarray(draw((B, rows, heads, head_dim)), dtype)
-        for rows, heads in ((T, N), (S, K), (S, K))
+        jnp.asarray(draw((B, rows, heads, width)), dtype)
+        for rows, heads, width in (
+            (T, N, head_dim),
+            (S, K, head_dim),
+            (S, K, head_dim_v or head_dim),
+        )
     ]
     if "cu_seqlens_q" in arguments:
         q_ends = arguments["cu_seqlens_q"]

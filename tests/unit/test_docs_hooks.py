@@ -2,8 +2,6 @@
 
 import json
 
-import numpy as np
-
 from tools import docs_hooks
 
 
@@ -47,36 +45,6 @@ def test_the_recorded_table_is_whole() -> None:
     record = json.loads((docs_hooks.RESULTS / "cpu" / "transforms.json").read_text())
     assert len(record["cells"]) == 9
     assert {len(outcomes) for outcomes in record["cells"].values()} == {12}
-
-
-def test_what_is_simulated_for_blackwell_agrees_with_the_reference() -> None:
-    record = json.loads((docs_hooks.RESULTS / "simulator" / "agreement.json").read_text())
-    assert record["arch"] == "sm_100a"
-    assert len(record["calls"]) == 28
-    for name, of_call in record["calls"].items():
-        assert set(of_call) == ({"O", "LSE"} if "pages" in name else {"O", "LSE", "dQ", "dK", "dV"})
-        for result, entry in of_call.items():
-            samples = (docs_hooks.decoded(entry[x]) for x in ("samples", "expected"))
-            errors = entry["error"], docs_hooks.error(*samples)
-            assert max(errors) < (1e-5 if result == "LSE" else 1e-2), (name, result, errors)
-
-
-def test_the_agreement_table_compares_what_both_have(tmp_path, monkeypatch) -> None:
-    one = {"samples": docs_hooks.encoded(np.ones(5)), "expected": docs_hooks.encoded(np.ones(5))}
-    other = {"samples": docs_hooks.encoded(np.full(5, 1.5))}
-    for machine, calls in (
-        ("simulator", {"causal": {"O": one, "LSE": one}, "window": {"O": one}}),
-        ("h200", {"causal": {"O": other, "LSE": one}}),
-    ):
-        (tmp_path / machine).mkdir()
-        made = {"date": "2026-01-01T", "commit": "c"}
-        record = {"arch": "sm", "device": machine, **made, "calls": calls}
-        (tmp_path / machine / "agreement.json").write_text(json.dumps(record))
-    monkeypatch.setattr(docs_hooks, "RESULTS", tmp_path)
-    text = docs_hooks.agreement_table()
-    assert "|  | sm, simulator | sm, h200 | apart |" in text
-    assert "O 0.0e+00<br>LSE 0.0e+00 | O 5.0e-01<br>LSE 0.0e+00 | O 5.0e-01<br>LSE" in text
-    assert "window" not in text
 
 
 def test_pictures_are_drawn() -> None:
