@@ -25,7 +25,7 @@ What stands for one is the simulator, which runs the compiled kernels for sm_100
 same calls, with the same seeds, go through the kernels for sm_90a on a Hopper GPU. Each number is
 the norm of a difference over that of the result, at 192 places of each: of either from the
 reference in float64, and of the two from each other. Results in bfloat16 are rounded to 2^-9 of
-themselves, 2e-3. In italics what the Blackwell kernels of a call have that those of dense calls lack.
+themselves, 2e-3. In italics what a call's Blackwell kernels have and those of dense calls lack.
 Bias and scores have no gradients of their own here, and pages none at all.
 
 ```sh
