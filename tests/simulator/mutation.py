@@ -5,10 +5,14 @@ schedules tried.  One that survives them all is either equivalent, and belongs o
 why, or shows what the simulator cannot see.
 """
 
+import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -195,15 +199,40 @@ def judge(
     return Outcome(mutant, None)
 
 
-def judge_all(kernel, inputs, outputs, same, *, select=None, report=None, **options):
-    """The outcome of every mutant (that ``select`` accepts) on a line that runs."""
-    outcomes = []
+def judge_all(
+    kernel, inputs, outputs, same, *, select=None, report=None, workers: int = 1, **options
+) -> list[Outcome]:
+    """The outcome of every mutant (that ``select`` accepts) on a line that runs.
+
+    Args:
+      workers: processes; what several are given must be picklable.
+    """
     reached: set[int] = set()
     simulate(kernel, *inputs, outputs=outputs, coverage=reached)
-    for mutant in mutants(kernel.ptx):
-        if mutant.line in reached and (select is None or select(mutant)):
-            outcome = judge(kernel, mutant, inputs, outputs, same, **options)
+    chosen = [m for m in mutants(kernel.ptx) if m.line in reached and (not select or select(m))]
+    judged = functools.partial(judge, kernel, inputs=inputs, outputs=outputs, same=same, **options)
+    outcomes = []
+    with contextlib.ExitStack() as stack:
+        run: Callable = map
+        if workers > 1:
+            pool = ProcessPoolExecutor(
+                workers, get_context("spawn"), initializer=_hold, initargs=(judged,)
+            )
+            judged, run = _judge_held, stack.enter_context(pool).map
+        for outcome in run(judged, chosen):
             outcomes.append(outcome)
             if report:
                 report(outcome)
     return outcomes
+
+
+_held: list[Callable[[Mutant], Outcome]] = []
+"""In a worker, ``judge`` of what it was started for."""
+
+
+def _hold(judged: Callable[[Mutant], Outcome]) -> None:
+    _held[:] = [judged]
+
+
+def _judge_held(mutant: Mutant) -> Outcome:
+    return _held[0](mutant)

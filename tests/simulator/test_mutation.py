@@ -3,6 +3,8 @@
 Slow: run with ``--run-slow``.
 """
 
+import functools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -44,14 +46,14 @@ def case():
 
 def same_results(expected, count=2):
     """Whether the first ``count`` results are the expected ones, bit for bit."""
+    return functools.partial(_are_equal, expected[:count])
 
-    def same(results):
-        return all(
-            np.array_equal(a.view(np.uint8), b.view(np.uint8))
-            for a, b in zip(results[:count], expected[:count], strict=True)
-        )
 
-    return same
+def _are_equal(expected, results):
+    return all(
+        np.array_equal(a.view(np.uint8), b.view(np.uint8))
+        for a, b in zip(results[: len(expected)], expected, strict=True)
+    )
 
 
 def test_the_list_of_mutants_is_not_empty(case):

@@ -1,10 +1,13 @@
 """Every synchronisation of the Blackwell kernels matters, and the simulator notices each.
 
-Slow, half an hour of a core for the forward and a quarter for the backward: ``python -m pytest
---run-slow -s -n 0 tests/simulator/test_mutation_sm100.py``.
+Slow, half an hour of a core for the forward, a quarter for the backward of single blocks, and XX
+for that of pairs and that in passes: ``python -m pytest --run-slow -s -n 0
+tests/simulator/test_mutation_sm100.py``.  ``MUTATION_WORKERS=16`` in the environment spreads the
+changes over as many processes.
 """
 
 import dataclasses
+import os
 from collections import Counter
 
 import ml_dtypes
@@ -48,6 +51,12 @@ BACKWARD_CASE = Case(
 )
 """Of three blocks one is full, one cut short and one empty; more tiles than a ring has stages, the
 last of each head cut short; dP and dQ in the same columns of tensor memory."""
+
+PAIRS_CASE = dataclasses.replace(BACKWARD_CASE, group=1, seqlen_k=600)
+"""Of three pairs of blocks one is full, one has a block cut short and one without keys, and one is
+empty."""
+PASSES_CASE = dataclasses.replace(BACKWARD_CASE, group=1, head_dim=256, head_dim_v=256)
+WORKERS = int(os.environ.get("MUTATION_WORKERS", "1"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +168,14 @@ BACKWARD_EQUIVALENT = [
     Equivalent("remove bar.warp.sync", "if cute.arch.lane_idx() == 0:", 1, MET, REDUCE_FILE),
 ]
 
+PAIRS_EQUIVALENT: list[Equivalent] = []
+PASSES_EQUIVALENT: list[Equivalent] = []
+BACKWARDS = {
+    "alone": (BACKWARD_CASE, BACKWARD_EQUIVALENT, 200),
+    "pairs": (PAIRS_CASE, PAIRS_EQUIVALENT, 250),
+    "passes": (PASSES_CASE, PASSES_EQUIVALENT, 400),
+}
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
@@ -176,14 +193,14 @@ def test_every_mutant_is_killed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_every_mutant_of_the_backward_is_killed() -> None:
-    config = backward_config_sm100(BACKWARD_CASE.head_dim, BACKWARD_CASE.head_dim_v, may_pair=False)
-    made = launcher(BACKWARD_CASE, "bfloat16", config=config, arch="sm_100a")
-    kernel = made.compiled().with_lines()
-    inputs, gradients = expected(BACKWARD_CASE, "bfloat16")
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_every_mutant_of_the_backward_is_killed(name: str) -> None:
+    case, equivalent, least = BACKWARDS[name]
+    config = backward_config_sm100(case.head_dim, case.head_dim_v, may_pair=name == "pairs")
+    kernel = launcher(case, "bfloat16", config=config, arch="sm_100a").compiled().with_lines()
+    inputs, gradients = expected(case, "bfloat16")
     outputs = [(gradients[name].shape, BF16) for name in ("query", "key", "value")]
-    scratch = scratch_of(BACKWARD_CASE, made.config)
-    judge(kernel, inputs, outputs, scratch, BACKWARD_EQUIVALENT, least=200)
+    judge(kernel, inputs, outputs, scratch_of(case, config), equivalent, least)
 
 
 def judge(kernel, inputs, outputs, scratch, equivalent: list[Equivalent], least: int) -> None:
@@ -192,7 +209,7 @@ def judge(kernel, inputs, outputs, scratch, equivalent: list[Equivalent], least:
     outputs = outputs + [(shape, np.dtype(name)) for shape, name in scratch]
     same = same_results(simulate(kernel, *inputs, outputs=outputs), count)
     report = lambda outcome: print(outcome, flush=True)  # noqa: E731
-    outcomes = mutation.judge_all(kernel, inputs, outputs, same, report=report)
+    outcomes = mutation.judge_all(kernel, inputs, outputs, same, report=report, workers=WORKERS)
     assert len(outcomes) > least
     unused = mutation.unused_barriers(outcomes)
     survivors = [o.mutant for o in outcomes if o.reason is None and o.mutant.line not in unused]
