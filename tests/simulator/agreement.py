@@ -32,6 +32,7 @@ from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import BwdConfigSm100
+from jax_flashcute.kernels.key import Direction, KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.conftest import commit
 from tests.kernels.gpu_cases import compile_in_parallel
@@ -180,12 +181,12 @@ def arguments(name: str) -> tuple[AttentionSpec, Operands]:
     return dataclasses.replace(spec, constants=("bias", "score_mod_arrays")), operands
 
 
-def directions(name: str) -> tuple[registry.Direction, ...]:
+def directions(name: str) -> tuple[Direction, ...]:
     return ("fwd",) if name in PAGES else ("fwd", "bwd")
 
 
 @functools.cache
-def key_of(name: str, direction: registry.Direction, arch: str) -> registry.KernelKey:
+def key_of(name: str, direction: Direction, arch: str) -> KernelKey:
     """The kernel of a call; where it may make lists it does, however few its scores."""
     spec, operands = arguments(name)
     reasons = registry.reasons_against(spec, operands, direction, arch)
@@ -208,7 +209,7 @@ def features(name: str, arch: str) -> list[str]:
     ]
 
 
-def _features(key: registry.KernelKey, operands: Operands) -> list[str]:
+def _features(key: KernelKey, operands: Operands) -> list[str]:
     config, elements, bounds = key.config, key.elements, key.row_bounds
     intervals = max(len(key.union), bounds.intervals if bounds is not None else 0)
     copies = registry.page_copies(key)
@@ -295,13 +296,13 @@ def expected(name: str) -> dict[str, np.ndarray]:
         return {n: np.asarray(x) for n, x in found.items()}
 
 
-def in_simulation(key: registry.KernelKey, inputs: list, outputs: list) -> list:
+def in_simulation(key: KernelKey, inputs: list, outputs: list) -> list:
     return simulate(
         kernel_of(key), *map(np.asarray, inputs), outputs=outputs + scratch(key, inputs)
     )
 
 
-def on_gpu(key: registry.KernelKey, inputs: list, outputs: list) -> list:
+def on_gpu(key: KernelKey, inputs: list, outputs: list) -> list:
     kernel = store.get(key)
     register_call_target()
     types = [jax.ShapeDtypeStruct(*o) for o in outputs + scratch(key, inputs)]
@@ -311,7 +312,7 @@ def on_gpu(key: registry.KernelKey, inputs: list, outputs: list) -> list:
     return [np.asarray(x) for x in found[: len(outputs)]]
 
 
-def scratch(key: registry.KernelKey, inputs: list) -> list:
+def scratch(key: KernelKey, inputs: list) -> list:
     operands = Operands(*inputs[:3])
     if key.page_size is not None:
         table = next(x for x in inputs[3:] if x.ndim == 2 and x.dtype == jnp.int32)
