@@ -49,6 +49,9 @@ class Explanation:
         without pages.
       lists: whether that kernel visits tiles by lists: ``"given"``, ``"made from mask_mod in the
         call"``, or ``"none"`` and why not.
+      backward_blocks: how blocks of the backward kernel share its work on Blackwell: ``"in pairs,
+        which share products"``, ``"each alone"`` and why where others pair, or ``"a kernel for each
+        gradient"``; None on Hopper, and where no kernel serves the backward pass.
     """
 
     implementation: Implementation
@@ -63,6 +66,7 @@ class Explanation:
     splits: int | None = None
     page_copies: str | None = None
     lists: str = "none"
+    backward_blocks: str | None = None
 
     def __str__(self) -> str:
         lines = [f"implementation={self.implementation!r}"]
@@ -88,6 +92,8 @@ class Explanation:
             lines.append(f"pages: loaded by {self.page_copies}")
         if self.lists != "none":
             lines.append(f"lists of tiles: {self.lists}")
+        if self.backward_blocks is not None:
+            lines.append(f"blocks of the backward: {self.backward_blocks}")
         lines.extend(self.loads)
         return "\n".join(lines)
 
@@ -263,10 +269,13 @@ def _explanation(
 
     elsewhere = {None: "xla", "cute": "refused"}.get(implementation, str(implementation))
     target = plan.target() or plan.Target("sm_90a", plan.DEFAULT_NUM_SMS)
-    key = tiles = None
+    key = tiles = blocks = None
     if not reasons["fwd"]:
         key = registry.kernel_key(spec, operands, "fwd", target.arch, target.num_sms)
         tiles = registry.tile_counts(spec, operands, target.arch, target.num_sms)
+    if not reasons["bwd"]:
+        backward = registry.kernel_key(spec, operands, "bwd", target.arch, target.num_sms)
+        blocks = registry.backward_blocks(backward)
     return Explanation(
         implementation=implementation,
         forward=served_by("fwd"),
@@ -280,6 +289,7 @@ def _explanation(
         splits=None if key is None else registry.splits_of(key, operands),
         page_copies=None if key is None else registry.page_copies(key),
         lists="none" if key is None else _lists(spec, operands, target.arch),
+        backward_blocks=blocks,
     )
 
 

@@ -427,6 +427,20 @@ def splits_of(key: KernelKey, operands: Operands) -> int:
     )
 
 
+def backward_blocks(key: KernelKey) -> str | None:
+    """How blocks of a Blackwell backward share its work; None on Hopper."""
+    config = key.config
+    if not isinstance(config, BwdConfigSm100):
+        return None
+    if config.passes:
+        return "a kernel for each gradient"
+    if config.cta_group == 2:
+        return "in pairs, which share products"
+    if backward_config_sm100(key.head_dim, key.head_dim_v).cta_group == 2:
+        return "each alone, for block_mask's tiles are not multiples of 256 keys"
+    return "each alone"
+
+
 def page_copies(key: KernelKey) -> str | None:
     """How a kernel loads pages; None where there are none."""
     if key.page_size is None:

@@ -425,6 +425,34 @@ def test_what_the_kernels_serve() -> None:
     assert (explanation.forward_reasons, explanation.backward_reasons) == ((), ())
 
 
+@pytest.mark.parametrize(
+    ("tile_n", "head_dim", "blocks"),
+    [
+        (None, 64, "in pairs, which share products"),
+        (256, 64, "in pairs, which share products"),
+        (128, 64, "each alone, for block_mask's tiles are not multiples of 256 keys"),
+        (128, 40, "each alone"),
+        (256, 256, "a kernel for each gradient"),
+    ],
+)
+def test_blocks_pair_where_a_tile_has_the_keys_of_two(tile_n, head_dim, blocks, monkeypatch):
+    arrays = {n: jnp.zeros((1, 300, 2, head_dim), jnp.bfloat16) for n in ("query", "key", "value")}
+    made = None
+    if tile_n is not None:
+        made = BlockMask.from_blocks(
+            np.ones((3, -(-300 // tile_n)), bool),
+            q_length=300,
+            kv_length=300,
+            tile_m=128,
+            tile_n=tile_n,
+        )
+    assert explain(**arrays, block_mask=made).backward_blocks is None
+    monkeypatch.setenv("JAX_FLASHCUTE_ARCH", "sm_100a")
+    told = explain(**arrays, block_mask=made)
+    assert told.backward_blocks == blocks
+    assert f"blocks of the backward: {blocks}" in str(told)
+
+
 def test_tiles_that_no_kernel_has_are_refused() -> None:
     arrays = {n: x.astype(jnp.bfloat16) for n, x in inputs(40, 64).items()}
     made = BlockMask.from_lists([[0]] * 3, **SIZES)
