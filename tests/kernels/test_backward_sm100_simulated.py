@@ -21,8 +21,15 @@ MANY_TILES = sized(128, group=3, seqlen_q=300, seqlen_k=260, **EVERYTHING)
 """Several tiles of queries and of keys, tails of both, empty rows, an odd group."""
 IN_PASSES = sized(256, group=3, seqlen_q=140, seqlen_k=150, **EVERYTHING)
 """Head_dims whose gradients have a kernel each."""
-FAST = {"128_many_tiles": MANY_TILES, "72_40_lengths": CASES["72_40_lengths"]}
+IN_TURN = sized(192, 128, seqlen_q=130, seqlen_k=129)
+"""Head_dims whose S, dP and dQ follow each other in one place in tensor memory."""
+FAST = {
+    "72_40_lengths": (CASES["72_40_lengths"], "float16"),
+    "192_128_causal": (dataclasses.replace(IN_TURN, causal=True), "bfloat16"),
+    "192_128": (IN_TURN, "float16"),
+}
 SLOW = {n: c for n, c in (CASES | SLOW_CASES).items() if n not in FAST}
+SLOW["128_many_tiles"] = MANY_TILES
 SLOW["128_pairs_long"] = sized(128, seqlen_q=400, seqlen_k=600, kv_heads=2, causal=True)
 SLOW["64_96_pairs"] = sized(64, 96, group=2, seqlen_k=600, **EVERYTHING)
 SLOW["136_168_causal"] = sized(136, 168, causal=True, group=2)
@@ -37,9 +44,23 @@ def check(case: Case, dtype: str = "bfloat16", arch: str = ARCH, **how) -> None:
     hopper.check(case, dtype, arch=arch, **how)
 
 
-@pytest.mark.parametrize("case", [*(pytest.param(c, id=n) for n, c in FAST.items()), *slowly(SLOW)])
+@pytest.mark.parametrize(("case", "dtype"), [pytest.param(*c, id=n) for n, c in FAST.items()])
+def test_each(case: Case, dtype: str) -> None:
+    """With those below each kind of kernel meets either dtype, and is causal and full."""
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("case", slowly(SLOW))
 def test_gradients(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dims", [(64, 40), (64, 64), (128, 128), (192, 128), (256, 256)])
+def test_every_class(dims: tuple[int, int], causal: bool, dtype: str) -> None:
+    check(sized(*dims, group=3, causal=causal), dtype)
 
 
 @pytest.mark.parametrize(("timing", "warps"), TIMINGS)
@@ -51,7 +72,7 @@ def test_any_timing(timing: str, warps: str) -> None:
     ("timing", "warps"), [TIMINGS[0], pytest.param(*TIMINGS[1], marks=pytest.mark.slow)]
 )
 def test_passes(timing: str, warps: str) -> None:
-    check(IN_PASSES, timing=timing, warps=warps, seed=3)
+    check(IN_PASSES, "float16", timing=timing, warps=warps, seed=3)
 
 
 @pytest.mark.parametrize("case", slowly(SLOW))
@@ -62,7 +83,7 @@ def test_gradients_under_any_timing(case: Case, timing: str, warps: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("warps", ["adversarial", "seeded"])
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(50))
 def test_any_seed(seed: int, warps: str) -> None:
     check(MANY_TILES, timing="shuffled", warps=warps, seed=seed)
 
@@ -84,7 +105,7 @@ def test_half_precision_on_the_other_blackwell(name: str) -> None:
 def test_deterministic(case: Case) -> None:
     """A block that waits for a turn that never comes, or has passed, is a deadlock."""
     config = backward_config_sm100(case.head_dim, case.head_dim_v, deterministic=True)
-    check(case, config=config)
+    check(case, "float16", config=config)
 
 
 @pytest.mark.slow

@@ -103,6 +103,17 @@ BACKWARD = CASES | {
     ),
 }
 del BACKWARD["packed_heads"]
+# Where blocks of 128 keys pair, such tiles are theirs.
+BACKWARD["128_wide_tiles"] = (
+    (1, 200, 700),
+    {
+        "mask_mod": odd,
+        "heads": (2, 1),
+        "head_dim": 128,
+        "block_mask": random_lists((1, 200, 700), 1, 2, (128, 256), seed=6),
+        "deterministic": True,
+    },
+)
 
 
 SLOW = pytest.mark.slow
