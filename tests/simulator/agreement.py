@@ -352,7 +352,10 @@ def main() -> None:
     if given.gpu:
         keys = [key_of(n, d, given.arch) for n in names for d in directions(n)]
         with mock.patch.dict(os.environ, JAX_PLATFORMS="cpu"):
-            compile_in_parallel(keys)
+            try:
+                compile_in_parallel(keys)
+            except Exception:  # It comes again in the call that needs the kernel.
+                traceback.print_exc()
     failed = []
     # What is prepared on the CPU takes longest beside a GPU.
     with ThreadPoolExecutor(8 if given.gpu else 1) as pool:
