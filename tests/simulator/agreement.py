@@ -17,8 +17,9 @@ import os
 import re
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
@@ -35,7 +36,6 @@ from jax_flashcute.kernels.config import BwdConfigSm100
 from jax_flashcute.kernels.key import Direction, KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.conftest import commit
-from tests.kernels.gpu_cases import compile_in_parallel
 from tests.simulator.agreement_table import encoded, error, write_page
 from tests.simulator.compiled import kernel_of
 from tests.simulator.simulation import simulate
@@ -330,6 +330,29 @@ def record(name: str, arch: str, *, gpu: bool) -> dict:
     return {"features": features(name, arch), "results": entry}
 
 
+def compile_ahead(kernels: list[tuple[str, registry.Direction, str]]) -> None:
+    """Compiles kernels by processes that leave the GPU alone; the store hands them to this one."""
+    with (
+        mock.patch.dict(os.environ, JAX_PLATFORMS="cpu"),
+        ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool,
+    ):
+        problems = pool.map(problem_of, kernels)
+        # Threads, which do not patch side by side, find these.
+        for kernel in kernels:
+            key_of(*kernel)
+        for kernel, problem in zip(kernels, problems, strict=True):
+            if problem:  # It comes again in the call that needs the kernel.
+                print(*kernel, problem, flush=True)
+
+
+def problem_of(kernel: tuple[str, registry.Direction, str]) -> str | None:
+    """What keeps a kernel from being compiled; functions are no message between processes."""
+    try:
+        store.get(key_of(*kernel))
+    except Exception:
+        return traceback.format_exc()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", default="sm_100a", choices=registry.ARCHITECTURES["fwd"])
@@ -350,12 +373,7 @@ def main() -> None:
     made = {"jax": jax.__version__, "date": now, "commit": commit()}
     written: dict = {"arch": given.arch, "device": device, **made, "calls": {}}
     if given.gpu:
-        keys = [key_of(n, d, given.arch) for n in names for d in directions(n)]
-        with mock.patch.dict(os.environ, JAX_PLATFORMS="cpu"):
-            try:
-                compile_in_parallel(keys)
-            except Exception:  # It comes again in the call that needs the kernel.
-                traceback.print_exc()
+        compile_ahead([(n, d, given.arch) for n in names for d in directions(n)])
     failed = []
     # What is prepared on the CPU takes longest beside a GPU.
     with ThreadPoolExecutor(8 if given.gpu else 1) as pool:
