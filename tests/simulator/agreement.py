@@ -330,7 +330,7 @@ def record(name: str, arch: str, *, gpu: bool) -> dict:
     return {"features": features(name, arch), "results": entry}
 
 
-def compile_ahead(kernels: list[tuple[str, registry.Direction, str]]) -> None:
+def compile_ahead(kernels: list[tuple[str, Direction, str]]) -> None:
     """Compiles kernels by processes that leave the GPU alone; the store hands them to this one."""
     with (
         mock.patch.dict(os.environ, JAX_PLATFORMS="cpu"),
@@ -345,7 +345,7 @@ def compile_ahead(kernels: list[tuple[str, registry.Direction, str]]) -> None:
                 print(*kernel, problem, flush=True)
 
 
-def problem_of(kernel: tuple[str, registry.Direction, str]) -> str | None:
+def problem_of(kernel: tuple[str, Direction, str]) -> str | None:
     """What keeps a kernel from being compiled; functions are no message between processes."""
     try:
         store.get(key_of(*kernel))

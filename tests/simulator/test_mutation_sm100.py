@@ -52,9 +52,9 @@ BACKWARD_CASE = Case(
 """Of three blocks one is full, one cut short and one empty; more tiles than a ring has stages, the
 last of each head cut short; dP and dQ in the same columns of tensor memory."""
 
-PAIRS_CASE = dataclasses.replace(BACKWARD_CASE, group=1, seqlen_k=600)
+PAIRS_CASE = dataclasses.replace(BACKWARD_CASE, group=1, seqlen_q=400, seqlen_k=600)
 """Of three pairs of blocks one is full, one has a block cut short and one without keys, and one is
-empty."""
+empty; each loop is followed by more tiles."""
 PASSES_CASE = dataclasses.replace(BACKWARD_CASE, group=1, head_dim=256, head_dim_v=256)
 WORKERS = int(os.environ.get("MUTATION_WORKERS", "1"))
 
