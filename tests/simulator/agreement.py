@@ -360,6 +360,7 @@ def main() -> None:
     parser.add_argument(
         "--calls", default="", help="only calls in whose name this pattern is found"
     )
+    parser.add_argument("--workers", type=int, default=1, help="processes that simulate")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", type=Path)
     what.add_argument("--table", action="store_true", help="write docs/agreement.md")
@@ -375,8 +376,12 @@ def main() -> None:
     if given.gpu:
         compile_ahead([(n, d, given.arch) for n in names for d in directions(n)])
     failed = []
-    # What is prepared on the CPU takes longest beside a GPU.
-    with ThreadPoolExecutor(8 if given.gpu else 1) as pool:
+    # Beside a GPU what is prepared on the CPU takes longest.
+    with (
+        ThreadPoolExecutor(8)
+        if given.gpu
+        else ProcessPoolExecutor(given.workers, get_context("spawn"))
+    ) as pool:
         runs = {n: pool.submit(record, n, given.arch, gpu=given.gpu) for n in names}
         for name, run in runs.items():
             try:
