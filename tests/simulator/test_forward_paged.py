@@ -117,7 +117,7 @@ def check_operands(call: Call, operands: Operands, arch: str = "sm_90a", **how):
 
 CASES = {
     "1_prefill_128_40": Call(1, (0, 7, 157), 128, 40, seqlen_q=70, queries=(3, 1, 70), group=2),
-    "8_prefill": Call(8, (0, 7, 8, 9, 157), seqlen_q=70, queries=(3, 1, 0, 70, 65)),
+    "8_prefill_128_72": Call(8, (0, 7, 8, 9, 157), 128, 72, seqlen_q=70, queries=(3, 1, 0, 70, 65)),
     "512_chunk_72_40": Call(512, (700, 257), 72, 40, seqlen_q=64, group=3, pages="shared"),
 }
 SLOW_CASES = {
@@ -195,7 +195,7 @@ def test_parts_are_those_that_the_estimate_finds_cheapest(lengths: tuple[int, ..
 
 
 BLACKWELL_CASES = {
-    "8_prefill": CASES["8_prefill"],
+    "8_prefill_128_72": CASES["8_prefill_128_72"],
     "1_decode": Call(1, (1101, 0, 1, 15), group=3, num_sms=16),
 }
 ALL_CASES = CASES | SLOW_CASES | SPLIT_CASES | SLOW_SPLIT_CASES

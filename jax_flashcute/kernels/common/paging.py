@@ -33,17 +33,19 @@ def tiles_in_pages(
     copying_warps: int = COPYING_WARPS,
     boxes_at_once: int = 4,
     cluster: int = 1,
+    columns_first: bool = False,
 ) -> "DenseTiles | BoxedTiles | CopiedTiles":
     """How tiles of ``tile_n`` keys are loaded from pages of ``page_size``; None: from no pages.
 
     ``copying_warps``: that copy K, and as many V; ``boxes_at_once``: how far the loop over a tile's
-    boxes is unrolled, which takes registers;
-    ``cluster``: blocks that load the same tiles, each a part for all; from no pages.
+    boxes is unrolled, which takes registers; ``cluster``: blocks that load the same tiles, each a
+    part for all, from no pages; ``columns_first``: tiles may be a ``smem_layout`` with
+    ``columns_first``, and are where the method of that name says so.
     """
     if page_size is None:
         return DenseTiles(tile_n, cluster)
     if loads_pages_by_tma(page_size):
-        return BoxedTiles(page_size, tile_n, boxes_at_once)
+        return BoxedTiles(page_size, tile_n, boxes_at_once, columns_first)
     return CopiedTiles(page_size, tile_n, copying_warps, kv_stages)
 
 
@@ -69,6 +71,7 @@ def begin_values(
     tail,
     has_lengths: cutlass.Constexpr[bool],
     has_lists: cutlass.Constexpr[bool],
+    columns_first: cutlass.Constexpr[bool] = False,
 ) -> Int32:
     """``begin_stage`` of V, and what lies beyond the length cleared: it may be NaN, and 0 * NaN is.
 
@@ -77,6 +80,7 @@ def begin_values(
       tail: a barrier of its own for the copies of such a tile, and its phase.
       has_lengths: the length may end within a tile.
       has_lists: tiles may lie beyond the length altogether.
+      columns_first: of their ``smem_layout``.
 
     Returns:
       The next phase of ``tail``.
@@ -94,7 +98,7 @@ def begin_values(
         inside = keys - n * tiles.tile_n
         if const_expr(has_lists):
             inside = cutlass.max(inside, Int32(0))
-        clear_rows(sV, width, stage, inside)
+        clear_rows(sV, width, stage, inside, columns_first)
         cute.arch.fence_view_async_shared()
         cute.arch.sync_warp()
         pipeline.commit(stage)
@@ -191,6 +195,9 @@ class DenseTiles:
         self.tile_n = tile_n
         self.cluster = cluster
 
+    def columns_first(self, dtype, head_dim: int, width: int) -> bool:
+        return False
+
     def source(self, dtype, x: cute.Tensor, width: int):
         """The copy of a tile from ``by_head``'s view of an array, and what it reads."""
         load = cpasync.CopyBulkTensorTileG2SOp()
@@ -239,18 +246,51 @@ class BoxedTiles:
     copying_warps = 0
     nowhere = 0
 
-    def __init__(self, page_size: int, tile_n: int, boxes_at_once: int):
+    def __init__(
+        self, page_size: int, tile_n: int, boxes_at_once: int, columns_first: bool = False
+    ):
         self.page_size = page_size
         self.tile_n = tile_n
         self.boxes_at_once = boxes_at_once
         self.box = math.gcd(page_size, tile_n)
         self.boxes = tile_n // self.box
+        self.may_be_columns_first = columns_first
+
+    def columns_first(self, dtype, head_dim: int, width: int) -> bool:
+        """Whether tiles are laid out such that a box of all columns is one copy."""
+        is_whole = head_dim % swizzle_width(dtype, width) == 0
+        return self.may_be_columns_first and is_whole
+
+    def box_layout(self, dtype, width: int):
+        """A box of a tile whose atoms follow each other along the columns, as (rows, columns)."""
+        atom = swizzle_width(dtype, width)
+        return cute.make_composed_layout(
+            smem_layout(dtype, self.tile_n, width).inner,
+            0,
+            cute.make_layout(
+                ((8, self.box // 8), (atom, width // atom)),
+                stride=((atom, 8 * width), (1, 8 * atom)),
+            ),
+        )
 
     def source(self, dtype, pages: cute.Tensor, width: int):
         """The copy of a box from ``by_head``'s view of the pages, and what it reads."""
-        layout = slab_tma_layout(dtype, self.tile_n, width, 1, self.box)
         load = cpasync.CopyBulkTensorTileG2SOp()
-        return cpasync.make_tiled_tma_atom(load, pages, layout, (1, self.box, width))
+        head_dim, heads, num_pages = (pages.shape[i] for i in (2, 3, 4))
+        if not self.columns_first(dtype, head_dim, width):
+            layout = slab_tma_layout(dtype, self.tile_n, width, 1, self.box)
+            return cpasync.make_tiled_tma_atom(load, pages, layout, (1, self.box, width))
+        # Five dimensions in the order of shared memory: an atom's columns and rows, atoms along the
+        # columns of all heads, atoms along the rows, pages.
+        atom, row = swizzle_width(dtype, width), pages.stride[1]
+        view = cute.make_layout(
+            ((8, self.page_size // 8), (atom, head_dim // atom * heads), num_pages),
+            stride=((row, 8 * row), (1, atom), pages.stride[4]),
+        )
+        view = cute.make_tensor(pages.iterator, view)
+        return cpasync.make_tiled_tma_atom(
+            load, view, self.box_layout(dtype, width), (self.box, width)
+        )
 
     @cute.jit
     def places(self, mPageTable: cute.Tensor, batch: Int32, keys: Int32, warp: Int32, n: Int32):
@@ -275,14 +315,21 @@ class BoxedTiles:
     ):
         """A function (n, places, stage, barrier) that starts the copies of tile n."""
         atom, gX, sX = copy
-        slab = slab_tma_layout(sX.element_type, self.tile_n, width, 1, self.box)
-        row = slab.outer.stride[1]
-        boxes = cute.make_layout((self.boxes, stages), stride=(self.box * row, self.tile_n * width))
-        sX_boxes = cute.make_tensor(sX.iterator, cute.append(slab.outer, boxes))
-        gX_boxes = cute.local_tile(
-            gX[None, None, None, head, None], (1, self.box, width), (0, None, 0, None)
-        )
-        target, source = tma_partition(atom, sX_boxes, cute.group_modes(gX_boxes, 3, 5))
+        ring = (self.boxes, stages)
+        if const_expr(cute.rank(gX) == 3):
+            boxes = cute.make_layout(ring, stride=(self.box * width, self.tile_n * width))
+            layout = self.box_layout(sX.element_type, width).outer
+            gX_boxes = cute.local_tile(gX, (self.box, width), (None, head, None))
+        else:
+            layout = slab_tma_layout(sX.element_type, self.tile_n, width, 1, self.box).outer
+            stride = (self.box * layout.stride[1], self.tile_n * width)
+            boxes = cute.make_layout(ring, stride=stride)
+            gX_boxes = cute.local_tile(
+                gX[None, None, None, head, None], (1, self.box, width), (0, None, 0, None)
+            )
+        sX_boxes = cute.make_tensor(sX.iterator, cute.append(layout, boxes))
+        last = cute.rank(gX_boxes)
+        target, source = tma_partition(atom, sX_boxes, cute.group_modes(gX_boxes, last - 2, last))
         return partial(self.copy, atom, source, target)
 
     @cute.jit
@@ -316,6 +363,9 @@ class CopiedTiles:
         self.rows = tile_n // warps
         if tile_n % (4 * warps):
             raise ValueError(f"{tile_n} keys are not {warps} equal parts in fours")
+
+    def columns_first(self, dtype, head_dim: int, width: int) -> bool:
+        return False
 
     @property
     def nowhere(self) -> tuple:

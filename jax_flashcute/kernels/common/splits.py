@@ -16,7 +16,9 @@ from jax_flashcute.kernels.common.traced import Traced
 from jax_flashcute.kernels.config import MIN_SPLIT_TILES
 from jax_flashcute.kernels.primitives import select
 
-PART_TILES = (2**20, *(MIN_SPLIT_TILES * 2**i for i in reversed(range(5))))
+MIN_PART_SHIFT = MIN_SPLIT_TILES.bit_length() - 1
+PART_SHIFTS = (20, *(MIN_PART_SHIFT + i for i in reversed(range(5))))
+PART_TILES = tuple(1 << shift for shift in PART_SHIFTS)
 """Lengths of parts to choose from, in key tiles; the first divides nothing."""
 PART_COST, COMBINE_COST = 8, 24
 """What a part takes beside its tiles, and a kernel that adds parts up, in sixteenths of a tile's
@@ -38,32 +40,34 @@ def splits_of_entry(
         from the others, or where all are alike.
     """
     most, batch, _, heads, _ = partials
-    part_tiles = Int32(MIN_SPLIT_TILES)
+    # Lengths are powers of two: no division, for which a kernel's first load would have to wait.
+    part_shift = Int32(MIN_PART_SHIFT)
     if num_sms is not None:
-        part_tiles = shared_part_tiles(
+        part_shift = shared_part_shift(
             tiles_of, batch, Int32(heads // heads_packed), Int32(most), num_sms
         )
 
     def splits(entry: Int32) -> Int32:
         n_min, n_max = tiles_of(entry)
-        fitting = (n_max - n_min + (part_tiles - 1)) // part_tiles
+        fitting = (n_max - n_min + ((Int32(1) << part_shift) - 1)) >> part_shift
         return cutlass.max(cutlass.min(fitting, Int32(most)), Int32(1))
 
     return splits
 
 
 @cute.jit
-def shared_part_tiles(
+def shared_part_shift(
     tiles_of: cutlass.Constexpr,
     batch: Int32,
     heads: Int32,
     most: Int32,
     num_sms: cutlass.Constexpr[int],
 ) -> Int32:
-    """Key tiles of a part such that all parts are done soonest, by an estimate; for a whole warp.
+    """Key tiles of a part such that all parts are done soonest, as a power of two; a whole warp's.
 
-    Of parts of equal length, as many as there are multiprocessors are done at a time; a longer one
-    may be drawn last.  In integers, because two kernels have to come to the same result.
+    By an estimate: of parts of equal length, as many as there are multiprocessors are done at a
+    time; a longer one may be drawn last.  In integers, because two kernels have to come to the same
+    result.
     """
     total, longest = Int32(0), Int32(0)
     counts = [Int32(0) for _ in PART_TILES]
@@ -83,17 +87,17 @@ def shared_part_tiles(
         counts = [c + cute.arch.shuffle_sync_bfly(c, offset=1 << step) for c in counts]
     # A length a lane: blocks wait for this before they load anything.
     choice = cute.arch.lane_idx() % 8
-    length, count = Int32(PART_TILES[0]), counts[0]
-    for i, other, parts in zip(range(len(PART_TILES)), PART_TILES, counts, strict=True):
-        length, count = select(choice < i, length, Int32(other)), select(choice < i, count, parts)
-    cost = parts_cost(length, count * heads, total * heads, longest, most, num_sms)
+    shift, count = Int32(PART_SHIFTS[0]), counts[0]
+    for i, other, parts in zip(range(len(PART_SHIFTS)), PART_SHIFTS, counts, strict=True):
+        shift, count = select(choice < i, shift, Int32(other)), select(choice < i, count, parts)
+    cost = parts_cost(Int32(1) << shift, count * heads, total * heads, longest, most, num_sms)
     # The first of the cheapest: lengths descend.
     for step in cutlass.range_constexpr(3):
         other_cost = cute.arch.shuffle_sync_bfly(cost, offset=1 << step)
-        other = cute.arch.shuffle_sync_bfly(length, offset=1 << step)
-        is_better = (other_cost < cost) | ((other_cost == cost) & (other > length))
-        cost, length = select(is_better, other_cost, cost), select(is_better, other, length)
-    return length
+        other = cute.arch.shuffle_sync_bfly(shift, offset=1 << step)
+        is_better = (other_cost < cost) | ((other_cost == cost) & (other > shift))
+        cost, shift = select(is_better, other_cost, cost), select(is_better, other, shift)
+    return shift
 
 
 def parts_cost(length, parts, tiles, longest, most, num_sms: int):
@@ -163,11 +167,14 @@ class SplitOrder(Traced):
 
     @cute.jit
     def coordinates(self, index: Int32):
-        """(head, kv_head, batch, split, splits) of a tile index below ``count()``."""
+        """(head, kv_head, batch, split, splits) of a tile index.
+
+        ``batch`` is the number of entries, and no entry, from ``count()`` on.
+        """
         heads = self.kv_heads * self.heads_per_kv
         part = index // heads
         head = index - part * heads
-        batch, split, splits = Int32(0), Int32(0), Int32(1)
+        batch, split, splits = self.batch, Int32(0), Int32(1)
         first = Int32(0)
         while first < self.batch:
             own, running = self.running_splits(first)

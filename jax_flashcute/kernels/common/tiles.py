@@ -3,7 +3,7 @@
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
-from cutlass import Float32, Int32, Int64, Uint32
+from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
@@ -23,13 +23,19 @@ def chunks(columns: int) -> list[tuple[int, int]]:
     return found
 
 
-def smem_layout(dtype, rows: int, columns: int, stages: int | None = None):
-    """Row-major tile(s) in shared memory with the widest swizzle that divides the columns."""
+def smem_layout(
+    dtype, rows: int, columns: int, stages: int | None = None, columns_first: bool = False
+):
+    """Row-major tile(s) in shared memory with the widest swizzle that divides the columns.
+
+    Atoms of 8 rows follow each other along the rows, or with ``columns_first`` along the columns.
+    """
     atom = warpgroup.make_smem_layout_atom(
         hopper.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, columns), dtype
     )
     shape = (rows, columns) if stages is None else (rows, columns, stages)
-    return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
+    order = (1, 0, 2) if columns_first else (0, 1, 2)
+    return cute.tile_to_shape(atom, shape, order=order[: len(shape)])
 
 
 def swizzle_width(dtype, columns: int) -> int:
@@ -102,7 +108,13 @@ def tma_partition(
 
 
 @cute.jit
-def clear_rows(tile: cute.Tensor, width: cutlass.Constexpr[int], stage: Int32, first: Int32):
+def clear_rows(
+    tile: cute.Tensor,
+    width: cutlass.Constexpr[int],
+    stage: Int32,
+    first: Int32,
+    columns_first: cutlass.Constexpr[bool] = False,
+):
     """Zeroes rows first.. of a stage of a ``smem_layout`` of (rows, width, stages); one warp.
 
     A row's swizzle permutes inside the row of its atom, so whole atom rows can be cleared.
@@ -111,11 +123,15 @@ def clear_rows(tile: cute.Tensor, width: cutlass.Constexpr[int], stage: Int32, f
     stages = cute.size(tile, mode=[2])
     atom = swizzle_width(tile.element_type, width)
     words, atoms = atom // 4, width // atom
+    shape, stride = rows, words
+    right = words * rows
+    if const_expr(columns_first):
+        shape, stride = (8, rows // 8), (words, 8 * words * atoms)
+        right = 8 * words
     linear = cute.make_tensor(
         cute.recast_ptr(tile.iterator, swizzle_=cute.make_swizzle(0, 4, 3), dtype=Int64),
         cute.make_layout(
-            (words, rows, atoms, stages),
-            stride=(1, words, words * rows, words * rows * atoms),
+            (words, shape, atoms, stages), stride=(1, stride, right, words * rows * atoms)
         ),
     )
     lane = cute.arch.lane_idx()

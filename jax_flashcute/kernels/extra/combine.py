@@ -21,6 +21,9 @@ WARPS = 4
 """Rows of a block, a warp each."""
 WARP_COLUMNS = 128
 """Columns of O that a warp takes at a time, four a lane."""
+PARTS_AT_ONCE = 8
+"""Parts on their way to a lane's registers together; one after the other, each would cost the
+latency of memory."""
 
 
 class Combine:
@@ -49,6 +52,7 @@ class Combine:
             grid=[cute.ceil_div(rows, WARPS), 1, 1],
             block=[32 * WARPS, 1, 1],
             stream=stream,
+            min_blocks_per_mp=1,
             use_pdl=True,
         )
 
@@ -126,22 +130,58 @@ class Combine:
 
         for c in cutlass.range_constexpr(-(-self.head_dim_v // WARP_COLUMNS)):
             column = c * WARP_COLUMNS + 4 * lane
+            # Lanes without columns read others', so that all of them tell weights.
+            readable = cutlass.min(column, Int32(self.head_dim_v - 4))
             acc = cute.make_rmem_tensor(4, Float32)
             acc.fill(0.0)
+            for first in cutlass.range(0, splits, PARTS_AT_ONCE, unroll=1):
+                self.add_parts(
+                    *(acc, mOPartial, mLSEPartial, (batch, token, head), readable),
+                    *(base, first, splits - 1, lane),
+                )
             if column < self.head_dim_v:
-                for i in cutlass.range(splits, unroll=4):
-                    part_lse = mLSEPartial[i, batch, token, head]
-                    if part_lse != -Float32.inf:
-                        weight = exp2((part_lse - base) * LOG2_E) * factor
-                        part = cute.make_rmem_tensor(4, Float32)
-                        start = cute.crd2idx((i, batch, token, head, 0), mOPartial.layout)
-                        source = (mOPartial.iterator + (start + column)).align(16)
-                        cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), part)
-                        for k in cutlass.range_constexpr(4):
-                            acc[k] = acc[k] + weight * part[k]
                 words = cute.make_rmem_tensor(2, Uint32)
                 for k in cutlass.range_constexpr(2):
-                    words[k] = round_pair(self.dtype, acc[2 * k], acc[2 * k + 1])
+                    words[k] = round_pair(self.dtype, acc[2 * k] * factor, acc[2 * k + 1] * factor)
                 start = cute.crd2idx((batch, token, head, 0), mO.layout)
                 target = cute.recast_ptr((mO.iterator + (start + column)).align(8), dtype=Uint32)
                 cute.autovec_copy(words, cute.make_tensor(target, cute.make_layout(2)))
+
+    @cute.jit
+    def add_parts(
+        self,
+        acc: cute.Tensor,
+        mOPartial: cute.Tensor,
+        mLSEPartial: cute.Tensor,
+        row: tuple,
+        column: Int32,
+        base: Float32,
+        first: Int32,
+        last: Int32,
+        lane: Int32,
+    ):
+        """Adds a few parts of a row to four columns, all read before any is added.
+
+        Args:
+          acc: the columns' sums.
+          mOPartial, mLSEPartial: the parts.
+          row: batch, token and head.
+          column: the first of the four.
+          base: what the parts' LSE are relative to.
+          first: the first part to add.
+          last: the last part there is.
+          lane: of the warp.
+        """
+        parts = cute.make_rmem_tensor((4, PARTS_AT_ONCE), Float32)
+        for i in cutlass.range_constexpr(PARTS_AT_ONCE):
+            start = cute.crd2idx((cutlass.min(first + i, last), *row, 0), mOPartial.layout)
+            source = (mOPartial.iterator + (start + column)).align(16)
+            cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), parts[None, i])
+        part = first + lane % PARTS_AT_ONCE
+        part_lse = mLSEPartial[cutlass.min(part, last), *row]
+        weight = select(part <= last, exp2((part_lse - base) * LOG2_E), Float32(0.0))
+        for i in cutlass.range_constexpr(PARTS_AT_ONCE):
+            factor = cute.arch.shuffle_sync(weight, i)
+            # What a part without a visible key left may be NaN.
+            for k in cutlass.range_constexpr(4):
+                acc[k] = acc[k] + factor * select(factor > 0.0, parts[k, i], Float32(0.0))

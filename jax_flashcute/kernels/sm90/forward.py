@@ -176,7 +176,9 @@ class ForwardSm90(KeyTiles):
         self.functions = functions
         self.page_size = page_size
         self.kv_tiles = tiles_in_pages(
-            page_size, config.tile_n, config.kv_stages, cluster=config.cluster
+            *(page_size, config.tile_n, config.kv_stages),
+            cluster=config.cluster,
+            columns_first=True,
         )
         self.copying_warps = self.kv_tiles.copying_warps
         in_order = not (split_kv or has_lists or self.union)
@@ -328,6 +330,17 @@ class ForwardSm90(KeyTiles):
 
         return SharedStorage
 
+    def columns_first(self, head_dim: int) -> bool:
+        """Whether tiles of K or V are such a ``smem_layout``."""
+        return self.kv_tiles.columns_first(self.dtype, head_dim, round_up(head_dim, 16))
+
+    def key_layout(self, head_dim: int):
+        """Tiles of K or V in shared memory, the stage last."""
+        return smem_layout(
+            *(self.dtype, self.config.tile_n, round_up(head_dim, 16), self.config.kv_stages),
+            columns_first=self.columns_first(head_dim),
+        )
+
     # ---- device side -----------------------------------------------------------------------
 
     @cute.kernel
@@ -424,8 +437,7 @@ class ForwardSm90(KeyTiles):
 
         # One slab of Q per warpgroup; the slab is the last mode.
         q_layout = smem_layout(self.dtype, 64, self.smem_h, cfg.warpgroups)
-        k_layout = smem_layout(self.dtype, cfg.tile_n, self.smem_h, cfg.kv_stages)
-        v_layout = smem_layout(self.dtype, cfg.tile_n, self.smem_hv, cfg.kv_stages)
+        k_layout, v_layout = self.key_layout(self.head_dim), self.key_layout(self.head_dim_v)
         sQ = storage.sQ.get_tensor(q_layout.outer, swizzle=q_layout.inner)
         sK = storage.sK.get_tensor(k_layout.outer, swizzle=k_layout.inner)
         sV = storage.sV.get_tensor(v_layout.outer, swizzle=v_layout.inner)
@@ -554,14 +566,18 @@ class ForwardSm90(KeyTiles):
         q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase, tail_phase, draw_phase = (
             Int32(0) for _ in range(9)
         )
+        # Which part a tile is, and whether it is one at all, is found at once.
+        place_of_part = tuple(Int32(0) for _ in range(5))
         if const_expr(self.split_kv):
-            num_tiles = order.count()
-        while tile < (num_tiles if const_expr(self.split_kv) else order.num_tiles):
+            place_of_part = order.coordinates(tile)
+        while (
+            place_of_part[2] < order.batch if const_expr(self.split_kv) else tile < order.num_tiles
+        ):
             part = ()
             if const_expr(self.split_kv):
                 m_block = Int32(0)
-                head, kv_head, batch, split, splits = order.coordinates(tile)
-                part = (split, splits)
+                head, kv_head, batch = place_of_part[:3]
+                part = place_of_part[3:]
             else:
                 m_block, head, kv_head, batch = order.coordinates(tile)
             offset, queries, keys = lengths(batch)
@@ -637,6 +653,7 @@ class ForwardSm90(KeyTiles):
                         (tail_barrier, tail_phase),
                         has_kv_lengths,
                         self.has_lists,
+                        self.columns_first(self.head_dim_v),
                     )
                     v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
                 n, place = following, following_place
@@ -647,6 +664,8 @@ class ForwardSm90(KeyTiles):
                 tile = self.draw(draws, draw_phase)
             draw_phase ^= 1
             tile = cute.arch.shuffle_sync(tile, 0)
+            if const_expr(self.split_kv):
+                place_of_part = order.coordinates(tile)
 
         pipeline_tile.acquire(t_stage, t_phase)
         self.write_work(work[None, t_stage], (Int32(-1),) * self.work_fields)
