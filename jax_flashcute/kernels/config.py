@@ -103,16 +103,20 @@ def forward_config(head_dim: int, head_dim_v: int) -> FwdConfig:
     return FwdConfig(2, 64, 2)
 
 
+FEW_ROWS_BYTES = 144 * 1024
+"""Of keys and values on their way to a multiprocessor, at most, in such calls: with head_dim 128
+an H200 reads faster with 128 KB than with 192; docs/lab-notebook.md."""
+
+
 def few_rows_config(head_dim: int, head_dim_v: int) -> FwdConfig:
     """The forward configuration where a tile of 64 rows holds all queries, split-KV's.
 
-    One warpgroup, and as many keys on their way to shared memory as fit: such calls wait for
-    memory.  Not tuned yet.
+    One warpgroup, and keys on their way to shared memory: such calls wait for memory.
     """
-    config = FwdConfig(1, forward_config(head_dim, head_dim_v).tile_n, 6, takes_turns=False)
-    while config.reasons_invalid(head_dim, head_dim_v):
-        config = dataclasses.replace(config, kv_stages=config.kv_stages - 1)
-    return config
+    tile_n = forward_config(head_dim, head_dim_v).tile_n
+    stage_bytes = 2 * tile_n * (round_up(head_dim, 16) + round_up(head_dim_v, 16))
+    stages = min(6, max(2, FEW_ROWS_BYTES // stage_bytes))
+    return FwdConfig(1, tile_n, stages, takes_turns=False)
 
 
 SMALLEST_BOX = 8
@@ -121,6 +125,17 @@ SMALLEST_BOX = 8
 
 def loads_pages_by_tma(page_size: int) -> bool:
     return page_size >= SMALLEST_BOX
+
+
+def paged_config(config: FwdConfig, page_size: int, head_dim: int, head_dim_v: int) -> FwdConfig:
+    """A forward configuration for keys in pages: threads that copy them want a third stage.
+
+    They wait for one tile while the next is on its way; where there is no room, they do not.
+    """
+    if config.warpgroups == 1 and not loads_pages_by_tma(page_size) and config.kv_stages < 3:
+        deeper = dataclasses.replace(config, kv_stages=3)
+        return config if deeper.reasons_invalid(head_dim, head_dim_v) else deeper
+    return busy_producer(config)
 
 
 def busy_producer(config: FwdConfig) -> FwdConfig:

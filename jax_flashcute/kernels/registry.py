@@ -21,7 +21,6 @@ from jax_flashcute.kernels.config import (
     backward_config,
     backward_config_sm100,
     batch_invariant_splits,
-    busy_producer,
     dividing,
     dividing_backward,
     dividing_sm100,
@@ -350,7 +349,7 @@ def kernel_key(
             functions = element_functions(alone, operands)
             pack_gqa = packing_pays(query.shape[1], group, config)
         if is_paged(operands) and isinstance(config, FwdConfig):
-            config = busy_producer(config)
+            config = paged_config(config, key.shape[1], *dims)
         if isinstance(config, FwdConfig) and has_lists and not (pack_gqa or group % 2):
             config = _in_pairs(config, spec, operands)
     else:

@@ -10,6 +10,7 @@ from functools import partial
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, const_expr
+from cutlass.memory import SmemAllocator
 
 from jax_flashcute.kernels.common.elements import sink_of
 from jax_flashcute.kernels.common.lengths import entry_lengths
@@ -18,7 +19,8 @@ from jax_flashcute.kernels.common.tiles import round_pair
 from jax_flashcute.kernels.primitives import select
 
 WARPS = 4
-"""Rows of a block, a warp each."""
+"""Of a block: a row each, or all of one row where there may be many parts."""
+MANY_PARTS = 16
 WARP_COLUMNS = 128
 """Columns of O that a warp takes at a time, four a lane."""
 PARTS_AT_ONCE = 8
@@ -27,7 +29,7 @@ latency of memory."""
 
 
 class Combine:
-    """Compiles to one kernel; a warp serves one row of one query head."""
+    """Compiles to one kernel; a warp, or four of them, serve one row of one query head."""
 
     def __init__(self, dtype, head_dim_v: int, splits_of_entry: Callable[..., Int32]):
         """``splits_of_entry``: a function of (lengths, shape of ``mOPartial``), for a whole warp,
@@ -48,8 +50,11 @@ class Combine:
         mSinks: cute.Tensor | None = None,
     ) -> None:
         rows = mO.shape[0] * mO.shape[1] * mO.shape[2]
-        self.kernel(*length_arrays, kv_length, mOPartial, mLSEPartial, mO, mLSE, mSinks).launch(
-            grid=[cute.ceil_div(rows, WARPS), 1, 1],
+        sharing = select(mOPartial.shape[0] < MANY_PARTS, Int32(1), Int32(WARPS))
+        self.kernel(
+            *(*length_arrays, kv_length, mOPartial, mLSEPartial, mO, mLSE, mSinks), sharing
+        ).launch(
+            grid=[cute.ceil_div(rows * sharing, WARPS), 1, 1],
             block=[32 * WARPS, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -68,9 +73,10 @@ class Combine:
         mO: cute.Tensor,  # (B, T, N, Hv)
         mLSE: cute.Tensor,  # (B, T, N) float32
         mSinks: cute.Tensor | None,  # (1|B, N) float32
+        sharing: Int32,  # warps of a row: 1, or all
     ):
-        lane = cute.arch.lane_idx()
-        row = cute.arch.block_idx()[0] * WARPS + cute.arch.warp_idx()
+        lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+        row = (cute.arch.block_idx()[0] * WARPS + warp) // sharing
         batches, q_length, heads = mO.shape[0], mO.shape[1], mO.shape[2]
         entry = row // heads
         head = row - entry * heads
@@ -89,8 +95,9 @@ class Combine:
                 # A padded row's LSE stays -inf.
                 is_valid = token < lengths(batch)[1]
                 sink = select(is_valid, sink_of(mSinks, batch, head), Float32(-Float32.inf))
+            warps = (warp % sharing, sharing)
             self.combine_row(
-                mOPartial, mLSEPartial, mO, mLSE, batch, token, head, splits, sink, lane
+                mOPartial, mLSEPartial, mO, mLSE, batch, token, head, splits, sink, lane, warps
             )
 
     @cute.jit
@@ -106,7 +113,10 @@ class Combine:
         splits: Int32,
         sink: Float32 | None,
         lane: Int32,
+        warps: tuple,  # which of the row's it is, and of how many
     ):
+        warp, sharing = warps
+        sums = SmemAllocator().allocate_tensor(Float32, cute.make_layout((WARP_COLUMNS, WARPS)))
         largest = -Float32.inf if const_expr(sink is None) else sink
         for i in cutlass.range(lane, splits, 32, unroll=1):
             largest = cute.arch.fmax(largest, mLSEPartial[i, batch, token, head])
@@ -125,7 +135,7 @@ class Combine:
         is_empty = total == 0.0
         lse = -Float32.inf if is_empty else base + cute.math.log2(total, fastmath=True) * LN2
         factor = Float32(0.0) if is_empty else cute.arch.rcp_approx(total)
-        if lane == 0:
+        if lane == 0 and warp == 0:
             mLSE[batch, token, head] = lse
 
         for c in cutlass.range_constexpr(-(-self.head_dim_v // WARP_COLUMNS)):
@@ -134,18 +144,32 @@ class Combine:
             readable = cutlass.min(column, Int32(self.head_dim_v - 4))
             acc = cute.make_rmem_tensor(4, Float32)
             acc.fill(0.0)
-            for first in cutlass.range(0, splits, PARTS_AT_ONCE, unroll=1):
+            begin, step = warp * PARTS_AT_ONCE, sharing * PARTS_AT_ONCE
+            for first in cutlass.range(begin, splits, step, unroll=1):
                 self.add_parts(
                     *(acc, mOPartial, mLSEPartial, (batch, token, head), readable),
                     *(base, first, splits - 1, lane),
                 )
-            if column < self.head_dim_v:
+            if sharing > 1:
+                self.add_warps(acc, sums, warp, lane)
+            if column < self.head_dim_v and warp == 0:
                 words = cute.make_rmem_tensor(2, Uint32)
                 for k in cutlass.range_constexpr(2):
                     words[k] = round_pair(self.dtype, acc[2 * k] * factor, acc[2 * k + 1] * factor)
                 start = cute.crd2idx((batch, token, head, 0), mO.layout)
                 target = cute.recast_ptr((mO.iterator + (start + column)).align(8), dtype=Uint32)
                 cute.autovec_copy(words, cute.make_tensor(target, cute.make_layout(2)))
+
+    @cute.jit
+    def add_warps(self, acc: cute.Tensor, sums: cute.Tensor, warp: Int32, lane: Int32):
+        """Adds what the warps of a block have of the same columns."""
+        cute.arch.sync_threads()
+        for k in cutlass.range_constexpr(4):
+            sums[4 * lane + k, warp] = acc[k]
+        cute.arch.sync_threads()
+        for k in cutlass.range_constexpr(4):
+            own = [sums[4 * lane + k, w] for w in range(WARPS)]
+            acc[k] = (own[0] + own[1]) + (own[2] + own[3])
 
     @cute.jit
     def add_parts(
