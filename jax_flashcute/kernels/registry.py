@@ -31,6 +31,7 @@ from jax_flashcute.kernels.config import (
     in_parts,
     loads_pages_by_tma,
     most_splits,
+    paged_config,
     workspace_shapes,
 )
 from jax_flashcute.kernels.elements import (
