@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 import os
 from typing import Literal
 
@@ -68,6 +69,7 @@ def checked_call(
         query = (query * _scalar("scale", scale)).astype(query.dtype)
         scale = 1.0
     window = _checked_window(local_window_size)
+    is_causal = _flag("is_causal", is_causal)
     positional = is_causal or any(x is not None for x in (window, mask_mod, score_mod))
     segments = _checked_segments(
         segment_ids, cu_seqlens_q, cu_seqlens_k, positions, (B, T, S), positional=positional
@@ -106,11 +108,13 @@ def checked_call(
         score_mod, score_mod_arrays = masks.trace_score(score_mod, dtype)
     indexed = mask_mod is not None or score_mod is not None
     spec = AttentionSpec(
-        scale=float(_scalar("scale", scale)),
-        is_causal=bool(is_causal),
+        scale=_number("scale", scale),
+        is_causal=is_causal,
         local_window_size=window,
         logits_soft_cap=_checked_cap(logits_soft_cap),
-        deterministic=follows_xla_flags() if deterministic is None else bool(deterministic),
+        deterministic=(
+            follows_xla_flags() if deterministic is None else _flag("deterministic", deterministic)
+        ),
         mask_mod=mask_mod,
         score_mod=score_mod,
         may_make_lists=isinstance(block_mask, str) and mask_mod is not None,
@@ -151,9 +155,8 @@ def checked_paged_call(
     **features,
 ) -> tuple[AttentionSpec, Operands]:
     """``checked_call`` of keys and values in pages; ``features``: what it takes as it is."""
-    query, k_pages, v_pages, page_table = (
-        jnp.asarray(x) for x in (query, k_pages, v_pages, page_table)
-    )
+    arrays = {"query": query, "k_pages": k_pages, "v_pages": v_pages, "page_table": page_table}
+    query, k_pages, v_pages, page_table = (_array(*item) for item in arrays.items())
     if cu_seqlens_q is not None:
         query, q_lengths = _rows_by_sequence(
             query, page_table, q_lengths, cu_seqlens_q, max_q_length, checked=checked
@@ -194,7 +197,7 @@ def checked_paged_call(
         deterministic=None,
         **features,
     )
-    spec = dataclasses.replace(spec, batch_invariant=bool(batch_invariant))
+    spec = dataclasses.replace(spec, batch_invariant=_flag("batch_invariant", batch_invariant))
     table = page_table.astype(jnp.int32)
     return spec, dataclasses.replace(operands, key=k_pages, value=v_pages, page_table=table)
 
@@ -224,7 +227,7 @@ def _rows_by_sequence(query, page_table, q_lengths, cu_seqlens_q, max_q_length, 
         raise ValueError(
             f"query must be (total, heads, head_dim) with cu_seqlens_q; got shape {query.shape}"
         )
-    ends = jnp.asarray(cu_seqlens_q)
+    ends = _array("cu_seqlens_q", cu_seqlens_q)
     if not jnp.issubdtype(ends.dtype, jnp.integer):
         raise ValueError(f"cu_seqlens_q must be integers; got dtype {ends.dtype.name}")
     if page_table.ndim == 2 and ends.shape != (page_table.shape[0] + 1,):
@@ -265,6 +268,12 @@ def _check_pages(query, k_pages, v_pages, page_table) -> None:
                 f"values; got shape {pages.shape}"
             )
     check_page_size(k_pages.shape[1])
+    for name, of_what, size in (
+        ("k_pages", "page", k_pages.shape[0]),
+        ("page_table", "page for each sequence", page_table.shape[-1] if page_table.ndim else 1),
+    ):
+        if isinstance(size, int) and size == 0:
+            raise ValueError(f"{name} must have room for at least one {of_what}; got none")
     if page_table.ndim != 2 or page_table.shape[0] != query.shape[0]:
         raise ValueError(
             f"page_table must be (batch={query.shape[0]}, max_pages); got shape {page_table.shape}"
@@ -294,7 +303,7 @@ def _raise_where(wrong: jax.Array, message: str, got: str) -> None:
 
 def _checked_inputs(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array]:
     arrays = {"query": query, "key": key, "value": value}
-    arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
+    arrays = {name: _array(name, array) for name, array in arrays.items()}
     query, key, value = arrays.values()
     for name, array in arrays.items():
         if array.ndim not in (3, 4):
@@ -336,6 +345,44 @@ def _checked_inputs(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array]
     return query, key, value
 
 
+def _array(name: str, value) -> jax.Array:
+    try:
+        if value is not None:
+            return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must be an array of numbers; got {value!r}") from error
+    raise ValueError(f"{name} must be an array of numbers; got None")
+
+
+def _int32(name: str, value) -> jax.Array:
+    """Integers as int32; those of the host that do not fit are refused."""
+    if isinstance(value, (int, np.integer, np.ndarray)) and np.size(value):
+        least, most = np.min(value), np.max(value)
+        limits = np.iinfo(np.int32)
+        if least < limits.min or most > limits.max:
+            raise ValueError(f"{name} must be integers of 32 bits; got {least} to {most}")
+    array = _array(name, value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers; got dtype {array.dtype.name}")
+    return array.astype(jnp.int32)
+
+
+def _flag(name: str, value) -> bool:
+    """A boolean that is part of the program."""
+    if isinstance(value, Tracer) or np.ndim(value) != 0 or value not in (False, True):
+        raise ValueError(f"{name} must be True or False, known while tracing; got {value!r}")
+    return bool(value)
+
+
+def _number(name: str, value) -> float:
+    """A number that is part of the program."""
+    try:
+        return float(_scalar(name, value))
+    except (TypeError, ValueError) as error:
+        what = "a scalar" if np.ndim(value) else "a number, known while tracing"
+        raise ValueError(f"{name} must be {what}; got {value!r}") from error
+
+
 def _scalar(name: str, value):
     if jnp.ndim(value) != 0:
         raise ValueError(f"{name} must be a scalar; got shape {jnp.shape(value)}")
@@ -354,13 +401,13 @@ def _checked_window(window: Window) -> tuple[int | None, int | None] | None:
         if side is None:
             continue
         try:
-            negative = side.__index__() < 0
-        except AttributeError:
-            negative = True
-        if negative:
+            is_length = operator.index(side) >= 0
+        except TypeError:
+            is_length = False
+        if not is_length:
             raise ValueError(
-                "local_window_size must hold integers of at least 0, or None for an open side; "
-                f"got {window!r}"
+                "local_window_size must hold integers of at least 0, known while tracing, or None "
+                f"for an open side; got {window!r}"
             )
     left, right = (None if s is None or s >= _UNBOUNDED else int(s) for s in sides)
     return None if left is None and right is None else (left, right)
@@ -392,7 +439,7 @@ def _is_within(limit: int, *positions) -> bool:
 def _checked_cap(cap: float | None) -> float | None:
     if cap is None:
         return None
-    cap = float(cap)
+    cap = _number("logits_soft_cap", cap)
     if not (math.isfinite(cap) and cap > 0):
         raise ValueError(f"logits_soft_cap must be a positive number or None; got {cap}")
     return cap
@@ -402,19 +449,17 @@ def _per_batch(name: str, array, B) -> jax.Array | None:
     """Integers, scalar or (B,), as (B,) int32; None where they say nothing."""
     if array is None or (name == "q_offset" and isinstance(array, int) and array == 0):
         return None
-    array = jnp.asarray(array)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"{name} must be integers; got dtype {array.dtype.name}")
+    array = _int32(name, array)
     if array.ndim > 1 or (array.ndim == 1 and array.shape[0] != B):
         raise ValueError(f"{name} must be a scalar or ({B},); got shape {array.shape}")
-    return jnp.broadcast_to(array.astype(jnp.int32), (B,))
+    return jnp.broadcast_to(array, (B,))
 
 
 def _elementwise(name: str, array, kind, kind_name: str, full_shape) -> jax.Array | None:
     """A bias or a mask, as (1|B, 1|N, 1|T, 1|S)."""
     if array is None:
         return None
-    array = jnp.asarray(array)
+    array = _array(name, array)
     if not jnp.issubdtype(array.dtype, kind):
         raise ValueError(f"{name} must be {kind_name}; got dtype {array.dtype.name}")
     shape = (1,) * (4 - array.ndim) + array.shape
@@ -443,7 +488,7 @@ def _words_of(mask_mod, element_shape):
 def _checked_words(words, element_shape) -> jax.Array | None:
     if words is None:
         return None
-    words = jnp.asarray(words)
+    words = _array("packed_mask", words)
     *full, S = element_shape
     full = (*full, -(-S // 32))
     fits = words.ndim == 4 and words.shape[3] == full[3] and words.dtype == jnp.uint32
@@ -504,26 +549,25 @@ def _checked_segments(
 
 
 def _ids(name: str, array, B: int, length: int) -> jax.Array:
-    array = jnp.asarray(array)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"{name} must be integers; got dtype {array.dtype.name}")
+    array = _int32(name, array)
     if array.shape not in ((length,), (1, length), (B, length)):
         raise ValueError(f"{name} must be ({B}, {length}) or ({length},); got {array.shape}")
-    return jnp.broadcast_to(array.astype(jnp.int32), (B, length))
+    return jnp.broadcast_to(array, (B, length))
 
 
 def _checked_boundaries(pair, B: int) -> tuple[jax.Array, jax.Array]:
     """``cu_seqlens_q`` and ``cu_seqlens_k`` as (B, segments + 1) int32."""
     boundaries = []
     for name, array in zip(("cu_seqlens_q", "cu_seqlens_k"), pair, strict=True):
-        array = jnp.asarray(array)
-        if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ValueError(f"{name} must be integers; got dtype {array.dtype.name}")
+        is_known = isinstance(array, (list, tuple, np.ndarray))
+        if is_known and np.ndim(array) and np.any(np.diff(array) < 0):
+            raise ValueError(f"{name} must not decrease; got {array}")
+        array = _int32(name, array)
         if array.ndim not in (1, 2) or array.shape[-1] < 1 or array.shape[:-1] not in ((), (B,)):
             raise ValueError(
                 f"{name} must be (segments + 1,) or ({B}, segments + 1); got shape {array.shape}"
             )
-        boundaries.append(jnp.broadcast_to(array.astype(jnp.int32), (B, array.shape[-1])))
+        boundaries.append(jnp.broadcast_to(array, (B, array.shape[-1])))
     if boundaries[0].shape != boundaries[1].shape:
         raise ValueError(
             "cu_seqlens_k must have as many segments as cu_seqlens_q, "
@@ -569,7 +613,7 @@ def _checked_block_mask(block_mask, element_shape) -> BlockMask | None:
 def _checked_sinks(sinks, N: int) -> jax.Array | None:
     if sinks is None:
         return None
-    sinks = jnp.asarray(sinks)
+    sinks = _array("sinks", sinks)
     if not jnp.issubdtype(sinks.dtype, jnp.floating):
         raise ValueError(f"sinks must be floating point; got dtype {sinks.dtype.name}")
     if sinks.shape != (N,):

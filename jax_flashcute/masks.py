@@ -11,6 +11,8 @@ not, become operands, and what is left is identified by its text.
 import contextlib
 import functools
 import hashlib
+import inspect
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,6 +197,7 @@ _INDEX = jax.ShapeDtypeStruct((), jnp.int32)
 def _trace(name: str, function, arguments, kind, kind_name: str):
     if not callable(function):
         raise ValueError(f"{name} must be a function; got {function!r}")
+    _check_takes(name, function, len(arguments))
     # Inside a shard_map that checks what varies, values that are closed over need its mesh.
     explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
     no_mesh = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
@@ -217,6 +220,19 @@ def _trace(name: str, function, arguments, kind, kind_name: str):
             )
         arrays.append(array[None])
     return _identified(name, closed.jaxpr), tuple(arrays)
+
+
+def _check_takes(name: str, function: Callable[..., Any], count: int) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        # Some that are compiled do not tell; the call will.
+        return
+    try:
+        signature.bind(*range(count))
+    except TypeError as error:
+        expected = "(score, b, h, q_idx, kv_idx)" if count == 5 else "(b, h, q_idx, kv_idx)"
+        raise ValueError(f"{name} must take {expected}; got one of {signature}") from error
 
 
 def _identified(name: str, jaxpr: Jaxpr) -> TracedFunction:
@@ -359,9 +375,13 @@ def _combined(operation, a: Callable[..., Any], b: Callable[..., Any]) -> Mask:
 
 def _whole(name: str, value, smallest: int) -> int:
     """An integer argument of at least ``smallest``."""
-    if not hasattr(value, "__index__") or value.__index__() < smallest:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = smallest - 1
+    if number < smallest:
         raise ValueError(f"{name} must be an integer of at least {smallest}; got {value!r}")
-    return value.__index__()
+    return number
 
 
 def _array(name: str, array, ranks: tuple[int, ...], kind, kind_name: str) -> jax.Array:

@@ -176,6 +176,8 @@ def packed_rows(padded: jax.Array, cu_seqlens: jax.Array, total: int, fill: floa
     """The inverse of ``rows_by_sequence``; ``fill`` in rows that it left out."""
     entry = ids_of_boundaries(cu_seqlens[None], total)[0]
     B, length = padded.shape[:2]
+    if any(isinstance(size, int) and size == 0 for size in (B, length)):
+        return jnp.full((total, *padded.shape[2:]), fill, padded.dtype)
     entry_or_first = jnp.clip(entry, 0, B - 1)
     place = jnp.arange(total, dtype=jnp.int32) - cu_seqlens[entry_or_first]
     is_row = (entry >= 0) & (place < length)

@@ -42,7 +42,18 @@ QUERY, KEY, VALUE = array(2, 8, 4, 16), array(2, 10, 2, 16), array(2, 10, 2, 24)
         ("bias must broadcast", {"bias": array(1, 1, 1, 1, 1)}),
         ("mask must be bool; got dtype float32", {"mask": array(8, 10)}),
         ("mask must broadcast", {"mask": array(7, 10, dtype=bool)}),
+        ("query must be an array of numbers; got None", {"query": None}),
+        ("bias must be an array of numbers; got 'x'", {"bias": "x"}),
         ("scale must be a scalar", {"scale": array(2)}),
+        ("scale must be a number, known while tracing; got 'a'", {"scale": "a"}),
+        ("is_causal must be True or False.*; got 'no'", {"is_causal": "no"}),
+        ("deterministic must be True or False.*; got 2", {"deterministic": 2}),
+        ("q_offset must be integers of 32 bits; got", {"q_offset": 2**40}),
+        ("q_offset must be integers of 32 bits; got 0 to", {"q_offset": np.array([0, 2**31])}),
+        ("q_offset must be an array of numbers; got 'end'", {"q_offset": "end"}),
+        ("cu_seqlens_q must not decrease", {"cu_seqlens_q": [0, 5, 3], "cu_seqlens_k": [0, 1, 2]}),
+        ("mask_mod must take \\(b, h, q_idx, kv_idx\\)", {"mask_mod": lambda q, kv: q >= kv}),
+        ("score_mod must take \\(score, b, h", {"score_mod": lambda score, q, kv: score}),
         ("q_offset must be integers", {"q_offset": 1.5}),
         ("q_offset must be a scalar or \\(2,\\); got shape", {"q_offset": jnp.arange(3)}),
         ("query_seq_lengths must be integers", {"query_seq_lengths": array(2)}),
@@ -67,6 +78,14 @@ def test_a_wrong_argument_is_named(message: str, wrong: dict) -> None:
         flash_attention(**arguments)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: flash_attention(**arguments))
+
+
+@pytest.mark.parametrize(
+    "name", ["is_causal", "local_window_size", "logits_soft_cap", "compress_factor"]
+)
+def test_what_is_part_of_the_program_is_not_traced(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must .*got .*Tracer"):
+        jax.jit(lambda given: flash_attention(QUERY, KEY, VALUE, **{name: given}))(2)
 
 
 def test_result_shapes_and_dtypes() -> None:

@@ -134,6 +134,10 @@ def test_what_does_not_fit_is_named() -> None:
         paged_attention(query, k_pages, v_pages, table[0], lengths)
     with pytest.raises(ValueError, match="v_pages must be"):
         paged_attention(query, k_pages, v_pages[:1], table, lengths)
+    with pytest.raises(ValueError, match="k_pages must have room for at least one page"):
+        paged_attention(query, k_pages[:0], v_pages[:0], table, lengths)
+    with pytest.raises(ValueError, match="page_table must have room for at least one page"):
+        paged_attention(query, k_pages, v_pages, table[:, :0], lengths)
     with pytest.raises(NotImplementedError, match='batch_invariant needs implementation="cute"'):
         paged_attention(query, k_pages, v_pages, table, lengths, batch_invariant=True)
     with pytest.raises(NotImplementedError, match="no derivatives"):
@@ -237,6 +241,15 @@ def test_no_packed_queries_at_all() -> None:
         query[0, :0], *pages, cu_seqlens_q=np.zeros(3, np.int32), max_q_length=np.int64(4)
     )
     assert out.shape == (0, query.shape[2], pages[1].shape[3])
+    out, lse = paged_attention(
+        query[0],
+        *pages,
+        cu_seqlens_q=np.array([0, 1, 1], np.int32),
+        max_q_length=0,
+        return_residual=True,
+    )
+    assert not out.any()
+    assert np.isneginf(lse).all()
 
 
 def decode(page_size: int, **how):
