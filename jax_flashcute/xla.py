@@ -635,7 +635,8 @@ class _Tiles:
     def _element_start(self, array: jax.Array, i, j):
         row = 0 if self._single(array, 2) else i * self.block_q
         column = 0 if self._single(array, 3) else j * self.block_kv
-        return (0, 0, row, column)
+        # With 64-bit types, a loop between Python's numbers counts in others than one of bounds.
+        return tuple(jnp.asarray(x, jnp.int32) for x in (0, 0, row, column))
 
     def _element_tile(self, array: jax.Array, i, j) -> jax.Array:
         """Tile (i, j) of a padded bias or mask, as (1|B, 1|K, 1|G, 1|block_q, 1|block_kv)."""

@@ -124,6 +124,16 @@ def test_half_precision_is_as_exact_as_jax_nn(dtype) -> None:
     assert dkey <= 1.2
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_bias_and_mask_in_float64() -> None:
+    """One loop counts between numbers of Python, the other between bounds of int32."""
+    case = Case(seqlen_q=70, seqlen_k=130, bias="nts", mask="ts", causal=True, lengths=True)
+    with jax.enable_x64(True):
+        arrays = case.arrays(jnp.float64)
+        actual = out_lse_and_gradients(case, arrays, "xla")
+        assert_close(actual, out_lse_and_gradients(case, arrays, "reference"), 1e-12)
+
+
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(0, 5), (5, 0), (0, 0)])
 def test_nothing_to_attend(seqlen_q: int, seqlen_k: int) -> None:
     case = Case(seqlen_q=seqlen_q, seqlen_k=seqlen_k, sinks=True, bias="ts", mask="n")
