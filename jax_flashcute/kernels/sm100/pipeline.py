@@ -31,11 +31,11 @@ class TensorPipeline(TmaPipeline):
     ):
         """As ``TmaPipeline``; ``producer_warps``: arrivals that fill a stage, besides the bytes."""
         super().__init__(name, barriers, stages, tx_bytes, consumer_warps, copying_warps)
-        self.producer_warps = producer_warps
+        self.producer_warps = copying_warps or producer_warps
 
     def init(self) -> None:
         for stage in range(self.stages):
-            cute.arch.mbarrier_init(self.full + stage, self.copying_warps or self.producer_warps)
+            cute.arch.mbarrier_init(self.full + stage, self.producer_warps)
             cute.arch.mbarrier_init(self.empty + stage, self.consumer_warps)
 
     def commit_products(self, stage) -> None:
