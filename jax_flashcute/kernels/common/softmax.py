@@ -154,8 +154,9 @@ class OnlineSoftmax(Traced):
             tile_max = quad_max(tile_max)
         least_base = tile_max
         if const_expr(shift is not None):
-            # What is added to a row that sees no key may be NaN.
-            shift = select(tile_max == -Float32.inf, Float32(0.0), shift)
+            if const_expr(may_be_empty):
+                # What is added to a row that sees no key may be NaN.
+                shift = select(tile_max == -Float32.inf, Float32(0.0), shift)
             if const_expr(self.threshold > 0):
                 least_base = tile_max - self.threshold / self.scale_log2
             tile_max = tile_max + shift
@@ -177,8 +178,7 @@ class OnlineSoftmax(Traced):
             factor = exp2((previous - base) * self.scale_log2)
         if const_expr(shift is not None):
             # A large shift absorbs the maximum: without this bound exponentials would overflow.
-            base = base - shift
-            base = select(base < least_base, least_base, base)
+            base = cute.arch.fmax(base - shift, least_base, nan=True)
         return base, factor
 
     @cute.jit

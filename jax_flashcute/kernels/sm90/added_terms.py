@@ -22,6 +22,7 @@ Each warpgroup writes X for itself at each tile of work, and Y too, unless there
 beside the one that loads keys writes it into a stage that belongs to theirs.
 """
 
+import math
 from collections.abc import Callable
 
 import cutlass
@@ -32,7 +33,7 @@ from cutlass.memory import SmemAllocator
 
 from jax_flashcute.kernels.affine import Affine
 from jax_flashcute.kernels.common.elements import EntryElements
-from jax_flashcute.kernels.common.softmax import LOG2_E
+from jax_flashcute.kernels.common.softmax import LOG2_E, OnlineSoftmax
 from jax_flashcute.kernels.common.tiles import round_pairs, smem_layout, store_pairs
 from jax_flashcute.kernels.common.traced import Traced
 from jax_flashcute.kernels.config import SMEM_BYTES, FwdConfig, round_up
@@ -277,15 +278,14 @@ class WarpgroupTerms(Terms):
                 terms += self._of_program(known, "bent")
         return found
 
-    def shifts(
-        self, n: Int32, is_varying: bool | None, common: Float32 | None
-    ) -> tuple[list[Float32] | None, Int32]:
+    def shifts(self, n: Int32, is_varying: bool | None) -> tuple[list[Float32] | None, Int32]:
         """What the softmax adds to each row of tile n, and whether ``vary`` has work to do.
 
-        ``is_varying``: that of ``loops``, where it is known; ``common``: of ``common_term``.
+        ``is_varying``: that of ``loops``, where it is known.
         """
         kinds = self.plan.kinds
-        if not kinds & {"row", "affine", "tile", "bent"}:
+        by_tile = is_varying is None and "tile" in kinds
+        if not kinds & {"row", "affine", "bent"} and not by_tile:
             return None, Int32(0)
         found = []
         rows = self._affine(n * self.plan.config.tile_n, is_varying is False)
@@ -293,8 +293,8 @@ class WarpgroupTerms(Terms):
             inverse = Float32(1.0 / self.plan.scale)
             for term in terms:
                 constant = cute.math.fma(term.base, inverse, constant)
-            found.append(constant if common is None else constant + common)
-        if "tile" not in kinds or "distance" in kinds or is_varying is not None:
+            found.append(constant)
+        if "distance" in kinds or not by_tile:
             return found, Int32(0)
         first = n * self.plan.config.tile_n
         is_same = Boolean(True)
@@ -312,19 +312,6 @@ class WarpgroupTerms(Terms):
         """What is added by distance to all of the slab's rows and of tile n's keys alike."""
         of_key = self.entry.keys(cutlass.max(n, Int32(0)) * self.plan.config.tile_n)
         return self._raw(self._of_program(self.entry.both(self.queries[0], of_key), "tile"))
-
-    def common_term(self, n: Int32, of_loop: tuple | None) -> Float32 | None:
-        """``_common_of`` tile n, where it is that; to be asked for when no product is under way.
-
-        ``of_loop``: of ``enter``.
-        """
-        return None if of_loop is None else self._common_of_tile(n, *of_loop)
-
-    @cute.jit
-    def _common_of_tile(self, n: Int32, common: Float32, is_common: Int32):
-        if is_common == 0:
-            common = self._common_of(n)
-        return common
 
     def _last_key(self, first: Int32) -> Int32:
         """Of a tile that begins with key ``first``."""
@@ -469,8 +456,10 @@ class WarpgroupTerms(Terms):
             cute.arch.fence_view_async_shared()
             self.join()
 
-    def enter(self, count: Int32, tile_of: Callable, is_varying: bool | None) -> tuple | None:
-        """Before a loop: what is added to its first tile alike, and whether (1, 0) to all tiles."""
+    def enter(
+        self, softmax: OnlineSoftmax, count: Int32, tile_of: Callable, is_varying: bool | None
+    ) -> "CommonTerm | None":
+        """Before a loop: X, and what is added by distance to all scores of a tile alike."""
         last = cutlass.max(tile_of(Int32(0)), Int32(0))
         self.write_steps(last, is_varying)
         if is_varying is not False or "tile" not in self.plan.kinds:
@@ -478,7 +467,21 @@ class WarpgroupTerms(Terms):
         tile_n = self.plan.config.tile_n
         query = self.entry.queries(self.head, self.first_token)
         keys = (last + 1 - count) * tile_n - 63, self._last_key(last * tile_n)
-        return self._common_of(last), select(self._is_same(query, *keys), Int32(1), Int32(0))
+        is_common = select(self._is_same(query, *keys), Int32(1), Int32(0))
+        common = CommonTerm(softmax, self.plan.largest, is_common)
+        common.lower(select(count > 0, self._common_of(last), Float32(0.0)))
+        return common
+
+    def at_tile(self, common: "CommonTerm | None", n: Int32) -> None:
+        """At tile n, when no product is under way; ``common``: of ``enter``."""
+        if common is not None:
+            self._follow(common, n)
+
+    @cute.jit
+    def _follow(self, common: "CommonTerm", n: Int32):
+        if common.is_common == 0:
+            common.restore()
+            common.lower(self._common_of(n))
 
     @cute.jit
     def write_steps(self, n: Int32, is_varying: cutlass.Constexpr):
@@ -508,6 +511,11 @@ class WarpgroupTerms(Terms):
         """Waits until all of the warpgroup's threads have written."""
         cute.arch.barrier(barrier_id=BARRIER + self.slab, number_of_threads=128)
 
+    def may_hide(self, is_varying: bool | None) -> bool:
+        """Whether what is added may be -inf, with which the softmax has to reckon."""
+        never = {"affine", "bent"} | ({"tile"} if is_varying is False else set())
+        return not self.plan.kinds <= never
+
     def multiplies(self, is_varying: bool | None) -> bool:
         return self.plan.multiplies_in(is_varying)
 
@@ -524,13 +532,48 @@ class WarpgroupTerms(Terms):
         gemm(mma, acc_S, tX, tY, True, begins=False)
 
 
+class CommonTerm(Traced):
+    """What is added to all scores of a loop alike: meanwhile maxima are less by it instead."""
+
+    def __init__(self, softmax: OnlineSoftmax, largest: float, is_common: Int32):
+        """``is_common``: 1 where it is one number for the loop, 0 where each tile has its own."""
+        self.softmax = softmax
+        self.largest = largest
+        self.is_common = is_common
+        self.term = cute.make_rmem_tensor(1, Float32)
+        self.before = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
+        self.lowered = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
+
+    def lower(self, term: Float32) -> None:
+        softmax, infinity = self.softmax, Float32(Float32.inf)
+        self.term[0] = term
+        for r in range(ROWS_PER_THREAD):
+            self.before[r] = softmax.row_max[r]
+            lowered = softmax.row_max[r] - term
+            # Infinity hides: no score comes near.
+            lowered = select(term == -infinity, Float32(self.largest), lowered)
+            softmax.row_max[r] = lowered
+            self.lowered[r] = lowered
+            # NaN, which no maximum keeps, and what has none.
+            poison = select(term < infinity, Float32(0.0), Float32(math.nan))
+            softmax.row_sum[r] = softmax.row_sum[r] + poison
+
+    def restore(self) -> None:
+        """A maximum that has not grown is what it was: a large term has rounded it meanwhile."""
+        for r in range(ROWS_PER_THREAD):
+            row_max = self.softmax.row_max[r]
+            grown = row_max + self.term[0]
+            self.softmax.row_max[r] = select(row_max == self.lowered[r], self.before[r], grown)
+
+
 class NoTerms(Traced):
     """Where nothing is added."""
 
     def nothing(self, *_):
         return None
 
-    multiplies = start = enter = common_term = multiply = prepare = vary = nothing
+    multiplies = start = enter = at_tile = multiply = prepare = vary = nothing
+    may_hide = nothing
     of_first = None
 
     def shifts(self, *_) -> tuple[None, Int32]:

@@ -773,9 +773,7 @@ class ForwardSm90(KeyTiles):
         tOrP = as_operand_a(rP)
         scores, out = rows_and_columns(acc_S), rows_and_columns(acc_O)
         # All scores of a tile may be -inf.
-        may_hide = const_expr(
-            self.by_element or self.packed_mask is not None or self.added is not None
-        )
+        may_hide = const_expr(self.by_element or self.packed_mask is not None)
         # Scores that are changed one by one are scaled there.
         scale = 1.0 if self.changes_scores else self.scale
         softmax = OnlineSoftmax(ROWS_PER_THREAD, scale, cfg.rescale_threshold)
@@ -834,7 +832,7 @@ class ForwardSm90(KeyTiles):
                 gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False, ends=ends)
                 terms.multiply(acc_S, k_stage, terms.of_first)
                 self.pass_turn(slab)
-                shifts, varies = terms.shifts(n, terms.of_first, None)
+                shifts, varies = terms.shifts(n, terms.of_first)
                 terms.prepare(n, terms.of_first)
                 warpgroup.wait_group(0)
                 pipeline_k.release(k_stage, warps)
@@ -857,12 +855,13 @@ class ForwardSm90(KeyTiles):
                 loops = terms.loops(stretches, *fields[6:8])
                 for loop in cutlass.range_constexpr(len(loops)):
                     count, tile_of, stretch, is_varying = loops[loop]
-                    of_loop = terms.enter(count, tile_of, is_varying)
+                    common = terms.enter(softmax, count, tile_of, is_varying)
+                    may_be_empty = may_hide or bool(terms.may_hide(is_varying))
                     for i in cutlass.range(count, unroll=1):
                         n = tile_of(i)
                         # On their way from memory while the product is.
                         bits = read_bits(n)
-                        common = terms.common_term(n, of_loop)
+                        terms.at_tile(common, n)
                         is_masked = const_expr(stretch != 1)
                         pipeline_k.wait(k_stage, k_phase)
                         self.take_turn(slab)
@@ -872,7 +871,7 @@ class ForwardSm90(KeyTiles):
                         pipeline_v.wait(v_stage, v_phase)
                         gemm(mma_pv, acc_O, tOrP, tOrV[None, None, None, v_stage], accumulate)
                         self.pass_turn(slab)
-                        shifts, varies = terms.shifts(n, is_varying, common)
+                        shifts, varies = terms.shifts(n, is_varying)
                         terms.prepare(n, is_varying)
                         warpgroup.wait_group(1)
                         pipeline_k.release(k_stage, warps)
@@ -883,7 +882,7 @@ class ForwardSm90(KeyTiles):
                         if const_expr(is_masked):
                             mask_tile(n)
                         needs_rescale = softmax.step(
-                            *(scores, row_scale, False, is_masked or may_hide),
+                            *(scores, row_scale, False, is_masked or may_be_empty),
                             shifts,
                         )
                         warpgroup.wait_group(0)
@@ -892,6 +891,8 @@ class ForwardSm90(KeyTiles):
                         convert_pairs(acc_S, rP)
                         self.rescale(out, row_scale, needs_rescale)
                         accumulate = Boolean(True)
+                    if const_expr(common is not None):
+                        common.restore()
 
                 pipeline_q.release(Int32(0), warps)
                 pipeline_v.wait(v_stage, v_phase)
