@@ -2,12 +2,16 @@
 
 Where a score is ``score + a(row) + b(row) * column + c(key)``, nothing is done to single scores:
 
-    X   a row's b as three bfloat16 numbers, then 1, 1, 1; zeros
-    Y   a key's column in the tile, three times, then c as three numbers; zeros
+    X   a row's b as three bfloat16 numbers, each three times; a as three; 1, 1, 1; a zero
+    Y   a key's distance from the first row's position as three numbers, three times; 1, 1, 1; c as
+        three numbers; a zero
 
-X Y^T is added by the tensor cores; with a, which the softmax adds to a row's maximum, it is what
-the score adds, in units of raw products.  Three bfloat16 numbers hold a float32, a column below 256
-is one of them, and sums are in float32.
+X Y^T is added by the tensor cores, in units of raw products.  Three bfloat16 numbers hold a
+float32, and sums are in float32.  Here a is that of the first row's position, so that numbers are
+no larger than what the score adds; what follows from the row alone the softmax adds to its maximum.
+
+Where no warp is there to write such a Y, X is b as three numbers, and Y a column, of which each is
+exact, three times; then the softmax adds a as well.
 
 What a row adds to all keys of a tile alike, as a table does that is read by clipped distances, is a
 part of a there; of the other tiles it is added to single scores.
@@ -18,8 +22,8 @@ shared memory.  Which tiles it differs in is known before the first, and these h
 own: a branch between a product and its softmax would keep the two from running side by side.  What
 is affine while no sign changes, as a multiple of |q - kv| is, is so in the other tiles.
 
-Each warpgroup writes X for itself at each tile of work, and Y too, unless there is a c: then a warp
-beside the one that loads keys writes it into a stage that belongs to theirs.
+Each warpgroup writes X for itself at each tile of work; a warp beside the one that loads keys
+writes Y into a stage that belongs to theirs.
 """
 
 import math
@@ -84,13 +88,17 @@ class AddedTerms:
         self.config = config
         self.scale = scale
         self.kinds = functions.added_kinds(packed) or frozenset()
-        self.is_staged = "key" in self.kinds
         self.by_distance = self._is_by_distance(packed)
         self.splits_stretches = in_order and self.by_distance and "distance" not in self.kinds
         if not self.splits_stretches:
             # Then every tile's numbers are computed by distance.
             self.kinds = frozenset("distance" if x == "bent" else x for x in self.kinds)
         self.multiplies = bool(self.kinds & {"affine", "key", "bent"})
+        # Then maxima take no part in what is affine.
+        self.by_position = (
+            in_order and has_idle_warp and "affine" in self.kinds and "bent" not in self.kinds
+        )
+        self.is_staged = "key" in self.kinds or self.by_position
         # In base 2 what is held may not exceed ``LARGEST`` either.
         self.largest = LARGEST * min(1.0, 1 / (scale * LOG2_E)) if scale > 0 else 0.0
 
@@ -200,22 +208,33 @@ class Terms(Traced):
 class KeyTerms(Terms):
     """Y of each tile of keys, by a warp beside the one that loads them."""
 
+    def __init__(self, plan: AddedTerms, entry: EntryElements, head: Int32, reference: Int32):
+        """``reference``: the key from which distances are counted, near those of the rows."""
+        super().__init__(plan, entry, head)
+        self.reference = reference
+
     def read(self, n: Int32) -> list[Float32]:
         """The terms of this lane's keys of a tile, on their way from memory."""
         found = []
         for first in range(0, self.plan.config.tile_n, 32):
+            if "key" not in self.plan.kinds:
+                found.append(Float32(0.0))
+                continue
             key = n * self.plan.config.tile_n + first + cute.arch.lane_idx()
             known = self.entry.both(self.of_head, self.entry.keys(key))
             found.append(self._raw(self._of_program(known, "key") + self._of_bias(known, "key")))
         return found
 
     @cute.jit
-    def write(self, terms: list, sY: cute.Tensor, stage: Int32):
-        """Writes Y from ``read``."""
+    def write(self, terms: list, sY: cute.Tensor, n: Int32, stage: Int32):
+        """Writes Y of tile n from ``read``."""
         tile_n = self.plan.config.tile_n
         for i in cutlass.range_constexpr(len(terms)):
             column = cute.arch.lane_idx() + 32 * i
-            numbers = (*_thrice(Float32(column)), *thirds(terms[i]))
+            place = column
+            if const_expr(self.plan.by_position):
+                place = n * tile_n + column - self.reference
+            numbers = (*thirds(Float32(place)) * 3, *_thrice(1.0), *thirds(terms[i]))
             if const_expr(tile_n % 32 == 0):
                 _store_row(sY[None, None, stage], column, numbers)
             else:
@@ -238,16 +257,19 @@ class WarpgroupTerms(Terms):
         operands: tuple,
         slab: Int32,
         thread: Int32,
+        reference: Int32,
     ):
         """
         Args:
           queries: of the thread's rows.
           head: of all rows, where terms of the key or the distance need one.
+          reference: that of ``KeyTerms``.
           first_token: of the warpgroup's rows.
           operands: of ``AddedTerms.allocate``.
         """
         super().__init__(plan, entry, head)
         self.queries = queries
+        self.reference = reference
         self.sX, self.sY, self.sD = operands
         self.first_token = first_token
         self.slab = slab
@@ -285,13 +307,14 @@ class WarpgroupTerms(Terms):
         """
         kinds = self.plan.kinds
         by_tile = is_varying is None and "tile" in kinds
-        if not kinds & {"row", "affine", "bent"} and not by_tile:
+        of_rows = {"row", "bent"} | (set() if self.plan.by_position else {"affine"})
+        if not kinds & of_rows and not by_tile:
             return None, Int32(0)
         found = []
         rows = self._affine(n * self.plan.config.tile_n, is_varying is False)
         for constant, terms in zip(self.row_constants, rows, strict=True):
             inverse = Float32(1.0 / self.plan.scale)
-            for term in terms:
+            for term in terms if not self.plan.by_position else ():
                 constant = cute.math.fma(term.base, inverse, constant)
             found.append(constant)
         if "distance" in kinds or not by_tile:
@@ -445,7 +468,7 @@ class WarpgroupTerms(Terms):
     def start(self):
         """X, and Y where no other warp writes it; all of the warpgroup's threads meet."""
         if const_expr(self.plan.multiplies):
-            self.store_steps(Int32(0), False)
+            self.store_steps(self.reference, False)
             if const_expr(not self.plan.is_staged):
                 tile_n = self.plan.config.tile_n
                 for first in cutlass.range_constexpr(0, tile_n, 128):
@@ -495,16 +518,21 @@ class WarpgroupTerms(Terms):
 
     @cute.jit
     def store_steps(self, first: Int32, keeps_signs: cutlass.Constexpr[bool]):
-        """Writes X: the step of ``_affine`` of each row."""
+        """Writes X from ``_affine`` of each row."""
         rows = self._affine(first, keeps_signs)
         for r in cutlass.range_constexpr(ROWS_PER_THREAD):
-            step = Float32(0.0)
+            base, step, inverse = Float32(0.0), Float32(0.0), Float32(1.0 / self.plan.scale)
             for term in rows[r]:
-                step = step + term.step
+                base, step = base + term.base, step + term.step
+            steps = thirds(step * inverse)
+            if const_expr(self.plan.is_staged):
+                steps = [each for each in steps for _ in range(3)]
+                bases = thirds(base * inverse) if self.plan.by_position else _thrice(0.0)
+                numbers = (*steps, *bases, *_thrice(1.0))
+            else:
+                numbers = (*steps, *_thrice(1.0))
             if self.thread % 4 == 0:
-                row = row_in_slab(self.thread, r)
-                numbers = (*thirds(step * Float32(1.0 / self.plan.scale)), *_thrice(1.0))
-                _store_row(self.sX[None, None, self.slab], row, numbers)
+                _store_row(self.sX[None, None, self.slab], row_in_slab(self.thread, r), numbers)
 
     @cute.jit
     def join(self):

@@ -692,14 +692,15 @@ class ForwardSm90(KeyTiles):
         fields = take(t_stage, t_phase)
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
-            _, head, batch, offset = fields[:4]
+            m_block, head, batch, offset = fields[:4]
             elements = Elements(self.functions, mElements)
-            terms = KeyTerms(self.added, elements.of_entry(batch, offset, array_lengths), head)
+            of_entry = elements.of_entry(batch, offset, array_lengths)
+            terms = KeyTerms(self.added, of_entry, head, m_block * self.tile_tokens + offset)
             visits, nth = self.key_order(fields, None)
             for i in cutlass.range(visits, unroll=1):
                 found = terms.read(nth(i))
                 pipeline_k.acquire(stage, phase)
-                terms.write(found, sY, stage)
+                terms.write(found, sY, nth(i), stage)
                 pipeline_k.commit(stage)
                 stage, phase = pipeline_k.advance(stage, phase)
             fields = take(t_stage, t_phase)
@@ -981,8 +982,9 @@ class ForwardSm90(KeyTiles):
             return NoTerms()
         slab, thread = who
         elements, queries = self.elements_of(mElements, thread, place, False)
-        first_token, head = place[-2:]
-        places = (head, first_token, operands, slab, thread)
+        _, offset, _, first_token, head = place
+        reference = first_token - slab * self.slab_tokens + offset
+        places = (head, first_token, operands, slab, thread, reference)
         return WarpgroupTerms(self.added, elements, queries, *places)
 
     def packed_step(self, mPacked: tuple, scores: cute.Tensor, thread: Int32, place):
