@@ -95,9 +95,8 @@ class AddedTerms:
             self.kinds = frozenset("distance" if x == "bent" else x for x in self.kinds)
         self.multiplies = bool(self.kinds & {"affine", "key", "bent"})
         # Then maxima take no part in what is affine.
-        self.by_position = (
-            in_order and has_idle_warp and "affine" in self.kinds and "bent" not in self.kinds
-        )
+        affine = self.kinds & {"affine", "bent"}
+        self.by_position = in_order and has_idle_warp and bool(affine)
         self.is_staged = "key" in self.kinds or self.by_position
         # In base 2 what is held may not exceed ``LARGEST`` either.
         self.largest = LARGEST * min(1.0, 1 / (scale * LOG2_E)) if scale > 0 else 0.0
@@ -307,7 +306,7 @@ class WarpgroupTerms(Terms):
         """
         kinds = self.plan.kinds
         by_tile = is_varying is None and "tile" in kinds
-        of_rows = {"row", "bent"} | (set() if self.plan.by_position else {"affine"})
+        of_rows = {"row"} | (set() if self.plan.by_position else {"affine", "bent"})
         if not kinds & of_rows and not by_tile:
             return None, Int32(0)
         found = []
@@ -484,7 +483,8 @@ class WarpgroupTerms(Terms):
     ) -> "CommonTerm | None":
         """Before a loop: X, and what is added by distance to all scores of a tile alike."""
         last = cutlass.max(tile_of(Int32(0)), Int32(0))
-        self.write_steps(last, is_varying)
+        nearest = cutlass.min(self.reference // self.plan.config.tile_n, last)
+        self.write_steps(cutlass.max(nearest, last + 1 - count), is_varying)
         if is_varying is not False or "tile" not in self.plan.kinds:
             return None
         tile_n = self.plan.config.tile_n
@@ -508,7 +508,7 @@ class WarpgroupTerms(Terms):
 
     @cute.jit
     def write_steps(self, n: Int32, is_varying: cutlass.Constexpr):
-        """X of a loop that begins with tile n, where loops differ in it."""
+        """X of a loop with tile n, where loops differ in it."""
         if const_expr("bent" in self.plan.kinds and self.plan.multiplies_in(is_varying)):
             # All have waited for the products that read the one before.
             self.join()
@@ -518,12 +518,14 @@ class WarpgroupTerms(Terms):
 
     @cute.jit
     def store_steps(self, first: Int32, keeps_signs: cutlass.Constexpr[bool]):
-        """Writes X from ``_affine`` of each row."""
+        """Writes X from ``_affine`` of each row at a key."""
         rows = self._affine(first, keeps_signs)
         for r in cutlass.range_constexpr(ROWS_PER_THREAD):
             base, step, inverse = Float32(0.0), Float32(0.0), Float32(1.0 / self.plan.scale)
             for term in rows[r]:
                 base, step = base + term.base, step + term.step
+            if const_expr(self.plan.by_position):
+                base = cute.math.fma(step, Float32(self.reference - first), base)
             steps = thirds(step * inverse)
             if const_expr(self.plan.is_staged):
                 steps = [each for each in steps for _ in range(3)]
