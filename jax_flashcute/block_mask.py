@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export
+from jax import export, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
@@ -279,26 +279,34 @@ class BlockMask:
         return [self.partial_counts, partial, self.full_counts, full]
 
     def transposed_lists(self, tile_m: int, tile_n: int) -> list[jax.Array]:
-        """``transpose().in_tiles(tile_m, tile_n).kernel_lists()``, for kernels of the backward.
+        """``packed(transpose().in_tiles(tile_m, tile_n).kernel_lists())``, for the backward.
 
-        Each list is transposed by its own tiles, batches and heads before it is spread out; entries
-        ascend, and none lies beyond the last query row.
+        In the memory of the lists themselves: entries are sorted by key tile, and none is left
+        empty.  They ascend, and none lies beyond the last query row.
         """
         found = []
         of_row = jnp.arange(num_tiles(self.kv_length, tile_m), dtype=jnp.int32)
         of_row = of_row * tile_m // self.tile_n
         parts = self.tile_m // tile_n
-        beyond = parts * self.num_q_tiles - num_tiles(self.q_length, tile_n)
+        M, tiles = self.num_q_tiles, self.num_kv_tiles
+        beyond = parts * M - num_tiles(self.q_length, tile_n)
         for counts, indices in (
             (self.partial_counts, self.partial_indices),
             (self.full_counts, self.full_indices),
         ):
-            listed = jnp.swapaxes(self._listed(counts, indices), 2, 3)
-            counts, indices = compact(listed)
-            indices = indices[..., None] * parts + jnp.arange(parts, dtype=jnp.int32)
-            indices = indices.reshape(*listed.shape[:3], -1)
-            counts = counts * parts - beyond * listed[..., -1]
-            found += [counts[:, :, of_row], indices[:, :, of_row]]
+            b, n, _, width = indices.shape
+            is_tile = (jnp.arange(width) < counts[..., None]) & (indices >= 0) & (indices < tiles)
+            # Rows come one after another, so a stable sort leaves those of a key tile ascending.
+            keys = jnp.where(is_tile, indices, tiles).reshape(b, n, M * width)
+            row = lax.broadcasted_iota(jnp.int32, indices.shape, 2).reshape(keys.shape)
+            keys, rows = lax.sort((keys, row), num_keys=1, is_stable=True)
+            places = jax.vmap(jax.vmap(lambda x: jnp.searchsorted(x, jnp.arange(tiles + 1))))(keys)
+            start, end = places[..., :-1].astype(jnp.int32), places[..., 1:].astype(jnp.int32)
+            in_last_row = self._listed(counts[:, :, M - 1 :], indices[:, :, M - 1 :])[:, :, 0]
+            counts = (end - start) * parts - beyond * in_last_row
+            entries = rows[..., None] * parts + jnp.arange(parts, dtype=jnp.int32)
+            entries = _with_room(entries.reshape(b, n, 1, M * width * parts))
+            found += [jnp.stack([counts, start * parts], axis=-1)[:, :, of_row], entries]
         return found
 
     def transpose(self) -> "BlockMask":
@@ -360,6 +368,19 @@ def make_block_mask(
 
 
 @jax.jit
+def packed(lists: list[jax.Array]) -> list[jax.Array]:
+    """``kernel_lists()`` in the form of the backward's: lists of a head in one row of memory.
+
+    Counts and starts (..., rows, 2), and indices (..., 1, entries), of the partial and full tiles.
+    """
+    found = []
+    for counts, indices in (lists[:2], lists[2:]):
+        b, n, rows, width = indices.shape
+        start = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32) * width, counts.shape)
+        found += [jnp.stack([counts, start], axis=-1), indices.reshape(b, n, 1, rows * width)]
+    return found
+
+
 def compact(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Lists of the set places of ``flags`` (..., X), ascending: counts (...) and indices (..., X).
 

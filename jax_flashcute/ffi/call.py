@@ -15,7 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_flashcute import plan
-from jax_flashcute.block_mask import BlockMask, visits_before
+from jax_flashcute.block_mask import BlockMask, packed, visits_before
 from jax_flashcute.bounds import (
     key_bound_arrays,
     mask_key_bound_arrays,
@@ -160,8 +160,8 @@ def other_inputs(key: KernelKey, spec: AttentionSpec, operands: Operands) -> lis
         if key.visits_both_ways:
             bounds += key.row_bounds.beside(of_keys(*key.tile[::-1]))
     given = [x for x in given if x is not None]
-    packed = [] if operands.packed_mask is None else [operands.packed_mask]
-    return [*given, *elements, *bounds, *_visits(key, spec, operands, bounds), *packed]
+    words = [] if operands.packed_mask is None else [operands.packed_mask]
+    return [*given, *elements, *bounds, *_visits(key, spec, operands, bounds), *words]
 
 
 def _visits(
@@ -195,7 +195,7 @@ def _visits(
         visited = kinds != HIDDEN
         sizes = dict(zip(("q_length", "kv_length"), lengths, strict=True))
         lists = BlockMask.from_kinds(kinds, **sizes, tile_m=rows, tile_n=columns).kernel_lists()
-        lists = [*lists, *both]
+        lists = [*(lists if key.direction == "fwd" else packed(lists)), *both]
     elif bounds:
         visited = visited_tiles(bounds[2], -(-operands.query.shape[1] // columns))
     return [*lists, *([visits_before(visited)] if key.has_ranks and visited is not None else [])]

@@ -106,8 +106,9 @@ def _bound_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
 def _list_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
     import cutlass
 
-    times = key.has_lists * (1 + key.visits_both_ways)
-    return [(cutlass.Int32, (1,) * rank) for rank in (3, 4, 3, 4) * times]
+    counts = 3 if key.direction == "fwd" else 4  # with starts: the backward's are packed
+    ranks = (counts, 4) * 2 * key.has_lists + (3, 4) * 2 * key.visits_both_ways
+    return [(cutlass.Int32, (1,) * rank) for rank in ranks]
 
 
 def _rank_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:

@@ -527,6 +527,7 @@ def test_transposed_lists(t: int, s: int, given: tuple, wanted: tuple) -> None:
     for kind, counts, indices in ((PARTIAL, *lists[:2]), (FULL, *lists[2:])):
         flags = np.broadcast_to(transposed == kind, (2, 3, *transposed.shape[2:]))
         for place in np.ndindex(*flags.shape[:3]):
-            mine = tuple(min(i, n - 1) for i, n in zip(place, counts.shape, strict=True))
-            listed = np.asarray(indices)[mine][: np.asarray(counts)[mine]]
+            mine = tuple(min(i, n - 1) for i, n in zip(place, counts.shape[:3], strict=True))
+            count, start = np.asarray(counts)[mine]
+            listed = np.asarray(indices)[(*mine[:2], 0)][start : start + count]
             np.testing.assert_array_equal(listed, np.flatnonzero(flags[place]))

@@ -13,7 +13,7 @@ from jax_flashcute.kernels.primitives import select
 
 
 def row_of(array: cute.Tensor, batch: Int32, head: Int32, row: Int32) -> cute.Tensor:
-    """A row's entries in (1|B, 1|N, rows) or (1|B, 1|N, rows, width), as (1,) or (width,)."""
+    """A row's entries in (1|B, 1|N, rows) or (1|B, 1|N, 1|rows, width), as (1,) or (width,)."""
     shape = array.shape
     batch = cutlass.min(batch, Int32(shape[0]) - 1)
     head = cutlass.min(head, Int32(shape[1]) - 1)
@@ -26,7 +26,8 @@ class TileLists:
     """The two lists of one row of tiles.
 
     ``arrays`` are those of ``BlockMask.kernel_lists``: counts (1|B, 1|N, rows) and indices (1|B,
-    1|N, rows, at least 1) of the partial tiles, then of the full ones.
+    1|N, rows, at least 1) of the partial tiles, then of the full ones.  Or packed: counts and where
+    a list starts (1|B, 1|N, rows, 2), and indices (1|B, 1|N, 1, at least 1).
     """
 
     def __init__(
@@ -42,7 +43,15 @@ class TileLists:
     ):
         """``exists``: the row holds anything, or both lists are as good as empty; ``backwards``:
         each list is visited from its end; ``counts``: of both, where they have been read."""
-        self.partial, self.full = (row_of(i, batch, head, row) for i in (arrays[1], arrays[3]))
+        is_packed = len(arrays[0].shape) == 4
+        rows = [row_of(c, batch, head, row) for c in (arrays[0], arrays[2])] if is_packed else []
+        of_row = Int32(0) if is_packed else row
+        self.partial, self.full = (row_of(i, batch, head, of_row) for i in (arrays[1], arrays[3]))
+        if is_packed:
+            self.partial, self.full = (
+                cute.make_tensor(entries.iterator + counted[1], entries.layout)
+                for entries, counted in zip((self.partial, self.full), rows, strict=True)
+            )
         self.partial_count, self.full_count = counts or [
             select(exists, row_of(c, batch, head, row)[0], Int32(0)) for c in (arrays[0], arrays[2])
         ]
