@@ -9,6 +9,7 @@ import pytest
 
 from jax_flashcute.nsa import (
     NSAConfig,
+    Selection,
     compress_kv,
     gate,
     native_sparse_attention,
@@ -326,6 +327,25 @@ def test_memory_has_no_square() -> None:
     assert memory.output_size_in_bytes < 4 * 2048 * 17 * 4 + 2**10
     # Sums in float32 of the operands, and 64 tiles' scores of 2,048 blocks for four heads.
     assert memory.temp_size_in_bytes < 3 * length * 4 * 8 * 4 + 32 * 64 * 2048 * 4
+
+
+def test_lists_of_the_backward_have_no_square() -> None:
+    """At 1,048,576: room for what is listed, by query tiles of 64, and for nothing else."""
+    T, N, K, config = 2**20, 32, 8, NSAConfig()
+    tiles, width = T // config.query_tile, config.num_selected + 1
+    selection = Selection(
+        counts=jnp.zeros((1, K, tiles), jnp.int32),
+        indices=jnp.zeros((1, K, tiles, width), jnp.int32),
+    )
+
+    def lists(selection):
+        mask = to_block_mask(selection, config, q_heads=N, q_length=T, kv_length=T)
+        return mask.transposed_lists(64, 64)
+
+    memory = jax.jit(lists).lower(selection).compile().memory_analysis()
+    listed = N * tiles * width * (config.query_tile // 64) * 4  # bytes
+    assert memory.output_size_in_bytes < 1.25 * listed
+    assert memory.temp_size_in_bytes < 4 * listed
 
 
 BAD = {
