@@ -306,7 +306,9 @@ class BlockMask:
             counts = (end - start) * parts - beyond * in_last_row
             entries = rows[..., None] * parts + jnp.arange(parts, dtype=jnp.int32)
             entries = _with_room(entries.reshape(b, n, 1, M * width * parts))
-            found += [jnp.stack([counts, start * parts], axis=-1)[:, :, of_row], entries]
+            # Kernels read the first place of an empty list, too.
+            start = jnp.minimum(start * parts, entries.shape[3] - 1)
+            found += [jnp.stack([counts, start], axis=-1)[:, :, of_row], entries]
         return found
 
     def transpose(self) -> "BlockMask":

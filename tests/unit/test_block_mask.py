@@ -529,5 +529,6 @@ def test_transposed_lists(t: int, s: int, given: tuple, wanted: tuple) -> None:
         for place in np.ndindex(*flags.shape[:3]):
             mine = tuple(min(i, n - 1) for i, n in zip(place, counts.shape[:3], strict=True))
             count, start = np.asarray(counts)[mine]
+            assert start < indices.shape[3]
             listed = np.asarray(indices)[(*mine[:2], 0)][start : start + count]
             np.testing.assert_array_equal(listed, np.flatnonzero(flags[place]))
