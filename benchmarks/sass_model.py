@@ -144,6 +144,21 @@ def loop_of(
     raise ValueError(f"code must have a loop of {what}; found none")
 
 
+def loops_over_tiles(code: list[Instruction]) -> list[list[Instruction]]:
+    """Of a forward kernel: those of the softmax, each for some kind of tiles, and the correction's.
+
+    Raises:
+      ValueError: the correction has none.
+    """
+    of_softmax = [b for b in loops(code) if 64 <= count(b, "MUFU") <= 130]
+    return [*of_softmax, rescaling(code)]
+
+
+def rescaling(code: list[Instruction]) -> list[Instruction]:
+    """The correction's loop over key tiles."""
+    return loop_of(code, "rescaling", lambda b: bool(count(b, "STTM")) and not count(b, "MUFU"))
+
+
 def without_branches(body: list[Instruction], name: str) -> list[Instruction]:
     """A loop that skips what a branch may skip, where that has such instructions.
 
@@ -209,10 +224,7 @@ def row(kernel: Kernel, code: list[Instruction]) -> dict[str, float]:
     if not exponentials:
         raise ValueError("code must have a loop of exponentials; found none")
     if forward:
-        others = loop_of(
-            code, "rescaling", lambda b: bool(count(b, "STTM")) and not count(b, "MUFU")
-        )
-        others = without_branches(others, "STTM")
+        others = without_branches(rescaling(code), "STTM")
     else:
         others = loop_of(code, "reductions", lambda b: bool(count(b, "UBLKRED")))
     # Eight warps of exponentials and four others, so two and one in each part.

@@ -148,7 +148,11 @@ def check_code(spec: AttentionSpec, operands: Operands, arch: str, allowed: int 
     assert found.highest_register < config.softmax_registers
     assert config.threads * found.registers <= 65536
     assert found.stack_bytes + found.local_bytes <= allowed
-    if not allowed:
+    if allowed:
+        (code,) = sass_model.kernels_of(kernel.cubin)
+        for body in sass_model.loops_over_tiles(code):
+            assert sass_model.count(body, "LDL", "STL") == 0
+    else:
         assert (found.spill_loads, found.spill_stores) == (0, 0)
     # A product in the code for each that was written; tensor memory read and written; Q, K and V
     # by TMA; rows of O 16 bytes at a time; mask bits eight at once; arithmetic in pairs.

@@ -96,6 +96,12 @@ EQUIVALENT = [
         "stage of V, and once they are done so are those before them, which emptied the others",
     ),
     Equivalent(
+        "wait for the other parity",
+        "write_work(work[None, t_stage], (Int32(-1),)",
+        2,
+        "passes where it comes before the products are done: as good as ignored",
+    ),
+    Equivalent(
         "remove tcgen05.wait",
         "tcgen05.wait::ld",
         WAITS_OF_LOADS,
@@ -203,6 +209,8 @@ BACKWARDS = {
 @pytest.mark.timeout(7200)
 def test_every_mutant_is_killed() -> None:
     arrays = CASE.arrays(BF16)
+    # Rows' maxima grow in the tile that is visited last, too: O is rescaled before its last product.
+    arrays["key"] = arrays["key"].at[:, :128].multiply(8)
     operands = Operands(**arrays)
     key = registry.kernel_key(CASE.spec(), operands, "fwd", "sm_100a", 2)
     kernel = kernel_of(key).with_lines()
