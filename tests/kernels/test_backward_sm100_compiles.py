@@ -145,14 +145,16 @@ ELEMENTS = {
 SPILLED = {
     ("functions", (192, 128), "sm_100a"): 88,
     ("functions", (192, 128), "sm_103a"): 16,
+    ("mask", (192, 128), "sm_100a"): 40,
+    ("mask", (256, 256), "sm_100a"): 8,
     ("soft_cap", (64, 64), "sm_100a"): 8,
     ("soft_cap", (192, 128), "sm_100a"): 8,
     ("soft_cap", (192, 128), "sm_103a"): 8,
     ("soft_cap", (256, 256), "sm_100a"): 16,
 }
-"""Bytes a thread that ptxas spills, those of "functions" and of 256 within loops too."""
-INVARIANT_BYTES = 40
-"""Of the others, which have been seen to spill less, and nothing at head_dim 128 but of ``mask``."""
+"""Bytes a thread that ptxas spills; but for a soft cap's 8, within loops."""
+MOST_SPILLED = 40
+"""Of the others."""
 
 
 @pytest.mark.slow
@@ -170,7 +172,7 @@ def test_code_of_elements(name: str, head_dims: tuple[int, int], arch: str):
     kernel = compile_kernel(registry.builder(key), arrays, arch, keep_intermediates=True)
     assert kernel.cubin is not None
     for found in report(kernel.cubin):
-        allowed = SPILLED.get((name, head_dims, arch), INVARIANT_BYTES)
+        allowed = SPILLED.get((name, head_dims, arch), MOST_SPILLED)
         assert found.stack_bytes + found.local_bytes <= allowed
 
 

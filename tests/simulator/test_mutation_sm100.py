@@ -209,7 +209,7 @@ BACKWARDS = {
 @pytest.mark.timeout(7200)
 def test_every_mutant_is_killed() -> None:
     arrays = CASE.arrays(BF16)
-    # Rows' maxima grow in the tile that is visited last, too: O is rescaled before its last product.
+    # Maxima grow in the tile that is visited last, too: O is rescaled before its last product.
     arrays["key"] = arrays["key"].at[:, :128].multiply(8)
     operands = Operands(**arrays)
     key = registry.kernel_key(CASE.spec(), operands, "fwd", "sm_100a", 2)
