@@ -334,6 +334,10 @@ def kernel_key(
     if direction == "fwd":
         config = _existing(_forward_config(arch, operands))
         pack_gqa = packing_pays(query.shape[1], group, config)
+        plain = functions is None and packed is None and not has_lists
+        if row_bounds is not None and plain and isinstance(config, FwdConfig):
+            # Tiles of fewer positions visit fewer keys that only some of their rows see.
+            pack_gqa |= group > 1 and config.slab_rows % group == 0
         pack_gqa = pack_gqa and _may_pack(operands, group, config)
         # Bounds from arrays and lists are not tried yet.
         may_split = operands.segment_ids is None and not has_lists

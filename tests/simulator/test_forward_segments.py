@@ -91,7 +91,7 @@ CASES = {
     "groups_lengths": (
         (2, 300, 300),
         {
-            **PACKED, "heads": (3, 1), "head_dim": 128, "mask_mod": masks.chunked(70),
+            **PACKED, "heads": (4, 1), "head_dim": 128, "mask_mod": masks.chunked(70),
             "key_value_seq_lengths": jnp.array([100, 300]),
             "query_seq_lengths": jnp.array([250, 131]),
         },

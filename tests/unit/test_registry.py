@@ -315,6 +315,24 @@ def test_packing_in_use() -> None:
     assert not registry.packing_pays(t, 8, config)
 
 
+@pytest.mark.parametrize(
+    ("arch", "group", "arguments", "packs"),
+    [
+        ("sm_90a", 4, {"cu_seqlens_q": [0, 100, 3000]}, True),
+        ("sm_90a", 4, {"mask_mod": masks.documents_by_offsets(jnp.array([0, 100]), 3000)}, True),
+        ("sm_90a", 3, {"cu_seqlens_q": [0, 100, 3000]}, False),
+        ("sm_90a", 4, {}, False),
+        ("sm_90a", 4, {"cu_seqlens_q": [0, 100, 3000], "logits_soft_cap": 9.0}, False),
+        ("sm_100a", 4, {"cu_seqlens_q": [0, 100, 3000]}, False),
+    ],
+)
+def test_rows_with_bounds_from_arrays_share_tiles(
+    arch: str, group: int, arguments: dict, packs: bool
+) -> None:
+    spec, operands = call_of((1, 3000, 3000), heads=(group, 1), is_causal=True, **arguments)
+    assert registry.kernel_key(spec, operands, "fwd", arch, 132).pack_gqa == packs
+
+
 # ---- configurations ------------------------------------------------------------------------
 
 forward_configs = st.builds(
