@@ -27,6 +27,8 @@ class FwdConfig:
       cluster: blocks that visit the same key tiles, for as many heads of a group, and load each
         together; 1 or 2.
       consumer_registers, producer_registers: registers a thread, after reallocation.
+      q_stages: query tiles in shared memory.  With two, warpgroups may be in different tiles, and
+        the others begin a tile behind the first one.
     """
 
     warpgroups: int
@@ -37,6 +39,7 @@ class FwdConfig:
     cluster: int = 1
     consumer_registers: int = 240
     producer_registers: int = 24
+    q_stages: int = 1
 
     @property
     def tile_m(self) -> int:
@@ -55,7 +58,8 @@ class FwdConfig:
     def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Shared memory in bytes, without barriers, for 16-bit operands."""
         h, hv = round_up(head_dim, 16), round_up(head_dim_v, 16)
-        return 2 * (self.tile_m * h + self.kv_stages * self.tile_n * (h + hv))
+        queries = self.q_stages * self.tile_m * h
+        return 2 * (queries + self.kv_stages * self.tile_n * (h + hv))
 
     def reasons_invalid(self, head_dim: int, head_dim_v: int) -> list[str]:
         """Every reason why this configuration cannot be compiled for these head_dims."""
@@ -101,6 +105,16 @@ def forward_config(head_dim: int, head_dim_v: int) -> FwdConfig:
     if widest <= 192:
         return FwdConfig(2, 96, 2)
     return FwdConfig(2, 64, 2)
+
+
+def staggered(config: FwdConfig) -> FwdConfig:
+    """A forward configuration with two query tiles, where two warpgroups do not take turns.
+
+    Measured for head_dim 128, without lists, pages and scores; docs/lab-notebook.md.
+    """
+    if config.warpgroups != 2 or config.takes_turns:
+        return config
+    return dataclasses.replace(config, q_stages=2)
 
 
 FEW_ROWS_BYTES = 144 * 1024

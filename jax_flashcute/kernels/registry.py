@@ -32,6 +32,7 @@ from jax_flashcute.kernels.config import (
     loads_pages_by_tma,
     most_splits,
     paged_config,
+    staggered,
     workspace_shapes,
 )
 from jax_flashcute.kernels.elements import (
@@ -338,6 +339,8 @@ def kernel_key(
         if row_bounds is not None and plain and isinstance(config, FwdConfig):
             # Tiles of fewer positions visit fewer keys that only some of their rows see.
             pack_gqa |= group > 1 and config.slab_rows % group == 0
+        if plain and not is_paged(operands) and isinstance(config, FwdConfig):
+            config = staggered(config)
         pack_gqa = pack_gqa and _may_pack(operands, group, config)
         # Bounds from arrays and lists are not tried yet.
         may_split = operands.segment_ids is None and not has_lists

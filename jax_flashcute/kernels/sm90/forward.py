@@ -23,13 +23,18 @@ its keys (common/splits.py).  Parts of one row go to scratch in float32 and a se
 them up (extra/combine.py); where a row has one part alone, the output is written at once.
 
     edge     producer             consumer                   stages     full      empty
-    q        TMA, producer warp   every warpgroup            1          1 + tx    4 W
+    q        TMA, producer warp   every warpgroup            q_stages   1 + tx    4 W
     k        TMA, producer warp   every warpgroup            kv_stages  1 + tx    4 W
     v        TMA, producer warp   every warpgroup            kv_stages  1 + tx    4 W
     tile     producer warp        every warpgroup            2          1         4 W
     turn[w]  warpgroup w - 1      warpgroup w                named barrier 1 + w, 256 threads
     terms    warpgroup w          warpgroup w                named barrier 4 + w, 128 threads
     draw     first of a cluster   second one's producer      1          1         1
+    lead     warpgroup 0          the others                 1          4         -
+
+"lead" comes with two query tiles in shared memory: the others' first product of a tile of work is
+issued once warpgroup 0 has its own.  In step, all would do at once what no product runs beside: the
+first softmax of a tile and its output.
 
 "terms" are what a score adds (added_terms.py), where it does.  Where some of it follows from the
 key alone, one warp more arrives at k and takes a tile.
@@ -198,6 +203,7 @@ class ForwardSm90(KeyTiles):
         self.consumer_threads = 128 * config.warpgroups
         self.consumer_warps = 4 * config.warpgroups
         self.takes_turns = config.takes_turns and config.warpgroups > 1
+        self.leads = config.q_stages > 1 and config.warpgroups > 1
 
     def added_terms(self, in_order: bool) -> AddedTerms | None:
         """What scores add, where that is done by a product; None for nothing."""
@@ -309,6 +315,7 @@ class ForwardSm90(KeyTiles):
     def shared_storage(self):
         cfg = self.config
         kv_words, work_fields = 2 * cfg.kv_stages, self.work_fields
+        q_words, leads = 2 * cfg.q_stages, int(self.leads)
         draws = int(cfg.cluster > 1)
 
         def aligned(elements):
@@ -316,15 +323,16 @@ class ForwardSm90(KeyTiles):
 
         @cute.struct
         class SharedStorage:
-            q_barriers: cute.struct.MemRange[Int64, 2]
+            q_barriers: cute.struct.MemRange[Int64, q_words]
             k_barriers: cute.struct.MemRange[Int64, kv_words]
             v_barriers: cute.struct.MemRange[Int64, kv_words]
             tile_barriers: cute.struct.MemRange[Int64, 2 * TILE_STAGES]
             tail_barrier: cute.struct.MemRange[Int64, 1]
+            lead_barrier: cute.struct.MemRange[Int64, leads]
             draw_barriers: cute.struct.MemRange[Int64, draws * 2]
             draw_slot: cute.struct.MemRange[Int32, draws]
             work: cute.struct.MemRange[Int32, work_fields * TILE_STAGES]
-            sQ: aligned(cfg.tile_m * self.smem_h)
+            sQ: aligned(cfg.q_stages * cfg.tile_m * self.smem_h)
             sK: aligned(cfg.kv_stages * cfg.tile_n * self.smem_h)
             sV: aligned(cfg.kv_stages * cfg.tile_n * self.smem_hv)
 
@@ -382,7 +390,7 @@ class ForwardSm90(KeyTiles):
         pipeline_q = TmaPipeline(
             "q",
             storage.q_barriers.data_ptr(),
-            1,
+            cfg.q_stages,
             cfg.warpgroups * slab_rows * h_bytes,
             self.consumer_warps,
         )
@@ -426,6 +434,8 @@ class ForwardSm90(KeyTiles):
                 for pipeline in pipelines:
                     pipeline.init()
                 cute.arch.mbarrier_init(storage.tail_barrier.data_ptr(), 1)
+                if const_expr(self.leads):
+                    cute.arch.mbarrier_init(storage.lead_barrier.data_ptr(), 4)
                 if const_expr(pair is not None):
                     pair.init()
             cute.arch.mbarrier_init_fence()
@@ -435,8 +445,8 @@ class ForwardSm90(KeyTiles):
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
 
-        # One slab of Q per warpgroup; the slab is the last mode.
-        q_layout = smem_layout(self.dtype, 64, self.smem_h, cfg.warpgroups)
+        # One slab of Q per warpgroup and stage; the slab is the last mode.
+        q_layout = smem_layout(self.dtype, 64, self.smem_h, cfg.warpgroups * cfg.q_stages)
         k_layout, v_layout = self.key_layout(self.head_dim), self.key_layout(self.head_dim_v)
         sQ = storage.sQ.get_tensor(q_layout.outer, swizzle=q_layout.inner)
         sK = storage.sK.get_tensor(k_layout.outer, swizzle=k_layout.inner)
@@ -513,6 +523,7 @@ class ForwardSm90(KeyTiles):
                 mOPartial,
                 mLSEPartial,
                 pipelines,
+                storage.lead_barrier.data_ptr() if const_expr(self.leads) else None,
                 work,
                 (q_length, kv_length),
                 mElements,
@@ -550,19 +561,21 @@ class ForwardSm90(KeyTiles):
         tma_q, gQ, sQ = q_copy
         sV = v_copy[2]
         q_box = (self.heads_packed, self.slab_tokens, self.smem_h)
+        slabs = cfg.warpgroups * cfg.q_stages
         # (heads, tokens, columns, slab): the slabs as TMA writes them.
         slab = slab_tma_layout(self.dtype, 64, self.smem_h, self.heads_packed, self.slab_tokens)
         sQ_tma = cute.make_tensor(
             sQ.iterator,
-            cute.append(slab.outer, cute.make_layout(cfg.warpgroups, stride=64 * self.smem_h)),
+            cute.append(slab.outer, cute.make_layout(slabs, stride=64 * self.smem_h)),
         )
         if const_expr(self.slab_tokens * self.heads_packed < 64):
             # Rows of a slab that no token fills: TMA leaves them alone, and products read them.
-            for w in cutlass.range_constexpr(cfg.warpgroups):
+            for w in cutlass.range_constexpr(slabs):
                 clear_rows(sQ, self.smem_h, Int32(w), Int32(self.slab_tokens * self.heads_packed))
             cute.arch.fence_view_async_shared()
             cute.arch.sync_warp()
         tile = cute.arch.block_idx()[0]
+        q_stage = Int32(0)
         q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase, tail_phase, draw_phase = (
             Int32(0) for _ in range(9)
         )
@@ -603,7 +616,7 @@ class ForwardSm90(KeyTiles):
                 k_copy, v_copy, mPageTable, Int32(0), kv_head, batch, keys
             )
             # The consumers take K of the next tile before V of this one: load in that order, and
-            # the first K before Q, whose place is given back late.
+            # the first K before Q, whose place, if it has but one, is given back late.
             # Where tiles lie comes from memory, and is asked for ahead of time.
             n, following = Int32(0), Int32(0)
             place = following_place = self.kv_tiles.nowhere
@@ -615,16 +628,16 @@ class ForwardSm90(KeyTiles):
                 pipeline_k.acquire(k_stage, k_phase)
                 # Copies of threads are waited for once Q is on its way too.
                 begin_stage(pipeline_k, self.kv_tiles, load_k, n, place, k_stage)
-            pipeline_q.acquire(Int32(0), q_phase)
-            pipeline_q.expect(Int32(0))
+            pipeline_q.acquire(q_stage, q_phase)
+            pipeline_q.expect(q_stage)
             for w in cutlass.range_constexpr(cfg.warpgroups):
                 cute.copy(
                     tma_q,
                     tQgQ[None, m_block * cfg.warpgroups + w],
-                    tQsQ[None, w],
-                    tma_bar_ptr=pipeline_q.full,
+                    tQsQ[None, q_stage * cfg.warpgroups + w],
+                    tma_bar_ptr=pipeline_q.full + q_stage,
                 )
-            q_phase ^= 1
+            q_stage, q_phase = pipeline_q.advance(q_stage, q_phase)
             before = Int32(-1)
             if visits > 0:
                 finish_stage(pipeline_k, self.kv_tiles, k_stage, before)
@@ -742,6 +755,7 @@ class ForwardSm90(KeyTiles):
         mOPartial: cute.Tensor | None,
         mLSEPartial: cute.Tensor | None,
         pipelines,
+        lead_barrier,
         work: cute.Tensor,
         array_lengths: tuple,
         mElements: tuple,
@@ -755,14 +769,15 @@ class ForwardSm90(KeyTiles):
         warps = self.consumer_warps
         q_length, kv_length = array_lengths
         thread = cute.arch.thread_idx()[0] % 128
-        slab = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128) - 1
+        slab = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
 
         mma_qk = tiled_mma(self.dtype, cfg.tile_n, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
         mma_pv = tiled_mma(
             self.dtype, self.smem_hv, OperandMajorMode.MN, warpgroup.OperandSource.RMEM
         )
         wg_qk, wg_pv = mma_qk.get_slice(0), mma_pv.get_slice(0)
-        tSrQ = mma_qk.make_fragment_A(wg_qk.partition_A(sQ))[None, None, None, slab]
+        slabs = cute.logical_divide(sQ, (None, None, cfg.warpgroups))
+        tSrQ = mma_qk.make_fragment_A(wg_qk.partition_A(slabs[None, None, (slab, None)]))
         tSrK = mma_qk.make_fragment_B(wg_qk.partition_B(sK))
         sVt = cute.make_tensor(
             sV.iterator, cute.select(sV.layout, mode=[1, 0, 2])
@@ -786,7 +801,10 @@ class ForwardSm90(KeyTiles):
             if slab == cfg.warpgroups - 1:
                 self.pass_turn(slab)
 
-        q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase = (Int32(0) for _ in range(7))
+        q_stage, q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase = (
+            Int32(0) for _ in range(8)
+        )
+        lead_phase = Int32(0)
         fields = self.take_work(work, pipeline_tile, t_stage, t_phase, warps)
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
@@ -818,8 +836,7 @@ class ForwardSm90(KeyTiles):
                 mPacked, scores, thread, (batch, head, first_token, q_length)
             )
             softmax.reset()
-            pipeline_q.wait(Int32(0), q_phase)
-            q_phase ^= 1
+            pipeline_q.wait(q_stage, q_phase)
             lists = self.lists_of(mLists, fields, counts=fields[6:8])
             visits, nth = self.key_order(fields, lists)
             if visits > 0:
@@ -828,9 +845,20 @@ class ForwardSm90(KeyTiles):
                 bits = read_bits(n)
                 pipeline_k.wait(k_stage, k_phase)
                 terms.start()
+                if const_expr(self.leads):
+                    if slab > 0:
+                        cute.arch.mbarrier_wait(lead_barrier, lead_phase)
+                    lead_phase ^= 1
                 self.take_turn(slab)
                 ends = not terms.multiplies(terms.of_first)
-                gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False, ends=ends)
+                gemm(
+                    mma_qk,
+                    acc_S,
+                    tSrQ[None, None, None, q_stage],
+                    tSrK[None, None, None, k_stage],
+                    False,
+                    ends=ends,
+                )
                 terms.multiply(acc_S, k_stage, terms.of_first)
                 self.pass_turn(slab)
                 shifts, varies = terms.shifts(n, terms.of_first)
@@ -838,6 +866,10 @@ class ForwardSm90(KeyTiles):
                 warpgroup.wait_group(0)
                 pipeline_k.release(k_stage, warps)
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
+                if const_expr(self.leads):
+                    if slab == 0:
+                        with cute.arch.elect_one():
+                            cute.arch.mbarrier_arrive(lead_barrier)
                 terms.vary(scores, n, varies, True, terms.of_first)
                 if const_expr(lists is None or not self.has_mask_mod):
                     modify(n, True)
@@ -867,7 +899,14 @@ class ForwardSm90(KeyTiles):
                         pipeline_k.wait(k_stage, k_phase)
                         self.take_turn(slab)
                         ends = not terms.multiplies(is_varying)
-                        gemm(mma_qk, acc_S, tSrQ, tSrK[None, None, None, k_stage], False, ends=ends)
+                        gemm(
+                            mma_qk,
+                            acc_S,
+                            tSrQ[None, None, None, q_stage],
+                            tSrK[None, None, None, k_stage],
+                            False,
+                            ends=ends,
+                        )
                         terms.multiply(acc_S, k_stage, is_varying)
                         pipeline_v.wait(v_stage, v_phase)
                         gemm(mma_pv, acc_O, tOrP, tOrV[None, None, None, v_stage], accumulate)
@@ -895,7 +934,7 @@ class ForwardSm90(KeyTiles):
                     if const_expr(common is not None):
                         common.restore()
 
-                pipeline_q.release(Int32(0), warps)
+                pipeline_q.release(q_stage, warps)
                 pipeline_v.wait(v_stage, v_phase)
                 gemm(mma_pv, acc_O, tOrP, tOrV[None, None, None, v_stage], accumulate)
                 warpgroup.wait_group(0)
@@ -903,7 +942,9 @@ class ForwardSm90(KeyTiles):
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
             else:
                 acc_O.fill(0.0)
-                pipeline_q.release(Int32(0), warps)
+                pipeline_q.release(q_stage, warps)
+
+            q_stage, q_phase = pipeline_q.advance(q_stage, q_phase)
 
             # Rows at or beyond the query length are as good as empty.
             sinks = None
