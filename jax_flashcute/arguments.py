@@ -559,7 +559,8 @@ def _checked_boundaries(pair, B: int) -> tuple[jax.Array, jax.Array]:
     """``cu_seqlens_q`` and ``cu_seqlens_k`` as (B, segments + 1) int32."""
     boundaries = []
     for name, array in zip(("cu_seqlens_q", "cu_seqlens_k"), pair, strict=True):
-        is_known = isinstance(array, (list, tuple, np.ndarray))
+        numbers = jax.tree.leaves(array) if isinstance(array, (list, tuple)) else [array]
+        is_known = all(isinstance(x, (int, np.integer, np.ndarray)) for x in numbers)
         if is_known and np.ndim(array) and np.any(np.diff(array) < 0):
             raise ValueError(f"{name} must not decrease; got {array}")
         array = _int32(name, array)

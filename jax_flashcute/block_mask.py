@@ -264,9 +264,16 @@ class BlockMask:
                 counts, indices = counts[:, :, of_row], indices[:, :, of_row]
             return counts * parts, indices
 
+        full, tiles = (
+            divided(self.full_counts, self.full_indices),
+            num_tiles(self.kv_length, tile_n),
+        )
+        if self.num_kv_tiles * parts > tiles:
+            # Of a last tile that is cut off, some lie beyond; kernels take full ones as they are.
+            full = _first(*full, full[1] < tiles)
         return BlockMask(
             *divided(self.partial_counts, self.partial_indices),
-            *divided(self.full_counts, self.full_indices),
+            *full,
             q_length=self.q_length,
             kv_length=self.kv_length,
             tile_m=tile_m,
@@ -383,6 +390,7 @@ def packed(lists: list[jax.Array]) -> list[jax.Array]:
     return found
 
 
+@jax.jit
 def compact(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Lists of the set places of ``flags`` (..., X), ascending: counts (...) and indices (..., X).
 
@@ -398,6 +406,13 @@ def compact(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
     lists = jax.vmap(lambda row: jnp.zeros(X, jnp.int32).at[row].set(place, mode="drop"))
     rows = jnp.where(flags, before - 1, X).reshape(math.prod(flags.shape[:-1]), X)
     return counts, lists(rows).reshape(flags.shape)
+
+
+def _first(counts: jax.Array, indices: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Lists of the wanted entries alone, in their order."""
+    wanted &= jnp.arange(indices.shape[-1]) < counts[..., None]
+    order = jnp.argsort(~wanted, axis=-1, stable=True)
+    return jnp.sum(wanted, axis=-1, dtype=jnp.int32), jnp.take_along_axis(indices, order, axis=-1)
 
 
 def visits_before(visited: jax.Array) -> jax.Array:

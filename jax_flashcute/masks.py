@@ -224,7 +224,8 @@ def _trace(name: str, function, arguments, kind, kind_name: str):
 
 def _check_takes(name: str, function: Callable[..., Any], count: int) -> None:
     try:
-        signature = inspect.signature(function)
+        # Of the function itself: one that it wraps may take others.
+        signature = inspect.signature(function, follow_wrapped=False)
     except (TypeError, ValueError):
         # Some that are compiled do not tell; the call will.
         return

@@ -13,6 +13,7 @@ from jax_flashcute.spec import Operands, Residuals
 from tests.cases import Case
 from tests.simulator import simulate
 from tests.simulator.test_forward_elements import compiled, operands_of, sized, widened
+from tests.simulator.test_forward_segments import call_of
 from tests.user_functions import MASKS, SCORES
 
 MAIN = ("query", "key", "value")
@@ -28,8 +29,12 @@ def is_float(x) -> bool:
 
 
 def check(case: Case, mask_mod=None, score_mod=None, *, arch: str = "sm_90a", **how):
+    spec, operands = operands_of(case, "bfloat16", mask_mod, score_mod)
+    check_call(case, spec, operands, arch=arch, **how)
+
+
+def check_call(case: Case, spec, operands, *, arch: str = "sm_90a", **how):
     dtype = "bfloat16"
-    spec, operands = operands_of(case, dtype, mask_mod, score_mod)
     assert not registry.reasons_against(spec, operands, "bwd", arch)
     key = registry.kernel_key(spec, operands, "bwd", arch, 0)
     wide = widened(operands)
@@ -157,3 +162,17 @@ INFINITE_AT_0 = {
 def test_what_is_infinite_at_0(name: str):
     """Beyond the last row products are 0, and nothing is hidden where keys fill their tiles."""
     check(Case(1, 100, 256, 1, 1, 64, 64), score_mod=INFINITE_AT_0[name])
+
+
+def test_table_by_distance_within_a_segment() -> None:
+    """Positions start anew in each segment, so tiles far apart in an array may be near by them."""
+    table = jnp.asarray(np.random.default_rng(0).standard_normal((1, 21)), jnp.float32)
+    ends = np.array([0, 5, 261, 384])
+    spec, operands = call_of(
+        (1, 384, 384),
+        cu_seqlens_q=ends,
+        cu_seqlens_k=ends,
+        positions="segment",
+        score_mod=lambda s, b, h, q, kv: s + table[h, jnp.clip(q - kv, -10, 10) + 10],
+    )
+    check_call(sized(64, seqlen_q=384, seqlen_k=384), spec, operands)

@@ -202,6 +202,17 @@ def test_terms_beyond_scores():
     assert key.elements.added_kinds(key.pack_gqa) == {"row", "key"}
 
 
+def test_slopes_that_are_numbers():
+    """Known while tracing, and not to be rounded for it; -inf hides some rows."""
+
+    def score_mod(score, b, h, q, kv):
+        hidden = jnp.where(q % 3 == 0, -jnp.inf, 0.0)
+        return score + (hidden + 0.01 * (kv - q).astype(jnp.float32))
+
+    key = check(sized(64, seqlen_q=70, seqlen_k=512), None, score_mod)
+    assert key.elements.added_kinds(key.pack_gqa) == {"affine"}
+
+
 def test_terms_by_distance():
     """Slopes that turn at the diagonal and a table near it, beside a slope and terms of keys."""
     sizes = {"seqlen_q": 150, "seqlen_k": 520, "batch": 2}

@@ -489,6 +489,16 @@ def test_smaller_tiles_are_the_same_tiles() -> None:
         made.in_tiles(48, 64)
 
 
+def test_no_full_tile_lies_beyond_the_last_key() -> None:
+    """Kernels take full tiles as they are; of two columns of 256 keys, 384 exist."""
+    made = BlockMask.from_lists(
+        [[]] * 2, [[1, 0], [1]], q_length=256, kv_length=384, tile_m=128, tile_n=256
+    )
+    divided = made.in_tiles(128, 128)
+    counts, indices = np.asarray(divided.full_counts)[0, 0], np.asarray(divided.full_indices)[0, 0]
+    assert [list(indices[i, : counts[i]]) for i in range(2)] == [[2, 0, 1], [2]]
+
+
 @pytest.mark.parametrize("shape", [(2, 0, 5), (2, 5, 0), (0, 5, 5)], ids=str)
 def test_nothing_to_attend(shape: tuple[int, int, int]) -> None:
     batch, t, s = shape

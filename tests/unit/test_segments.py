@@ -316,6 +316,18 @@ def test_refused(message: str) -> None:
         flash_attention(**arrays, **call)
 
 
+def test_boundaries_with_traced_numbers() -> None:
+    arrays = inputs(20, 20)
+
+    @jax.jit
+    def attend(n):
+        return flash_attention(**arrays, cu_seqlens_q=[0, n, 20], cu_seqlens_k=[0, n, 20])
+
+    ends = np.array([0, 7, 20])
+    want = flash_attention(**arrays, cu_seqlens_q=ends, cu_seqlens_k=ends)
+    np.testing.assert_allclose(attend(7), want, atol=1e-6)
+
+
 def test_what_the_kernels_serve() -> None:
     arrays = {n: x.astype(jnp.bfloat16) for n, x in inputs(20, 20).items()}
     for deterministic in (False, True):

@@ -312,9 +312,8 @@ class WarpgroupTerms(Terms):
         found = []
         rows = self._affine(n * self.plan.config.tile_n, is_varying is False)
         for constant, terms in zip(self.row_constants, rows, strict=True):
-            inverse = Float32(1.0 / self.plan.scale)
             for term in terms if not self.plan.by_position else ():
-                constant = cute.math.fma(term.base, inverse, constant)
+                constant = constant + self._raw([term.base])
             found.append(constant)
         if "distance" in kinds or not by_tile:
             return found, Int32(0)
@@ -529,7 +528,7 @@ class WarpgroupTerms(Terms):
             steps = thirds(step * inverse)
             if const_expr(self.plan.is_staged):
                 steps = [each for each in steps for _ in range(3)]
-                bases = thirds(base * inverse) if self.plan.by_position else _thrice(0.0)
+                bases = thirds(self._raw([base])) if self.plan.by_position else _thrice(0.0)
                 numbers = (*steps, *bases, *_thrice(1.0))
             else:
                 numbers = (*steps, *_thrice(1.0))
@@ -543,8 +542,7 @@ class WarpgroupTerms(Terms):
 
     def may_hide(self, is_varying: bool | None) -> bool:
         """Whether what is added may be -inf, with which the softmax has to reckon."""
-        never = {"affine", "bent"} | ({"tile"} if is_varying is False else set())
-        return not self.plan.kinds <= never
+        return not self.plan.kinds <= ({"tile"} if is_varying is False else set())
 
     def multiplies(self, is_varying: bool | None) -> bool:
         return self.plan.multiplies_in(is_varying)
@@ -620,6 +618,8 @@ def _before(end: Int32):
 
 def thirds(x: Float32) -> tuple[Float32, Float32, Float32]:
     """Three bfloat16 numbers of which x is the sum, save for bits below 2**-133."""
+    # Of a number known while tracing, the DSL rounds nothing: it is one of the kernel's first.
+    x = Float32(x.ir_value())
     high = Float32(BFloat16(x))
     rest = x - high
     # Infinity less itself is no number.

@@ -30,7 +30,7 @@ them up (extra/combine.py); where a row has one part alone, the output is writte
     turn[w]  warpgroup w - 1      warpgroup w                named barrier 1 + w, 256 threads
     terms    warpgroup w          warpgroup w                named barrier 4 + w, 128 threads
     draw     first of a cluster   second one's producer      1          1         1
-    lead     warpgroup 0          the others                 1          4         -
+    lead     warpgroup 0          the others                 q_stages   4         -
 
 "lead" comes with two query tiles in shared memory: the others' first product of a tile of work is
 issued once warpgroup 0 has its own.  In step, all would do at once what no product runs beside: the
@@ -315,7 +315,7 @@ class ForwardSm90(KeyTiles):
     def shared_storage(self):
         cfg = self.config
         kv_words, work_fields = 2 * cfg.kv_stages, self.work_fields
-        q_words, leads = 2 * cfg.q_stages, int(self.leads)
+        q_words, leads = 2 * cfg.q_stages, cfg.q_stages * self.leads
         draws = int(cfg.cluster > 1)
 
         def aligned(elements):
@@ -435,7 +435,8 @@ class ForwardSm90(KeyTiles):
                     pipeline.init()
                 cute.arch.mbarrier_init(storage.tail_barrier.data_ptr(), 1)
                 if const_expr(self.leads):
-                    cute.arch.mbarrier_init(storage.lead_barrier.data_ptr(), 4)
+                    for stage in range(cfg.q_stages):
+                        cute.arch.mbarrier_init(storage.lead_barrier.data_ptr() + stage, 4)
                 if const_expr(pair is not None):
                     pair.init()
             cute.arch.mbarrier_init_fence()
@@ -804,7 +805,6 @@ class ForwardSm90(KeyTiles):
         q_stage, q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase = (
             Int32(0) for _ in range(8)
         )
-        lead_phase = Int32(0)
         fields = self.take_work(work, pipeline_tile, t_stage, t_phase, warps)
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
@@ -847,8 +847,7 @@ class ForwardSm90(KeyTiles):
                 terms.start()
                 if const_expr(self.leads):
                     if slab > 0:
-                        cute.arch.mbarrier_wait(lead_barrier, lead_phase)
-                    lead_phase ^= 1
+                        cute.arch.mbarrier_wait(lead_barrier + q_stage, q_phase)
                 self.take_turn(slab)
                 ends = not terms.multiplies(terms.of_first)
                 gemm(
@@ -869,7 +868,7 @@ class ForwardSm90(KeyTiles):
                 if const_expr(self.leads):
                     if slab == 0:
                         with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive(lead_barrier)
+                            cute.arch.mbarrier_arrive(lead_barrier + q_stage)
                 terms.vary(scores, n, varies, True, terms.of_first)
                 if const_expr(lists is None or not self.has_mask_mod):
                     modify(n, True)
@@ -942,6 +941,13 @@ class ForwardSm90(KeyTiles):
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
             else:
                 acc_O.fill(0.0)
+                if const_expr(self.leads):
+                    # A phase for each tile of work, as of Q: none can be two ahead of another.
+                    if slab == 0:
+                        with cute.arch.elect_one():
+                            cute.arch.mbarrier_arrive(lead_barrier + q_stage)
+                    else:
+                        cute.arch.mbarrier_wait(lead_barrier + q_stage, q_phase)
                 pipeline_q.release(q_stage, warps)
 
             q_stage, q_phase = pipeline_q.advance(q_stage, q_phase)

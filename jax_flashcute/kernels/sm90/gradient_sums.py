@@ -259,6 +259,7 @@ class _ReadSum(_Sum):
         self.indices = self.program.reads_by_bounds(number)
         self.may_agree = (
             bool(self.indices)
+            and entry.elements.positions is None
             and self.program.is_of_distance(number)
             and not self.reads_score
             and self.program.is_argument(0, "cotangent")
