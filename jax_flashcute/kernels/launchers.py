@@ -107,8 +107,8 @@ def _list_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
     import cutlass
 
     counts = 3 if key.direction == "fwd" else 4  # with starts: the backward's are packed
-    ranks = (counts, 4) * 2 * key.has_lists + (3, 4) * 2 * key.visits_both_ways
-    return [(cutlass.Int32, (1,) * rank) for rank in ranks]
+    ranks = (counts, 4) * 2 + (3, 4) * 2 * key.visits_both_ways
+    return [(cutlass.Int32, (1,) * rank) for rank in ranks * key.has_lists]
 
 
 def _rank_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
