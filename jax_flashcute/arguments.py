@@ -15,7 +15,8 @@ from jax.experimental import checkify
 from jax_flashcute import analysis, masks
 from jax_flashcute.block_mask import BlockMask
 from jax_flashcute.dispatch import IMPLEMENTATIONS, Implementation
-from jax_flashcute.paged import check_page_size
+from jax_flashcute.given import flag, numbers, whole
+from jax_flashcute.paged import checked_page_size
 from jax_flashcute.segments import (
     Segments,
     rows_by_sequence,
@@ -69,7 +70,7 @@ def checked_call(
         query = (query * _scalar("scale", scale)).astype(query.dtype)
         scale = 1.0
     window = _checked_window(local_window_size)
-    is_causal = _flag("is_causal", is_causal)
+    is_causal = flag("is_causal", is_causal)
     positional = is_causal or any(x is not None for x in (window, mask_mod, score_mod))
     segments = _checked_segments(
         segment_ids, cu_seqlens_q, cu_seqlens_k, positions, (B, T, S), positional=positional
@@ -113,7 +114,7 @@ def checked_call(
         local_window_size=window,
         logits_soft_cap=_checked_cap(logits_soft_cap),
         deterministic=(
-            follows_xla_flags() if deterministic is None else _flag("deterministic", deterministic)
+            follows_xla_flags() if deterministic is None else flag("deterministic", deterministic)
         ),
         mask_mod=mask_mod,
         score_mod=score_mod,
@@ -155,8 +156,9 @@ def checked_paged_call(
     **features,
 ) -> tuple[AttentionSpec, Operands]:
     """``checked_call`` of keys and values in pages; ``features``: what it takes as it is."""
+    checked = flag("checked", checked)
     arrays = {"query": query, "k_pages": k_pages, "v_pages": v_pages, "page_table": page_table}
-    query, k_pages, v_pages, page_table = (_array(*item) for item in arrays.items())
+    query, k_pages, v_pages, page_table = (numbers(*item) for item in arrays.items())
     if cu_seqlens_q is not None:
         query, q_lengths = _rows_by_sequence(
             query, page_table, q_lengths, cu_seqlens_q, max_q_length, checked=checked
@@ -197,7 +199,7 @@ def checked_paged_call(
         deterministic=None,
         **features,
     )
-    spec = dataclasses.replace(spec, batch_invariant=_flag("batch_invariant", batch_invariant))
+    spec = dataclasses.replace(spec, batch_invariant=flag("batch_invariant", batch_invariant))
     table = page_table.astype(jnp.int32)
     return spec, dataclasses.replace(operands, key=k_pages, value=v_pages, page_table=table)
 
@@ -227,7 +229,7 @@ def _rows_by_sequence(query, page_table, q_lengths, cu_seqlens_q, max_q_length, 
         raise ValueError(
             f"query must be (total, heads, head_dim) with cu_seqlens_q; got shape {query.shape}"
         )
-    ends = _array("cu_seqlens_q", cu_seqlens_q)
+    ends = numbers("cu_seqlens_q", cu_seqlens_q)
     if not jnp.issubdtype(ends.dtype, jnp.integer):
         raise ValueError(f"cu_seqlens_q must be integers; got dtype {ends.dtype.name}")
     if page_table.ndim == 2 and ends.shape != (page_table.shape[0] + 1,):
@@ -241,9 +243,7 @@ def _rows_by_sequence(query, page_table, q_lengths, cu_seqlens_q, max_q_length, 
             "got None"
         )
     length = total if max_q_length is None else max_q_length
-    if not isinstance(length, (int, np.integer)) or length < 0:
-        raise ValueError(f"max_q_length must be an integer that is not negative; got {length!r}")
-    length = int(length)
+    length = whole("max_q_length", length, 0)
     ends = ends.astype(jnp.int32)
     counts = ends[1:] - ends[:-1]
     if checked:
@@ -267,7 +267,7 @@ def _check_pages(query, k_pages, v_pages, page_table) -> None:
                 f"{name} must be (num_pages, page_size, heads, head_dim), alike for keys and "
                 f"values; got shape {pages.shape}"
             )
-    check_page_size(k_pages.shape[1])
+    checked_page_size(k_pages.shape[1])
     for name, of_what, size in (
         ("k_pages", "page", k_pages.shape[0]),
         ("page_table", "page for each sequence", page_table.shape[-1] if page_table.ndim else 1),
@@ -303,7 +303,7 @@ def _raise_where(wrong: jax.Array, message: str, got: str) -> None:
 
 def _checked_inputs(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array]:
     arrays = {"query": query, "key": key, "value": value}
-    arrays = {name: _array(name, array) for name, array in arrays.items()}
+    arrays = {name: numbers(name, array) for name, array in arrays.items()}
     query, key, value = arrays.values()
     for name, array in arrays.items():
         if array.ndim not in (3, 4):
@@ -345,15 +345,6 @@ def _checked_inputs(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array]
     return query, key, value
 
 
-def _array(name: str, value) -> jax.Array:
-    try:
-        if value is not None:
-            return jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{name} must be an array of numbers; got {value!r}") from error
-    raise ValueError(f"{name} must be an array of numbers; got None")
-
-
 def _int32(name: str, value) -> jax.Array:
     """Integers as int32; those of the host that do not fit are refused."""
     if isinstance(value, (int, np.integer, np.ndarray)) and np.size(value):
@@ -361,17 +352,10 @@ def _int32(name: str, value) -> jax.Array:
         limits = np.iinfo(np.int32)
         if least < limits.min or most > limits.max:
             raise ValueError(f"{name} must be integers of 32 bits; got {least} to {most}")
-    array = _array(name, value)
+    array = numbers(name, value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers; got dtype {array.dtype.name}")
     return array.astype(jnp.int32)
-
-
-def _flag(name: str, value) -> bool:
-    """A boolean that is part of the program."""
-    if isinstance(value, Tracer) or np.ndim(value) != 0 or value not in (False, True):
-        raise ValueError(f"{name} must be True or False, known while tracing; got {value!r}")
-    return bool(value)
 
 
 def _number(name: str, value) -> float:
@@ -459,7 +443,7 @@ def _elementwise(name: str, array, kind, kind_name: str, full_shape) -> jax.Arra
     """A bias or a mask, as (1|B, 1|N, 1|T, 1|S)."""
     if array is None:
         return None
-    array = _array(name, array)
+    array = numbers(name, array)
     if not jnp.issubdtype(array.dtype, kind):
         raise ValueError(f"{name} must be {kind_name}; got dtype {array.dtype.name}")
     shape = (1,) * (4 - array.ndim) + array.shape
@@ -488,7 +472,7 @@ def _words_of(mask_mod, element_shape):
 def _checked_words(words, element_shape) -> jax.Array | None:
     if words is None:
         return None
-    words = _array("packed_mask", words)
+    words = numbers("packed_mask", words)
     *full, S = element_shape
     full = (*full, -(-S // 32))
     fits = words.ndim == 4 and words.shape[3] == full[3] and words.dtype == jnp.uint32
@@ -559,8 +543,8 @@ def _checked_boundaries(pair, B: int) -> tuple[jax.Array, jax.Array]:
     """``cu_seqlens_q`` and ``cu_seqlens_k`` as (B, segments + 1) int32."""
     boundaries = []
     for name, array in zip(("cu_seqlens_q", "cu_seqlens_k"), pair, strict=True):
-        numbers = jax.tree.leaves(array) if isinstance(array, (list, tuple)) else [array]
-        is_known = all(isinstance(x, (int, np.integer, np.ndarray)) for x in numbers)
+        parts = jax.tree.leaves(array) if isinstance(array, (list, tuple)) else [array]
+        is_known = all(isinstance(x, (int, np.integer, np.ndarray)) for x in parts)
         if is_known and np.ndim(array) and np.any(np.diff(array) < 0):
             raise ValueError(f"{name} must not decrease; got {array}")
         array = _int32(name, array)
@@ -614,7 +598,7 @@ def _checked_block_mask(block_mask, element_shape) -> BlockMask | None:
 def _checked_sinks(sinks, N: int) -> jax.Array | None:
     if sinks is None:
         return None
-    sinks = _array("sinks", sinks)
+    sinks = numbers("sinks", sinks)
     if not jnp.issubdtype(sinks.dtype, jnp.floating):
         raise ValueError(f"sinks must be floating point; got dtype {sinks.dtype.name}")
     if sinks.shape != (N,):

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 
 from jax_flashcute import masks
 from jax_flashcute.analysis import POSITION_LIMIT
+from jax_flashcute.given import whole
 from jax_flashcute.promotion import of_any_rank
 from jax_flashcute.tile_kinds import FULL, HIDDEN, PARTIAL, Tiling, classify, kind_of, num_tiles
 
@@ -362,9 +363,7 @@ def make_block_mask(
       NotImplementedError: ``mask_mod`` closes over something that cannot be an operand.
     """
     sizes = _checked_sizes(T, S, tile_m, tile_n)
-    for name, size in (("B", B), ("N", N)):
-        if not isinstance(size, int) or size < 0:
-            raise ValueError(f"{name} must be an integer of at least 0; got {size!r}")
+    B, N = whole("B", B, 0), whole("N", N, 0)
     mask, arrays = masks.trace_mask(mask_mod)
     offset = _integers("q_offset", q_offset)
     if offset.shape not in ((), (1,), (B,)):
@@ -423,11 +422,9 @@ def visits_before(visited: jax.Array) -> jax.Array:
 
 def _checked_sizes(q_length: int, kv_length: int, tile_m: int, tile_n: int) -> dict[str, int]:
     sizes = {"q_length": q_length, "kv_length": kv_length, "tile_m": tile_m, "tile_n": tile_n}
-    for name, size in sizes.items():
-        least = 1 if name.startswith("tile") else 0
-        if not isinstance(size, (int, np.integer)) or size < least:
-            raise ValueError(f"{name} must be an integer of at least {least}; got {size!r}")
-    return {name: int(size) for name, size in sizes.items()}
+    return {
+        name: whole(name, size, 1 if name.startswith("tile") else 0) for name, size in sizes.items()
+    }
 
 
 def _integers(name: str, array: ArrayLike) -> jax.Array:

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import hashlib
 import inspect
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.typing import ArrayLike
 
 from jax_flashcute import analysis
+from jax_flashcute.given import whole
 
 
 @dataclass(frozen=True)
@@ -374,17 +374,6 @@ def _combined(operation, a: Callable[..., Any], b: Callable[..., Any]) -> Mask:
     return Mask(lambda *indices: operation(a(*indices), b(*indices)))
 
 
-def _whole(name: str, value, smallest: int) -> int:
-    """An integer argument of at least ``smallest``."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = smallest - 1
-    if number < smallest:
-        raise ValueError(f"{name} must be an integer of at least {smallest}; got {value!r}")
-    return number
-
-
 def _array(name: str, array, ranks: tuple[int, ...], kind, kind_name: str) -> jax.Array:
     array = jnp.asarray(array)
     if array.ndim not in ranks or not jnp.issubdtype(array.dtype, kind):
@@ -402,7 +391,7 @@ causal = Mask(lambda b, h, q, kv: kv <= q)
 
 def sliding_window(left: int, right: int = 0) -> Mask:
     """Position q sees ``q - left <= kv <= q + right``: ``left + 1 + right`` keys."""
-    left, right = _whole("left", left, 0), _whole("right", right, 0)
+    left, right = whole("left", left, 0), whole("right", right, 0)
     return Mask(lambda b, h, q, kv: (kv >= q - left) & (kv <= q + right))
 
 
@@ -413,7 +402,7 @@ def chunked(size: int) -> Mask:
 
 def block_diagonal(q_block: int, kv_block: int) -> Mask:
     """Block i of ``q_block`` positions sees block i of ``kv_block`` keys."""
-    q_block, kv_block = _whole("q_block", q_block, 1), _whole("kv_block", kv_block, 1)
+    q_block, kv_block = whole("q_block", q_block, 1), whole("kv_block", kv_block, 1)
     return Mask(lambda b, h, q, kv: q // q_block == kv // kv_block)
 
 
@@ -426,13 +415,13 @@ def prefix_lm(length: ArrayLike) -> Mask:
     if not isinstance(length, int):
         lengths = _array("length", length, (1,), jnp.integer, "integers")
         return Mask(lambda b, h, q, kv: (kv < lengths[b]) | (kv <= q))
-    length = _whole("length", length, 0)
+    length = whole("length", length, 0)
     return Mask(lambda b, h, q, kv: (kv < length) | (kv <= q))
 
 
 def dilated(window: int, dilation: int) -> Mask:
     """Every ``dilation``-th of the ``window`` positions that end at the query's own."""
-    window, dilation = _whole("window", window, 1), _whole("dilation", dilation, 1)
+    window, dilation = whole("window", window, 1), whole("dilation", dilation, 1)
 
     def mask(b, h, q, kv):
         distance = q - kv
@@ -468,7 +457,7 @@ def documents_by_offsets(offsets: ArrayLike, length: int) -> Mask:
       length: of the sequence.
     """
     offsets = _array("offsets", offsets, (1,), jnp.integer, "integers").astype(jnp.int32)
-    length = _whole("length", length, 1)
+    length = whole("length", length, 1)
     following = jnp.searchsorted(offsets, jnp.arange(length, dtype=jnp.int32), side="right")
     inside = (following > 0) & (following < offsets.shape[0])
     starts = offsets[jnp.maximum(following - 1, 0)]
@@ -492,7 +481,7 @@ def compressed_causal(compress_factor: int, *, complete_only: bool = False) -> M
         compress_factor``.  Without it a position sees its own block, in which what comes after it
         may have been mixed.  The first ``compress_factor - 1`` positions see nothing then.
     """
-    factor = _whole("compress_factor", compress_factor, 1)
+    factor = whole("compress_factor", compress_factor, 1)
     if complete_only:
         return Mask(lambda b, h, q, kv: kv < (q + 1) // factor)
     return Mask(lambda b, h, q, kv: kv <= q // factor)

@@ -10,7 +10,6 @@ prefix has beyond its last full page, fewer tokens than a page, each sequence co
 """
 
 import functools
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +19,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.experimental import checkify
 from jax.typing import ArrayLike, DTypeLike
+
+from jax_flashcute.given import numbers, whole
 
 
 @functools.partial(
@@ -87,34 +88,22 @@ class PagedKVCache:
           dtype: floating dtype of the pages.
 
         Raises:
-          ValueError: a size is not positive, page_size no power of two from 1 to 512, or dtype
-            not floating.
+          ValueError: a size is no positive integer, page_size no power of two from 1 to 512, or
+            dtype not floating.
         """
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
-        sizes = {
-            "layers": layers,
-            "num_pages": num_pages,
-            "batch": batch,
-            "max_pages": max_pages,
-            "kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "value_head_dim": value_head_dim,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1; got {size}")
-        check_page_size(page_size)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"dtype must be floating; got {jnp.dtype(dtype).name}")
+        layers, batch = whole("layers", layers, 1), whole("batch", batch, 1)
+        max_pages, kv_heads = whole("max_pages", max_pages, 1), whole("kv_heads", kv_heads, 1)
+        widths = whole("head_dim", head_dim, 1), whole("value_head_dim", value_head_dim, 1)
+        shape = (whole("num_pages", num_pages, 1), checked_page_size(page_size), kv_heads)
+        dtype = _floating(dtype)
 
         def pages(width):
-            return tuple(
-                jnp.zeros((num_pages, page_size, kv_heads, width), dtype) for _ in range(layers)
-            )
+            return tuple(jnp.zeros((*shape, width), dtype) for _ in range(layers))
 
         return PagedKVCache(
-            k_pages=pages(head_dim),
-            v_pages=pages(value_head_dim),
+            k_pages=pages(widths[0]),
+            v_pages=pages(widths[1]),
             page_table=jnp.full((batch, max_pages), -1, jnp.int32),
             lengths=jnp.zeros(batch, jnp.int32),
         )
@@ -141,7 +130,7 @@ class PagedKVCache:
         Raises:
           ValueError: a shape or dtype does not fit.
         """
-        page_table, lengths = jnp.asarray(page_table), jnp.asarray(lengths)
+        page_table, lengths = numbers("page_table", page_table), numbers("lengths", lengths)
         for name, array in (("page_table", page_table), ("lengths", lengths)):
             if not jnp.issubdtype(array.dtype, jnp.integer):
                 raise ValueError(f"{name} must be integers; got dtype {array.dtype.name}")
@@ -211,9 +200,10 @@ class PagedKVCache:
         Raises:
           ValueError: an argument does not fit; it is named.
         """
-        if not 0 <= layer < self.layers:
+        layer = whole("layer", layer, 0)
+        if layer >= self.layers:
             raise ValueError(f"layer must be from 0 to {self.layers - 1}; got {layer}")
-        key, value = jnp.asarray(key), jnp.asarray(value)
+        key, value = numbers("key", key), numbers("value", value)
         B, pages = self.page_table.shape[0], (self.k_pages[layer], self.v_pages[layer])
         for name, array, into in zip(("key", "value"), (key, value), pages, strict=True):
             expected = (B, key.shape[1] if key.ndim == 4 else "T", *into.shape[2:])
@@ -287,15 +277,12 @@ class PageAllocator:
         """All ``num_pages`` pages of ``page_size`` tokens free.
 
         Raises:
-          ValueError: num_pages is not positive, or page_size no power of two from 1 to 512.
+          ValueError: num_pages is no positive integer, or page_size no power of two from 1 to 512.
         """
-        if num_pages < 1:
-            raise ValueError(f"num_pages must be at least 1; got {num_pages}")
-        check_page_size(page_size)
-        self.num_pages = num_pages
-        self.page_size = page_size
-        self._holders = [0] * num_pages
-        self._free = list(range(num_pages - 1, -1, -1))  # a stack: page 0 is handed out first
+        self.num_pages = whole("num_pages", num_pages, 1)
+        self.page_size = checked_page_size(page_size)
+        self._holders = [0] * self.num_pages
+        self._free = list(range(self.num_pages - 1, -1, -1))  # a stack: page 0 comes first
 
     @property
     def num_free(self) -> int:
@@ -314,21 +301,18 @@ class PageAllocator:
         """How many pages hold so many tokens.
 
         Raises:
-          ValueError: tokens is negative.
+          ValueError: tokens is no integer, or negative.
         """
-        if tokens < 0:
-            raise ValueError(f"tokens must not be negative; got {tokens}")
-        return -(-tokens // self.page_size)
+        return -(-whole("tokens", tokens, 0) // self.page_size)
 
     def allocate(self, count: int) -> list[int]:
         """``count`` free pages, each held once from now on.
 
         Raises:
           OutOfPagesError: fewer are free.
-          ValueError: count is negative.
+          ValueError: count is no integer, or negative.
         """
-        if count < 0:
-            raise ValueError(f"count must not be negative; got {count}")
+        count = whole("count", count, 0)
         if count > len(self._free):
             raise OutOfPagesError(count, len(self._free), self.num_pages)
         pages = [self._free.pop() for _ in range(count)]
@@ -355,7 +339,8 @@ class PageAllocator:
           ValueError: tokens is negative or more than the pages hold, or a page is not held by
             anyone.
         """
-        if not 0 <= tokens <= len(pages) * self.page_size:
+        tokens = whole("tokens", tokens, 0)
+        if tokens > len(pages) * self.page_size:
             raise ValueError(
                 f"tokens must be from 0 to {len(pages) * self.page_size}, which {len(pages)} "
                 f"pages hold; got {tokens}"
@@ -373,7 +358,7 @@ class PageAllocator:
         Raises:
           ValueError: a page is held fewer times than it is to be freed.
         """
-        pages = list(map(operator.index, pages))
+        pages = [whole("pages", page, 0) for page in pages]
         for page in pages:
             self._check_held(page, pages.count(page))
         # In reverse, so that allocating as many again gives the same order.
@@ -388,6 +373,7 @@ class PageAllocator:
         Raises:
           ValueError: a sequence has more pages than max_pages, or a page that nobody holds.
         """
+        max_pages = whole("max_pages", max_pages, 0)
         table = np.full((len(sequences), max_pages), -1, np.int32)
         for row, pages in zip(table, sequences, strict=True):
             if len(pages) > max_pages:
@@ -398,7 +384,7 @@ class PageAllocator:
         return table
 
     def _check(self, page: int) -> None:
-        if not 0 <= page < self.num_pages:
+        if whole("pages", page, 0) >= self.num_pages:
             raise ValueError(f"pages must be from 0 to {self.num_pages - 1}; got {page}")
 
     def _check_held(self, page: int, times: int) -> None:
@@ -410,15 +396,26 @@ class PageAllocator:
             )
 
 
-def check_page_size(page_size: int) -> None:
+def checked_page_size(page_size: int) -> int:
     """Raises ValueError unless it is a power of two from 1 to 512."""
-    if page_size not in [2**i for i in range(10)]:
+    size = whole("page_size", page_size, 1)
+    if size not in [2**i for i in range(10)]:
         raise ValueError(f"page_size must be a power of two from 1 to 512; got {page_size}")
+    return size
+
+
+def _floating(dtype: DTypeLike) -> np.dtype:
+    try:
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+            return jnp.dtype(dtype)
+    except TypeError:
+        pass
+    raise ValueError(f"dtype must be floating; got {dtype!r}")
 
 
 def _counts(token_counts: ArrayLike, B: int, T: int | None = None) -> jax.Array:
     """(B,) int32; ValueError where they do not fit, as far as they are concrete."""
-    counts = jnp.asarray(token_counts)
+    counts = numbers("token_counts", token_counts)
     if counts.shape not in ((), (B,)) or not jnp.issubdtype(counts.dtype, jnp.integer):
         raise ValueError(
             f"token_counts must be integers, a scalar or ({B},); got shape {counts.shape} in "

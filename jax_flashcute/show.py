@@ -4,7 +4,6 @@ The PNG is written here, pixel by pixel, so that nothing need be installed for i
 """
 
 import functools
-import operator
 import struct
 import zlib
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashcute import analysis, masks
+from jax_flashcute.given import whole
 from jax_flashcute.tile_kinds import FULL, HIDDEN, PARTIAL
 
 LARGEST_WITH_ELEMENTS = 512
@@ -132,9 +132,7 @@ def show_mask(
     """
     kv_length = q_length if kv_length is None else kv_length
     numbers = {"q_length": q_length, "kv_length": kv_length, "tile_m": tile_m, "tile_n": tile_n}
-    for name, number in numbers.items():
-        if not hasattr(number, "__index__") or operator.index(number) < 1:
-            raise ValueError(f"{name} must be an integer of at least 1; got {number!r}")
+    q_length, kv_length, tile_m, tile_n = (whole(*item, 1) for item in numbers.items())
     function, arrays = masks.trace_mask(mask_mod)
     found = analysis.analyse(function.jaxpr).intervals()
 

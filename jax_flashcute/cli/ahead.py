@@ -110,7 +110,8 @@ def _plans_or_reasons(
     refused = []
     arguments = dict(table)
     passes = arguments.pop("passes", ["fwd"])
-    if not isinstance(passes, list) or not passes or not set(passes) <= {"fwd", "bwd"}:
+    is_known = isinstance(passes, list) and all(x in ("fwd", "bwd") for x in passes)
+    if not passes or not is_known:
         raise ValueError(f'{where}: passes must be ["fwd"] or ["fwd", "bwd"], got {passes!r}')
     for direction in passes:
         try:
@@ -139,13 +140,14 @@ def plans_of_call(
     """
     arguments = dict(table)
     name = arguments.pop("function", "flash_attention")
-    if name in FUNCTIONS:
+    if isinstance(name, str) and name in FUNCTIONS:
         function = FUNCTIONS[name]
         if name != "dot_product_attention":
             arguments.setdefault("implementation", "cute")
     else:
         function = _imported(name)
-    arrays = {k: parse_array(v) for k, v in arguments.items() if _is_array(v)}
+    scope = jax.export.SymbolicScope()
+    arrays = {k: parse_array(v, scope) for k, v in arguments.items() if _is_array(v)}
     static = {k: _argument(v) for k, v in arguments.items() if not _is_array(v)}
 
     def forward(arrays):
@@ -187,9 +189,9 @@ def _argument(value: Any) -> Any:
     return value
 
 
-def _imported(name: str) -> Any:
+def _imported(name: Any) -> Any:
     """What ``module:name`` stands for, of a module that can be imported here."""
-    module, _, attribute = name.partition(":")
+    module, _, attribute = name.partition(":") if isinstance(name, str) else ("", "", "")
     if not attribute:
         raise ValueError(
             f'function must be one of {", ".join(FUNCTIONS)} or "module:name", got {name!r}'

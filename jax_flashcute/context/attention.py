@@ -14,6 +14,7 @@ that no device can see, by the mask's interval of keys, are neither sent nor com
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -161,13 +162,17 @@ def context_parallel_attention(
     if mesh is None:
         residuals = attention_of(call, arrays)
     else:
+        B, _, N, _ = operands.query.shape
+        K = operands.key.shape[2]
+        over = {"batch_axes": (batch_axes, B), "head_axes": (head_axes, N if K == 1 else K)}
+        _check_axes(mesh, axis_name, over)
         residuals = _on_mesh(call, arrays, mesh, batch_axes, head_axes)
     return (residuals.out, residuals.lse) if return_residual else residuals.out
 
 
 def _devices(axis_name: str, mesh: Mesh | None) -> int:
     if mesh is not None:
-        if axis_name not in mesh.shape:
+        if axis_name not in mesh.axis_names:
             raise ValueError(
                 f"axis_name must be one of mesh's axes, {mesh.axis_names}; got {axis_name!r}"
             )
@@ -179,6 +184,25 @@ def _devices(axis_name: str, mesh: Mesh | None) -> int:
             f"axis_name must be an axis of the jax.shard_map around the call; got {axis_name!r}; "
             "outside of one, pass mesh"
         ) from None
+
+
+def _check_axes(mesh: Mesh, axis_name: str, over: dict[str, tuple[Axes, int]]) -> None:
+    """Refuse axes that the mesh does not have, that are taken, or that divide no batch or heads."""
+    taken = [axis_name]
+    for name, (axes, length) in over.items():
+        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        for axis in names:
+            if axis not in mesh.axis_names or axis in taken:
+                free = tuple(x for x in mesh.axis_names if x not in taken)
+                raise ValueError(f"{name} must be among mesh's other axes, {free}; got {axes!r}")
+            taken.append(axis)
+        parts = math.prod(mesh.shape[axis] for axis in names)
+        # One batch entry or head is on every device.
+        if length % parts and length != 1:
+            what = "batch entries" if name == "batch_axes" else "heads"
+            raise ValueError(
+                f"{name} must divide {length} {what}; got {axes!r}, of {parts} devices"
+            )
 
 
 def _on_mesh(

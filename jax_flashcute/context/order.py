@@ -1,5 +1,6 @@
 """The order in which the devices of a mesh axis hold the positions of a sequence."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 from jax.typing import ArrayLike
 
 from jax_flashcute import analysis
+from jax_flashcute.given import numbers, whole
 
 Order = Literal["zigzag", "striped", "contiguous"]
 ORDERS: tuple[Order, ...] = ("zigzag", "striped", "contiguous")
@@ -27,22 +30,37 @@ def permute_sequence(array: ArrayLike, devices: int, *, order: Order = "zigzag",
       order: as for ``context_parallel_attention``.
       axis: the sequence's.
 
+    Returns:
+      The array, sharded as it was on explicit meshes.
+
     Raises:
-      ValueError: the length does not divide.
+      ValueError: the length does not divide, or there is no such axis.
     """
-    array = jnp.asarray(array)
-    return jnp.take(array, permuted_positions(array.shape[axis], devices, order=order), axis=axis)
+    return _reordered(array, devices, order, axis, lambda positions: positions)
 
 
 def restore_sequence(array: ArrayLike, devices: int, *, order: Order = "zigzag", axis: int = 1):
     """The inverse of ``permute_sequence``."""
-    array = jnp.asarray(array)
-    positions = permuted_positions(array.shape[axis], devices, order=order)
-    return jnp.take(array, np.argsort(positions), axis=axis)
+    return _reordered(array, devices, order, axis, np.argsort)
+
+
+def _reordered(array: ArrayLike, devices: int, order: Order, axis: int, of_positions: Callable):
+    array = numbers("array", array)
+    if axis not in range(-array.ndim, array.ndim):
+        raise ValueError(f"axis must be one of array's {array.ndim} dimensions; got {axis!r}")
+    axis %= array.ndim
+    positions = of_positions(permuted_positions(array.shape[axis], devices, order=order))
+    sharding = jax.typeof(array).sharding
+    # On explicit meshes the result lies as the array does; elsewhere XLA says where.
+    is_explicit = AxisType.Explicit in sharding.mesh.axis_types
+    return array.at[(slice(None),) * axis + (positions,)].get(
+        out_sharding=sharding if is_explicit else None, mode="promise_in_bounds"
+    )
 
 
 def permuted_positions(length: int, devices: int, *, order: Order = "zigzag") -> np.ndarray:
     """The natural position of every element of a permuted sequence: (length,) int32."""
+    length, devices = whole("length", length, 0), whole("devices", devices, 1)
     layout = Layout("", devices, order)
     layout.check("array", length, devices)
     rows = np.arange(length // devices // layout.chunks, dtype=np.int32)
@@ -65,8 +83,6 @@ class Layout:
     def __post_init__(self):
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {ORDERS}; got {self.order!r}")
-        if self.devices < 1:
-            raise ValueError(f"devices must be at least 1; got {self.devices}")
 
     @property
     def chunks(self) -> int:

@@ -112,6 +112,12 @@ def check_options(options: Iterable[str], *owned: str) -> None:
         )
 
 
+def check_input(x: jax.Array, features: int) -> None:
+    """Raise ValueError unless x, a module's input, is (B, T, features)."""
+    if x.ndim != 3 or x.shape[2] != features:
+        raise ValueError(f"x must be (batch, length, {features}); got shape {x.shape}")
+
+
 def _of_batches(query, key, value, bias, mask, options: dict[str, Any]) -> jax.Array:
     """``flash_attention`` for any number of batch dimensions."""
     batch, rows = query.shape[:-3], query.shape[-3:]

@@ -5,11 +5,13 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
 from jax_flashcute.api import flash_attention
-from jax_flashcute.nn.attention_fn import check_options
+from jax_flashcute.given import whole
+from jax_flashcute.nn.attention_fn import check_input, check_options
 
 
 @jax.tree_util.register_dataclass
@@ -42,11 +44,9 @@ class KVCache:
                 raise ValueError(f"{name} must be {expected} for this cache, got {new.shape}")
         if tokens > room:
             raise ValueError(f"the cache has room for {room} tokens, got {tokens} at once")
-        if not isinstance(self.lengths, Tracer) and int(self.lengths.max()) + tokens > room:
-            raise ValueError(
-                f"the cache has room for {room} tokens, got {int(self.lengths.max())} and "
-                f"{tokens} more"
-            )
+        known = 0 if isinstance(self.lengths, Tracer) else int(self.lengths.max(initial=0))
+        if known + tokens > room:
+            raise ValueError(f"the cache has room for {room} tokens, got {known} and {tokens} more")
         write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (at, 0, 0)))
         lengths = self.lengths + tokens
         overflows = (lengths > room) | (self.lengths < 0)
@@ -71,11 +71,11 @@ class FlashAttention(nnx.Module):
       dtype: of the computation; None is that of input and parameters.
       param_dtype: of the parameters.
       rngs: for the parameters.
-      attention: further keyword arguments of ``flash_attention``: ``is_causal``,
+      attention: further keyword arguments of ``flash_attention``, no arrays: ``is_causal``,
         ``local_window_size``, ``logits_soft_cap``, ``scale``, ``mask_mod``, ``implementation`` ...
 
     Raises:
-      ValueError: sizes do not fit, or ``flash_attention`` has no such option.
+      ValueError: sizes do not fit, ``flash_attention`` has no such option, or one is an array.
     """
 
     def __init__(
@@ -93,22 +93,24 @@ class FlashAttention(nnx.Module):
         rngs: nnx.Rngs,
         **attention: Any,
     ):
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        features, num_heads = whole("features", features, 1), whole("num_heads", num_heads, 1)
+        kv_heads = whole("num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads, 1)
         check_options(attention)
-        if num_heads < 1 or kv_heads < 1:
-            raise ValueError(
-                f"num_heads and num_kv_heads must be positive, got {num_heads} and {kv_heads}"
-            )
+        arrays = [name for name, x in attention.items() if isinstance(x, (jax.Array, np.ndarray))]
+        if arrays:
+            raise ValueError(f"options must hold no arrays, which calls take; got {arrays}")
         if num_heads % kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of {kv_heads} kv heads, got {num_heads}"
             )
         if head_dim is None and features % num_heads:
             raise ValueError(f"features must be a multiple of {num_heads} heads, got {features}")
-        self.head_dim = features // num_heads if head_dim is None else head_dim
+        self.head_dim = whole(
+            "head_dim", features // num_heads if head_dim is None else head_dim, 1
+        )
         if rope_theta is not None and self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
-        self.kv_heads, self.rope_theta = kv_heads, rope_theta
+        self.features, self.kv_heads, self.rope_theta = features, kv_heads, rope_theta
         self.attention = nnx.static(attention)
 
         def project(heads: int) -> nnx.LinearGeneral:
@@ -134,7 +136,12 @@ class FlashAttention(nnx.Module):
         self.sinks = nnx.Param(jnp.zeros(num_heads, param_dtype)) if sinks else None
 
     def init_cache(self, batch: int, max_length: int, dtype: Any = jnp.bfloat16) -> KVCache:
-        """An empty cache for ``batch`` sequences of up to ``max_length`` tokens."""
+        """An empty cache for ``batch`` sequences of up to ``max_length`` tokens.
+
+        Raises:
+          ValueError: a size is no integer, or negative.
+        """
+        batch, max_length = whole("batch", batch, 0), whole("max_length", max_length, 0)
         shape = (batch, max_length, self.kv_heads, self.head_dim)
         return KVCache(
             jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32)
@@ -155,10 +162,11 @@ class FlashAttention(nnx.Module):
           out, (B, T, features); with a cache ``(out, cache)``, the cache with the tokens of x.
 
         Raises:
-          ValueError: the cache has no room or is of another batch, or an option is not
-            ``flash_attention``'s or is the module's to give: ``return_residual``, and with a cache
-            ``q_offset`` and ``key_value_seq_lengths``.
+          ValueError: x is no (B, T, features), the cache has no room or is of another batch, or an
+            option is not ``flash_attention``'s or is the module's to give: ``return_residual``, and
+            with a cache ``q_offset`` and ``key_value_seq_lengths``.
         """
+        check_input(x, self.features)
         options = {**self.attention, **attention}
         check_options(options, *(() if cache is None else ("q_offset", "key_value_seq_lengths")))
         if cache is not None and cache.lengths.shape != x.shape[:1]:

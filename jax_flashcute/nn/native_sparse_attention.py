@@ -9,6 +9,8 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jax_flashcute.dispatch import Implementation
+from jax_flashcute.given import whole
+from jax_flashcute.nn.attention_fn import check_input
 from jax_flashcute.nsa import NSAConfig, native_sparse_attention
 
 
@@ -52,11 +54,11 @@ class NativeSparseAttention(nnx.Module):
         implementation: Implementation = None,
         rngs: nnx.Rngs,
     ):
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or num_kv_heads < 1:
-            raise ValueError(
-                f"num_heads and num_kv_heads must be positive, got {num_heads} and {num_kv_heads}"
-            )
+        in_features, num_heads = (
+            whole("in_features", in_features, 1),
+            whole("num_heads", num_heads, 1),
+        )
+        num_kv_heads = whole("num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads, 1)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, {num_heads}; got {num_kv_heads}")
         if head_dim is None:
@@ -66,6 +68,7 @@ class NativeSparseAttention(nnx.Module):
                     f"out; got {num_heads}"
                 )
             head_dim = in_features // num_heads
+        head_dim = whole("head_dim", head_dim, 1)
 
         def linear(width_in: int, width_out: int) -> nnx.Linear:
             return nnx.Linear(
@@ -107,10 +110,16 @@ class NativeSparseAttention(nnx.Module):
 
         Returns:
           (B, T, in_features).
+
+        Raises:
+          ValueError: x is no (B, T, in_features), or as for ``native_sparse_attention``.
         """
 
+        check_input(x, self.query.in_features)
+
         def heads(projected: jax.Array) -> jax.Array:
-            return projected.reshape(*x.shape[:2], -1, self.head_dim)
+            width = projected.shape[-1]
+            return projected.reshape(*x.shape[:2], width // self.head_dim, self.head_dim)
 
         query, key = heads(self.query(x)), heads(self.key(x))
         if self.positional is not None:
@@ -128,4 +137,4 @@ class NativeSparseAttention(nnx.Module):
             key_value_seq_lengths=key_value_seq_lengths,
             implementation=self.implementation,
         )
-        return self.out(attended.reshape(*x.shape[:2], -1))
+        return self.out(attended.reshape(*x.shape[:2], self.out.in_features))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jax_flashcute import given
 from jax_flashcute.api import flash_attention
 from jax_flashcute.dispatch import Implementation
 from jax_flashcute.nsa.compression import compress_kv
@@ -77,11 +78,14 @@ def native_sparse_attention(
       NotImplementedError: the implementation asked for cannot serve a part.
     """
     config = NSAConfig() if config is None else config
+    if not isinstance(config, NSAConfig):
+        raise ValueError(f"config must be an NSAConfig or None; got {config!r}")
     B, T, _, H = _check(query, key, value, gates, gate_weights, key_weight, value_weight)
     lengths = _lengths(key_value_seq_lengths, B, T)
     refuse_sharded_types("native_sparse_attention", (query, key, value))
     scale = 1 / math.sqrt(H) if scale is None else scale
-    if T == 0:
+    is_causal = given.flag("is_causal", is_causal)
+    if B == 0 or T == 0:
         return jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype)
     weights = (gate_weights, key_weight, value_weight)
     attend = functools.partial(_attend, config, scale, is_causal, implementation, weights)
@@ -225,9 +229,8 @@ def _segment_ids(ids: ArrayLike, B: int, T: int, lengths) -> jax.Array:
 
 
 def _most_segments(max_segments: int | None) -> int:
-    if not isinstance(max_segments, int) or max_segments < 1:
+    if max_segments is None:
         raise ValueError(
-            "max_segments must be the most segments that a batch entry can have, at least 1; got "
-            f"{max_segments!r}"
+            "max_segments must be the most segments that a batch entry can have; got None"
         )
-    return max_segments
+    return given.whole("max_segments", max_segments, 1)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jax_flashcute.autodiff import equally_varying
 from jax_flashcute.dispatch import Implementation
+from jax_flashcute.given import whole
 from jax_flashcute.kernels.nsa import NSAKernelKey
 from jax_flashcute.nsa.passes import Pass, run, served_by
 
@@ -49,8 +50,7 @@ def compress_kv(
     """
     if key.ndim != 4:
         raise ValueError(f"key must be (B, S, K, H); got {key.shape}")
-    if block < 1:
-        raise ValueError(f"block must be at least 1; got {block}")
+    block = whole("block", block, 1)
     B, S, K, H = key.shape
     if value.ndim != 4 or value.shape[:3] != (B, S, K):
         raise ValueError(f"value must be {(B, S, K)} and its head_dim; got {value.shape}")

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from jax_flashcute.given import whole
+
 
 @dataclass(frozen=True)
 class NSAConfig:
@@ -31,6 +33,4 @@ class NSAConfig:
 
     def __post_init__(self):
         for name in ("block", "num_selected", "window", "query_tile"):
-            size = getattr(self, name)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name} must be an integer of at least 1; got {size!r}")
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))

@@ -102,8 +102,16 @@ def select_blocks(
       is_causal: whether later blocks are no candidates.
       tiling: which rows, and keys of which sequence, a tile has; None for one of full length.  A
         tile's candidates are blocks of its own sequence, whose first block takes block 0's place.
+
+    Raises:
+      ValueError: N is no multiple of K.
     """
     query, compressed_key = lax.stop_gradient((query, compressed_key))
+    if query.shape[2] % compressed_key.shape[2]:
+        raise ValueError(
+            f"query must have a multiple of compressed_key's {compressed_key.shape[2]} heads; "
+            f"got {query.shape[2]}"
+        )
     tile, block, blocks = config.query_tile, config.block, compressed_key.shape[1]
     row_counts = None
     if tiling is None:
@@ -166,8 +174,13 @@ def to_block_mask(
 
     Raises:
       ValueError: ``tile_n`` does not divide ``config.block``: a tile would show keys of blocks
-        that are not selected.
+        that are not selected; or ``q_heads`` is no multiple of the selection's heads.
     """
+    if q_heads < 1 or q_heads % selection.counts.shape[1]:
+        raise ValueError(
+            f"q_heads must be a multiple of the selection's {selection.counts.shape[1]} heads; "
+            f"got {q_heads}"
+        )
     tile_n = config.block if tile_n is None else tile_n
     if tile_n < 1 or config.block % tile_n:
         raise ValueError(f"tile_n must divide config.block, {config.block}; got {tile_n}")

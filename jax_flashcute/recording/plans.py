@@ -109,7 +109,7 @@ class RecordedPlan:
             spec = _decode_fields(AttentionSpec, table["spec"])
             operands = _decode_fields(Operands, table["operands"])
             return RecordedPlan(table["target"], Call(spec, operands, table["direction"]))
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"plan {table.get('id', '')}: does not fit this version ({error!r})"
             ) from error

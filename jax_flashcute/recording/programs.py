@@ -28,8 +28,10 @@ def array_text(array: Any) -> str:
     return f"{array.dtype}[{','.join(map(str, array.shape))}]"
 
 
-def parse_array(text: str) -> jax.ShapeDtypeStruct:
+def parse_array(text: str, scope: jax.export.SymbolicScope | None = None) -> jax.ShapeDtypeStruct:
     """The array that ``array_text`` describes; a length that is a name is a symbolic one.
+
+    Arrays share such lengths where they are given one scope.
 
     Raises:
       ValueError: this is no such text.
@@ -41,7 +43,7 @@ def parse_array(text: str) -> jax.ShapeDtypeStruct:
     if re.fullmatch(r"[\d,]*", lengths):
         shape = tuple(int(length) for length in lengths.split(",") if length)
     else:
-        shape = jax.export.symbolic_shape(lengths)
+        shape = jax.export.symbolic_shape(lengths, scope=scope)
     try:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     except TypeError:

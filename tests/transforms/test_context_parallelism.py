@@ -238,7 +238,7 @@ def test_an_explicit_mesh() -> None:
     arrays = inputs("causal")
     with jax.set_mesh(mesh):
         permuted = {
-            name: jax.device_put(permute_sequence(x, 2), PartitionSpec(None, "context"))
+            name: permute_sequence(jax.device_put(x, PartitionSpec(None, "context")), 2)
             for name, x in arrays.items()
         }
         call = functools.partial(
@@ -246,8 +246,9 @@ def test_an_explicit_mesh() -> None:
         )
         options = {"xla_backend_optimization_level": 0}
         found = jax.jit(call, compiler_options=options)(**permuted)
+        restored = restore_sequence(found, 2)
     assert tuple(found.sharding.spec)[:2] == (None, "context")
-    restored = restore_sequence(np.asarray(found), 2)
+    assert restored.sharding == found.sharding
     assert_close({"out": restored}, {"out": expected("causal")["out"]}, 3e-5)
 
 
@@ -324,6 +325,10 @@ def test_permuted_sequences_are_restored(order: str) -> None:
 REFUSALS = {
     "rows": ({"order": "zigzag"}, 12, "positive multiple of 8 rows for 4 devices in zigzag"),
     "contiguous_rows": ({"order": "contiguous"}, 10, "positive multiple of 4 rows"),
+    "no_such_axis": ({"batch_axes": "model"}, 16, "batch_axes must be among mesh's other axes"),
+    "axis_twice": ({"head_axes": "context"}, 16, "head_axes must be among mesh's other axes"),
+    "batch": ({"batch_axes": "data"}, 16, "must divide 3 batch entries"),
+    "heads": ({"head_axes": ("data",)}, 16, "must divide 3 heads"),
     "axis": ({"axis_name": "model"}, 16, "axis_name must be one of mesh's axes"),
     "order": ({"order": "spiral"}, 16, "order must be one of"),
     "method": ({"context_parallel": "broadcast"}, 16, "context_parallel must be one of"),
@@ -335,8 +340,9 @@ REFUSALS = {
 @pytest.mark.parametrize("case", REFUSALS)
 def test_what_does_not_fit_is_refused(case: str) -> None:
     changes, length, message = REFUSALS[case]
-    options = {"mesh": make_mesh(4), "axis_name": "context"} | changes
-    query = jnp.zeros((1, length, 2, 8))
+    devices = (2, 2) if changes.keys() & {"batch_axes", "head_axes"} else (4,)
+    options = {"mesh": make_mesh(*devices), "axis_name": "context"} | changes
+    query = jnp.zeros((3, length, 3, 8))
     with pytest.raises(ValueError, match=message):
         context_parallel_attention(query, query, query, **options)
 

@@ -129,16 +129,16 @@ def run_compile(path: Path, *arguments: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_each_pass_and_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """What no kernel serves is said, and the rest is compiled."""
+    """What no kernel serves is said, and the rest is compiled; arrays share names of lengths."""
     path = write(
         tmp_path / "plans.toml",
         """
 [[call]]
 passes = ["fwd", "bwd"]
-query = "float16[2,300,7,64]"
-key = "float16[2,500,1,64]"
-value = "float16[2,500,1,64]"
-q_offset = "int32[2]"
+query = "float16[b,300,7,64]"
+key = "float16[b,s,1,64]"
+value = "float16[b,s,1,64]"
+q_offset = "int32[b]"
 is_causal = true
 """,
     )
@@ -216,6 +216,8 @@ def test_a_job_is_compiled_into_the_store_and_the_bundle(
         ('query = "bfloat16[2,300,4,64"', "flash_attention"),
         ('query = "bf[2]"', "'bf' is no dtype"),
         ("passes = []", "passes must be"),
+        ('passes = [["fwd"]]', "passes must be"),
+        ("function = 3", "function must be one of flash_attention, "),
         ('function = "attention"', "function must be one of flash_attention, "),
         ('function = "absent:attention"', "'absent:attention' cannot be imported"),
     ],

@@ -206,7 +206,9 @@ def test_a_full_cache() -> None:
     ("options", "message"),
     [
         ({"num_kv_heads": 4}, "num_heads must be a multiple of 4 kv heads, got 6"),
-        ({"num_kv_heads": 0}, "num_heads and num_kv_heads must be positive, got 6 and 0"),
+        ({"num_kv_heads": 0}, "num_kv_heads must be an integer of at least 1; got 0"),
+        ({"head_dim": 8.0}, "head_dim must be an integer of at least 1; got 8.0"),
+        ({"bias": jnp.zeros(5)}, r"options must hold no arrays.*; got \['bias'\]"),
         ({"head_dim": 7}, "head_dim must be even"),
         ({"causal": True}, "options: expected arguments of flash_attention .*; got causal"),
         ({"head_dim": None, "num_kv_heads": 1}, None),
@@ -230,6 +232,17 @@ def test_calls_that_do_not_fit() -> None:
             module(x, cache=cache, **{name: jnp.ones(B, jnp.int32)})
     with pytest.raises(ValueError, match="cache must be of 2 sequences, as x is; got 1"):
         module(x, cache=module.init_cache(1, 8))
+    for wrong in (x[0], x[..., :-1]):
+        with pytest.raises(
+            ValueError, match=rf"x must be \(batch, length, {FEATURES}\); got shape"
+        ):
+            module(wrong)
+    out, _ = module(x[:0], cache=module.init_cache(0, 8))
+    assert out.shape == (0, 2, FEATURES)
+    sparse = nn.NativeSparseAttention(FEATURES, 6, head_dim=8, rngs=nnx.Rngs(0))
+    assert sparse(x[:0]).shape == (0, 2, FEATURES)
+    with pytest.raises(ValueError, match=r"x must be \(batch, length"):
+        sparse(x[0])
     tokens = jnp.zeros((B, 1, 2, 8))
     with pytest.raises(ValueError, match=r"value must be \(2, 1, 2, 8\) .*, got \(1, 1, 2, 8\)"):
         cache.append(tokens, tokens[:1])

@@ -311,6 +311,10 @@ def test_lists_are_the_selected_blocks_cut_into_tiles() -> None:
     np.testing.assert_array_equal(halves, whole.repeat(2, axis=3)[..., :15])
     with pytest.raises(ValueError, match="tile_n must divide"):
         to_block_mask(selection, SMALL, **common, tile_n=16)
+    with pytest.raises(ValueError, match="q_heads must be a multiple of the selection's 2 heads"):
+        to_block_mask(selection, SMALL, **common | {"q_heads": 5})
+    with pytest.raises(ValueError, match="multiple of compressed_key's 2 heads; got 3"):
+        select_blocks(query[:, :, :3], ck, SMALL, kv_length=60, scale=1.0)
 
 
 def test_memory_has_no_square() -> None:
@@ -348,6 +352,20 @@ def test_lists_of_the_backward_have_no_square() -> None:
     assert memory.temp_size_in_bytes < 4 * listed
 
 
+def test_numpy_integers_and_an_empty_batch() -> None:
+    assert NSAConfig(np.int64(8), window=np.int32(5)) == NSAConfig(8, window=5)
+    query = jnp.zeros((0, 20, 2, 8))
+    out = native_sparse_attention(
+        query,
+        query,
+        query,
+        segment_ids=jnp.zeros(20, int),
+        max_segments=np.int64(2),
+        config=NSAConfig(np.int64(8)),
+    )
+    assert out.shape == query.shape
+
+
 BAD = {
     "block must be an integer": lambda a: NSAConfig(block=0),
     "window must be an integer": lambda a: NSAConfig(window=1.5),
@@ -364,6 +382,13 @@ BAD = {
     "max_segments must be the most": lambda a: native_sparse_attention(
         *a, segment_ids=jnp.ones((2, 20), int)
     ),
+    "max_segments must be an integer": lambda a: native_sparse_attention(
+        *a, segment_ids=jnp.ones((2, 20), int), max_segments=2.0
+    ),
+    "config must be": lambda a: native_sparse_attention(*a, config={"block": 8}),
+    "is_causal must be": lambda a: jax.jit(
+        lambda causal: native_sparse_attention(*a, is_causal=causal)
+    )(True),
     "max_segments is for segment_ids": lambda a: native_sparse_attention(*a, max_segments=3),
     "key_value_seq_lengths must be": lambda a: native_sparse_attention(
         *a, key_value_seq_lengths=jnp.ones(2)

@@ -196,6 +196,7 @@ def test_collecting_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("call = [3]\n", r"expected \[\[call\]\] tables, got call = \[3\]"),
         ("[call]\n", r"expected \[\[call\]\] tables, got call = {}"),
         ('[[plan]]\nid = "a"\n', "plan a: does not fit this version"),
+        ('[[plan]]\nid = "a"\ntarget = "sm_90a"\nspec = 3\n', "plan a: does not fit this version"),
         (
             '[[plan]]\nid = "a"\ntarget = "sm_90a:132"\ndirection = "fwd"\n'
             "spec = {scale = 1.0, is_round = true}\noperands = {}\n",
