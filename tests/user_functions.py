@@ -92,8 +92,11 @@ def hidden_by_score(case: Case):
 
 
 def distance_decay(case: Case):
+    @jax.checkpoint
     def score_mod(score, b, h, q, kv):
-        return score - 0.1 * jnp.sqrt(jnp.abs(q - kv).astype(jnp.float32)) + (h % 2) * 0.5
+        distance = jnp.abs(q - kv)
+        decayed = score * 0.9**distance + jax.lax.stop_gradient(jnp.tanh(score))
+        return jnp.where(h % 2, score - 0.1 * jnp.sqrt(distance.astype(jnp.float32)), decayed)
 
     return score_mod
 

@@ -625,7 +625,7 @@ def _bound(equation, values: Sequence[Any], params: Mapping[str, Any]) -> Sequen
     return results if equation.primitive.multiple_results else [results]
 
 
-PLAIN_CALLS = ("jit", "closed_call", "core_call", "checkpoint")
+PLAIN_CALLS = ("jit", "closed_call", "core_call", "checkpoint", "remat2")
 """Primitives whose derivative is that of the program they call."""
 
 CALLS = (*PLAIN_CALLS, "custom_jvp_call", "custom_vjp_call")

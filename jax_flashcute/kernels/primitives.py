@@ -404,7 +404,8 @@ def _float_to_integer(x, target: str):
 def _power(x, y):
     from cutlass._mlir.dialects import math as mlir_math
 
-    return type(x)(mlir_math.powf(x.ir_value(), y.ir_value()))
+    # The exponent may be an integer.
+    return type(x)(mlir_math.powf(x.ir_value(), type(x)(y).ir_value()))
 
 
 def _integer_pow(equation: Equation, x):
@@ -659,6 +660,7 @@ RULES: dict[str, Rule] = {
     "select_n": _select_n,
     "convert_element_type": _convert,
     "copy": _copy,
+    "stop_gradient": _copy,
     "broadcast_in_dim": _broadcast_in_dim,
     "reshape": _reshape,
     "squeeze": _reshape,
