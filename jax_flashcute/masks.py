@@ -385,6 +385,12 @@ def _array(name: str, array, ranks: tuple[int, ...], kind, kind_name: str) -> ja
     return array
 
 
+def _of_entries(name: str, lengths: ArrayLike) -> Callable[[Any], jax.Array]:
+    """A function of a batch entry, of (B,) integers or of one for all."""
+    array = _array(name, lengths, (0, 1), jnp.integer, "integers")
+    return lambda b: array[b] if array.ndim else array
+
+
 causal = Mask(lambda b, h, q, kv: kv <= q)
 """Position q sees keys ``kv <= q``."""
 
@@ -410,13 +416,13 @@ def prefix_lm(length: ArrayLike) -> Mask:
     """The first ``length`` keys, and those at or before the position.
 
     Args:
-      length: an integer, or (B,) integers: one for each batch entry.
+      length: an integer, traced or not, or (B,) integers: one for each batch entry.
     """
-    if not isinstance(length, int):
-        lengths = _array("length", length, (1,), jnp.integer, "integers")
-        return Mask(lambda b, h, q, kv: (kv < lengths[b]) | (kv <= q))
-    length = whole("length", length, 0)
-    return Mask(lambda b, h, q, kv: (kv < length) | (kv <= q))
+    if isinstance(length, (int, np.integer)):
+        length = whole("length", length, 0)
+        return Mask(lambda b, h, q, kv: (kv < length) | (kv <= q))
+    of_entry = _of_entries("length", length)
+    return Mask(lambda b, h, q, kv: (kv < of_entry(b)) | (kv <= q))
 
 
 def dilated(window: int, dilation: int) -> Mask:
@@ -466,9 +472,12 @@ def documents_by_offsets(offsets: ArrayLike, length: int) -> Mask:
 
 
 def padding(lengths: ArrayLike) -> Mask:
-    """Keys below (B,) ``lengths``.  As ``key_value_seq_lengths``, but padding may not be NaN."""
-    lengths = _array("lengths", lengths, (1,), jnp.integer, "integers")
-    return Mask(lambda b, h, q, kv: kv < lengths[b])
+    """Keys below ``lengths``, (B,) or one for all.
+
+    As ``key_value_seq_lengths``, but padding may not be NaN.
+    """
+    of_entry = _of_entries("lengths", lengths)
+    return Mask(lambda b, h, q, kv: kv < of_entry(b))
 
 
 def compressed_causal(compress_factor: int, *, complete_only: bool = False) -> Mask:

@@ -88,7 +88,14 @@ def gated(case: Case):
 
 
 def hidden_by_score(case: Case):
-    return lambda score, b, h, q, kv: jnp.where((q + kv) % 3 == 0, score, -jnp.inf)
+    """By infinity and by the least number, as which whole rows and the first tiles are hidden."""
+    least = jnp.finfo(jnp.float32).min
+
+    def score_mod(score, b, h, q, kv):
+        score = jnp.where((kv > q + 5) | (q % 7 == 3), least, score)
+        return jnp.where((q + kv) % 3 == 0, score, -jnp.inf)
+
+    return score_mod
 
 
 def distance_decay(case: Case):

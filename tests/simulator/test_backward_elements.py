@@ -56,7 +56,8 @@ def check_call(case: Case, spec, operands, *, arch: str = "sm_90a", **how):
     d_out = jnp.asarray(rng.standard_normal((*rows, case.head_dim_v)), dtype)
     d_lse = jnp.asarray(rng.standard_normal(rows), jnp.float32)
     (out, lse), pull = jax.vjp(jax.jit(attend), floats)
-    alive = ~jnp.isinf(lse)
+    # Of what is too small for base 2, exponentials of differences are nothing.
+    alive = jnp.isfinite(lse) & (lse > -2e38)
     if case.lengths:
         inside = jnp.arange(case.seqlen_q)[None] < operands.query_seq_lengths[:, None]
         alive &= inside[..., None]

@@ -50,7 +50,7 @@ MASKS = {
         masks.block_diagonal(16, 5),
         lambda b, h, q, k: np.floor(q / 16) == np.floor(k / 5),
     ),
-    "prefix_lm": (masks.prefix_lm(11), lambda b, h, q, k: (k < 11) | (k <= q)),
+    "prefix_lm": (masks.prefix_lm(jnp.int32(11)), lambda b, h, q, k: (k < 11) | (k <= q)),
     "prefix_lm_each": (masks.prefix_lm(LENGTHS), lambda b, h, q, k: (k < LENGTHS[b]) | (k <= q)),
     "dilated": (
         masks.dilated(20, 3),

@@ -82,6 +82,10 @@ def _two_to(rounded: Float32) -> Float32:
     return Float32(llvm.bitcast(Float32.mlir_type, bits.ir_value()))
 
 
+LARGEST_IN_BASE_2 = 2e38
+"""Scores up to it, times log2(e), are finite."""
+
+
 class OnlineSoftmax(Traced):
     """Running maximum and sum of each row a thread takes part in.
 
@@ -90,12 +94,23 @@ class OnlineSoftmax(Traced):
     probabilities may reach 2**threshold; the normalisation at the end removes the factor exactly.
     """
 
-    def __init__(self, rows: int, scale: float, rescale_threshold: float, lanes_per_row: int = 4):
-        """``lanes_per_row``: 4 where quads share rows, 1 where a thread owns its rows."""
+    def __init__(
+        self,
+        rows: int,
+        scale: float,
+        rescale_threshold: float,
+        lanes_per_row: int = 4,
+        *,
+        any_scores: bool = False,
+    ):
+        """``lanes_per_row``: 4 where quads share rows, 1 where a thread owns its rows;
+        ``any_scores``: these may be as large as a float32, as what hides by ``finfo.min`` is."""
         if lanes_per_row not in (1, 4):
             raise ValueError(f"lanes_per_row must be 1 or 4, got {lanes_per_row}")
         self.rows = rows
         self.lanes_per_row = lanes_per_row
+        self.any_scores = any_scores
+        self.scale = scale
         self.scale_log2 = scale * LOG2_E
         self.threshold = rescale_threshold
         self.row_max = cute.make_rmem_tensor(rows, Float32)
@@ -181,6 +196,16 @@ class OnlineSoftmax(Traced):
             base = cute.arch.fmax(base - shift, least_base, nan=True)
         return base, factor
 
+    def unit(self, base: Float32) -> Float32 | float:
+        """What brings the difference of a score and ``base`` to base 2.
+
+        Where ``base`` would be infinite in base 2 it is 1: scores are equal there, or far apart.
+        """
+        if not self.any_scores:
+            return self.scale_log2
+        is_finite = cute.math.absf(base) < Float32(LARGEST_IN_BASE_2)
+        return select(is_finite, Float32(self.scale_log2), Float32(1.0))
+
     @cute.jit
     def exponentiate(
         self,
@@ -194,9 +219,10 @@ class OnlineSoftmax(Traced):
         columns = cute.size(scores, mode=[1])
         if const_expr(not is_first):
             self.row_sum[r] = self.row_sum[r] * factor
-        scaled_base = base * self.scale_log2
+        unit = self.unit(base)
+        scaled_base = base * unit
         for c in cutlass.range_constexpr(columns):
-            scores[r, c] = exp2(scores[r, c] * self.scale_log2 - scaled_base)
+            scores[r, c] = exp2(scores[r, c] * unit - scaled_base)
         tile_sum = _reduce([scores[r, c] for c in range(columns)], lambda a, b: a + b)
         if const_expr(is_first):
             self.row_sum[r] = tile_sum
@@ -214,10 +240,13 @@ class OnlineSoftmax(Traced):
           polynomial_every: one of so many pairs is left to ``exp2_pair``, which does not give 0
             where a score is -inf; 0 for none.
         """
-        scaled_base = -(base * self.scale_log2)
+        unit = self.unit(base)
+        scaled_base = -(base * unit)
         for c in range(0, cute.size(scores), 2):
             x = cute.arch.fma_packed_f32x2(
-                (scores[c], scores[c + 1]), _twice(self.scale_log2), (scaled_base, scaled_base)
+                (scores[c], scores[c + 1]),
+                (Float32(unit), Float32(unit)),
+                (scaled_base, scaled_base),
             )
             on_fma = polynomial_every > 0 and c // 2 % polynomial_every == polynomial_every - 1
             pair = exp2_pair(x) if on_fma else (exp2(x[0]), exp2(x[1]))
@@ -249,12 +278,14 @@ class OnlineSoftmax(Traced):
             else:
                 is_empty = total == 0.0
                 row_scale[r] = Float32(0.0) if is_empty else cute.arch.rcp_approx(total)
-                lse[r] = (
-                    -Float32.inf
-                    if is_empty
-                    else (self.row_max[r] * self.scale_log2 + cute.math.log2(total, fastmath=True))
-                    * LN2
-                )
+                lse[r] = -Float32.inf if is_empty else self.log_sum(r, total)
+
+    def log_sum(self, r: int, total: Float32) -> Float32:
+        """The log-sum-exp of row r, in units of the scaled scores."""
+        log2_total = cute.math.log2(total, fastmath=True)
+        if self.any_scores:
+            return self.row_max[r] * self.scale + log2_total * LN2
+        return (self.row_max[r] * self.scale_log2 + log2_total) * LN2
 
     @cute.jit
     def finish_with_sink(

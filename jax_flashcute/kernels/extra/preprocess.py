@@ -4,7 +4,8 @@
 
 Rows are padded to whole query tiles, so that the main kernel loads a tile's statistics with one
 bulk copy.  Rows without a visible key (LSE -inf), rows at or beyond the query length and padding
-get LSE2 = +inf and dPsum = 0: then P = exp2(S - LSE2) is exactly 0.
+get LSE2 = +inf and dPsum = 0: then P = exp2(S - LSE2) is exactly 0.  So it is where scores are
+changed and an LSE is too small for base 2.
 """
 
 import math
@@ -14,23 +15,35 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
 from jax_flashcute.kernels.common.softmax import LOG2_E
+from jax_flashcute.kernels.elements import ElementFunctions
 
 THREADS = 128
 LANES_PER_ROW = 8
 VECTOR = 8
 """16-bit elements a thread loads at once."""
+LARGEST = 3e38
+"""Near that of float32."""
 
 
 class Preprocess:
     """Compiles to one kernel; a block serves one query tile of one head."""
 
-    def __init__(self, dtype, head_dim_v: int, tile_m: int, accumulator_width: int, turns: int):
+    def __init__(
+        self,
+        dtype,
+        head_dim_v: int,
+        tile_m: int,
+        accumulator_width: int,
+        turns: int,
+        functions: ElementFunctions | None = None,
+    ):
         """``accumulator_width``: columns of the float32 dQ; ``turns``: counters a tile has."""
         self.dtype = dtype
         self.head_dim_v = head_dim_v
         self.tile_m = tile_m
         self.accumulator_width = accumulator_width
         self.turns = turns
+        self.any_scores = functions is not None and functions.changes_scores
 
     def launch(
         self, stream, m_blocks: Int32, mO, mdO, mLSE, mdLSE, mQLengths, out, mSums: tuple = ()
@@ -129,6 +142,8 @@ class Preprocess:
                 lse = mLSE[batch, token, head]
                 if lse != -Float32.inf:
                     lse2 = lse * LOG2_E
+                    if const_expr(self.any_scores):
+                        lse2 = cute.arch.fmax(lse2, -LARGEST)
             for offset in (4, 2, 1):
                 total = total + cute.arch.shuffle_sync_bfly(total, offset=offset)
             if lane == 0:

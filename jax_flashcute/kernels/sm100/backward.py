@@ -185,7 +185,9 @@ class BackwardSm100(QueryTiles):
         m_blocks = cute.ceil_div(q_length, cfg.tile_m)
         n_blocks = cute.ceil_div(kv_length, cfg.tile_n)
         turns = cfg.dq_warps(self.head_dim)
-        Preprocess(self.dtype, self.head_dim_v, cfg.tile_m, self.smem_h, turns).launch(
+        Preprocess(
+            self.dtype, self.head_dim_v, cfg.tile_m, self.smem_h, turns, self.functions
+        ).launch(
             stream, m_blocks, mO, mdO, mLSE, mdLSE, mQLengths, (mLSE2, mdPsum, mdQAccum, mTurns)
         )
 

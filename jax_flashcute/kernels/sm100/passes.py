@@ -131,7 +131,7 @@ class BackwardInPassesSm100:
         mPacked: tuple = (),  # a mask in bits, (1|B, 1|N, 1|T, words) uint32
     ):
         m_blocks = cute.ceil_div(mQ.shape[1], ROWS)
-        Preprocess(self.dtype, self.head_dim_v, ROWS, 0, 0).launch(
+        Preprocess(self.dtype, self.head_dim_v, ROWS, 0, 0, self.functions).launch(
             stream, m_blocks, mO, mdO, mLSE, mdLSE, mQLengths, (mLSE2, mdPsum, None, None)
         )
         results = {"value": mdV, "key": mdK, "query": mdQ}

@@ -54,7 +54,11 @@ class SoftmaxWarpgroups:
         scores = cute.make_rmem_tensor((1, cfg.tile_n), Float32)
         # Scores that are looked at one by one are scaled there.
         scale = 1.0 if self.kernel.by_element else self.kernel.scale
-        softmax = OnlineSoftmax(1, scale, cfg.rescale_threshold, lanes_per_row=1)
+        softmax = OnlineSoftmax(
+            *(1, scale, cfg.rescale_threshold),
+            lanes_per_row=1,
+            any_scores=self.kernel.by_element and self.kernel.functions.changes_scores,
+        )
         row_scale = cute.make_rmem_tensor(1, Float32)
         lse = cute.make_rmem_tensor(1, Float32)
         s_phase, f_phase, t_stage, t_phase = (Int32(0) for _ in range(4))

@@ -202,7 +202,9 @@ class BackwardSm90(QueryTiles):
         n_blocks = cute.ceil_div(kv_length, cfg.tile_n)
 
         dq_warps = cfg.dq_warps(self.head_dim)
-        Preprocess(self.dtype, self.head_dim_v, cfg.tile_m, self.smem_h, dq_warps).launch(
+        Preprocess(
+            self.dtype, self.head_dim_v, cfg.tile_m, self.smem_h, dq_warps, self.functions
+        ).launch(
             stream,
             m_blocks,
             mO,

@@ -793,7 +793,9 @@ class ForwardSm90(KeyTiles):
         may_hide = const_expr(self.by_element or self.packed_mask is not None)
         # Scores that are changed one by one are scaled there.
         scale = 1.0 if self.changes_scores else self.scale
-        softmax = OnlineSoftmax(ROWS_PER_THREAD, scale, cfg.rescale_threshold)
+        softmax = OnlineSoftmax(
+            *(ROWS_PER_THREAD, scale, cfg.rescale_threshold), any_scores=self.changes_scores
+        )
         row_scale = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
         lse = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
 
