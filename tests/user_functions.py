@@ -84,7 +84,9 @@ def squared(case: Case):
 
 
 def gated(case: Case):
-    return lambda score, b, h, q, kv: score * jax.nn.sigmoid(score) + jax.nn.relu(score)
+    return jax.checkpoint(
+        lambda score, b, h, q, kv: score * jax.nn.sigmoid(score) + jax.nn.relu(score)
+    )
 
 
 def hidden_by_score(case: Case):
@@ -99,7 +101,6 @@ def hidden_by_score(case: Case):
 
 
 def distance_decay(case: Case):
-    @jax.checkpoint
     def score_mod(score, b, h, q, kv):
         distance = jnp.abs(q - kv)
         decayed = score * 0.9**distance + jax.lax.stop_gradient(jnp.tanh(score))
