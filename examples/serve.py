@@ -56,6 +56,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--check needs --load")
     if args.load is not None and args.load < 1:
         parser.error("--load must be at least 1")
+    if args.load is not None and (args.rate <= 0 or args.max_tokens < 12):
+        parser.error("--load needs a --rate above 0 and --max-tokens of 12 or more")
     return args
 
 

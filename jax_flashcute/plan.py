@@ -45,6 +45,11 @@ def target() -> Target | None:
         device = jax.local_devices(backend="cuda")[0]
     except RuntimeError:
         return None
+    return target_of(device)
+
+
+def target_of(device: jax.Device) -> Target:
+    """The target that a CUDA device is."""
     capability = str(device.compute_capability).replace(".", "")
     suffix = "a" if int(capability) >= 90 else ""
     return Target(f"sm_{capability}{suffix}", getattr(device, "core_count", DEFAULT_NUM_SMS))

@@ -1,6 +1,6 @@
 """Requests over HTTP, their bytes streamed as they come.
 
-    POST /generate   {"prompt": "def ", "max_tokens": 64}  ->  raw bytes, chunked
+    POST /generate   {"prompt": "def ", "max_tokens": 64}  ->  raw bytes, in chunks
     GET  /metrics    figures of the run so far, JSON
 
 The device belongs to one thread, the `Worker`; a thread per connection waits for its bytes.
@@ -8,6 +8,7 @@ The device belongs to one thread, the `Worker`; a thread per connection waits fo
 
 import json
 import queue
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -101,30 +102,46 @@ class Handler(BaseHTTPRequestHandler):
             request.is_cancelled = True  # nobody listens any more
 
     def _read_arguments(self) -> tuple[bytes, int]:
-        length = int(self.headers.get("Content-Length", 0))
-        if not 0 <= length <= MAX_BODY:
-            raise ValueError(f"the body must have from 0 to {MAX_BODY} bytes; got {length}")
-        arguments = json.loads(self.rfile.read(length))
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > MAX_BODY:
+            raise ValueError(
+                f"Content-Length must say from 0 to {MAX_BODY} bytes; got {length or 'none'}"
+            )
+        try:
+            arguments = json.loads(self.rfile.read(int(length)))
+        except RecursionError as error:
+            raise ValueError(f"the body is nested too deep: {error}") from error
         if not isinstance(arguments, dict) or not isinstance(arguments.get("prompt"), str):
             raise ValueError('the body must be {"prompt": text, "max_tokens": number}')
+        if unknown := arguments.keys() - {"prompt", "max_tokens"}:
+            raise ValueError(
+                f"the body must have prompt and max_tokens alone; got {', '.join(sorted(unknown))}"
+            )
         max_tokens = arguments.get("max_tokens", 64)
-        if not isinstance(max_tokens, int):
+        if not isinstance(max_tokens, int) or isinstance(max_tokens, bool):
             raise ValueError(f"max_tokens must be an integer; got {max_tokens!r}")
         return arguments["prompt"].encode(), max_tokens
 
     def _stream(self, arrivals: queue.SimpleQueue, request: Request) -> None:
-        """Bytes as chunks; a request that did not come to its end leaves the stream open-ended."""
+        """Bytes as chunks; a request that did not come to its end leaves the stream open-ended.
+
+        In HTTP/1.0, which has no chunks, hanging up is the end.
+        """
+        is_chunked = self.request_version != "HTTP/1.0"
         self.send_response(200)
         # A byte-level model may write what is no UTF-8.
         self.send_header("Content-Type", "application/octet-stream")
-        self.send_header("Transfer-Encoding", "chunked")
+        if is_chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        else:
+            self.send_header("Connection", "close")
         self.end_headers()
         while (token := arrivals.get()) is not None:
-            self.wfile.write(b"1\r\n%c\r\n" % token)
+            self.wfile.write((b"1\r\n%c\r\n" if is_chunked else b"%c") % token)
         if request.ended is None:
             self.close_connection = True
-            return
-        self.wfile.write(b"0\r\n\r\n")
+        elif is_chunked:
+            self.wfile.write(b"0\r\n\r\n")
 
     def _answer(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
@@ -145,6 +162,11 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 1024  # a burst of requests is not refused
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Who hangs up is no error of the server."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def make_server(worker: Worker, host: str, port: int) -> Server:

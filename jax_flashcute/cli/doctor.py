@@ -74,16 +74,14 @@ def _gpu() -> Iterator[Finding]:
         )
         return
     for device in devices:
-        capability = str(device.compute_capability)
-        arch = f"sm_{capability.replace('.', '')}a"
-        count = getattr(device, "core_count", None)
-        yield "yes", f"JAX sees {device.device_kind}", f"{arch}, {count} multiprocessors"
+        found = plan.target_of(device)
+        yield "yes", f"JAX sees {device.device_kind}", f"--arch {found}"
         for direction, name in (("fwd", "forward"), ("bwd", "backward")):
             archs = registry.ARCHITECTURES[direction]
             yield (
-                "yes" if arch in archs else "no",
+                "yes" if found.arch in archs else "no",
                 f"there are {name} kernels for it",
-                "" if arch in archs else f"only for {', '.join(archs)}; the XLA path runs",
+                "" if found.arch in archs else f"only for {', '.join(archs)}; the XLA path runs",
             )
 
 

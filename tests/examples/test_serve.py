@@ -9,8 +9,10 @@ import dataclasses
 import http.client
 import json
 import socket
+import struct
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -188,7 +190,7 @@ def server(engine):
     check_no_page_is_lost(worker.scheduler)
 
 
-def ask(server, method: str, path: str, body: str | None = None):
+def ask(server, method: str, path: str, body: str | Iterator[bytes] | None = None):
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     connection.request(method, path, body)
     return connection, connection.getresponse()
@@ -213,6 +215,10 @@ def test_bad_http_requests_are_answered(server) -> None:
         ("GET", "/", None, 404, "POST /generate"),
         ("POST", "/", "{}", 404, "POST /generate"),
         ("POST", "/generate", "{", 400, "Expecting"),
+        ("POST", "/generate", "[" * 100_000, 400, "nested too deep"),
+        ("POST", "/generate", iter([b"{}"]), 400, "Content-Length must say"),
+        ("POST", "/generate", '{"prompt": "a", "max_tokens": true}', 400, "must be an integer"),
+        ("POST", "/generate", '{"prompt": "a", "stop": "b"}', 400, "max_tokens alone; got stop"),
         ("POST", "/generate", '{"prompt": 1}', 400, "the body must be"),
         ("POST", "/generate", '{"prompt": ""}', 400, "at least one byte"),
         ("POST", "/generate", '{"prompt": "a", "max_tokens": "b"}', 400, "must be an integer"),
@@ -234,6 +240,25 @@ def test_an_error_leaves_nothing_to_be_read_as_the_next_request(server) -> None:
         assert answer.startswith(b"HTTP/1.1 %d " % status)
         assert b"\r\nConnection: close\r\n" in answer
         assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_http_1_0_has_no_chunks(server, model, capsys) -> None:
+    """As proxies speak it; and who hangs up in the middle of a request prints nothing."""
+    body = b'{"prompt": "def f", "max_tokens": 5}'
+    head = b"POST /generate HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body)
+    address = "127.0.0.1", server[0].server_port
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(head[:-2])
+        # Closed by a reset, with no wait for what is on its way.
+        linger = struct.pack("ii", 1, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(head + body)
+        answer = connection.makefile("rb").read()
+    expected, _ = generate_greedily(model, b"def f", 5, padded_to=MAX_TOKENS)
+    assert b"Transfer-Encoding" not in answer
+    assert answer.partition(b"\r\n\r\n")[2] == expected
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_worker_that_fails_lets_nobody_wait(server, monkeypatch) -> None:
@@ -318,6 +343,8 @@ def test_a_saved_model_is_served_and_plotted(model, tmp_path: Path, monkeypatch,
         (["--check"], "--check needs --load"),
         (["--check", "--load", "-1"], "--load must be at least 1"),
         (["--load", "0"], "--load must be at least 1"),
+        (["--load", "5", "--rate", "0"], "--load needs a --rate above 0"),
+        (["--load", "5", "--max-tokens", "11"], "--max-tokens of 12 or more"),
     ],
 )
 def test_a_check_of_nothing_is_refused(words, message, monkeypatch, capsys) -> None:

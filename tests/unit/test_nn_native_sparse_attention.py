@@ -57,7 +57,7 @@ def test_against_the_function() -> None:
 def test_refused() -> None:
     with pytest.raises(ValueError, match="num_kv_heads must divide num_heads, 4; got 3"):
         NativeSparseAttention(32, 4, num_kv_heads=3, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="num_kv_heads must be positive, got 4 and 0"):
+    with pytest.raises(ValueError, match="num_kv_heads must be an integer of at least 1; got 0"):
         NativeSparseAttention(32, 4, num_kv_heads=0, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="num_heads must divide in_features, 30"):
         NativeSparseAttention(30, 4, rngs=nnx.Rngs(0))
