@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -48,8 +49,8 @@ def target() -> Target | None:
     return target_of(device)
 
 
-def target_of(device: jax.Device) -> Target:
-    """The target that a CUDA device is."""
+def target_of(device: Any) -> Target:
+    """The target that a CUDA device is, one of ``jax.devices("cuda")``."""
     capability = str(device.compute_capability).replace(".", "")
     suffix = "a" if int(capability) >= 90 else ""
     return Target(f"sm_{capability}{suffix}", getattr(device, "core_count", DEFAULT_NUM_SMS))

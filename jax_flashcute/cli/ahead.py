@@ -45,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
     """Compiles; returns 1 where a call or a plan is served by no kernel."""
     if options.wheel and not options.out:
         raise ValueError("--wheel needs --out, the directory to write it into")
+    if options.wheel:
+        bundle.wheel_package(options.wheel, options.wheel_version)
     if options.host and not options.out:
         raise ValueError("--host needs --out: the store is this machine's")
     if options.jobs < 1:

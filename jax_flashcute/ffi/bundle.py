@@ -135,6 +135,20 @@ def write_manifest(path: Path, made_by: Toolchain, targets: Sequence[str]) -> No
     (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
+def wheel_package(name: str, version: str) -> str:
+    """The package of a wheel of that name.
+
+    Raises:
+      ValueError: the name or the version is none.
+    """
+    package = name.replace("-", "_").lower()
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", package):
+        raise ValueError(f"name must be that of a distribution, got {name!r}")
+    if not re.fullmatch(r"\d+(\.\d+)*((a|b|rc|\.post|\.dev)\d+)*", version):
+        raise ValueError(f"version must be one as 1.0 or 1.0.dev1, got {version!r}")
+    return package
+
+
 def write_wheel(bundle: Bundle, folder: Path, name: str, version: str) -> Path:
     """Writes a bundle as a wheel, which is used wherever it is installed.
 
@@ -148,13 +162,9 @@ def write_wheel(bundle: Bundle, folder: Path, name: str, version: str) -> Path:
       The path of the wheel.
 
     Raises:
-      ValueError: the name or the version is none.
+      ValueError: as ``wheel_package``.
     """
-    package = name.replace("-", "_").lower()
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", package):
-        raise ValueError(f"name must be that of a distribution, got {name!r}")
-    if not re.fullmatch(r"\d+(\.\d+)*((a|b|rc|\.post|\.dev)\d+)*", version):
-        raise ValueError(f"version must be one as 1.0 or 1.0.dev1, got {version!r}")
+    package = wheel_package(name, version)
     tag = f"py3-none-linux_{bundle.toolchain.machine}"
     information = f"{package}-{version}.dist-info"
     files = {

@@ -232,6 +232,7 @@ def test_calls_that_are_none(table: str, message: str, tmp_path: Path, capsys) -
     ("arguments", "message"),
     [
         (["--wheel", "x"], "--wheel needs --out"),
+        (["--wheel", "9x", "--out", "."], "name must be that of a distribution, got '9x'"),
         (["--host", "aarch64"], "--host needs --out"),
         (["--jobs", "0"], "--jobs must be positive, got 0"),
         (["--arch", "sm_90a:many"], "JAX_FLASHCUTE_ARCH must be an architecture"),
