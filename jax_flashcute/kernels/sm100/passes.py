@@ -93,6 +93,7 @@ class BackwardInPassesSm100:
         """As ``BackwardSm100``."""
         self.dtype = dtype
         self.head_dim_v = head_dim_v
+        self.functions = functions
         self.passes = [
             GradientPassSm100(
                 each,
