@@ -115,6 +115,11 @@ class ElementFunctions:
         return identity and self.soft_cap is None
 
     @property
+    def may_be_infinite(self) -> bool:
+        """Whether finite products may become infinite scores that are not hidden."""
+        return self.changes_scores and self.score_mod is not None and not self.keeps_gradients
+
+    @property
     def summed_ranks(self) -> list[int]:
         """Ranks of the arrays that have gradients: the bias, and those of floats of the score."""
         ranks = [4] * (self.bias is not None and "bias" not in self.constants)

@@ -2,7 +2,14 @@
 
 import pytest
 
-from tests.simulator.test_backward_elements import CASES, EVERYTHING, OF_NUMBERS, check
+from tests.cases import Case
+from tests.simulator.test_backward_elements import (
+    CASES,
+    EVERYTHING,
+    INFINITE_AT_0,
+    OF_NUMBERS,
+    check,
+)
 from tests.simulator.test_forward_elements import sized
 from tests.user_functions import MASKS, SCORES
 
@@ -20,6 +27,19 @@ def together(**how) -> None:
 
 def test_together():
     together()
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [
+        ("score", 64),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in [("derivative", 64), ("score", 256)]),
+    ],
+)
+def test_what_is_infinite_at_0(name: str, head_dim: int):
+    """Beyond the last row products are 0, and nothing is hidden where keys fill their tiles."""
+    case = Case(1, 100, 256, 1, 1, head_dim, head_dim)
+    check(case, score_mod=INFINITE_AT_0[name], arch=ARCH)
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from jax_flashcute.kernels.primitives import select
 
 LN2 = math.log(2.0)
 LOG2_E = math.log2(math.e)
+LARGEST_SCORE = 1e38
+"""Scores above it count as it where they may be infinite: it is finite in base 2, too."""
 CHAINS = 4
 """Independent chains in a reduction along a row, so that latency does not bound it."""
 

@@ -8,7 +8,7 @@ from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import is_full as is_full_tile
 from jax_flashcute.kernels.common.intervals import limit_words, within
 from jax_flashcute.kernels.common.packed import PackedMask, transposed_bits
-from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
+from jax_flashcute.kernels.common.softmax import LARGEST_SCORE, LOG2_E, exp2
 from jax_flashcute.kernels.common.tiles import (
     CHUNK,
     chunks,
@@ -254,7 +254,11 @@ class GradientWarpgroups:
             chunk = cute.make_tensor(scores.iterator + first, cute.make_layout((1, PART)))
             products = [chunk[0, c] for c in range(PART)]
             for c in cutlass.range_constexpr(PART):
-                chunk[0, c] = modify(start + first + c, products[c], is_full)
+                score = modify(start + first + c, products[c], is_full)
+                if const_expr(self.kernel.functions.may_be_infinite):
+                    # Of rows beyond the last, whose LSE2 is infinite: infinity less it is NaN.
+                    score = cute.arch.fmin(score, Float32(LARGEST_SCORE))
+                chunk[0, c] = score
             if const_expr(self.kernel.packed_mask is not None):
                 hide_outside(chunk, [bits[first // 32] >> Uint32(first % 32)])
             if const_expr(is_hiding is not False):

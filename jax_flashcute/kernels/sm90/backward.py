@@ -55,7 +55,7 @@ from jax_flashcute.kernels.common.lists import row_of
 from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import section_size
-from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
+from jax_flashcute.kernels.common.softmax import LARGEST_SCORE, LOG2_E, exp2
 from jax_flashcute.kernels.common.tiles import (
     clear_rows,
     smem_layout,
@@ -98,9 +98,6 @@ from jax_flashcute.kernels.sm90.gradient_sums import Pullback
 CONSUMER_BARRIER = 1
 DQ_FULL_BARRIER = 2
 DQ_EMPTY_BARRIER = 5
-LARGEST_SCORE = 1e38
-"""Scores above it count as it where they may be infinite: it is finite in base 2, too."""
-
 LEAST_STEPS = 16
 """Query tiles that a part of a block visits at least, on average: to begin, and to carry dK and dV
 over, takes about as long as four of them."""
@@ -156,8 +153,7 @@ class BackwardSm90(QueryTiles):
         self.by_element = functions is not None and functions.by_element
         # Scores that are changed one by one are scaled there.
         changes_scores = functions is not None and functions.changes_scores
-        self.may_be_infinite = changes_scores and functions.score_mod is not None
-        self.may_be_infinite &= changes_scores and not functions.keeps_gradients
+        self.may_be_infinite = functions is not None and functions.may_be_infinite
         self.score_scale, self.element_scale = (1.0, scale) if changes_scores else (scale, 1.0)
         self.smem_h = config.padded_head_dim(head_dim)
         self.smem_hv = round_up(head_dim_v, 16)
