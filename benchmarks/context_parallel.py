@@ -204,15 +204,19 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: a line for every length, pass, number of devices, method and order."""
+    """Markdown: a line for every length, pass, number of devices, method, order and commit.
+
+    A run's rows follow its own one device, which their part of perfect scaling is of.
+    """
     lines = [
-        "| tokens | pass | devices | method | order | ms | of perfect scaling |",
-        "|---:|---|---:|---|---|---:|---:|",
+        "| tokens | pass | devices | method | order | ms | of perfect scaling | commit |",
+        "|---:|---|---:|---|---|---:|---:|---|",
     ]
     for row in rows:
         cells = [f"{row['seqlen_q']:,}", row["pass"], str(row["devices"])]
         cells += [row["context_parallel"] or "–", row["order"] or "–", f"{row['ms']:.2f}"]
         cells.append(f"{row['efficiency']:.3f}" if "efficiency" in row else "–")
+        cells.append(f"`{row['commit']}`")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -108,8 +108,8 @@ def sections(results: Path, out: Path, gpu: str) -> tuple[list[str], list[Path]]
         lines += [
             *("", "## context parallelism", "", f"![Scaling over devices, {gpu}]({picture.name})"),
             *("", context_parallel.table(rows), ""),
-            f"Commit `{rows[0]['commit']}`, {rows[0]['date'][:10]};",
-            "`python -m benchmarks.context_parallel`, on the host's clock.",
+            f"`python -m benchmarks.context_parallel`, {rows[0]['date'][:10]}, on the host's",
+            "clock; of perfect scaling by the one device above, of the same run.",
         ]
     if rows := rows_of(results / "train_on_mesh.json"):
         lines += ["", "## training on meshes", "", mesh_table(rows), ""]
