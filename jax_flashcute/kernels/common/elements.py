@@ -140,6 +140,21 @@ class EntryElements:
         """What follows from a key, likewise."""
         return self.known_of(key=cutlass.min(key, Int32(self.kv_length) - 1))
 
+    def at_distance(self, head: Int32, distance: Int32) -> dict[str, Any]:
+        """What follows from a head and ``q_idx - kv_idx`` alone, from the nearest that a row has.
+
+        Of rows and keys that are not numbered by arrays.
+        """
+        least = self.offset - (Int32(self.kv_length) - 1)
+        most = self.offset + (Int32(self.q_length) - 1)
+        given = {"q_idx": cutlass.min(cutlass.max(distance, least), most), "kv_idx": Int32(0)}
+        return {
+            name: program.given(known, h=head, **given)
+            for (name, program), known in zip(
+                self.elements.programs.items(), self.known.values(), strict=True
+            )
+        }
+
     def both(self, query: dict[str, Any], key: dict[str, Any]) -> dict[str, Any]:
         """What follows from a query and a key together."""
         programs = self.elements.programs.items()

@@ -79,6 +79,7 @@ from jax_flashcute.kernels.extra.preprocess import Preprocess
 from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm90.backward_dq import QueryGradientSm90
 from jax_flashcute.kernels.sm90.backward_roles import RoleConsumers
+from jax_flashcute.kernels.sm90.distance_terms import DistanceTerms, adds_by_distance
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,
@@ -146,6 +147,14 @@ class BackwardSm90(QueryTiles):
         self.has_lists = has_lists
         self.packed_mask = packed_mask
         self.union = mask if isinstance(mask, UnionMask) else None
+        self.adds_by_distance = (
+            adds_by_distance(functions)
+            and isinstance(mask, IntervalMask)
+            and row_bounds is None
+            and packed_mask is None
+            and not has_lists
+            and not config.by_role
+        )
         self.has_low = row_bounds is not None
         if isinstance(mask, IntervalMask):
             self.has_low |= mask.low is not None
@@ -837,19 +846,22 @@ class BackwardSm90(QueryTiles):
             pullback = self.pullback(elements, block, n_block * cfg.tile_n + slab * 64, thread)
             sums = [] if pullback is None else [pullback.start, pullback.finish]
             for g in cutlass.range(heads_here[0], heads_here[1], unroll=1):
-                of_head = self.elements_of_head(
-                    elements, block, g, n_block * cfg.tile_n + slab * 64, thread
-                )
-                of_head = of_head, pullback, kv_head * self.group + g
+                first_key, head = n_block * cfg.tile_n + slab * 64, kv_head * self.group + g
+                terms = self.distance_terms(elements, block, head, pullback, first_key, thread)
+                modify = self.elements_of_head(elements, block, g, first_key, thread, terms)
                 if const_expr(sums):
                     sums[0]()
                 _, _, stretches = visits(g)
-                for stretch in cutlass.range_constexpr(len(stretches)):
-                    count, tile_of = stretches[stretch]
+                loops = self.loops(stretches, terms)
+                for loop in cutlass.range_constexpr(len(loops)):
+                    count, tile_of, stretch, differs = loops[loop]
+                    of_loop = self.enter_loop(terms, pullback, tile_of, differs)
+                    of_loop = modify, pullback, head, differs, of_loop
                     for i in cutlass.range(count, unroll=1):
-                        state = step(tile_of(i), state, stretch, of_head)
+                        state = step(tile_of(i), state, stretch, of_loop)
+                    self.leave_loop(pullback, head, tile_of, count, differs)
                 if const_expr(sums):
-                    sums[1](of_head[2])
+                    sums[1](head)
 
         stores = ((tma_dv, gdV, sV, self.smem_hv), (tma_dk, gdK, sK, self.smem_h))
         gradients = ((acc_dV, mma_dv, sV_slab, 1.0), (acc_dK, mma_dk, sK_slab, self.scale))
@@ -945,7 +957,50 @@ class BackwardSm90(QueryTiles):
             # Shared memory must outlive the stores that read it.
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    def elements_of_head(self, elements, block, g: Int32, first_key: Int32, thread: Int32):
+    def distance_terms(
+        self, elements, block, head: Int32, pullback: Pullback | None, first_key: Int32, thread
+    ) -> DistanceTerms | None:
+        """What a head adds to scores by distance, where that is all and tiles have it in common."""
+        may_agree = pullback is None or all(each.may_agree for each in pullback.sums)
+        if not self.adds_by_distance or not may_agree:
+            return None
+        mElements, offset, array_lengths, *_ = elements
+        entry = Elements(self.functions, mElements).of_entry(block[2], offset, array_lengths)
+        place = (head, first_key, thread)
+        return DistanceTerms(entry, pullback, self.element_scale, self.config.tile_m, *place)
+
+    def loops(self, stretches: list, terms: DistanceTerms | None) -> list[tuple]:
+        """``stretches`` with the number of each, and ``differs`` of ``DistanceTerms.loops``."""
+        if terms is None:
+            return [(*stretch, i, None) for i, stretch in enumerate(stretches)]
+        return terms.loops(stretches)
+
+    def enter_loop(
+        self, terms: DistanceTerms | None, pullback: Pullback | None, tile_of, differs: bool | None
+    ) -> Float32 | None:
+        """What a loop adds to all scores, in base 2; None where it changes them one by one."""
+        if terms is None or differs:
+            return None
+        if pullback is not None:
+            pullback.start_common()
+        return terms.common(tile_of)
+
+    def leave_loop(
+        self, pullback: Pullback | None, head: Int32, tile_of, count: Int32, differs: bool | None
+    ) -> None:
+        """After a loop of so many tiles."""
+        if pullback is not None and differs is False:
+            pullback.finish_common(head, tile_of(Int32(0)), count > 0)
+
+    def elements_of_head(
+        self,
+        elements,
+        block,
+        g: Int32,
+        first_key: Int32,
+        thread: Int32,
+        terms: DistanceTerms | None = None,
+    ):
         """What is done to each score of a tile of the g-th head of the group.
 
         Returns:
@@ -953,6 +1008,8 @@ class BackwardSm90(QueryTiles):
         """
         if not self.by_element and self.packed_mask is None:
             return None
+        if terms is not None:
+            return terms.add
         mElements, offset, array_lengths, _, mPacked = elements
         _, kv_head, batch = block
         head = kv_head * self.group + g
@@ -1019,13 +1076,14 @@ class BackwardSm90(QueryTiles):
 
         return hide
 
-    def step(self, products, pipeline_q, pipeline_do, m: Int32, state, stretch: int, of_head):
+    def step(self, products, pipeline_q, pipeline_do, m: Int32, state, stretch: int, of_loop):
         """One query tile; returns the next state.
 
         Args:
           state: stage and phase of Q, stage and phase of dO, buffer of dS.
           stretch: of ``visits``; tiles of the second need no mask.
-          of_head: of ``elements_of_head``, of ``pullback``, and the head.
+          of_loop: of ``elements_of_head``, of ``pullback``, the head, and of a loop of ``loops``
+            ``differs`` and ``enter_loop``.
         """
         cfg, c, warps = self.config, products, self.consumer_warps
         q_stage, q_phase, do_stage, do_phase, ds_stage = state
@@ -1035,24 +1093,27 @@ class BackwardSm90(QueryTiles):
         gemm(c.mma_s, c.acc_P, c.tPrV, c.tPrO[None, None, None, do_stage], False)
         warpgroup.wait_group(1)
         scores, dscores = rows_and_columns(c.acc_S), rows_and_columns(c.acc_P)
-        modify, pullback, head = of_head
+        modify, pullback, head, differs, common = of_loop
         raw = None
         if pullback is not None and pullback.reads_score:
             raw = cute.make_rmem_tensor(c.acc_S.layout, Float32)
             for i in range(cute.size(raw)):
                 raw[i] = c.acc_S[i]
-        if modify is not None:
+        if modify is not None and common is None:
             modify(m, scores, stretch >= 1)
         c.mask_tile(m, stretch == 1)
-        self.probabilities(scores, c.tLSE, q_stage)
+        self.probabilities(scores, c.tLSE, q_stage, common)
         rP = cute.make_rmem_tensor(c.acc_S.layout, self.dtype)
         rdS = cute.make_rmem_tensor(c.acc_S.layout, self.dtype)
         convert_pairs(c.acc_S, rP)
         rP, tVrO = as_operand_a(rP), c.tVrO[None, None, None, do_stage]
         warpgroup.wait_group(0)
         self.score_gradients(scores, dscores, c.tdPsum, do_stage)
-        if pullback is not None:
-            pullback.tile(head, m, None if raw is None else rows_and_columns(raw), dscores)
+        if pullback is not None and common is not None:
+            pullback.tile_of_common(dscores)
+        elif pullback is not None:
+            raw = None if raw is None else rows_and_columns(raw)
+            pullback.tile(head, m, raw, dscores, differs=bool(differs))
         convert_pairs(c.acc_P, rdS)
         if cfg.ds_stages == 1:
             # Every warpgroup has read the dS of the tile before.
@@ -1097,18 +1158,26 @@ class BackwardSm90(QueryTiles):
         return view[None, thread % 4, None, None]
 
     @cute.jit
-    def probabilities(self, scores: cute.Tensor, tLSE: cute.Tensor, stage: Int32):
-        """exp2(scale log2(e) S - LSE2), in place."""
+    def probabilities(
+        self, scores: cute.Tensor, tLSE: cute.Tensor, stage: Int32, common: Float32 | None = None
+    ):
+        """exp2(scale log2(e) S - LSE2), in place; ``common``: of ``enter_loop``."""
         pair = cute.make_rmem_tensor(2, Float32)
+        scale = self.score_scale
+        if const_expr(common is not None):
+            scale = self.element_scale
         for j in cutlass.range_constexpr(cute.size(scores, mode=[1]) // 2):
             cute.autovec_copy(tLSE[None, j, stage], pair)
+            if const_expr(common is not None):
+                for b in cutlass.range_constexpr(2):
+                    pair[b] = pair[b] - common
             for b in cutlass.range_constexpr(2):
                 for r in cutlass.range_constexpr(ROWS_PER_THREAD):
                     score = scores[r, 2 * j + b]
                     if const_expr(self.may_be_infinite):
                         # Of rows beyond the last, whose LSE2 is infinite: infinity less it is NaN.
                         score = cute.arch.fmin(score, Float32(LARGEST_SCORE))
-                    scores[r, 2 * j + b] = exp2(score * (self.score_scale * LOG2_E) - pair[b])
+                    scores[r, 2 * j + b] = exp2(score * (scale * LOG2_E) - pair[b])
 
     @cute.jit
     def score_gradients(

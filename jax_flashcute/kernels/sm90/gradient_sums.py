@@ -6,8 +6,9 @@ two keys and some columns of queries, so what it adds to
     an element of a head    is summed over all tiles of a head, then over the warp
     an element of a key     is summed over all tiles of a head, then over the four lanes of the key
     an element of a query   is summed over the thread's keys, then over the eight lanes of the query
-    any element             is summed as long as the element stays the same: over a tile at once
-                            where it is read by a clipped distance, and is the same for all of it
+    an element by distance  is summed over the warp's diagonals; where a clipped distance is the
+                            same for all of a tile, over the tile, or over a loop of such tiles
+    any element             is summed as long as the element stays the same
 
 before it goes to the float32 sum in global memory by an atomic addition.
 """
@@ -65,6 +66,7 @@ class Pullback:
         self.reads_score = entry.reads_score
         self.first_key = first_key
         self.keys = [entry.keys(first_key + row_in_slab(thread, r)) for r in range(ROWS_PER_THREAD)]
+        self.common = cute.make_rmem_tensor(1, Float32)
         rest = list(tensors)
         self.sums: list[_Sum] = []
         functions, derivative = entry.elements.functions, entry.elements.derivative
@@ -80,10 +82,19 @@ class Pullback:
         for each in self.sums:
             each.start()
 
-    def tile(self, head: Int32, m: Int32, products: cute.Tensor | None, dscores: cute.Tensor):
+    def tile(
+        self,
+        head: Int32,
+        m: Int32,
+        products: cute.Tensor | None,
+        dscores: cute.Tensor,
+        *,
+        differs: bool = False,
+    ):
         """Tile m: the gradients of its scaled products in place of those of its scores.
 
-        ``products``, not scaled, may be None where ``reads_score`` is False.
+        ``products``, not scaled, may be None where ``reads_score`` is False; ``differs``: no use
+        asking whether the tile adds to one element alone.
         """
         entry = self.entry
         # Plus 0, which the compiler cannot know: what scores were changed by is computed again, and
@@ -103,7 +114,9 @@ class Pullback:
                 if not each.may_agree:
                     each.add(known, values, d_scores)
         for each in self.sums:
-            if each.may_agree:
+            if each.may_agree and differs:
+                self.add_diagonals(each, head, m * self.tile_m + zero, dscores)
+            elif each.may_agree:
                 self.add_by_distance(each, head, m * self.tile_m + zero, dscores)
             if each.varies == "q":
                 totals, column = _over_keys(each.columns, self.thread)
@@ -119,12 +132,10 @@ class Pullback:
         """Adds a tile from query ``first`` on to a sum that ``may_agree``."""
         entry = self.entry
         query = entry.queries(head, first)
-        # Of a distance the tile's queries are its first one, and keys that lie further left.
-        keys = Span(self.first_key - (self.tile_m - 1), self.first_key + (SLAB_KEYS - 1))
-        if each.agrees(query, keys):
+        if each.agrees(query, self.keys_of_distances()):
             self.add_at_once(each, query, dscores)
         else:
-            self.add_one_by_one(each, head, first, dscores)
+            self.add_diagonals(each, head, first, dscores)
 
     def add_at_once(self, each: "_Sum", query: dict, dscores: cute.Tensor) -> None:
         columns, rows = range(cute.size(dscores, mode=[1])), range(ROWS_PER_THREAD)
@@ -132,13 +143,45 @@ class Pullback:
         both = self.entry.both(query, self.keys[0])
         each.add_element(0, *self.given(both, sum(totals, start=Float32(0.0))))
 
-    def add_one_by_one(self, each: "_Sum", head: Int32, first: Int32, dscores: cute.Tensor) -> None:
-        for c in range(cute.size(dscores, mode=[1])):
-            place = first + first_column(self.thread) + column_step(c)
-            query = self.entry.queries(head, place)
-            for r, key in enumerate(self.keys):
-                both = self.entry.both(query, key)
-                each.add_element(r, *self.given(both, dscores[r, c]))
+    def add_diagonals(self, each: "_Sum", head: Int32, first: Int32, dscores: cute.Tensor) -> None:
+        """Adds a tile's sums over the warp's scores of one distance each."""
+        entry, warp = self.entry, self.thread // 32 % 4
+        totals, place = _over_diagonals(dscores, self.thread)
+        least = entry.position(first) - (self.first_key + 16 * warp) + place
+        for i, total in enumerate(totals):
+            known = entry.at_distance(head, least + 8 * i)
+            each.add_total(self.given(known, total)[1])
+
+    # ---- loops of tiles that add to one element alone --------------------------------------------
+
+    def start_common(self) -> None:
+        self.common.fill(0.0)
+
+    def tile_of_common(self, dscores: cute.Tensor) -> None:
+        """A tile of such a loop."""
+        for r in range(ROWS_PER_THREAD):
+            values = [dscores[r, c] for c in range(cute.size(dscores, mode=[1]))]
+            self.common[0] = self.common[0] + sum(values[1:], start=values[0])
+
+    def finish_common(self, head: Int32, m: Int32, where: Boolean) -> None:
+        """After such a loop ``where`` it had a tile, m among them."""
+        total = _over_lanes(self.common[0], (1, 2, 4, 8, 16))
+        both = self.entry.both(self.entry.queries(head, m * self.tile_m), self.keys[0])
+        for each in self.sums:
+            each.add_total(self.given(both, total)[1], where & (self.thread % 32 == 0))
+
+    def common_elements(self, head: Int32, m: Int32) -> tuple[Boolean, list[Int32]]:
+        """Whether tile m adds to one element of each sum alone, and their numbers."""
+        query = self.entry.queries(head, m * self.tile_m)
+        both = self.entry.both(query, self.keys[0])
+        agree = Boolean(True)
+        for each in self.sums:
+            agree = agree & each.agrees(query, self.keys_of_distances())
+        return agree, [each.number(both) for each in self.sums]
+
+    def keys_of_distances(self) -> Span:
+        """Those that a tile's first query is as far from as any is from a key of the warpgroup."""
+        return Span(self.first_key - (self.tile_m - 1), self.first_key + (SLAB_KEYS - 1))
 
     def given(self, known: dict, d_score: Float32) -> tuple[dict, dict, Float32]:
         """What ``_Sum.add_element`` takes, of a score whose gradient stays as it is."""
@@ -213,6 +256,10 @@ class _Sum:
 
     def add_element(self, r: int, known: dict, values: dict[int, Any], part: Float32) -> None:
         """Adds what one score adds, for the thread's r-th key."""
+        raise NotImplementedError
+
+    def add_total(self, values: dict[int, Any], where: Boolean | None = None) -> None:
+        """Adds what the sum of some scores adds, whose elements are the same."""
         raise NotImplementedError
 
     def flush(self) -> None:
@@ -299,6 +346,16 @@ class _ReadSum(_Sum):
         self.totals[r] = select(number == kept, total + part, part)
         self.kept[r] = number
 
+    def number(self, known: dict) -> Int32:
+        """The element that follows from what is known, negative for none."""
+        return Int32(self.program.value(known["derivative"], self.at))
+
+    def add_total(self, values: dict[int, Any], where: Boolean | None = None) -> None:
+        number = self.program.value(values, self.at)
+        is_inside = number >= 0
+        part = Float32(self.program.value(values, self.at + 1))
+        _add(self.base + number, part, is_inside if where is None else is_inside & where)
+
     def flush(self) -> None:
         for r in range(ROWS_PER_THREAD if self.kept is not None else 0):
             _add(self.base + self.kept[r], self.totals[r], self.kept[r] >= 0)
@@ -344,9 +401,44 @@ def _over_keys(values: list[Float32], thread: Int32) -> tuple[list[Float32], Int
             values = [select(is_upper, Float32(0.0), x) for x in totals]
             continue
         half = len(values) // 2
-        kept = []
-        for low, high in zip(values[:half], values[half:], strict=True):
-            given = cute.arch.shuffle_sync_bfly(select(is_upper, low, high), offset=offset)
-            kept.append(select(is_upper, high, low) + given)
-        values, first = kept, first + select(is_upper, Int32(half), Int32(0))
+        values = _exchanged(values[:half], values[half:], is_upper, offset)
+        first = first + select(is_upper, Int32(half), Int32(0))
     return values, first
+
+
+def _over_diagonals(dscores: cute.Tensor, thread: Int32) -> tuple[list[Float32], Int32]:
+    """Sums over a warp's 16 keys of what lies on one diagonal each: 160, of which some are halves.
+
+    With p = lane % 4, e = lane // 8, f = lane // 4 % 2, a score of key row 2 e + f + 8 r and column
+    8 j + 2 p + b lies 8 (j - r) + 2 (p - e) + b - f from the diagonal.
+
+    Returns:
+      Five sums of this lane, and how far the first lies; the others follow 8 apart.
+    """
+    p, e, f = thread % 4, thread % 32 // 8, thread // 4 % 2
+    # Lanes of one (p - e) % 4 are brought together; where that wraps, sums move up by 8.
+    wraps, source = p < e, thread % 32 - p + (p + e) % 4
+    is_upper, is_odd = e >= 2, e % 2 != 0
+    nothing, eighths = Float32(0.0), cute.size(dscores, mode=[1]) // 2
+    halves = []
+    for b in range(2):
+        sums = [nothing, dscores[1, b]]
+        sums += [dscores[0, 2 * j - 2 + b] + dscores[1, 2 * j + b] for j in range(1, eighths)]
+        sums += [dscores[0, 2 * eighths - 2 + b], nothing]
+        turned = [select(wraps, sums[i + 1], sums[i]) for i in range(eighths + 2)]
+        turned = [cute.arch.shuffle_sync(x, offset=source) for x in turned]
+        half = len(turned) // 2
+        halves.append(_exchanged(turned[:half], turned[half:], is_upper, 16))
+    totals = _exchanged(*halves, is_odd, 8)
+    return totals, 8 * (select(is_upper, Int32(half), Int32(0)) - 2) + 2 * p + e % 2 - f
+
+
+def _exchanged(
+    low: list[Float32], high: list[Float32], is_upper: Boolean, offset: int
+) -> list[Float32]:
+    """Sums with the lane ``offset`` away: of ``low``, or in the upper of the two of ``high``."""
+    sums = []
+    for x, y in zip(low, high, strict=True):
+        given = cute.arch.shuffle_sync_bfly(select(is_upper, x, y), offset=offset)
+        sums.append(select(is_upper, y, x) + given)
+    return sums
