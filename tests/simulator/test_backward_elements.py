@@ -108,10 +108,12 @@ BIASES = {
     "s": sized(64, bias="s", group=3, seqlen_q=70, seqlen_k=140, batch=2),
     "nt": sized(128, bias="nt", group=3, **EVERYTHING),
     "b": sized(64, bias="b", **EVERYTHING),
+    # Of these the heads of a group take turns at a tile.
+    "ts": sized(64, bias="ts", group=3, kv_heads=2, seqlen_q=150, **EVERYTHING),
 }
 
 
-@pytest.mark.parametrize("name", slow_but({"bnts", "nt"}, BIASES))
+@pytest.mark.parametrize("name", slow_but({"bnts", "nt", "ts"}, BIASES))
 def test_bias(name: str):
     check(BIASES[name])
 

@@ -281,7 +281,13 @@ class EntryElements:
         return cute.make_tensor(place, cute.make_layout(1))[0]
 
     def place(self, tensor: cute.Tensor, array: ElementArray, known: dict[str, Any]) -> Int64:
-        """How far from its first element that of ``load`` lies."""
+        """How far from its first element that of ``load`` lies.
+
+        ``known["beside"]``: what is known of a key, and how far to the right of it this one lies.
+        """
+        if "beside" in known and "s" in array.full:
+            first, keys = known["beside"]
+            return self.place(tensor, array, first) + keys
         index = Int64(0)
         lengths = [Int64(tensor.shape[axis]) for axis in range(4)]
         if "b" in array.full:

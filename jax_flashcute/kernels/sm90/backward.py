@@ -72,7 +72,7 @@ from jax_flashcute.kernels.common.turns import (
     turn_of,
 )
 from jax_flashcute.kernels.common.visits import QueryTiles
-from jax_flashcute.kernels.config import BwdConfig, round_up
+from jax_flashcute.kernels.config import SMEM_BYTES, BwdConfig, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.postprocess import Postprocess
 from jax_flashcute.kernels.extra.preprocess import Preprocess
@@ -160,6 +160,8 @@ class BackwardSm90(QueryTiles):
             self.has_low |= mask.low is not None
         self.functions = functions
         self.by_element = functions is not None and functions.by_element
+        # The heads of a group add to one bias: all of them visit a tile before any the next.
+        self.heads_of_tile = group if self._heads_share_bias() else 1
         # Scores that are changed one by one are scaled there.
         changes_scores = functions is not None and functions.changes_scores
         self.may_be_infinite = functions is not None and functions.may_be_infinite
@@ -168,6 +170,22 @@ class BackwardSm90(QueryTiles):
         self.smem_hv = round_up(head_dim_v, 16)
         self.consumer_threads = 128 * config.warpgroups
         self.consumer_warps = 4 * config.warpgroups
+
+    def _heads_share_bias(self) -> bool:
+        """Whether the heads of a group add to one gradient of a bias, and there is room for it."""
+        functions, cfg = self.functions, self.config
+        if self.group == 1 or functions is None or functions.bias is None:
+            return False
+        smem = cfg.smem_bytes(self.head_dim, self.head_dim_v) + 4 * cfg.tile_m * cfg.tile_n
+        return (
+            functions.summed_ranks == [4]
+            and "bias" not in functions.constants
+            and {"t", "s"} <= set(functions.bias.full) <= {"b", "t", "s"}
+            and functions.keeps_gradients
+            and not self.has_lists
+            and not (cfg.by_role or cfg.resident_bytes or cfg.deterministic)
+            and smem + 2048 <= SMEM_BYTES
+        )
 
     # ---- host side -------------------------------------------------------------------------
 
@@ -320,6 +338,7 @@ class BackwardSm90(QueryTiles):
             sdS: aligned(self.dtype, cfg.ds_stages * cfg.tile_m * cfg.tile_n)
             sP: aligned(Float32, cfg.p_values)
             sdQ: aligned(Float32, cfg.dq_values(self.head_dim))
+            sB: aligned(Float32, cfg.tile_m * cfg.tile_n * (self.heads_of_tile > 1))
 
         return SharedStorage
 
@@ -454,7 +473,7 @@ class BackwardSm90(QueryTiles):
         block = (n_block, kv_head, batch)
         visits = partial(self.visits, tiles, mLists, block, keys, q_length=q_length)
         steps = self.all_steps(visits)
-        heads_here, carried = (0, self.group), None
+        heads_here, carried = (0, self.group // self.heads_of_tile), None
         if const_expr(cfg.resident_bytes > 0):
             if steps < block_parts * LEAST_STEPS:
                 block_parts = Int32(1)
@@ -501,7 +520,12 @@ class BackwardSm90(QueryTiles):
         else:
             if const_expr(cfg.reallocates_registers):
                 cute.arch.setmaxregister_increase(cfg.consumer_registers)
-            smem = (sQ, sdO, sK, sV, sdS, sdQ, sLSE, sdPsum)
+            smem, sB = (sQ, sdO, sK, sV, sdS, sdQ, sLSE, sdPsum), None
+            if const_expr(self.heads_of_tile > 1):
+                threads = self.consumer_threads
+                sB = storage.sB.get_tensor(
+                    cute.make_layout((4, threads, cfg.tile_m // 8), stride=(1, 4, 4 * threads))
+                )
             bounds = (mBounds, batch, (q_length, kv_length), compares)
             mask_step = partial(self.mask_step, (offset, queries, keys), bounds)
             barriers = (pipeline_q, pipeline_do, kv_full)
@@ -522,7 +546,7 @@ class BackwardSm90(QueryTiles):
                 )
             else:
                 self.consume(
-                    smem,
+                    (*smem, sB),
                     (tma_dk, gdK),
                     (tma_dv, gdV),
                     barriers,
@@ -589,18 +613,11 @@ class BackwardSm90(QueryTiles):
         cute.arch.griddepcontrol_wait()
         q_stage, q_phase, do_stage, do_phase = (Int32(0) for _ in range(4))
         for g in cutlass.range(heads_here[0], heads_here[1], unroll=1):
-            head = kv_head * self.group + g
-            gQ_tile = cute.local_tile(
-                gQ[None, None, head, batch], (cfg.tile_m, self.smem_h), (None, 0)
-            )
-            gdO_tile = cute.local_tile(
-                gdO[None, None, head, batch], (cfg.tile_m, self.smem_hv), (None, 0)
-            )
-            tQsQ, tQgQ = tma_partition(tma_q, sQ, gQ_tile)
-            tOsO, tOgO = tma_partition(tma_do, sdO, gdO_tile)
+            copies_of = self.head_copies(q_copy, do_copy, kv_head, batch, g)
             count, tile_of, _ = visits(g)
-            for i in cutlass.range(count, unroll=1):
-                m = tile_of(i)
+            for i in cutlass.range(self.turns(count), unroll=1):
+                m, turn = self.tile_and_turn(tile_of, i)
+                tQsQ, tQgQ, tOsO, tOgO, here = copies_of(turn)
                 rows_here = queries - m * cfg.tile_m
                 if const_expr(self.has_lists):
                     # A list may hold tiles that lie beyond the length altogether.
@@ -611,7 +628,7 @@ class BackwardSm90(QueryTiles):
                 pipeline_q.acquire(q_stage, q_phase)
                 tail_phase = self.load_rows(
                     (tma_q, tQgQ[None, m], tQsQ, sQ, self.smem_h),
-                    (copy_row, gLSE[None, m, g], sLSE[None, q_stage]),
+                    (copy_row, gLSE[None, m, here], sLSE[None, q_stage]),
                     (pipeline_q, kv_full, FIRST_PIPELINE),
                     q_stage,
                     (has_tail, tail_phase, rows_here),
@@ -619,13 +636,46 @@ class BackwardSm90(QueryTiles):
                 pipeline_do.acquire(do_stage, do_phase)
                 tail_phase = self.load_rows(
                     (tma_do, tOgO[None, m], tOsO, sdO, self.smem_hv),
-                    (copy_row, gdPsum[None, m, g], sdPsum[None, do_stage]),
+                    (copy_row, gdPsum[None, m, here], sdPsum[None, do_stage]),
                     (pipeline_do, kv_full, FIRST_PIPELINE + 2 * cfg.q_stages),
                     do_stage,
                     (has_tail, tail_phase, rows_here),
                 )
                 q_stage, q_phase = pipeline_q.advance(q_stage, q_phase)
                 do_stage, do_phase = pipeline_do.advance(do_stage, do_phase)
+
+    def head_copies(self, q_copy, do_copy, kv_head: Int32, batch: Int32, g: Int32):
+        """Of a turn: where tiles of Q and dO lie and go, and the place of the head in the group."""
+        cfg = self.config
+
+        def copies_of(g: Int32):
+            head = kv_head * self.group + g
+            tma_q, gQ, sQ, _ = q_copy
+            tma_do, gdO, sdO, _ = do_copy
+            gQ_tile = cute.local_tile(
+                gQ[None, None, head, batch], (cfg.tile_m, self.smem_h), (None, 0)
+            )
+            gdO_tile = cute.local_tile(
+                gdO[None, None, head, batch], (cfg.tile_m, self.smem_hv), (None, 0)
+            )
+            of_q, of_do = tma_partition(tma_q, sQ, gQ_tile), tma_partition(tma_do, sdO, gdO_tile)
+            return *of_q, *of_do, g
+
+        if self.heads_of_tile > 1:
+            return copies_of
+        found = copies_of(g)
+        return lambda turn: found
+
+    def turns(self, count: Int32) -> Int32:
+        """How often a block visits so many tiles."""
+        return count if self.heads_of_tile == 1 else count * self.heads_of_tile
+
+    def tile_and_turn(self, tile_of, i: Int32) -> tuple:
+        """The tile of a visit, and the head's place in the group; None where heads do not turn."""
+        if self.heads_of_tile == 1:
+            return tile_of(i), None
+        place = i // self.heads_of_tile
+        return tile_of(place), i - place * self.heads_of_tile
 
     @cute.jit
     def load_keys(self, operand_copy, width: cutlass.Constexpr[int], kv_full, operand, block, tail):
@@ -700,9 +750,10 @@ class BackwardSm90(QueryTiles):
             entry = Int64(batch) * heads + kv_head * self.group + g
             count, tile_of, _ = visits(g)
             turn_at = partial(self.turn, mRanks, (n_block, kv_head, batch), g, offset)
-            for j in cutlass.range(count, unroll=1):
-                m = tile_of(j)
-                first = (entry * m_blocks + m) * values
+            for j in cutlass.range(self.turns(count), unroll=1):
+                m, turn = self.tile_and_turn(tile_of, j)
+                head_entry = entry if const_expr(turn is None) else entry + turn
+                first = (head_entry * m_blocks + m) * values
                 for i in cutlass.range_constexpr(len(mine)):
                     part = mine[i]
                     buffer = part % 2 if cfg.by_role else part
@@ -751,7 +802,7 @@ class BackwardSm90(QueryTiles):
     ):
         """A consumer warpgroup: the products of its 64 keys, and its part of dQ."""
         cfg = self.config
-        sQ, sdO, sK, sV, sdS, sdQ, sLSE, sdPsum = smem
+        sQ, sdO, sK, sV, sdS, sdQ, sLSE, sdPsum, sB = smem
         tma_dk, gdK = dk_copy
         tma_dv, gdV = dv_copy
         pipeline_q, pipeline_do, kv_full = barriers
@@ -843,7 +894,12 @@ class BackwardSm90(QueryTiles):
                 self.take_over(carried, (acc_dV, acc_dK), thread, slab)
             cute.arch.mbarrier_wait(kv_full, 0)
             cute.arch.mbarrier_wait(kv_full + 1, 0)
-            pullback = self.pullback(elements, block, n_block * cfg.tile_n + slab * 64, thread)
+            held = None
+            if const_expr(self.heads_of_tile > 1):
+                held = sB[None, slab * 128 + thread, None]
+            pullback = self.pullback(
+                elements, block, n_block * cfg.tile_n + slab * 64, thread, held
+            )
             sums = [] if pullback is None else [pullback.start, pullback.finish]
             for g in cutlass.range(heads_here[0], heads_here[1], unroll=1):
                 first_key, head = n_block * cfg.tile_n + slab * 64, kv_head * self.group + g
@@ -857,8 +913,14 @@ class BackwardSm90(QueryTiles):
                     count, tile_of, stretch, differs = loops[loop]
                     of_loop = self.enter_loop(terms, pullback, tile_of, differs)
                     of_loop = modify, pullback, head, differs, of_loop
-                    for i in cutlass.range(count, unroll=1):
-                        state = step(tile_of(i), state, stretch, of_loop)
+                    for i in cutlass.range(self.turns(count), unroll=1):
+                        m, turn = self.tile_and_turn(tile_of, i)
+                        here = of_loop
+                        if const_expr(turn is not None):
+                            # Blocks visit the group's heads in turn, from the first on.
+                            here = self.elements_of_head(elements, block, turn, first_key, thread)
+                            here = here, *of_loop[1:]
+                        state = step(m, state, stretch, here, turn)
                     self.leave_loop(pullback, head, tile_of, count, differs)
                 if const_expr(sums):
                     sums[1](head)
@@ -1024,19 +1086,32 @@ class BackwardSm90(QueryTiles):
         entry = Elements(self.functions, mElements).of_entry(batch, offset, array_lengths)
         keys = [entry.keys(first_key + row_in_slab(thread, r)) for r in range(ROWS_PER_THREAD)]
 
+        in_bounds = self.functions.bias is not None and isinstance(self.mask, IntervalMask)
+        in_bounds = in_bounds and self.row_bounds is None and not self.has_lists
+
         def modify(m: Int32, scores: cute.Tensor, is_full: bool) -> None:
+            # Where a block has tiles that need no mask, all of its keys are there.
+            steps = in_bounds and is_full
             is_full = is_full and self.has_lists
             for c in range(cute.size(scores, mode=[1])):
                 query = entry.queries(head, first_query(m) + column_step(c))
+                first = entry.both(query, keys[0])
                 for r in range(ROWS_PER_THREAD):
                     known = entry.both(query, keys[r])
+                    if steps and r:
+                        known = known | {"beside": (first, 8 * r)}
                     scores[r, c] = entry.element(known, scores[r, c], scale, is_full=is_full)
             hide_bits(first_query(m), scores)
 
         return modify
 
-    def pullback(self, elements, block, first_key: Int32, thread: Int32) -> Pullback | None:
-        """What the gradients of a thread's scores go through; None where they stay as they are."""
+    def pullback(
+        self, elements, block, first_key: Int32, thread: Int32, held: cute.Tensor | None
+    ) -> Pullback | None:
+        """What the gradients of a thread's scores go through; None where they stay as they are.
+
+        ``held``: that of ``Pullback``.
+        """
         functions = self.functions
         if not self.by_element or (functions.keeps_gradients and not functions.summed_ranks):
             return None
@@ -1046,7 +1121,9 @@ class BackwardSm90(QueryTiles):
         if mGradients:
             # The kernel before this one clears the sums.
             cute.arch.griddepcontrol_wait()
-        return Pullback(entry, mGradients, self.scale, self.config.tile_m, first_key, thread)
+        place = (self.config.tile_m, first_key, thread)
+        heads = (held, self.heads_of_tile)
+        return Pullback(entry, mGradients, self.scale, *place, *heads)
 
     def packed_step(self, mPacked: tuple, place, first_key: Int32, thread: Int32):
         """What a mask in bits does to a tile: a function of a thread's first query and the scores.
@@ -1076,7 +1153,7 @@ class BackwardSm90(QueryTiles):
 
         return hide
 
-    def step(self, products, pipeline_q, pipeline_do, m: Int32, state, stretch: int, of_loop):
+    def step(self, products, pipeline_q, pipeline_do, m: Int32, state, stretch: int, of_loop, turn):
         """One query tile; returns the next state.
 
         Args:
@@ -1084,6 +1161,7 @@ class BackwardSm90(QueryTiles):
           stretch: of ``visits``; tiles of the second need no mask.
           of_loop: of ``elements_of_head``, of ``pullback``, the head, and of a loop of ``loops``
             ``differs`` and ``enter_loop``.
+          turn: of ``tile_and_turn``.
         """
         cfg, c, warps = self.config, products, self.consumer_warps
         q_stage, q_phase, do_stage, do_phase, ds_stage = state
@@ -1113,7 +1191,7 @@ class BackwardSm90(QueryTiles):
             pullback.tile_of_common(dscores)
         elif pullback is not None:
             raw = None if raw is None else rows_and_columns(raw)
-            pullback.tile(head, m, raw, dscores, differs=bool(differs))
+            pullback.tile(head, m, raw, dscores, differs=bool(differs), turn=turn)
         convert_pairs(c.acc_P, rdS)
         if cfg.ds_stages == 1:
             # Every warpgroup has read the dS of the tile before.

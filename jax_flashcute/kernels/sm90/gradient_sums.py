@@ -49,6 +49,8 @@ class Pullback:
         tile_m: int,
         first_key: Int32,
         thread: Int32,
+        held: cute.Tensor | None = None,
+        turns: int = 1,
     ):
         """
         Args:
@@ -58,7 +60,12 @@ class Pullback:
           tile_m: queries of a tile.
           first_key: of the warpgroup's 64.
           thread: 0..127 of the warpgroup.
+          held: (4, tile_m / 8) float32 of this thread in shared memory, for the sum of a tile over
+            heads that take turns at it; None where none do.
+          turns: how many heads do.
         """
+        self.held = held
+        self.turns = turns
         self.entry = entry
         self.scale = scale
         self.tile_m = tile_m
@@ -81,6 +88,8 @@ class Pullback:
         """At the first tile of a head."""
         for each in self.sums:
             each.start()
+        for j in range(0 if self.held is None else cute.size(self.held, mode=[1])):
+            self.clear_held(j)
 
     def tile(
         self,
@@ -90,16 +99,20 @@ class Pullback:
         dscores: cute.Tensor,
         *,
         differs: bool = False,
+        turn: Int32 | None = None,
     ):
         """Tile m: the gradients of its scaled products in place of those of its scores.
 
         ``products``, not scaled, may be None where ``reads_score`` is False; ``differs``: no use
-        asking whether the tile adds to one element alone.
+        asking whether the tile adds to one element alone; ``turn``: of heads that take turns.
         """
         entry = self.entry
         # Plus 0, which the compiler cannot know: what scores were changed by is computed again, and
         # not kept in registers beside the products meanwhile, where it would spill.
         zero = Int32(entry.q_length) >> 31
+        if turn is not None:
+            self.add_in_turn(self.sums[0], head, m * self.tile_m + zero, dscores, turn)
+            return
         first = m * self.tile_m + first_column(self.thread) + zero
         rows = range(ROWS_PER_THREAD)
         for c in range(cute.size(dscores, mode=[1])):
@@ -182,6 +195,48 @@ class Pullback:
     def keys_of_distances(self) -> Span:
         """Those that a tile's first query is as far from as any is from a key of the warpgroup."""
         return Span(self.first_key - (self.tile_m - 1), self.first_key + (SLAB_KEYS - 1))
+
+    @cute.jit
+    def add_in_turn(
+        self,
+        each: cutlass.Constexpr,
+        head: Int32,
+        first: Int32,
+        dscores: cute.Tensor,
+        turn: Int32,
+    ):
+        """Adds a tile to what the heads before have added; the last one's turn is memory's."""
+        if turn + 1 < self.turns:
+            self.hold(dscores)
+        else:
+            self.add_held(each, head, first, dscores)
+
+    def hold(self, dscores: cute.Tensor) -> None:
+        for j in range(cute.size(self.held, mode=[1])):
+            cute.autovec_copy(self.with_held(j, dscores), self.held[None, j])
+
+    def add_held(self, each: "_Sum", head: Int32, first: Int32, dscores: cute.Tensor) -> None:
+        for j in range(cute.size(self.held, mode=[1])):
+            values = self.with_held(j, dscores)
+            self.clear_held(j)
+            for b in range(2):
+                place = first + first_column(self.thread) + column_step(2 * j + b)
+                query = self.entry.queries(head, place)
+                for r, key in enumerate(self.keys):
+                    each.add_to(self.entry.both(query, key), values[2 * r + b])
+
+    def with_held(self, j: int, dscores: cute.Tensor) -> cute.Tensor:
+        """What is held of four scores, and what this head adds."""
+        values = cute.make_rmem_tensor(4, Float32)
+        cute.autovec_copy(self.held[None, j], values)
+        for i in range(4):
+            values[i] = values[i] + dscores[i // 2, 2 * j + i % 2]
+        return values
+
+    def clear_held(self, j: int) -> None:
+        nothing = cute.make_rmem_tensor(4, Float32)
+        nothing.fill(0.0)
+        cute.autovec_copy(nothing, self.held[None, j])
 
     def given(self, known: dict, d_score: Float32) -> tuple[dict, dict, Float32]:
         """What ``_Sum.add_element`` takes, of a score whose gradient stays as it is."""
@@ -284,8 +339,7 @@ class _BiasSum(_Sum):
         _add(self.tensor.iterator + place, total, where)
 
     def add_element(self, r: int, known: dict, values: dict[int, Any], part: Float32) -> None:
-        place = self.entry.place(self.tensor, self.array, known)
-        _add_if(part != Float32(0.0), self.tensor.iterator + place, part)
+        self.add_to(known, part)
 
 
 class _ReadSum(_Sum):
