@@ -27,6 +27,11 @@ class ElementArray:
     dtype: str
     full: str
 
+    @property
+    def has_all_axes(self) -> bool:
+        """Whether each score has an element of its own."""
+        return set(self.full) == set("bnts")
+
 
 @dataclasses.dataclass(frozen=True)
 class ElementFunctions:
@@ -200,6 +205,18 @@ def without_sinks(
         kept += ["score_mod_arrays"] * bool(derivative_of(functions.score_mod).numbered)
     constants = tuple(name for name in kept if name in constants)
     return dataclasses.replace(functions, constants=constants)
+
+
+def with_elements_of_scores(functions: ElementFunctions | None, batch) -> ElementFunctions | None:
+    """With a bias of one entry, and of all else, as one that varies along the one entry there is.
+
+    ``batch``: how many entries the call has, a number or symbolic.
+    """
+    if functions is None or functions.bias is None or functions.bias.full != "nts":
+        return functions
+    if not isinstance(batch, int) or batch != 1:
+        return functions
+    return dataclasses.replace(functions, bias=dataclasses.replace(functions.bias, full="bnts"))
 
 
 def element_operands(functions: ElementFunctions, operands: Operands) -> list:

@@ -40,6 +40,7 @@ from jax_flashcute.kernels.elements import (
     full_axes,
     reasons_against_elements,
     reasons_against_gradients,
+    with_elements_of_scores,
     without_sinks,
 )
 from jax_flashcute.kernels.key import OPTIONAL_OPERANDS, AnyKey, Direction, KernelKey
@@ -365,6 +366,7 @@ def kernel_key(
         if has_lists and group > 1 and isinstance(config, BwdConfig):
             config = in_parts(config)
         functions = without_sinks(functions, spec.constants)
+        functions = with_elements_of_scores(functions, query.shape[0])
     return KernelKey(
         kernel=f"{'sm100' if arch in BLACKWELL else 'sm90'}_{passes}",
         arch=arch,

@@ -10,7 +10,9 @@ two keys and some columns of queries, so what it adds to
                             same for all of a tile, over the tile, or over a loop of such tiles
     any element             is summed as long as the element stays the same
 
-before it goes to the float32 sum in global memory by an atomic addition.
+before it goes to the float32 sum in global memory by an atomic addition.  What is an element of a
+head, a query and a key at once is stored, and what heads have in common but for that is summed over
+those of a group, which take turns at a tile.
 """
 
 import math
@@ -339,7 +341,18 @@ class _BiasSum(_Sum):
         _add(self.tensor.iterator + place, total, where)
 
     def add_element(self, r: int, known: dict, values: dict[int, Any], part: Float32) -> None:
-        self.add_to(known, part)
+        if not self.array.has_all_axes:
+            self.add_to(known, part)
+            return
+        # Each has one score.  What lies beyond the last row or key adds 0 to what is not its own.
+        cute.arch.inline_ptx(
+            "st.global.f32 [{$r0}], {$r1};",
+            read_only_args=[
+                (self.tensor.iterator + self.entry.place(self.tensor, self.array, known)).toint(),
+                part,
+            ],
+            predicate=part != Float32(0.0),
+        )
 
 
 class _ReadSum(_Sum):
