@@ -575,8 +575,8 @@ class BackwardSm90(QueryTiles):
     ):
         """The producer warp: K and V once, then Q and dO of every tile with their statistics."""
         cfg = self.config
-        tma_q, gQ, sQ, sLSE = q_copy
-        tma_do, gdO, sdO, sdPsum = do_copy
+        tma_q, _, sQ, sLSE = q_copy
+        tma_do, _, sdO, sdPsum = do_copy
         mLSE2, mdPsum = statistics
         pipeline_q, pipeline_do, kv_full = barriers
         n_block, kv_head, batch = block
