@@ -21,6 +21,10 @@ from jax_flashcute.block_mask import BlockMask
 from jax_flashcute.masks import TracedFunction
 from jax_flashcute.segments import Segments
 
+LEAST_LSE = -(2.0**24)
+"""In float32, an LSE below it does not tell a row's probabilities: the row has no gradient, as one
+that sees no key."""
+
 
 @dataclass(frozen=True)
 class AttentionSpec:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_flashcute.block_mask import BlockMask, compact
-from jax_flashcute.spec import AttentionSpec, Operands, Residuals
+from jax_flashcute.spec import LEAST_LSE, AttentionSpec, Operands, Residuals
 from jax_flashcute.tile_kinds import FULL, HIDDEN
 from jax_flashcute.visibility import (
     element_indices,
@@ -268,6 +268,8 @@ def _sink_gradient(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Ar
 def _row_statistics(residuals: Residuals, dout: jax.Array, dlse: jax.Array, dtype):
     """dout with zeros in rows without a gradient, the LSE, and ``sum(dout * out) - dlse``."""
     empty = residuals.lse == -jnp.inf
+    if dtype == jnp.float32:
+        empty = residuals.lse < LEAST_LSE
     # An infinite LSE makes exp(score - lse) exactly 0 in rows that have no gradient.
     lse = jnp.where(empty, jnp.inf, residuals.lse.astype(dtype))
     dout = jnp.where(empty[..., None], jnp.zeros((), dout.dtype), dout)

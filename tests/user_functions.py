@@ -90,11 +90,12 @@ def gated(case: Case):
 
 
 def hidden_by_score(case: Case):
-    """By infinity and by the least number, as which whole rows and the first tiles are hidden."""
+    """By infinity, and by large numbers, as which the first tiles and some rows are hidden."""
     least = jnp.finfo(jnp.float32).min
 
     def score_mod(score, b, h, q, kv):
-        score = jnp.where((kv > q + 5) | (q % 7 == 3), least, score)
+        large = jnp.where(q % 3 == 0, -1e9, jnp.where(q % 3 == 1, -1e10, least))
+        score = jnp.where((kv > q + 5) | (q % 7 == 3), large, score)
         return jnp.where((q + kv) % 3 == 0, score, -jnp.inf)
 
     return score_mod

@@ -13,6 +13,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from jax_flashcute import explain, flash_attention, masks
+from jax_flashcute.spec import LEAST_LSE
 from tests.cases import Case
 from tests.user_functions import INTERVALS, MASKS, SCORES
 
@@ -76,8 +77,7 @@ def check(case: Case, *, score_mod=None, **functions) -> None:
     want, pull_wide = jax.vjp(jax.jit(functools.partial(attend, "reference")), wide, read)
     close("out", got[0], want[0])
     np.testing.assert_allclose(got[1], want[1], atol=1e-3, rtol=1e-4)
-    # Of what is too small for base 2, exponentials of differences are nothing.
-    alive = want[1] > -2e38
+    alive = want[1] > LEAST_LSE
     rng = np.random.default_rng(1)
     d_out = jnp.asarray(rng.standard_normal(got[0].shape), jnp.bfloat16)
     d_out = jnp.where(jnp.isneginf(want[1])[..., None] | alive[..., None], d_out, 0)
@@ -108,6 +108,29 @@ def close(name: str, got, want, tolerance: float = TOLERANCE, least: float = 1e-
 @pytest.mark.parametrize("features", OPERANDS.values(), ids=OPERANDS)
 def test_operands(shape: str, features: dict) -> None:
     check(case_of(shape, **features))
+
+
+@pytest.mark.parametrize("hidden", [-1e9, -1e10, float(jnp.finfo(jnp.float32).min)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [1, 257])
+def test_keys_hidden_by_a_large_number(rows: int, dtype: str, hidden: float) -> None:
+    """Whole tiles, in products of which ptxas rounds the difference once."""
+    case = Case(2, 257, 400, 2, 2, 128, 128)
+    main = {n: x.astype(dtype) for n, x in case.arrays(jnp.float32).items()}
+    seen = np.arange(400) < 130 + np.arange(rows)[:, None] % 70
+    bias = jnp.asarray(np.where(seen, 0, hidden)[None, None], jnp.float32)
+
+    def attend(implementation, main):
+        return flash_attention(**main, bias=bias, implementation=implementation)
+
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), main)
+    got, pull = jax.vjp(jax.jit(functools.partial(attend, "cute")), main)
+    want, pull_wide = jax.vjp(jax.jit(functools.partial(attend, "reference")), wide)
+    close("out", got, want)
+    d_out = jnp.asarray(np.random.default_rng(1).standard_normal(got.shape), dtype)
+    ((gradients,), (expected,)) = pull(d_out), pull_wide(d_out.astype(jnp.float32))
+    for name, gradient in gradients.items():
+        close(name, gradient, expected[name])
 
 
 KINDS = ["".join(x) for n in range(5) for x in itertools.combinations("bnts", n)]

@@ -146,6 +146,7 @@ def all_that_is_added(case: Case):
     rng = np.random.default_rng(0)
     slopes = jnp.asarray(rng.standard_normal((case.q_heads, case.seqlen_q)) / 8, jnp.float32)
     keys = rng.standard_normal((case.batch, case.seqlen_k))
+    keys[:, -150:-60], keys[:, 130:] = -1e9, np.finfo(np.float32).min
     keys[:, 2::7], keys[:, 20::30] = -np.inf, np.finfo(np.float32).min
     keys = jnp.asarray(keys, jnp.float32)
     heads = jnp.asarray(rng.standard_normal(case.q_heads), jnp.float32)

@@ -84,8 +84,8 @@ def _two_to(rounded: Float32) -> Float32:
     return Float32(llvm.bitcast(Float32.mlir_type, bits.ir_value()))
 
 
-LARGEST_IN_BASE_2 = 2e38
-"""Scores up to it, times log2(e), are finite."""
+FAR_SCORE = 2.0**27
+"""From here on scores are equal or 16 apart, and in base 2 they are rounded by more than that."""
 
 
 class OnlineSoftmax(Traced):
@@ -106,7 +106,7 @@ class OnlineSoftmax(Traced):
         any_scores: bool = False,
     ):
         """``lanes_per_row``: 4 where quads share rows, 1 where a thread owns its rows;
-        ``any_scores``: these may be as large as a float32, as what hides by ``finfo.min`` is."""
+        ``any_scores``: these may be as large as a float32, as what hides by a large number is."""
         if lanes_per_row not in (1, 4):
             raise ValueError(f"lanes_per_row must be 1 or 4, got {lanes_per_row}")
         self.rows = rows
@@ -199,14 +199,15 @@ class OnlineSoftmax(Traced):
         return base, factor
 
     def unit(self, base: Float32) -> Float32 | float:
-        """What brings the difference of a score and ``base`` to base 2.
+        """What brings scores and ``base`` to base 2, or to less where they are ``FAR_SCORE``.
 
-        Where ``base`` would be infinite in base 2 it is 1: scores are equal there, or far apart.
+        There it is a power of two: rounded, a base in base 2 would be far from its score.
         """
         if not self.any_scores:
             return self.scale_log2
-        is_finite = cute.math.absf(base) < Float32(LARGEST_IN_BASE_2)
-        return select(is_finite, Float32(self.scale_log2), Float32(1.0))
+        power = 2.0 ** math.floor(math.log2(self.scale_log2))
+        is_near = cute.math.absf(base) < Float32(FAR_SCORE / self.scale)
+        return select(is_near, Float32(self.scale_log2), Float32(power))
 
     @cute.jit
     def exponentiate(
@@ -224,7 +225,10 @@ class OnlineSoftmax(Traced):
         unit = self.unit(base)
         scaled_base = base * unit
         for c in cutlass.range_constexpr(columns):
-            scores[r, c] = exp2(scores[r, c] * unit - scaled_base)
+            if const_expr(self.any_scores):
+                scores[r, c] = exp2(cute.math.fma(scores[r, c], unit, -scaled_base))
+            else:
+                scores[r, c] = exp2(scores[r, c] * unit - scaled_base)
         tile_sum = _reduce([scores[r, c] for c in range(columns)], lambda a, b: a + b)
         if const_expr(is_first):
             self.row_sum[r] = tile_sum

@@ -4,8 +4,8 @@
 
 Rows are padded to whole query tiles, so that the main kernel loads a tile's statistics with one
 bulk copy.  Rows without a visible key (LSE -inf), rows at or beyond the query length and padding
-get LSE2 = +inf and dPsum = 0: then P = exp2(S - LSE2) is exactly 0.  So it is where scores are
-changed and an LSE is too small for base 2.
+get LSE2 = +inf and dPsum = 0: then P = exp2(S - LSE2) is exactly 0.  So do rows
+below ``LEAST_LSE`` where scores are changed.
 """
 
 import math
@@ -16,13 +16,12 @@ from cutlass import Float32, Int32, Int64, const_expr
 
 from jax_flashcute.kernels.common.softmax import LOG2_E
 from jax_flashcute.kernels.elements import ElementFunctions
+from jax_flashcute.spec import LEAST_LSE
 
 THREADS = 128
 LANES_PER_ROW = 8
 VECTOR = 8
 """16-bit elements a thread loads at once."""
-LARGEST = 3e38
-"""Near that of float32."""
 
 
 class Preprocess:
@@ -140,10 +139,11 @@ class Preprocess:
                         for j in cutlass.range_constexpr(VECTOR):
                             total += o[j] * do[j]
                 lse = mLSE[batch, token, head]
-                if lse != -Float32.inf:
+                is_told = lse != -Float32.inf
+                if const_expr(self.any_scores):
+                    is_told = lse > LEAST_LSE
+                if is_told:
                     lse2 = lse * LOG2_E
-                    if const_expr(self.any_scores):
-                        lse2 = cute.arch.fmax(lse2, -LARGEST)
             for offset in (4, 2, 1):
                 total = total + cute.arch.shuffle_sync_bfly(total, offset=offset)
             if lane == 0:

@@ -794,7 +794,8 @@ class ForwardSm90(KeyTiles):
         # Scores that are changed one by one are scaled there.
         scale = 1.0 if self.changes_scores else self.scale
         softmax = OnlineSoftmax(
-            *(ROWS_PER_THREAD, scale, cfg.rescale_threshold), any_scores=self.changes_scores
+            *(ROWS_PER_THREAD, scale, cfg.rescale_threshold),
+            any_scores=self.changes_scores or self.added is not None,
         )
         row_scale = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
         lse = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
