@@ -161,6 +161,12 @@ def test_a_bias_of_minus_infinity_hides() -> None:
     assert np.all(np.isneginf(actual["lse"][:, 7]))
     assert np.all(actual["out"][:, 7] == 0)
     assert np.all(actual["d_query"][:, 7] == 0)
+    # By a number so large that the LSE does not tell how many keys there are, too.
+    arrays["bias"] = arrays["bias"].at[:, :, 7].set(-1e9)
+    of_number = out_lse_and_gradients(case, arrays, "xla")
+    assert np.all(of_number["out"][:, 7] != 0)
+    for name in ("d_query", "d_key", "d_bias"):
+        np.testing.assert_array_equal(of_number[name], actual[name])
 
 
 def array_sizes(compiled_text: str) -> list[int]:
