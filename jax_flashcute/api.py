@@ -59,8 +59,8 @@ def flash_attention(
     heads, K key/value heads (N a multiple of K: grouped queries), H head_dim, Hv head_dim of value.
 
     A row that sees no key gives output 0, LSE -inf and zero gradients.  Scores may hide keys by
-    -inf or by large numbers; a row that sees none otherwise, whose LSE is below -2^24 in float32, has
-    zero gradients too.
+    -inf or by large numbers; a row that sees none otherwise, whose LSE is below -2^24 in float32,
+    has zero gradients too.
 
     ``mask_mod`` and ``score_mod`` may close over Python numbers, which are part of the program,
     and over arrays, traced or not, which are run-time operands: new values compile nothing anew,
