@@ -79,7 +79,7 @@ from jax_flashcute.kernels.extra.preprocess import Preprocess
 from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm90.backward_dq import QueryGradientSm90
 from jax_flashcute.kernels.sm90.backward_roles import RoleConsumers
-from jax_flashcute.kernels.sm90.distance_terms import DistanceTerms, adds_by_distance
+from jax_flashcute.kernels.sm90.distance_terms import DistanceTerms, adds_by_distance, distances
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,
@@ -147,6 +147,8 @@ class BackwardSm90(QueryTiles):
         self.has_lists = has_lists
         self.packed_mask = packed_mask
         self.union = mask if isinstance(mask, UnionMask) else None
+        # Of each consumer warp, by distance.
+        self.numbers = 4 * config.warpgroups * distances(config.tile_m)
         self.adds_by_distance = (
             adds_by_distance(functions)
             and isinstance(mask, IntervalMask)
@@ -154,6 +156,7 @@ class BackwardSm90(QueryTiles):
             and packed_mask is None
             and not has_lists
             and not config.by_role
+            and config.smem_bytes(head_dim, head_dim_v) + 4 * self.numbers + 2048 <= SMEM_BYTES
         )
         self.has_low = row_bounds is not None
         if isinstance(mask, IntervalMask):
@@ -339,6 +342,7 @@ class BackwardSm90(QueryTiles):
             sP: aligned(Float32, cfg.p_values)
             sdQ: aligned(Float32, cfg.dq_values(self.head_dim))
             sB: aligned(Float32, cfg.tile_m * cfg.tile_n * (self.heads_of_tile > 1))
+            sN: aligned(Float32, self.numbers * self.adds_by_distance)
 
         return SharedStorage
 
@@ -520,7 +524,10 @@ class BackwardSm90(QueryTiles):
         else:
             if const_expr(cfg.reallocates_registers):
                 cute.arch.setmaxregister_increase(cfg.consumer_registers)
-            smem, sB = (sQ, sdO, sK, sV, sdS, sdQ, sLSE, sdPsum), None
+            smem, sB, sN = (sQ, sdO, sK, sV, sdS, sdQ, sLSE, sdPsum), None, None
+            if const_expr(self.adds_by_distance):
+                warps = self.consumer_warps
+                sN = storage.sN.get_tensor(cute.make_layout((self.numbers // warps, warps)))
             if const_expr(self.heads_of_tile > 1):
                 threads = self.consumer_threads
                 sB = storage.sB.get_tensor(
@@ -546,7 +553,7 @@ class BackwardSm90(QueryTiles):
                 )
             else:
                 self.consume(
-                    (*smem, sB),
+                    (*smem, sB, sN),
                     (tma_dk, gdK),
                     (tma_dv, gdV),
                     barriers,
@@ -802,7 +809,7 @@ class BackwardSm90(QueryTiles):
     ):
         """A consumer warpgroup: the products of its 64 keys, and its part of dQ."""
         cfg = self.config
-        sQ, sdO, sK, sV, sdS, sdQ, sLSE, sdPsum, sB = smem
+        sQ, sdO, sK, sV, sdS, sdQ, sLSE, sdPsum, sB, sN = smem
         tma_dk, gdK = dk_copy
         tma_dv, gdV = dv_copy
         pipeline_q, pipeline_do, kv_full = barriers
@@ -903,7 +910,8 @@ class BackwardSm90(QueryTiles):
             sums = [] if pullback is None else [pullback.start, pullback.finish]
             for g in cutlass.range(heads_here[0], heads_here[1], unroll=1):
                 first_key, head = n_block * cfg.tile_n + slab * 64, kv_head * self.group + g
-                terms = self.distance_terms(elements, block, head, pullback, first_key, thread)
+                place = (head, first_key, thread)
+                terms = self.distance_terms(elements, block, sN, slab, pullback, place)
                 modify = self.elements_of_head(elements, block, g, first_key, thread, terms)
                 if const_expr(sums):
                     sums[0]()
@@ -1020,16 +1028,23 @@ class BackwardSm90(QueryTiles):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def distance_terms(
-        self, elements, block, head: Int32, pullback: Pullback | None, first_key: Int32, thread
+        self, elements, block, sN: cute.Tensor | None, slab, pullback: Pullback | None, place
     ) -> DistanceTerms | None:
-        """What a head adds to scores by distance, where that is all and tiles have it in common."""
+        """What a head adds to scores by distance, where that is all and tiles have it in common.
+
+        ``place``: the head, the warpgroup's first key and the thread.
+        """
         may_agree = pullback is None or all(each.may_agree for each in pullback.sums)
         if not self.adds_by_distance or not may_agree:
             return None
         mElements, offset, array_lengths, *_ = elements
         entry = Elements(self.functions, mElements).of_entry(block[2], offset, array_lengths)
-        place = (head, first_key, thread)
-        return DistanceTerms(entry, pullback, self.element_scale, self.config.tile_m, *place)
+        scale, tile_m, numbers = (
+            self.element_scale,
+            self.config.tile_m,
+            sN[None, slab * 4 + place[2] // 32],
+        )
+        return DistanceTerms(entry, pullback, scale, tile_m, numbers, *place)
 
     def loops(self, stretches: list, terms: DistanceTerms | None) -> list[tuple]:
         """``stretches`` with the number of each, and ``differs`` of ``DistanceTerms.loops``."""

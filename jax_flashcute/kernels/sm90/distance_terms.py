@@ -3,7 +3,7 @@
 Of a table that is read by clipped distances most tiles read one element.  Those before the first
 tile that differs, and those after the last, are loops of their own: there the element is added to
 the rows' LSE in place of each score, and its gradient is the sum of all gradients of the loop.  In
-the tiles between, keys eight apart have what rows eight apart have.
+the tiles between, a warp computes what it adds by each distance once.
 """
 
 import cutlass
@@ -13,16 +13,23 @@ from cutlass import Boolean, Float32, Int32
 from jax_flashcute.kernels.common.elements import EntryElements
 from jax_flashcute.kernels.common.softmax import LOG2_E
 from jax_flashcute.kernels.common.traced import Traced
+from jax_flashcute.kernels.config import round_up
 from jax_flashcute.kernels.elements import ElementFunctions, program_of
 from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     column_step,
     first_column,
-    row_in_slab,
 )
 from jax_flashcute.kernels.sm90.gradient_sums import SLAB_KEYS, Pullback
 from jax_flashcute.kernels.spans import Span
+
+ROWS_PER_WARP = 16
+
+
+def distances(tile_m: int) -> int:
+    """Room for the distances of a warp's keys from a tile's rows, in multiples of 32."""
+    return round_up(tile_m + ROWS_PER_WARP - 1, 32)
 
 
 def adds_by_distance(functions: ElementFunctions | None) -> bool:
@@ -44,6 +51,7 @@ class DistanceTerms(Traced):
         pullback: Pullback | None,
         scale: float,
         tile_m: int,
+        numbers: cute.Tensor,
         head: Int32,
         first_key: Int32,
         thread: Int32,
@@ -54,6 +62,7 @@ class DistanceTerms(Traced):
           pullback: of the warpgroup; its sums all ``may_agree``.
           scale: of the call.
           tile_m: queries of a tile.
+          numbers: of this warp, room for ``distances`` in shared memory.
           first_key: of the warpgroup's.
           thread: 0..127 of the warpgroup.
         """
@@ -61,6 +70,7 @@ class DistanceTerms(Traced):
         self.pullback = pullback
         self.scale = scale
         self.tile_m = tile_m
+        self.numbers = numbers
         self.head = head
         self.first_key = first_key
         self.thread = thread
@@ -121,15 +131,24 @@ class DistanceTerms(Traced):
 
     def add(self, m: Int32, scores: cute.Tensor, is_full: bool) -> None:
         """Makes scores of tile m of its products."""
-        first = m * self.tile_m + first_column(self.thread)
-        least = self.entry.position(first) - (self.first_key + row_in_slab(self.thread, 0))
-        known = {}
+        first_key = self.first_key + ROWS_PER_WARP * (self.thread // 32)
+        # Of the warp's last key and the tile's first row.
+        least = self.entry.position(m * self.tile_m) - (first_key + ROWS_PER_WARP - 1)
+        lane = self.thread % 32
+        # The numbers of the tile before have been read.
+        cute.arch.sync_warp()
+        for place in range(0, distances(self.tile_m), 32):
+            known = self.entry.at_distance(self.head, least + place + lane)
+            self.numbers[place + lane] = self.entry.modified(known, Float32(0.0))
+        cute.arch.sync_warp()
+        own = ROWS_PER_WARP - 1 - lane // 4 + first_column(self.thread)
+        found = {}
         for c in range(cute.size(scores, mode=[1])):
             for r in range(ROWS_PER_THREAD):
                 step = column_step(c) - 8 * r
-                if step not in known:
-                    known[step] = self.entry.at_distance(self.head, least + step)
-                scores[r, c] = self.entry.modified(known[step], scores[r, c] * self.scale)
+                if step not in found:
+                    found[step] = self.numbers[own + step]
+                scores[r, c] = cute.math.fma(scores[r, c], Float32(self.scale), found[step])
 
 
 def _differ(

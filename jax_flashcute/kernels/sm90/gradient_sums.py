@@ -165,7 +165,7 @@ class Pullback:
         least = entry.position(first) - (self.first_key + 16 * warp) + place
         for i, total in enumerate(totals):
             known = entry.at_distance(head, least + 8 * i)
-            each.add_total(self.given(known, total)[1])
+            each.add_totals(self.given(known, total)[1])
 
     # ---- loops of tiles that add to one element alone --------------------------------------------
 
@@ -315,8 +315,12 @@ class _Sum:
         """Adds what one score adds, for the thread's r-th key."""
         raise NotImplementedError
 
-    def add_total(self, values: dict[int, Any], where: Boolean | None = None) -> None:
+    def add_total(self, values: dict[int, Any], where: Boolean) -> None:
         """Adds what the sum of some scores adds, whose elements are the same."""
+        raise NotImplementedError
+
+    def add_totals(self, values: dict[int, Any]) -> None:
+        """Likewise, of all lanes; neighbours are likely to have one element."""
         raise NotImplementedError
 
     def flush(self) -> None:
@@ -417,11 +421,16 @@ class _ReadSum(_Sum):
         """The element that follows from what is known, negative for none."""
         return Int32(self.program.value(known["derivative"], self.at))
 
-    def add_total(self, values: dict[int, Any], where: Boolean | None = None) -> None:
-        number = self.program.value(values, self.at)
-        is_inside = number >= 0
-        part = Float32(self.program.value(values, self.at + 1))
-        _add(self.base + number, part, is_inside if where is None else is_inside & where)
+    def add_total(self, values: dict[int, Any], where: Boolean) -> None:
+        number, part = self._of(values)
+        _add(self.base + number, part, (number >= 0) & where)
+
+    def add_totals(self, values: dict[int, Any]) -> None:
+        _add_over_halves(self.base, *self._of(values))
+
+    def _of(self, values: dict[int, Any]) -> tuple[Int32, Float32]:
+        values_of = self.program.value
+        return Int32(values_of(values, self.at)), Float32(values_of(values, self.at + 1))
 
     def flush(self) -> None:
         for r in range(ROWS_PER_THREAD if self.kept is not None else 0):
@@ -435,6 +444,18 @@ def _add(pointer: cute.Pointer, value: Float32, where: Boolean | None = None):
         where = Boolean(True)
     if where:
         cute.arch.red(pointer, value, op="add", dtype="f32", sem="relaxed", scope="gpu")
+
+
+@cute.jit
+def _add_over_halves(base: cute.Pointer, number: Int32, value: Float32):
+    """Adds each lane's value to its element, not below 0; at once where half a warp has one."""
+    lane = cute.arch.lane_idx()
+    of_first = cute.arch.shuffle_sync(number, offset=lane & 16)
+    if cute.arch.vote_any_sync(number != of_first):
+        _add(base + number, value, number >= 0)
+    else:
+        total = _over_lanes(value, (1, 2, 4, 8))
+        _add(base + number, total, (number >= 0) & (lane % 16 == 0))
 
 
 def _add_if(where: Boolean, pointer: cute.Pointer, value: Float32) -> None:
