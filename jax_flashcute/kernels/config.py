@@ -141,6 +141,19 @@ def loads_pages_by_tma(page_size: int) -> bool:
     return page_size >= SMALLEST_BOX
 
 
+SMALLEST_SHARED_BOX = 4
+"""Rows of a page that several warps load by TMA, 128 bytes of each at a time; docs/lab-notebook.md:
+with 2 and 1 the copies are too many."""
+
+
+def shares_boxes(config: FwdConfig, page_size: int, head_dim: int, head_dim_v: int) -> bool:
+    """Whether several warps of Hopper's forward load pages too small for one to do so by TMA."""
+    if loads_pages_by_tma(page_size) or page_size < SMALLEST_SHARED_BOX:
+        return False
+    # Where there are few queries, memory is waited for and not the copies' instructions.
+    return config.warpgroups > 1 and head_dim % 64 == head_dim_v % 64 == 0
+
+
 def paged_config(config: FwdConfig, page_size: int, head_dim: int, head_dim_v: int) -> FwdConfig:
     """A forward configuration for keys in pages: threads that copy them want a third stage.
 

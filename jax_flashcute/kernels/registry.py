@@ -32,6 +32,7 @@ from jax_flashcute.kernels.config import (
     loads_pages_by_tma,
     most_splits,
     paged_config,
+    shares_boxes,
     staggered,
     workspace_shapes,
 )
@@ -454,7 +455,10 @@ def page_copies(key: KernelKey) -> str | None:
     """How a kernel loads pages; None where there are none."""
     if key.page_size is None:
         return None
-    return "TMA" if loads_pages_by_tma(key.page_size) else "asynchronous copies"
+    by_tma = loads_pages_by_tma(key.page_size)
+    if isinstance(key.config, FwdConfig):
+        by_tma |= shares_boxes(key.config, key.page_size, key.head_dim, key.head_dim_v)
+    return "TMA" if by_tma else "asynchronous copies"
 
 
 def tile_counts(

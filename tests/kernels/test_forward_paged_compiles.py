@@ -6,7 +6,6 @@ import pytest
 
 from jax_flashcute.ffi.resources import find_tools, report
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.config import SMALLEST_BOX
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.kernels.test_forward_compiles import compile_key, main_report
 
@@ -14,6 +13,7 @@ from tests.kernels.test_forward_compiles import compile_key, main_report
 ALWAYS = [
     ("sm_90a", 1, 192, 128, 2048, 1),
     ("sm_90a", 4, 128, 128, 1, 8),
+    ("sm_90a", 4, 64, 64, 2048, 1),
     ("sm_100a", 8, 128, 128, 2048, 1),
     ("sm_100a", 1, 128, 128, 1, 8),
 ]
@@ -74,4 +74,7 @@ def test_code(call: tuple[str, int, int, int, int, int]) -> None:
     assert found.count("HGMMA") == kernel.ptx.count("wgmma.mma_async")
     assert found.count("UTCHMMA") == kernel.ptx.count("tcgen05.mma.")
     assert found.count("WARPGROUP.DEPBAR") == kernel.ptx.count("wgmma.wait_group")
-    assert (found.count("LDGSTS") > 0) == (page_size < SMALLEST_BOX)
+    by_threads = registry.page_copies(key) == "asynchronous copies"
+    assert (found.count("LDGSTS") > 0) == by_threads
+    if by_threads:
+        assert page_size < 8

@@ -117,6 +117,7 @@ def check_operands(call: Call, operands: Operands, arch: str = "sm_90a", **how):
 
 CASES = {
     "1_prefill_128_40": Call(1, (0, 7, 157), 128, 40, seqlen_q=70, queries=(3, 1, 70), group=2),
+    "4_prefill_128_64": Call(4, (0, 7, 157), 128, 64, seqlen_q=70, queries=(3, 1, 70), group=2),
     "8_prefill_128_72": Call(8, (0, 7, 8, 9, 157), 128, 72, seqlen_q=70, queries=(3, 1, 0, 70, 65)),
     "512_chunk_72_40": Call(512, (700, 257), 72, 40, seqlen_q=64, group=3, pages="shared"),
 }
@@ -223,9 +224,16 @@ def test_prefill_under_any_timing(name: str, timing: str, warps: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-@pytest.mark.parametrize("page_size", [4, 16])
-def test_a_page_out_of_range_reads_as_zeros(page_size: int, arch: str) -> None:
-    call = Call(page_size, (100, 37), 72, 40, seqlen_q=3)
+@pytest.mark.parametrize(
+    "call",
+    [
+        Call(4, (100, 37), 72, 40, seqlen_q=3),
+        Call(4, (100, 37), 64, 64, seqlen_q=70),
+        Call(16, (100, 37), 72, 40, seqlen_q=3),
+    ],
+    ids=["4", "4_prefill", "16"],
+)
+def test_a_page_out_of_range_reads_as_zeros(call: Call, arch: str) -> None:
     table = call.operands().page_table
     assert table is not None
     for number in (-1, 2**31 - 1):

@@ -272,6 +272,7 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
         assert f"pages: loaded by {copies}" in str(told)
         assert "divided into 32 parts at most" in str(told)
     assert decode(16, seqlen_q=300).splits == 1
+    assert decode(4, seqlen_q=300).page_copies == "TMA"
     assert decode(16, implementation="cute", batch_invariant=True).splits == 128
     packed = jax.ShapeDtypeStruct((40, 32, 128), jnp.bfloat16)
     ends = jax.ShapeDtypeStruct((17,), jnp.int32)

@@ -34,24 +34,28 @@ def tiles_in_pages(
     boxes_at_once: int = 4,
     cluster: int = 1,
     columns_first: bool = False,
-) -> "DenseTiles | BoxedTiles | CopiedTiles":
+    shares_boxes: bool = False,
+) -> "DenseTiles | BoxedTiles | SharedBoxes | CopiedTiles":
     """How tiles of ``tile_n`` keys are loaded from pages of ``page_size``; None: from no pages.
 
     ``copying_warps``: that copy K, and as many V; ``boxes_at_once``: how far the loop over a tile's
     boxes is unrolled, which takes registers; ``cluster``: blocks that load the same tiles, each a
     part for all, from no pages; ``columns_first``: tiles may be a ``smem_layout`` with
-    ``columns_first``, and are where the method of that name says so.
+    ``columns_first``, and are where the method of that name says so; ``shares_boxes``: boxes too
+    many for one warp are issued by as many as would copy.
     """
     if page_size is None:
         return DenseTiles(tile_n, cluster)
     if loads_pages_by_tma(page_size):
         return BoxedTiles(page_size, tile_n, boxes_at_once, columns_first)
+    if shares_boxes:
+        return SharedBoxes(page_size, tile_n, copying_warps)
     return CopiedTiles(page_size, tile_n, copying_warps, kv_stages)
 
 
 def begin_stage(pipeline: TmaPipeline, tiles, load, n: Int32, place, stage: Int32) -> None:
     """Starts the copies of key tile n, by what ``loader`` gave, into an empty stage."""
-    if tiles.copying_warps:
+    if tiles.threads_copy:
         load(n, place, stage)
     else:
         pipeline.expect(stage)
@@ -72,6 +76,7 @@ def begin_values(
     has_lengths: cutlass.Constexpr[bool],
     has_lists: cutlass.Constexpr[bool],
     columns_first: cutlass.Constexpr[bool] = False,
+    warp: Int32 | int = 0,
 ) -> Int32:
     """``begin_stage`` of V, and what lies beyond the length cleared: it may be NaN, and 0 * NaN is.
 
@@ -81,6 +86,7 @@ def begin_values(
       has_lengths: the length may end within a tile.
       has_lists: tiles may lie beyond the length altogether.
       columns_first: of their ``smem_layout``.
+      warp: which of those that each bring an equal part of the rows.
 
     Returns:
       The next phase of ``tail``.
@@ -98,7 +104,11 @@ def begin_values(
         inside = keys - n * tiles.tile_n
         if const_expr(has_lists):
             inside = cutlass.max(inside, Int32(0))
-        clear_rows(sV, width, stage, inside, columns_first)
+        end = None
+        if const_expr(tiles.copying_warps > 0):
+            rows = tiles.tile_n // tiles.copying_warps
+            inside, end = cutlass.max(inside, warp * rows), warp * rows + rows
+        clear_rows(sV, width, stage, inside, columns_first, end)
         cute.arch.fence_view_async_shared()
         cute.arch.sync_warp()
         pipeline.commit(stage)
@@ -114,7 +124,7 @@ def finish_stage(pipeline: TmaPipeline, tiles: cutlass.Constexpr, stage: Int32, 
 
     Or the one that this warp began before it (negative: none), so that two are under way.
     """
-    if const_expr(tiles.copying_warps > 0):
+    if const_expr(tiles.threads_copy):
         if const_expr(tiles.copies_behind == 0):
             settle(pipeline, stage, 0)
         else:
@@ -136,7 +146,7 @@ def settle(pipeline: TmaPipeline, stage: Int32, behind: int) -> None:
 @cute.jit
 def settle_last(pipeline: TmaPipeline, tiles: cutlass.Constexpr, before: Int32):
     """At the end of a tile of work: marks the stage full that this warp filled last, if any."""
-    if const_expr(tiles.copying_warps > 0 and tiles.copies_behind > 0):
+    if const_expr(tiles.threads_copy and tiles.copies_behind > 0):
         if before >= 0:
             settle(pipeline, before, 0)
 
@@ -149,19 +159,22 @@ def follow_tiles(
     key_order: cutlass.Constexpr,
     tiles: cutlass.Constexpr,
     pipelines,
+    values: cutlass.Constexpr = None,
 ):
-    """A warp beside the one that draws tiles of work, which copies its rows of K or V of each.
+    """A warp beside the one that draws tiles of work, which loads its rows of K or V of each.
 
     Args:
       take: gives the fields of a tile of work for (stage, phase).
       loader: gives for (kv_head, batch, keys) where a key tile lies and what copies it.
       heads_per_kv: heads of a tile's fields that a key/value head serves.
       key_order: ``KeyTiles.key_order`` of a tile's fields.
-      tiles: the ``CopiedTiles``.
+      tiles: the ``CopiedTiles`` or ``SharedBoxes``.
       pipelines: of K or V, and of tiles of work.
+      values: of V by TMA, what ``begin_values`` takes: its shared memory and width, a barrier of
+        this warp's own, and which warp it is.
     """
     pipeline, pipeline_tile = pipelines
-    stage, phase, t_stage, t_phase = (Int32(0) for _ in range(4))
+    stage, phase, t_stage, t_phase, tail_phase = (Int32(0) for _ in range(5))
     fields = take(t_stage, t_phase)
     while fields[0] >= 0:
         t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
@@ -174,7 +187,16 @@ def follow_tiles(
         for i in cutlass.range(visits, unroll=1):
             following = locate(nth(cutlass.min(i + 1, visits - 1)))
             pipeline.acquire(stage, phase)
-            begin_stage(pipeline, tiles, load, nth(i), place, stage)
+            if const_expr(values is None):
+                begin_stage(pipeline, tiles, load, nth(i), place, stage)
+            else:
+                sV, width, tail_barrier, warp = values
+                tail_phase = begin_values(
+                    *(pipeline, tiles, load, nth(i), place, stage, (sV, width), keys),
+                    (tail_barrier, tail_phase),
+                    *(True, False),
+                    warp=warp,
+                )
             finish_stage(pipeline, tiles, stage, before)
             place, before = following, stage
             stage, phase = pipeline.advance(stage, phase)
@@ -189,6 +211,7 @@ class DenseTiles:
     """
 
     copying_warps = 0
+    threads_copy = False
     nowhere = 0
 
     def __init__(self, tile_n: int, cluster: int):
@@ -244,6 +267,7 @@ class BoxedTiles:
     """Tiles copied by TMA, in boxes of rows of one page; one warp issues them all."""
 
     copying_warps = 0
+    threads_copy = False
     nowhere = 0
 
     def __init__(
@@ -347,6 +371,114 @@ class BoxedTiles:
             )
 
 
+class SharedBoxes:
+    """Tiles of pages smaller than an atom of the swizzle, copied by TMA from several warps.
+
+    Each warp issues those of an equal part of the rows: an atom's columns of a page at once.
+    """
+
+    threads_copy = False
+    # Pages whose copies are unrolled together: nine instructions each, with four pages ten.
+    at_once = 8
+
+    def __init__(self, page_size: int, tile_n: int, warps: int):
+        self.page_size = page_size
+        self.tile_n = tile_n
+        self.copying_warps = warps
+        self.pages = tile_n // warps // page_size
+        if tile_n % (warps * page_size):
+            raise ValueError(f"{tile_n} keys are not {warps} equal parts of pages of {page_size}")
+
+    def columns_first(self, dtype, head_dim: int, width: int) -> bool:
+        return False
+
+    @property
+    def nowhere(self) -> tuple:
+        return (0,) * -(-self.pages // 32)
+
+    def source(self, dtype, pages: cute.Tensor, width: int):
+        """The copy of an atom's columns of a page, and what it reads: (rows, columns, pages).
+
+        The columns are those of all heads.
+        """
+        head_dim, heads, num_pages = (pages.shape[i] for i in (2, 3, 4))
+        columns = swizzle_width(dtype, width)
+        view = cute.make_layout(
+            (self.page_size, head_dim * heads, num_pages),
+            stride=(pages.stride[1], 1, pages.stride[4]),
+        )
+        layout = cute.make_composed_layout(
+            smem_layout(dtype, self.tile_n, width).inner,
+            0,
+            cute.make_layout((self.page_size, columns), stride=(columns, 1)),
+        )
+        return cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileG2SOp(),
+            cute.make_tensor(pages.iterator, view),
+            layout,
+            (self.page_size, columns),
+        )
+
+    @cute.jit
+    def places(self, mPageTable: cute.Tensor, batch: Int32, keys: Int32, warp: Int32, n: Int32):
+        """The pages of this warp's rows of tile n, one a lane; a number for each 32 pages.
+
+        That of the last key beyond the length: its rows are hidden or cleared.
+        """
+        first = n * (self.tile_n // self.page_size) + warp * self.pages + cute.arch.lane_idx()
+        last = (keys - 1) // self.page_size
+        held = [cutlass.min(first + i, last) for i in range(0, self.pages, 32)]
+        return tuple([Int32(mPageTable[batch, page]) for page in held])
+
+    def loader(
+        self,
+        copy: tuple,
+        width: int,
+        stages: int,
+        head: Int32,
+        batch: Int32,
+        keys: Int32,
+        warp: Int32,
+    ):
+        """A function (n, places, stage, barrier) that starts the copies of this warp's rows."""
+        atom, gX, sX = copy
+        rows, columns = self.page_size, swizzle_width(sX.element_type, width)
+        parts = width // columns
+        shape = (rows, columns, (self.tile_n // rows, parts, stages))
+        stride = (columns, 1, (rows * columns, self.tile_n * columns, self.tile_n * width))
+        sX_boxes = cute.make_tensor(sX.iterator, cute.make_layout(shape, stride=stride))
+        gX_boxes = cute.local_tile(gX, (rows, columns), (0, None, None))
+        target, source = tma_partition(atom, sX_boxes, cute.group_modes(gX_boxes, 2, 4))
+        return partial(self.copy, atom, source, target, (head * parts, parts), warp * self.pages)
+
+    @cute.jit
+    def copy(
+        self,
+        atom: cute.CopyAtom,
+        source,
+        target,
+        columns: tuple,
+        first: Int32,
+        n: Int32,
+        places: tuple,
+        stage: Int32,
+        barrier,
+    ):
+        """``columns``: the head's first part and how many it has; ``first``: page of the tile."""
+        first_part, parts = columns
+        for held in cutlass.range_constexpr(len(places)):
+            pages = min(32, self.pages - 32 * held)
+            for i in cutlass.range(pages, unroll=min(pages, self.at_once)):
+                page = cute.arch.shuffle_sync(places[held], i)
+                for part in cutlass.range_constexpr(parts):
+                    cute.copy(
+                        atom,
+                        source[None, (first_part + part, page)],
+                        target[None, (first + 32 * held + i, part, stage)],
+                        tma_bar_ptr=barrier,
+                    )
+
+
 class CopiedTiles:
     """Tiles that some warps copy, each an equal part of the rows, 16 bytes at a time.
 
@@ -358,6 +490,7 @@ class CopiedTiles:
         self.page_size = page_size
         self.tile_n = tile_n
         self.copying_warps = warps
+        self.threads_copy = True
         # Tiles on their way when a warp waits for the one before: of two stages one has to be full.
         self.copies_behind = 1 if kv_stages > 2 else 0
         self.rows = tile_n // warps

@@ -21,8 +21,9 @@ class TmaPipeline(Traced):
     Barriers: ``full[stage]`` completes after one arrival and ``tx_bytes`` bytes;
     ``empty[stage]`` completes after one arrival of each consumer warp.
 
-    With ``copying_warps``, so many warps fill a stage by their threads' copies instead, and
-    ``full[stage]`` completes after an arrival of each; nothing is then expected.
+    With ``copying_warps``, so many warps fill a stage, each a part, and ``full[stage]`` completes
+    after an arrival of each: by TMA, where ``tx_bytes`` are those of a part, or by their threads'
+    copies, where nothing is expected.
 
     With ``blocks``, of a cluster, each of them fills a part of a stage in all: an ``empty`` barrier
     completes after the arrivals of the consumers of all, and ``tx_bytes`` are what they bring

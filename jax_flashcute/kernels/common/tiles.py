@@ -114,8 +114,11 @@ def clear_rows(
     stage: Int32,
     first: Int32,
     columns_first: cutlass.Constexpr[bool] = False,
+    end: Int32 | None = None,
 ):
     """Zeroes rows first.. of a stage of a ``smem_layout`` of (rows, width, stages); one warp.
+
+    ``end``: the row to end before; None: there is none.
 
     A row's swizzle permutes inside the row of its atom, so whole atom rows can be cleared.
     """
@@ -135,8 +138,9 @@ def clear_rows(
         ),
     )
     lane = cute.arch.lane_idx()
+    last = Int32(rows * words) if const_expr(end is None) else end * words
     for a in cutlass.range_constexpr(atoms):
-        for i in cutlass.range(first * words + lane, Int32(rows * words), Int32(32), unroll=1):
+        for i in cutlass.range(first * words + lane, last, Int32(32), unroll=1):
             linear[i % words, i // words, a, stage] = Int64(0)
 
 

@@ -12,8 +12,9 @@ one, so softmax runs beside a product; between warpgroups named barriers make th
 issuing products, so one's softmax runs beside the other's products.
 
 Keys and values may lie in pages (common/paging.py): a tile is then several copies, of the part of
-each page that it holds.  Pages too small for TMA are copied by threads: the producer warp and
-another copy K, two more V; these three follow the producer through its tiles.
+each page that it holds.  Pages too small for one warp to load by TMA are loaded by four, by TMA or
+by copies of their threads: the producer warp and another load K, two more V; these three follow the
+producer through its tiles.
 
 Heads of a group that visit the same key tiles, by lists, may share what they load: two blocks of a
 cluster take the same rows of two heads, and each loads half of a key tile for both.
@@ -41,8 +42,8 @@ key alone, one warp more arrives at k and takes a tile.
 
 Counts are arrivals; "+ tx" means that the barrier also waits for the copies' bytes; W is the
 number of consumer warpgroups, of four warps each.  In a cluster k and v are empty after twice as
-many arrivals, of both blocks.  Where threads copy, two warps arrive at k, two at v, and three warps
-more take a tile.
+many arrivals, of both blocks.  Where four warps load pages, two arrive at k, two at v, and three
+warps more take a tile.
 """
 
 from functools import partial
@@ -93,7 +94,7 @@ from jax_flashcute.kernels.common.tiles import (
     tma_partition,
 )
 from jax_flashcute.kernels.common.visits import KeyTiles, work_fields
-from jax_flashcute.kernels.config import FwdConfig, busy_producer, round_up
+from jax_flashcute.kernels.config import FwdConfig, busy_producer, round_up, shares_boxes
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
 from jax_flashcute.kernels.primitives import select
@@ -184,8 +185,12 @@ class ForwardSm90(KeyTiles):
             *(page_size, config.tile_n, config.kv_stages),
             cluster=config.cluster,
             columns_first=True,
+            shares_boxes=page_size is not None
+            and shares_boxes(config, page_size, head_dim, head_dim_v),
         )
         self.copying_warps = self.kv_tiles.copying_warps
+        # Of warps that load V by TMA.
+        self.tail_barriers = 1 if self.kv_tiles.threads_copy else max(self.copying_warps, 1)
         in_order = not (split_kv or has_lists or self.union)
         self.added = self.added_terms(in_order)
         self.has_key_terms = self.added is not None and self.added.is_staged
@@ -327,7 +332,7 @@ class ForwardSm90(KeyTiles):
             k_barriers: cute.struct.MemRange[Int64, kv_words]
             v_barriers: cute.struct.MemRange[Int64, kv_words]
             tile_barriers: cute.struct.MemRange[Int64, 2 * TILE_STAGES]
-            tail_barrier: cute.struct.MemRange[Int64, 1]
+            tail_barriers: cute.struct.MemRange[Int64, self.tail_barriers]
             lead_barrier: cute.struct.MemRange[Int64, leads]
             draw_barriers: cute.struct.MemRange[Int64, draws * 2]
             draw_slot: cute.struct.MemRange[Int32, draws]
@@ -398,7 +403,7 @@ class ForwardSm90(KeyTiles):
             "k",
             storage.k_barriers.data_ptr(),
             cfg.kv_stages,
-            cfg.tile_n * h_bytes,
+            cfg.tile_n * h_bytes // max(self.copying_warps, 1),
             self.consumer_warps,
             self.copying_warps,
             cfg.cluster,
@@ -408,7 +413,7 @@ class ForwardSm90(KeyTiles):
             "v",
             storage.v_barriers.data_ptr(),
             cfg.kv_stages,
-            cfg.tile_n * hv_bytes,
+            cfg.tile_n * hv_bytes // max(self.copying_warps, 1),
             self.consumer_warps,
             self.copying_warps,
             cfg.cluster,
@@ -433,7 +438,8 @@ class ForwardSm90(KeyTiles):
             with cute.arch.elect_one():
                 for pipeline in pipelines:
                     pipeline.init()
-                cute.arch.mbarrier_init(storage.tail_barrier.data_ptr(), 1)
+                for warp in range(self.tail_barriers):
+                    cute.arch.mbarrier_init(storage.tail_barriers.data_ptr() + warp, 1)
                 if const_expr(self.leads):
                     for stage in range(cfg.q_stages):
                         cute.arch.mbarrier_init(storage.lead_barrier.data_ptr() + stage, 4)
@@ -469,7 +475,7 @@ class ForwardSm90(KeyTiles):
                     (tma_k, gK, sK),
                     (tma_v, gV, sV),
                     pipelines,
-                    storage.tail_barrier.data_ptr(),
+                    storage.tail_barriers.data_ptr(),
                     work,
                     (mCounter, pair),
                     mPageTable,
@@ -488,6 +494,11 @@ class ForwardSm90(KeyTiles):
                 for copies_v in cutlass.range_constexpr(2):
                     first = copies_v * self.copying_warps
                     if first <= warp_index and warp_index < first + self.copying_warps:
+                        values = None
+                        if const_expr(copies_v and not self.kv_tiles.threads_copy):
+                            warp = warp_index - first
+                            tail = storage.tail_barriers.data_ptr() + warp
+                            values = (sV, self.smem_hv, tail, warp)
                         follow_tiles(
                             partial(
                                 self.take_work,
@@ -505,6 +516,7 @@ class ForwardSm90(KeyTiles):
                             partial(self.key_order, lists=None),
                             self.kv_tiles,
                             (pipeline_v if copies_v else pipeline_k, pipeline_tile),
+                            values,
                         )
         else:
             if const_expr(cfg.reallocates_registers):
