@@ -21,6 +21,7 @@ from jax.experimental import checkify
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_flashcute.given import numbers, whole
+from jax_flashcute.promotion import own_sharding
 
 
 @functools.partial(
@@ -218,7 +219,7 @@ class PagedKVCache:
         if checked:
             _check_appended(is_kept, counts, T)
         k_pages, v_pages = (
-            into.at[page, slot].set(array, mode="drop")
+            into.at[page, slot].set(array, mode="drop", out_sharding=own_sharding(into))
             for into, array in zip(pages, (key, value), strict=True)
         )
         return replace(

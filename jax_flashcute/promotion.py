@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+from jax.sharding import AxisType, NamedSharding
 
 
 def of_any_rank[**P, R](function: Callable[P, R]) -> Callable[P, R]:
@@ -18,3 +19,9 @@ def of_any_rank[**P, R](function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def own_sharding(array: jax.Array) -> NamedSharding | None:
+    """The sharding that an array's type has on explicit meshes, where scatters ask for one."""
+    sharding = jax.typeof(array).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType
 from jax.typing import ArrayLike
 
 from jax_flashcute import analysis
 from jax_flashcute.given import numbers, whole
+from jax_flashcute.promotion import own_sharding
 
 Order = Literal["zigzag", "striped", "contiguous"]
 ORDERS: tuple[Order, ...] = ("zigzag", "striped", "contiguous")
@@ -50,11 +50,8 @@ def _reordered(array: ArrayLike, devices: int, order: Order, axis: int, of_posit
         raise ValueError(f"axis must be one of array's {array.ndim} dimensions; got {axis!r}")
     axis %= array.ndim
     positions = of_positions(permuted_positions(array.shape[axis], devices, order=order))
-    sharding = jax.typeof(array).sharding
-    # On explicit meshes the result lies as the array does; elsewhere XLA says where.
-    is_explicit = AxisType.Explicit in sharding.mesh.axis_types
     return array.at[(slice(None),) * axis + (positions,)].get(
-        out_sharding=sharding if is_explicit else None, mode="promise_in_bounds"
+        out_sharding=own_sharding(array), mode="promise_in_bounds"
     )
 
 

@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_flashcute import dispatch, flash_attention, paged_attention, plan, sharding, xla
+from jax_flashcute import (
+    PagedKVCache,
+    dispatch,
+    flash_attention,
+    paged_attention,
+    plan,
+    sharding,
+    xla,
+)
 from jax_flashcute.ffi.runtime import CALL_TARGET
 from jax_flashcute.spec import Operands
 from tests.cases import Case
@@ -253,6 +261,28 @@ def test_pages(types: AxisType) -> None:
     assert_close({"out": found}, {"out": want}, 2e-5)
     assert tuple(found.sharding.spec)[:3] == ("data", None, "model")
     assert not collectives(compiled)
+
+
+def test_a_paged_cache_on_an_explicit_mesh() -> None:
+    """Every device has the pages of its heads, and tokens of its batch entries to append."""
+    mesh, layout = make_mesh(AxisType.Explicit), PartitionSpec(None, None, "model")
+    sizes = {"num_pages": 8, "page_size": 4, "max_pages": 2, "kv_heads": 4, "head_dim": 3}
+    cache = PagedKVCache.empty(layers=1, batch=4, dtype=jnp.float32, **sizes)
+    cache = cache.with_sequences(np.arange(8).reshape(4, 2), [3, 0, 1, 5])
+    tokens, counts = np.random.default_rng(0).random((2, 4, 3, 4, 3), np.float32), [3, 2, 0, 1]
+    want = cache.append([tokens[0]], [tokens[1]], counts)
+
+    def placed(x):
+        spec = layout if x.ndim == 4 else PartitionSpec("data")
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    rows = NamedSharding(mesh, PartitionSpec("data", None, "model"))
+    tokens = [jax.device_put(x, rows) for x in tokens]
+    found = jax.jit(PagedKVCache.append)(
+        jax.tree.map(placed, cache), *([x] for x in tokens), counts
+    )
+    assert {tuple(x.sharding.spec)[:3] for x in (*found.k_pages, *found.v_pages)} == {tuple(layout)}
+    jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
 # ---- kernels -------------------------------------------------------------------------------
