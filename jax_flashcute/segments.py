@@ -123,8 +123,7 @@ def key_ranges(q_ids: jax.Array, kv_ids: jax.Array) -> tuple[jax.Array, jax.Arra
             return jnp.zeros_like(q_ids), jnp.zeros_like(q_ids), jnp.zeros_like(q_ids, bool)
         order = jnp.argsort(kv_ids, stable=True).astype(jnp.int32)
         ids = kv_ids[order]
-        first = jnp.searchsorted(ids, q_ids, side="left")
-        after = jnp.searchsorted(ids, q_ids, side="right")
+        first, after = _bounds_of(ids, q_ids)
         found = (after > first) & (q_ids >= 0)
         # A stable sort keeps the keys of an id in order.
         start = order.at[first].get(mode="clip")
@@ -133,6 +132,26 @@ def key_ranges(q_ids: jax.Array, kv_ids: jax.Array) -> tuple[jax.Array, jax.Arra
         return jnp.where(found, start, 0), jnp.where(found, end, 0), is_scattered
 
     return jax.vmap(of_one)(q_ids, kv_ids)
+
+
+def _bounds_of(ids: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many of the sorted ids are below each value, and how many at most it."""
+    if isinstance(ids.shape[0], int):
+        left, right = (jnp.searchsorted(ids, values, side=side) for side in ("left", "right"))
+        return left, right
+
+    # jnp.searchsorted takes no symbolic lengths: halved as often as any length needs.
+    def bound(is_below):
+        def halve(_, ends):
+            low, high = ends
+            middle = low + (high - low) // 2
+            goes_on = (low < high) & is_below(ids.at[middle].get(mode="clip"), values)
+            return jnp.where(goes_on, middle + 1, low), jnp.where(goes_on, high, middle)
+
+        low = jnp.zeros_like(values)
+        return lax.fori_loop(0, 32, halve, (low, jnp.full_like(values, ids.shape[0])))[0]
+
+    return bound(jnp.less), bound(jnp.less_equal)
 
 
 def positions_within(ids: jax.Array) -> jax.Array:

@@ -448,6 +448,8 @@ class ElementProgram:
         """Whether the indices of a gather or a slice always lie within the array."""
         if equation.primitive not in ("gather", "dynamic_slice"):
             return False
+        if not all(isinstance(length, int) for length in equation.shapes[0]):
+            return False  # of symbolic shape, which is refused in words
         sizes, indices = equation.params["slice_sizes"], equation.inputs[1:]
         lasts = [length - size for length, size in zip(equation.shapes[0], sizes, strict=True)]
         if equation.primitive == "gather":

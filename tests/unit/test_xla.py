@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jax_flashcute import flash_attention, xla
+from jax_flashcute import flash_attention, masks, xla
 from tests.cases import EDGE_LENGTHS, FEATURES, GROUPS, Case
 from tests.compare import assert_close, cotangent, out_lse_and_gradients
 
@@ -228,6 +228,30 @@ def test_hidden_tiles_take_no_time() -> None:
     assert not np.isnan(out).any()
     out = attend(query, key, local_window_size=(0, 0))
     assert not np.isnan(out[:, :1024]).any()
+
+
+def test_export_of_segments_and_documents_with_symbolic_lengths() -> None:
+    """Ids sorted or not, and as arrays that a mask closes over."""
+
+    def run(query, key, ids):
+        segments = flash_attention(query, key, key, is_causal=True, segment_ids=ids)
+        return segments, flash_attention(query, key, key, mask_mod=masks.documents(ids))
+
+    B, T = jax.export.symbolic_shape("b, t")
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((2, 37, heads, 8), np.float32) for heads in (6, 2)]
+    ids = np.stack([rng.integers(-1, 4, 37), np.sort(rng.integers(0, 4, 37))]).astype(np.int32)
+    signature = [jax.ShapeDtypeStruct((B, T, *x.shape[2:]), x.dtype) for x in (*arrays, ids)]
+    found = jax.export.export(jax.jit(run))(*signature).call(*arrays, ids)
+    wanted = {
+        "segments": flash_attention(
+            *arrays, arrays[1], is_causal=True, segment_ids=ids, implementation="reference"
+        ),
+        "documents": flash_attention(
+            *arrays, arrays[1], mask_mod=masks.documents(ids), implementation="reference"
+        ),
+    }
+    assert_close(dict(zip(wanted, found, strict=True)), wanted, 2e-5)
 
 
 def test_export_with_symbolic_dimensions() -> None:
