@@ -267,6 +267,14 @@ def _check_pages(query, k_pages, v_pages, page_table) -> None:
                 f"{name} must be (num_pages, page_size, heads, head_dim), alike for keys and "
                 f"values; got shape {pages.shape}"
             )
+        if pages.dtype != query.dtype:
+            raise ValueError(
+                f"{name} must have query's dtype, {query.dtype.name}; got {pages.dtype.name}"
+            )
+    if k_pages.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"k_pages must have query's head_dim, {query.shape[3]}; got {k_pages.shape[3]}"
+        )
     checked_page_size(k_pages.shape[1])
     for name, of_what, size in (
         ("k_pages", "page", k_pages.shape[0]),

@@ -134,6 +134,12 @@ def test_what_does_not_fit_is_named() -> None:
         paged_attention(query, k_pages, v_pages, table[0], lengths)
     with pytest.raises(ValueError, match="v_pages must be"):
         paged_attention(query, k_pages, v_pages[:1], table, lengths)
+    with pytest.raises(ValueError, match="v_pages must have query's dtype, float32; got bfloat16"):
+        paged_attention(query, k_pages, v_pages.astype(jnp.bfloat16), table, lengths)
+    with pytest.raises(ValueError, match="k_pages must have query's head_dim"):
+        paged_attention(query, k_pages[..., 1:], v_pages, table, lengths)
+    with pytest.raises(ValueError, match="checked must be True or False"):
+        paged_attention(query, k_pages, v_pages, table, lengths, checked="no")
     with pytest.raises(ValueError, match="k_pages must have room for at least one page"):
         paged_attention(query, k_pages[:0], v_pages[:0], table, lengths)
     with pytest.raises(ValueError, match="page_table must have room for at least one page"):
