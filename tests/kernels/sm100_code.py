@@ -1,9 +1,9 @@
 """What ptxas makes of every Blackwell configuration: registers, memory, what is spilled and where.
 
-    python -m tests.kernels.sm100_code --workers 8 --out FILE   # an hour of a core; no GPU
+    python -m tests.kernels.sm100_code --workers 8 --out FILE   # 80 minutes of a core
     python -m tests.kernels.sm100_code --table   # writes docs/blackwell_code.md of what is recorded
 
-``FILE`` that is there is read first, and what it holds of this commit's kernels is not made again.
+What ``FILE`` holds already is not made again.
 """
 
 import argparse
@@ -13,7 +13,9 @@ import math
 import re
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import UTC, datetime
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from jax_flashcute.kernels.config import SMALLEST_BOX, SMEM_BYTES, BwdConfigSm10
 from jax_flashcute.kernels.key import KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
+from tests.conftest import commit
 from tests.simulator.simulation import record_launches
 from tests.simulator.test_block_lists import random_lists
 from tests.simulator.test_forward_elements import operands_of
@@ -37,13 +40,16 @@ from tests.simulator.test_forward_features import FIRST_KEYS
 from tests.simulator.test_forward_segments import call_of
 from tests.user_functions import MASKS, SCORES
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+RECORD = REPOSITORY / "benchmarks" / "results" / "simulator" / "code.json"
+PAGE = REPOSITORY / "docs" / "blackwell_code.md"
 ARCHITECTURES = ("sm_100a", "sm_103a")
 NUM_SMS = 148
-HEAD_DIMS = (
-    *((8, 8), (64, 64), (72, 40), (96, 96), (64, 128), (128, 128), (192, 128), (160, 160)),
-    *((192, 192), (136, 256), (64, 256), (256, 8), (256, 128), (256, 256)),
-)
 CLASSES = ((64, 64), (128, 128), (192, 128), (256, 256))
+OTHER_HEAD_DIMS = (
+    *((8, 8), (72, 40), (96, 96), (64, 128), (160, 160), (192, 192), (136, 256), (64, 256)),
+    *((256, 8), (256, 128)),
+)
 DENSE = {
     "full": {},
     "causal": {"causal": True},
@@ -73,7 +79,15 @@ IN_ARRAYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """A kernel: the last word of ``feature`` may be a dtype."""
+    """A kernel.
+
+    Attributes:
+      direction: fwd or bwd.
+      head_dims: of query and key, of value.
+      feature: of ``DENSE``, "decode", ``ELEMENTS``, ``IN_ARRAYS`` or pages; dense ones with
+        ", float16" or ", deterministic" behind.
+      arch: of ``ARCHITECTURES``.
+    """
 
     direction: str
     head_dims: tuple[int, int]
@@ -155,22 +169,21 @@ def configurations() -> Iterator[Configuration]:
     half = ("full, float16", "causal, float16")
     in_turn = tuple(f"{name}, deterministic" for name in DENSE)
     pages = tuple(f"pages {size} rows {rows}" for size in (1, 4, 16) for rows in ("many", "one"))
-    of_forward = (*ELEMENTS, *IN_ARRAYS, *half, *pages)
-    of_backward = (*(f for f in (*ELEMENTS, *IN_ARRAYS) if f not in FORWARD_ALONE), *half)
-    for arch in ARCHITECTURES:
-        for dims in CLASSES:
-            for feature in of_backward:
-                yield Configuration("bwd", dims, feature, arch)
-            for feature in of_forward:
-                yield Configuration("fwd", dims, feature, arch)
-        for dims in HEAD_DIMS:
-            for feature in (*DENSE, "decode"):
-                yield Configuration("fwd", dims, feature, arch)
-            for feature in (*DENSE, *in_turn):
-                yield Configuration("bwd", dims, feature, arch)
-
-
-FIELDS = ("registers", "spilled", "spilled_in_loops", "shared")
+    of_both = (*DENSE, *half, *(f for f in ELEMENTS if f not in FORWARD_ALONE), *IN_ARRAYS)
+    by_direction = {
+        "fwd": (*of_both, "decode", *FORWARD_ALONE, *pages),
+        "bwd": (*of_both, *in_turn),
+    }
+    of_others = {
+        "fwd": ("full", "window", "everything", "decode"),
+        "bwd": ("full", "window", "everything", "everything, deterministic"),
+    }
+    for head_dims, features in ((CLASSES, by_direction), (OTHER_HEAD_DIMS, of_others)):
+        for arch in ARCHITECTURES:
+            for dims in head_dims:
+                for direction, names in features.items():
+                    for feature in names:
+                        yield Configuration(direction, dims, feature, arch)
 
 
 def measured(configuration: Configuration) -> dict[str, int]:
@@ -270,8 +283,75 @@ def spilled_in_loops(code: list[sass_model.Instruction], depth: int) -> set[int]
 def judged(configuration: Configuration) -> tuple[str, dict]:
     try:
         return str(configuration), measured(configuration)
-    except Exception:
+    except Exception:  # the others go on
         return str(configuration), {"error": traceback.format_exc()[-2000:]}
+
+
+def compiler() -> str:
+    return f"CuTe DSL {metadata.version('nvidia-cutlass-dsl')}"
+
+
+def write_record(path: Path, workers: int, only: str) -> None:
+    """Adds to ``path`` what it lacks of the configurations in whose name ``only`` is found."""
+    kept = json.loads(path.read_text())["configurations"] if path.exists() else {}
+    found = {name: row for name, row in kept.items() if "error" not in row}
+    wanted = [c for c in configurations() if str(c) not in found and re.search(only, str(c))]
+    order = [str(c) for c in configurations()]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for future in as_completed(pool.submit(judged, c) for c in wanted):
+            name, row = future.result()
+            print(name, row, flush=True)
+            found[name] = row
+            record = {
+                "commit": commit(),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "compiler": compiler(),
+                "configurations": {n: found[n] for n in order if n in found},
+            }
+            path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+TEXT = """\
+# The machine code of the Blackwell kernels
+
+Written by `python -m tests.kernels.sm100_code --table` of what
+
+```sh
+python -m tests.kernels.sm100_code --workers 8 --out benchmarks/results/simulator/code.json
+```
+
+has found (80 minutes of a core, no GPU). **No Blackwell GPU has run these kernels.** Each is
+compiled as a call gets it; products on tensor cores, tensor memory, TMA, mask bits eight at once
+(R2P) and arithmetic in pairs are looked for in its code, and its registers and shared memory held
+against what a block may have.
+
+"""
+
+
+def page(record: dict) -> str:
+    """The documentation's page: how many configurations, and every one that spills."""
+    rows = record["configurations"]
+    failed = [name for name, row in rows.items() if "error" in row]
+    assert not failed, failed
+    spilling = {name: row for name, row in rows.items() if row["spilled"]}
+    in_loops = sum(bool(row["spilled_in_loops"]) for row in rows.values())
+    of = f"{len(rows)} of {sum(1 for _ in configurations())}"
+    shared = max(row["shared"] for row in rows.values())
+    text = f"""{TEXT}{of} configurations, {record["compiler"]}, {record["commit"]}:
+{len(rows) - len(spilling)} spill nothing, {len(spilling)} some registers, {in_loops} of these in
+loops over tiles. A block takes at most {shared:,} bytes of shared memory, of {SMEM_BYTES:,}.
+
+Bytes a thread that are spilled, all and those that a loop over tiles reads or writes:
+
+| | head_dims | | | spilled | in loops |
+|---|---|---|---|---:|---:|
+"""
+    for name, row in spilling.items():
+        direction, dims, arch, feature = name.split(" ", 3)
+        words = {"fwd": "forward", "bwd": "backward"}[direction]
+        cells = (words, dims, feature, arch, row["spilled"], row["spilled_in_loops"])
+        text += f"| {' | '.join(map(str, cells))} |\n"
+    return text
 
 
 def main() -> None:
@@ -280,18 +360,14 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", default="", help="configurations in whose name this is found")
-    parser.add_argument("--out", type=Path)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path)
+    what.add_argument("--table", action="store_true", help=f"write {PAGE.name}")
     arguments = parser.parse_args()
-    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    wanted = [
-        c for c in configurations() if str(c) not in found and re.search(arguments.only, str(c))
-    ]
-    print(len(wanted), flush=True)
-    with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
-        for name, row in pool.map(judged, wanted):
-            print(name, row, flush=True)
-            found[name] = row
-            arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.table:
+        PAGE.write_text(page(json.loads(RECORD.read_text())))
+    else:
+        write_record(arguments.out, arguments.workers, arguments.only)
 
 
 if __name__ == "__main__":
