@@ -84,6 +84,8 @@ MET = (
 )
 LOAD_FILE, REDUCE_FILE = "sm100/backward_load.py", "sm100/backward_reduce.py"
 GRADIENTS_FILE = "sm100/backward_gradients.py"
+PASSES_GRADIENTS_FILE = "sm100/passes_gradients.py"
+PASSES_PRODUCTS_FILE = "sm100/passes_products.py"
 WAITS_OF_LOADS = 11
 WARP_SYNCS = 7
 
@@ -196,8 +198,50 @@ PAIRS_EQUIVALENT = [
         "arrives fences after that",
         GRADIENTS_FILE,
     ),
+    Equivalent(
+        "remove tcgen05.fence",
+        "cute.arch.fence_view_async_shared()",
+        2,
+        "after the last loads of all, which have been waited for: tensor memory is only given back",
+        GRADIENTS_FILE,
+    ),
 ]
-PASSES_EQUIVALENT: list[Equivalent] = []
+PASSES_EQUIVALENT = [
+    Equivalent("remove tcgen05.wait", "tcgen05.wait::ld", 5, LOADS),
+    Equivalent(
+        "remove bar.warp.sync",
+        "cute.arch.sync_warp()",
+        2,
+        "of K, which is read with Q alone, and of the first half of dO, which is read after S of "
+        "the second half: Q of either arrives after a wait of the whole warp, which the simulator "
+        "takes for a meeting of its lanes",
+        LOAD_FILE,
+    ),
+    Equivalent(
+        "remove fence",
+        "cute.arch.fence_view_async_shared()",
+        1,
+        "of the first half of dO: where it has rows to clear so has the second half of Q, which is "
+        "cleared and fenced later, and whose S comes before the product of dO",
+        LOAD_FILE,
+    ),
+    Equivalent(
+        "remove tcgen05.commit",
+        "gemm(mma, acc, a, b[None, None, None, stage], accumulate)",
+        1,
+        "of the last product of all, which gives back a stage that no tile follows in",
+        PASSES_PRODUCTS_FILE,
+    ),
+    Equivalent(
+        "ignore mbarrier wait",
+        "cute.arch.fence_view_async_tmem_load()",
+        1,
+        "S, waited for, is a product of Q, which was waited for, and LSE2 comes with Q",
+        PASSES_GRADIENTS_FILE,
+    ),
+    Equivalent("remove bar.warp.sync", "cute.arch.sync_warp()", 2, MET, PASSES_GRADIENTS_FILE),
+]
+"""Of the pass for dV and its load warp; those of dK and dQ have not been run to the end."""
 BACKWARDS = {
     "alone": (BACKWARD_CASE, BACKWARD_EQUIVALENT, 200),
     "pairs": (PAIRS_CASE, PAIRS_EQUIVALENT, 250),

@@ -142,17 +142,17 @@ q_offset = "int32[b]"
 is_causal = true
 """,
     )
-    status, jobs = run_compile(
-        path, "--arch", "sm_90a:114", "--arch", "sm_80", monkeypatch=monkeypatch
-    )
+    served, refused = ("sm_90a:114", "sm_100a:148", "sm_103a:160"), ("sm_80", "sm_120a")
+    options = [x for target in (*served, *refused) for x in ("--arch", target)]
+    status, jobs = run_compile(path, *options, monkeypatch=monkeypatch)
     assert status == 1
     assert [(job.target, job.table["direction"]) for job in jobs] == [
-        ("sm_90a:114", "fwd"),
-        ("sm_90a:114", "bwd"),
+        (target, direction) for target in served for direction in ("fwd", "bwd")
     ]
     problems = capsys.readouterr().err
-    assert "call 1 for sm_80" in problems
-    assert "not for sm_80" in problems
+    for target in refused:
+        assert f"call 1 for {target}" in problems
+        assert f"not for {target}" in problems
 
 
 def soften(score, b, h, q_idx, kv_idx):

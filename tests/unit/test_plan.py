@@ -40,7 +40,11 @@ def without_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "arch"), [("9.0", "sm_90a"), ("10.0", "sm_100a"), ("8.0", "sm_80")]
+    ("capability", "arch"),
+    [
+        *(("9.0", "sm_90a"), ("10.0", "sm_100a"), ("10.3", "sm_103a"), ("12.0", "sm_120a")),
+        ("8.0", "sm_80"),
+    ],
 )
 def test_the_target_is_the_device(monkeypatch: pytest.MonkeyPatch, capability, arch) -> None:
     with_device(monkeypatch, compute_capability=capability, core_count=114)
