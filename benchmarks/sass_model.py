@@ -144,6 +144,16 @@ def loop_of(
     raise ValueError(f"code must have a loop of {what}; found none")
 
 
+def loops_over_tiles(code: list[Instruction]) -> list[list[Instruction]]:
+    """Of a forward kernel: those of the softmax, each for some kind of tiles, and the correction's.
+
+    Raises:
+      ValueError: the correction has none.
+    """
+    of_softmax = [b for b in loops(code) if 64 <= count(b, "MUFU") <= 130]
+    return [*of_softmax, rescaling(code)]
+
+
 def rescaling(code: list[Instruction]) -> list[Instruction]:
     """The correction's loop over key tiles."""
     return loop_of(code, "rescaling", lambda b: bool(count(b, "STTM")) and not count(b, "MUFU"))

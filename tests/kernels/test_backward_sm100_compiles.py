@@ -7,15 +7,11 @@ import shutil
 
 import pytest
 
-from jax_flashcute.ffi.compile import ArrayType, compile_kernel
 from jax_flashcute.ffi.resources import find_tools, report
-from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import SMEM_BYTES, backward_config_sm100, workspace_shapes
 from tests.cases import Case
 from tests.kernels.backward_launchers import launcher
 from tests.simulator.simulation import record_launches
-from tests.simulator.test_forward_elements import operands_of
-from tests.user_functions import MASKS, SCORES
 
 BATCH, LENGTH, KV_HEADS = 2, 3000, 2
 FEATURES = {
@@ -135,45 +131,6 @@ def test_code_of_passes(head_dim: int, head_dim_v: int, features: str, arch: str
         assert launch.block == (config.threads, 1, 1)
         smem = config.smem_bytes(head_dim, head_dim_v)
         assert smem < launch.shared_bytes <= min(smem + 1024, SMEM_BYTES)
-
-
-ELEMENTS = {
-    "functions": (("documents", "gated"), {"group": 2}),
-    "soft_cap": ((None, None), {"soft_cap": 2.0}),
-    "mask": ((None, None), {"mask": "bnts"}),
-}
-SPILLED = {
-    ("functions", (192, 128), "sm_100a"): 88,
-    ("functions", (192, 128), "sm_103a"): 16,
-    ("mask", (192, 128), "sm_100a"): 40,
-    ("mask", (256, 256), "sm_100a"): 8,
-    ("soft_cap", (64, 64), "sm_100a"): 8,
-    ("soft_cap", (192, 128), "sm_100a"): 8,
-    ("soft_cap", (192, 128), "sm_103a"): 8,
-    ("soft_cap", (256, 256), "sm_100a"): 16,
-}
-"""Bytes a thread that ptxas spills; but for a soft cap's 8, within loops."""
-MOST_SPILLED = 40
-"""Of the others."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ELEMENTS)
-@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (192, 128), (256, 256)])
-@pytest.mark.parametrize("arch", ["sm_100a", "sm_103a"])
-def test_code_of_elements(name: str, head_dims: tuple[int, int], arch: str):
-    (mask, score), features = ELEMENTS[name]
-    case = Case(2, 300, 300, 1, head_dim=head_dims[0], head_dim_v=head_dims[1], **features)
-    functions = (table[f](case) if f else None for table, f in ((MASKS, mask), (SCORES, score)))
-    spec, operands = operands_of(case, "bfloat16", *functions)
-    assert not registry.reasons_against(spec, operands, "bwd", arch)
-    key = registry.kernel_key(spec, operands, "bwd", arch, 0)
-    arrays = [None if a is None else ArrayType(*a) for a in registry.arrays_of(key)]
-    kernel = compile_kernel(registry.builder(key), arrays, arch, keep_intermediates=True)
-    assert kernel.cubin is not None
-    for found in report(kernel.cubin):
-        allowed = SPILLED.get((name, head_dims, arch), MOST_SPILLED)
-        assert found.stack_bytes + found.local_bytes <= allowed
 
 
 def launches_of(kernel, case: Case) -> list:

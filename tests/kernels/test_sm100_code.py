@@ -4,27 +4,15 @@ No GPU is needed, and none has run these kernels.
 """
 
 import json
-from pathlib import Path
 
 import pytest
 
-from benchmarks import sass_model
 from jax_flashcute.ffi.resources import find_tools
 from jax_flashcute.kernels import registry
 from tests.kernels import sm100_code
 from tests.kernels.sm100_code import CLASSES
 
 ALL = {str(c): c for c in sm100_code.configurations()}
-QUICK = [
-    "fwd 128/128 sm_103a causal",
-    "fwd 128/128 sm_100a decode",
-    "fwd 72/40 sm_100a window",
-    "fwd 192/128 sm_100a window",
-    "fwd 256/256 sm_100a window",
-    "fwd 128/128 sm_100a relative bias",
-    "fwd 128/128 sm_100a union",
-    "bwd 64/64 sm_100a soft cap",
-]
 
 
 @pytest.fixture(scope="module")
@@ -42,41 +30,30 @@ def test_launchers_take_what_calls_pass(dims: tuple[int, int]) -> None:
             assert [len(shape) for _, shape in passed] == taken, configuration
 
 
-@pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in ALL if n not in QUICK)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
 def test_code(name: str, record: dict) -> None:
     """Instructions, registers, shared memory; and what is spilled is what is recorded."""
-    needs_tools()
+    try:
+        find_tools()
+    except ImportError as error:
+        pytest.skip(str(error))
     found = sm100_code.measured(ALL[name])
-    if record["compiler"] == sm100_code.compiler():
-        assert found == record["configurations"][name]
+    recorded = record["configurations"].get(name)
+    if recorded is not None and record["compiler"] == sm100_code.compiler():
+        assert found == recorded
+    assert may_spill(name) or found["spilled_in_loops"] == 0
 
 
-def test_configurations_are_recorded(record: dict) -> None:
-    assert set(QUICK) <= set(record["configurations"]) <= set(ALL)
+def test_the_page_is_what_is_recorded(record: dict) -> None:
+    assert set(record["configurations"]) <= set(ALL)
     assert sm100_code.PAGE.read_text() == sm100_code.page(record)
 
 
 def test_no_loop_of_the_forward_or_of_a_dense_backward_spills(record: dict) -> None:
     for name, row in record["configurations"].items():
-        may_spill = name.startswith("bwd") and ALL[name].feature in sm100_code.ELEMENTS
-        assert may_spill or row["spilled_in_loops"] == 0, (name, row)
+        assert may_spill(name) or row["spilled_in_loops"] == 0, (name, row)
 
 
-def test_products_bound_the_main_loop() -> None:
-    """By the model's count: shared memory has no time for more than products and their tiles."""
-    needs_tools()
-    kernel = sass_model.KERNELS[0]
-    assert (kernel.name, kernel.implementation) == ("forward, full", "jax_flashcute")
-    (code,) = sass_model.kernels_of(kernel.compile(Path()))
-    found = sass_model.row(kernel, code)
-    assert max(found[name] for name in sass_model.CYCLES) == found["products"]
-    assert found["spills"] == 0
-
-
-def needs_tools() -> None:
-    try:
-        find_tools()
-    except ImportError as error:
-        pytest.skip(str(error))
+def may_spill(name: str) -> bool:
+    return ALL[name].direction == "bwd" and ALL[name].feature in sm100_code.ELEMENTS

@@ -4,6 +4,8 @@
     python -m tests.simulator.agreement --arch sm_90a --gpu --out FILE   # on a Hopper GPU
     python -m tests.simulator.agreement --table   # writes docs/agreement.md of the two
 
+Calls that ``FILE`` has and that are not run again stay, each with its commit.
+
 Every call has fixed seeds and runs forward and, where a kernel has it, backward, from the forward's
 own results.  The file holds samples of each result, at places drawn by a fixed seed, and from a
 simulated run the float64 reference's there, so that a GPU's time is not spent on it.
@@ -372,7 +374,10 @@ def main() -> None:
     device = jax.local_devices(backend="cuda")[0].device_kind if given.gpu else "simulator"
     now = datetime.now(UTC).isoformat(timespec="seconds")
     made = {"jax": jax.__version__, "date": now, "commit": commit()}
-    written: dict = {"arch": given.arch, "device": device, **made, "calls": {}}
+    kept = json.loads(given.out.read_text()) if given.out.exists() else {}
+    same = (kept.get("arch"), kept.get("device")) == (given.arch, device)
+    calls = kept["calls"] if same else {}
+    written: dict = {"arch": given.arch, "device": device, **made, "calls": calls}
     if given.gpu:
         compile_ahead([(n, d, given.arch) for n in names for d in directions(n)])
     failed = []
@@ -385,13 +390,13 @@ def main() -> None:
         runs = {n: pool.submit(record, n, given.arch, gpu=given.gpu) for n in names}
         for name, run in runs.items():
             try:
-                written["calls"][name] = run.result()
+                calls[name] = run.result() | {"commit": made["commit"]}
             except Exception:
                 failed.append(name)
                 traceback.print_exc()
                 continue
             given.out.write_text(json.dumps(written, indent=1) + "\n")
-            entries = written["calls"][name]["results"].items()
+            entries = calls[name]["results"].items()
             errors = {n: f"{e['error']:.1e}" for n, e in entries if "error" in e}
             print(name, errors or "written", flush=True)
     if failed:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,11 +87,19 @@ def page(simulated: dict[str, Any], measured: dict[str, Any] | None) -> str:
         of_name = f"{name}<br>*{features}*" if features else name
         lines.append([of_name, *map("<br>".join, zip(*of_call, strict=True))])
     missing = [name for name in simulated["calls"] if name not in cells]
-    runs = (f"{x['date'][:10]}, commit `{x['commit']}`" for x in (simulated, measured))
-    notes = f"{len(cells)} calls, run on {' and '.join(runs)}."
+    runs = (f"{x['date'][:10]} at {commits(x)}" for x in (simulated, measured))
+    notes = f"{len(cells)} calls, simulated on {' and run on '.join(runs)}."
     if missing:
         notes += f" Simulated alone: {'; '.join(missing)}."
     return TEXT + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{notes}\n"
+
+
+def commits(record: dict[str, Any]) -> str:
+    """At which its calls were run, and how many at each."""
+    counts = Counter(
+        of_call.get("commit", record["commit"]) for of_call in record["calls"].values()
+    )
+    return ", ".join(f"`{commit}` ({count})" for commit, count in counts.items())
 
 
 def write_page() -> None:

@@ -69,7 +69,8 @@ def test_the_table_compares_what_both_have() -> None:
     assert "| call | sm, simulator | sm, a GPU | apart |" in text
     row = "| causal<br>*lists given* | O 0.0e+00<br>LSE 0.0e+00 | O 5.0e-01<br>LSE 0.0e+00 | O 5.0"
     assert row in text
-    assert "1 calls, run on 2026-01-01, commit `c` and 2026-01-01, commit `c`. " in text
+    runs = "simulated on 2026-01-01 at `c` (2) and run on 2026-01-01 at `c` (1). "
+    assert f"1 calls, {runs}" in text
     assert text.endswith("Simulated alone: window.\n")
 
 
