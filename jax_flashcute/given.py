@@ -1,9 +1,10 @@
 """What callers give as what it stands for, or a ValueError that names the argument."""
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -18,6 +19,13 @@ def whole(name: str, value: Any, smallest: int) -> int:
     if number < smallest:
         raise ValueError(f"{name} must be an integer of at least {smallest}; got {value!r}")
     return number
+
+
+def extent(name: str, value: Any, smallest: int) -> int:
+    """``whole``, or a length that ``jax.export`` leaves open."""
+    if jax.export.is_symbolic_dim(value):
+        return cast(int, value)  # counts as one for shapes
+    return whole(name, value, smallest)
 
 
 def flag(name: str, value: Any) -> bool:

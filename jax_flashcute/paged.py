@@ -20,7 +20,7 @@ from jax.core import Tracer
 from jax.experimental import checkify
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_flashcute.given import numbers, whole
+from jax_flashcute.given import extent, numbers, whole
 from jax_flashcute.promotion import own_sharding
 
 
@@ -93,10 +93,10 @@ class PagedKVCache:
             dtype not floating.
         """
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
-        layers, batch = whole("layers", layers, 1), whole("batch", batch, 1)
-        max_pages, kv_heads = whole("max_pages", max_pages, 1), whole("kv_heads", kv_heads, 1)
+        layers, batch = whole("layers", layers, 1), extent("batch", batch, 1)
+        max_pages, kv_heads = extent("max_pages", max_pages, 1), whole("kv_heads", kv_heads, 1)
         widths = whole("head_dim", head_dim, 1), whole("value_head_dim", value_head_dim, 1)
-        shape = (whole("num_pages", num_pages, 1), checked_page_size(page_size), kv_heads)
+        shape = (extent("num_pages", num_pages, 1), checked_page_size(page_size), kv_heads)
         dtype = _floating(dtype)
 
         def pages(width):

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from jax_flashcute.api import flash_attention
-from jax_flashcute.given import whole
+from jax_flashcute.given import extent, whole
 from jax_flashcute.nn.attention_fn import check_input, check_options
 
 
@@ -141,7 +141,7 @@ class FlashAttention(nnx.Module):
         Raises:
           ValueError: a size is no integer, or negative.
         """
-        batch, max_length = whole("batch", batch, 0), whole("max_length", max_length, 0)
+        batch, max_length = extent("batch", batch, 0), extent("max_length", max_length, 0)
         shape = (batch, max_length, self.kv_heads, self.head_dim)
         return KVCache(
             jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32)

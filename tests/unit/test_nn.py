@@ -183,6 +183,16 @@ def test_decoding_gives_what_one_call_gives(options: dict) -> None:
     np.testing.assert_array_equal(cache.lengths, [T, T])
 
 
+def test_a_cache_of_symbolic_batch() -> None:
+    module, x = make_module(), normal(0, B, 2, FEATURES)
+
+    def run(x):
+        return module(x, cache=module.init_cache(x.shape[0], 8, jnp.float32))[0]
+
+    signature = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), 2, FEATURES), x.dtype)
+    close(jax.export.export(jax.jit(run))(signature).call(x), run(x))
+
+
 def test_a_full_cache() -> None:
     """Said where the lengths are known; NaN, for that sequence alone, where they are traced."""
     module, x = make_module(), normal(0, B, 2, FEATURES)

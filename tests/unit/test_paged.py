@@ -346,3 +346,24 @@ def test_bad_pages_change_nothing() -> None:
     assert allocator.allocate(1) == [3]
     allocator.free(np.array([*pages, 3]))
     assert allocator.num_free == 4
+
+
+def test_export_of_a_cache_with_symbolic_sizes() -> None:
+    def run(query, key, table, pages):
+        sizes = {"batch": query.shape[0], "max_pages": table.shape[1], "num_pages": pages.shape[0]}
+        cache = PagedKVCache.empty(
+            layers=1, page_size=4, kv_heads=1, head_dim=8, dtype=jnp.float32, **sizes
+        )
+        cache = cache.with_sequences(table, jnp.zeros(query.shape[0], jnp.int32))
+        cache = cache.append_layer(0, key, key, 3).advance(3)
+        pages = cache.k_pages[0], cache.v_pages[0]
+        return paged_attention(query, *pages, cache.page_table, cache.lengths, is_causal=True)
+
+    B, P, N = jax.export.symbolic_shape("b, p, n")
+    query, key = (jax.random.normal(jax.random.key(h), (2, 3, h, 8)) for h in (2, 1))
+    arrays = query, key, jnp.array([[3, 0], [1, 2]]), jnp.zeros(4)
+    shapes = (B, 3, 2, 8), (B, 3, 1, 8), (B, P), (N,)
+    signature = [jax.ShapeDtypeStruct(s, x.dtype) for s, x in zip(shapes, arrays, strict=True)]
+    found = jax.export.export(jax.jit(run))(*signature).call(*arrays)
+    wanted = flash_attention(query, key, key, is_causal=True)
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
