@@ -154,6 +154,21 @@ def test_elements_that_tiles_have_in_common():
     check(case, None, lambda s, b, h, q, kv: s + table[h, jnp.clip(q - kv, -10, 10) + 10])
 
 
+def test_elements_in_common_of_another_derivative():
+    """A sum whose derivative in the score is not 1, of a table without a gradient."""
+
+    @jax.custom_vjp
+    def halved(score):
+        return score
+
+    halved.defvjp(lambda score: (score, None), lambda _, cotangent: (cotangent / 2,))
+    case = sized(64, seqlen_q=70, seqlen_k=256)
+    table = jnp.asarray(np.random.default_rng(0).integers(-2, 3, 21), jnp.int32)
+    check(
+        case, None, lambda s, b, h, q, kv: halved(s) + 1.0 * table[jnp.clip(q - kv, -10, 10) + 10]
+    )
+
+
 INFINITE_AT_0 = {
     "derivative": lambda s, b, h, q, kv: jnp.sign(s) * jnp.sqrt(jnp.abs(s)),
     "score": lambda s, b, h, q, kv: s - 0.1 * jnp.log(jnp.abs(s)),

@@ -38,6 +38,9 @@ def adds_by_distance(functions: ElementFunctions | None) -> bool:
         return False
     if functions.hides or functions.added_kinds(False) != {"tile"}:
         return False
+    # A custom derivative may change the gradients of scores that are only added to.
+    if not functions.keeps_gradients:
+        return False
     program = program_of(functions.score_mod, functions.keys)
     return all(program.is_of_distance(value) for value, _ in program.addends() or ())
 
