@@ -265,10 +265,8 @@ class BlockMask:
                 counts, indices = counts[:, :, of_row], indices[:, :, of_row]
             return counts * parts, indices
 
-        full, tiles = (
-            divided(self.full_counts, self.full_indices),
-            num_tiles(self.kv_length, tile_n),
-        )
+        full = divided(self.full_counts, self.full_indices)
+        tiles = num_tiles(self.kv_length, tile_n)
         if self.num_kv_tiles * parts > tiles:
             # Of a last tile that is cut off, some lie beyond; kernels take full ones as they are.
             full = _first(*full, full[1] < tiles)

@@ -54,10 +54,8 @@ class NativeSparseAttention(nnx.Module):
         implementation: Implementation = None,
         rngs: nnx.Rngs,
     ):
-        in_features, num_heads = (
-            whole("in_features", in_features, 1),
-            whole("num_heads", num_heads, 1),
-        )
+        in_features = whole("in_features", in_features, 1)
+        num_heads = whole("num_heads", num_heads, 1)
         num_kv_heads = whole("num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads, 1)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, {num_heads}; got {num_kv_heads}")

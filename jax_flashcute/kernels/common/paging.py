@@ -204,22 +204,27 @@ def follow_tiles(
         fields = take(t_stage, t_phase)
 
 
-class DenseTiles:
-    """Tiles of arrays (B, S, K, H), each copied at once by TMA.
-
-    Where the blocks of a cluster visit the same tiles, each copies a part of a tile to all of them.
-    """
+class OneWarpTiles:
+    """Tiles that one warp loads by TMA."""
 
     copying_warps = 0
     threads_copy = False
     nowhere = 0
 
+    def columns_first(self, dtype, head_dim: int, width: int) -> bool:
+        """Whether tiles are laid out such that a box of all columns is one copy."""
+        return False
+
+
+class DenseTiles(OneWarpTiles):
+    """Tiles of arrays (B, S, K, H), each copied at once by TMA.
+
+    Where the blocks of a cluster visit the same tiles, each copies a part of a tile to all of them.
+    """
+
     def __init__(self, tile_n: int, cluster: int):
         self.tile_n = tile_n
         self.cluster = cluster
-
-    def columns_first(self, dtype, head_dim: int, width: int) -> bool:
-        return False
 
     def source(self, dtype, x: cute.Tensor, width: int):
         """The copy of a tile from ``by_head``'s view of an array, and what it reads."""
@@ -263,12 +268,8 @@ class DenseTiles:
         return load
 
 
-class BoxedTiles:
+class BoxedTiles(OneWarpTiles):
     """Tiles copied by TMA, in boxes of rows of one page; one warp issues them all."""
-
-    copying_warps = 0
-    threads_copy = False
-    nowhere = 0
 
     def __init__(
         self, page_size: int, tile_n: int, boxes_at_once: int, columns_first: bool = False
@@ -281,7 +282,6 @@ class BoxedTiles:
         self.may_be_columns_first = columns_first
 
     def columns_first(self, dtype, head_dim: int, width: int) -> bool:
-        """Whether tiles are laid out such that a box of all columns is one copy."""
         is_whole = head_dim % swizzle_width(dtype, width) == 0
         return self.may_be_columns_first and is_whole
 
@@ -371,7 +371,40 @@ class BoxedTiles:
             )
 
 
-class SharedBoxes:
+class PartsOfTiles:
+    """Tiles of which several warps load an equal part of the rows each, ``unit`` rows at a time.
+
+    A lane looks up the page of a unit, and of that 32 further, and so on.
+    """
+
+    def __init__(self, page_size: int, tile_n: int, warps: int, unit: int):
+        self.page_size = page_size
+        self.tile_n = tile_n
+        self.copying_warps = warps
+        self.unit = unit
+        self.units = tile_n // warps // unit
+
+    def columns_first(self, dtype, head_dim: int, width: int) -> bool:
+        return False
+
+    @property
+    def nowhere(self) -> tuple:
+        return (0,) * -(-self.units // 32)
+
+    @cute.jit
+    def places(self, mPageTable: cute.Tensor, batch: Int32, keys: Int32, warp: Int32, n: Int32):
+        """The pages of this warp's units of tile n, one a lane; a number for each 32 units.
+
+        That of the last key beyond the length: its rows are hidden or cleared.
+        """
+        first = n * (self.tile_n // self.unit) + warp * self.units + cute.arch.lane_idx()
+        last = (keys - 1) // self.unit
+        held = [cutlass.min(first + i, last) for i in range(0, self.units, 32)]
+        units = self.page_size // self.unit
+        return tuple([Int32(mPageTable[batch, place // units]) for place in held])
+
+
+class SharedBoxes(PartsOfTiles):
     """Tiles of pages smaller than an atom of the swizzle, copied by TMA from several warps.
 
     Each warp issues those of an equal part of the rows: an atom's columns of a page at once.
@@ -382,19 +415,9 @@ class SharedBoxes:
     at_once = 8
 
     def __init__(self, page_size: int, tile_n: int, warps: int):
-        self.page_size = page_size
-        self.tile_n = tile_n
-        self.copying_warps = warps
-        self.pages = tile_n // warps // page_size
+        super().__init__(page_size, tile_n, warps, page_size)
         if tile_n % (warps * page_size):
             raise ValueError(f"{tile_n} keys are not {warps} equal parts of pages of {page_size}")
-
-    def columns_first(self, dtype, head_dim: int, width: int) -> bool:
-        return False
-
-    @property
-    def nowhere(self) -> tuple:
-        return (0,) * -(-self.pages // 32)
 
     def source(self, dtype, pages: cute.Tensor, width: int):
         """The copy of an atom's columns of a page, and what it reads: (rows, columns, pages).
@@ -419,17 +442,6 @@ class SharedBoxes:
             (self.page_size, columns),
         )
 
-    @cute.jit
-    def places(self, mPageTable: cute.Tensor, batch: Int32, keys: Int32, warp: Int32, n: Int32):
-        """The pages of this warp's rows of tile n, one a lane; a number for each 32 pages.
-
-        That of the last key beyond the length: its rows are hidden or cleared.
-        """
-        first = n * (self.tile_n // self.page_size) + warp * self.pages + cute.arch.lane_idx()
-        last = (keys - 1) // self.page_size
-        held = [cutlass.min(first + i, last) for i in range(0, self.pages, 32)]
-        return tuple([Int32(mPageTable[batch, page]) for page in held])
-
     def loader(
         self,
         copy: tuple,
@@ -449,7 +461,7 @@ class SharedBoxes:
         sX_boxes = cute.make_tensor(sX.iterator, cute.make_layout(shape, stride=stride))
         gX_boxes = cute.local_tile(gX, (rows, columns), (0, None, None))
         target, source = tma_partition(atom, sX_boxes, cute.group_modes(gX_boxes, 2, 4))
-        return partial(self.copy, atom, source, target, (head * parts, parts), warp * self.pages)
+        return partial(self.copy, atom, source, target, (head * parts, parts), warp * self.units)
 
     @cute.jit
     def copy(
@@ -467,7 +479,7 @@ class SharedBoxes:
         """``columns``: the head's first part and how many it has; ``first``: page of the tile."""
         first_part, parts = columns
         for held in cutlass.range_constexpr(len(places)):
-            pages = min(32, self.pages - 32 * held)
+            pages = min(32, self.units - 32 * held)
             for i in cutlass.range(pages, unroll=min(pages, self.at_once)):
                 page = cute.arch.shuffle_sync(places[held], i)
                 for part in cutlass.range_constexpr(parts):
@@ -479,44 +491,25 @@ class SharedBoxes:
                     )
 
 
-class CopiedTiles:
+class CopiedTiles(PartsOfTiles):
     """Tiles that some warps copy, each an equal part of the rows, 16 bytes at a time.
 
     Of each 32 rows of a warp a lane looks up one; the lanes that copy a row ask it.  Rows beyond
     the length become zeros.
     """
 
+    threads_copy = True
+
     def __init__(self, page_size: int, tile_n: int, warps: int, kv_stages: int):
-        self.page_size = page_size
-        self.tile_n = tile_n
-        self.copying_warps = warps
-        self.threads_copy = True
+        super().__init__(page_size, tile_n, warps, 1)
         # Tiles on their way when a warp waits for the one before: of two stages one has to be full.
         self.copies_behind = 1 if kv_stages > 2 else 0
-        self.rows = tile_n // warps
         if tile_n % (4 * warps):
             raise ValueError(f"{tile_n} keys are not {warps} equal parts in fours")
-
-    def columns_first(self, dtype, head_dim: int, width: int) -> bool:
-        return False
-
-    @property
-    def nowhere(self) -> tuple:
-        return (0,) * -(-self.rows // 32)
 
     def source(self, dtype, pages: cute.Tensor, width: int):
         """No TMA copy, and what is read: ``by_head``'s view of the pages."""
         return None, pages
-
-    @cute.jit
-    def places(self, mPageTable: cute.Tensor, batch: Int32, keys: Int32, warp: Int32, n: Int32):
-        """The pages of this warp's rows of tile n, one a lane; that of the last key beyond it.
-
-        A number for each 32 rows.
-        """
-        key = n * self.tile_n + warp * self.rows + cute.arch.lane_idx()
-        held = [cutlass.min(key + r, keys - 1) for r in range(0, self.rows, 32)]
-        return tuple([Int32(mPageTable[batch, key // self.page_size]) for key in held])
 
     def loader(
         self,
@@ -556,7 +549,7 @@ class CopiedTiles:
         row_bytes = Int64(Int32(heads) * (2 * head_dim))
         origin = pages.iterator.toint() + Int64(head) * (2 * head_dim) + own_chunk * 16
         linear = cute.recast_ptr(sX.iterator, swizzle_=cute.make_swizzle(0, 4, 3), dtype=Int64)
-        first = warp * self.rows
+        first = warp * self.units
         line = (own_chunk * 8 // atom * self.tile_n + first + own_row) * (2 * atom)
         line += own_chunk * 16 % (2 * atom)
         line ^= swizzle_bits(first + own_row, atom)
@@ -564,7 +557,7 @@ class CopiedTiles:
         for held in cutlass.range_constexpr(len(places)):
             # Of this warp's rows, those whose pages one number of each lane names.
             begin = 32 * held
-            rows = min(32, self.rows - begin)
+            rows = min(32, self.units - begin)
             key = n * self.tile_n + first + begin + row_told
             page = cute.arch.shuffle_sync(places[held], row_told)
             is_key = (key < keys) & (page >= 0) & (page < num_pages)

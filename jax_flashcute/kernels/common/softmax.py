@@ -18,6 +18,8 @@ LN2 = math.log(2.0)
 LOG2_E = math.log2(math.e)
 LARGEST_SCORE = 1e38
 """Scores above it count as it where they may be infinite: it is finite in base 2, too."""
+FAR_SCORE = 2.0**27
+"""From here on scores are equal or 16 apart, and in base 2 they are rounded by more than that."""
 CHAINS = 4
 """Independent chains in a reduction along a row, so that latency does not bound it."""
 
@@ -82,10 +84,6 @@ def _two_to(rounded: Float32) -> Float32:
     bits = Int32(llvm.bitcast(Int32.mlir_type, rounded.ir_value()))
     bits = (bits << 23) + Int32(0x3F800000)
     return Float32(llvm.bitcast(Float32.mlir_type, bits.ir_value()))
-
-
-FAR_SCORE = 2.0**27
-"""From here on scores are equal or 16 apart, and in base 2 they are rounded by more than that."""
 
 
 class OnlineSoftmax(Traced):

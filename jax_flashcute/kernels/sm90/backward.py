@@ -156,7 +156,7 @@ class BackwardSm90(QueryTiles):
             and packed_mask is None
             and not has_lists
             and not config.by_role
-            and config.smem_bytes(head_dim, head_dim_v) + 4 * self.numbers + 2048 <= SMEM_BYTES
+            and self._has_room(self.numbers)
         )
         self.has_low = row_bounds is not None
         if isinstance(mask, IntervalMask):
@@ -179,7 +179,6 @@ class BackwardSm90(QueryTiles):
         functions, cfg = self.functions, self.config
         if self.group == 1 or functions is None or functions.bias is None:
             return False
-        smem = cfg.smem_bytes(self.head_dim, self.head_dim_v) + 4 * cfg.tile_m * cfg.tile_n
         return (
             functions.summed_ranks == [4]
             and "bias" not in functions.constants
@@ -187,8 +186,13 @@ class BackwardSm90(QueryTiles):
             and functions.keeps_gradients
             and not self.has_lists
             and not (cfg.by_role or cfg.resident_bytes or cfg.deterministic)
-            and smem + 2048 <= SMEM_BYTES
+            and self._has_room(cfg.tile_m * cfg.tile_n)
         )
+
+    def _has_room(self, numbers: int) -> bool:
+        """Whether so many float32 fit in shared memory beside operands and barriers."""
+        smem = self.config.smem_bytes(self.head_dim, self.head_dim_v)
+        return smem + 4 * numbers + 2048 <= SMEM_BYTES
 
     # ---- host side -------------------------------------------------------------------------
 
