@@ -15,15 +15,20 @@ head, a query and a key at once is stored, and what heads have in common but for
 those of a group, which take turns at a tile.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32
 
 from jax_flashcute.kernels.common.elements import EntryElements
+from jax_flashcute.kernels.common.gradient_sums import (
+    GradientSum,
+    exchanged,
+    over_keys,
+    over_lanes,
+    sums_of,
+)
 from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
@@ -76,15 +81,7 @@ class Pullback:
         self.first_key = first_key
         self.keys = [entry.keys(first_key + row_in_slab(thread, r)) for r in range(ROWS_PER_THREAD)]
         self.common = cute.make_rmem_tensor(1, Float32)
-        rest = list(tensors)
-        self.sums: list[_Sum] = []
-        functions, derivative = entry.elements.functions, entry.elements.derivative
-        if functions.bias is not None and "bias" not in functions.constants:
-            self.sums.append(_BiasSum(entry, rest.pop(0)))
-        if derivative is not None and "score_mod_arrays" not in functions.constants:
-            of_array = dict(zip(derivative.numbered, rest, strict=True))
-            for array, at in derivative.cotangents():
-                self.sums.append(_ReadSum(entry, of_array[array], array, at))
+        self.sums = sums_of(entry, tensors, ROWS_PER_THREAD)
 
     def start(self) -> None:
         """At the first tile of a head."""
@@ -134,7 +131,7 @@ class Pullback:
             elif each.may_agree:
                 self.add_by_distance(each, head, m * self.tile_m + zero, dscores)
             if each.varies == "q":
-                totals, column = _over_keys(each.columns, self.thread)
+                totals, column = over_keys(each.columns, self.thread, (4, 8, 16))
                 each.columns = []
                 for i, total in enumerate(totals):
                     query = entry.queries(head, first + column_step(column + i))
@@ -152,13 +149,15 @@ class Pullback:
         else:
             self.add_diagonals(each, head, first, dscores)
 
-    def add_at_once(self, each: "_Sum", query: dict, dscores: cute.Tensor) -> None:
+    def add_at_once(self, each: GradientSum, query: dict, dscores: cute.Tensor) -> None:
         columns, rows = range(cute.size(dscores, mode=[1])), range(ROWS_PER_THREAD)
         totals = [sum((dscores[r, c] for c in columns), start=Float32(0.0)) for r in rows]
         both = self.entry.both(query, self.keys[0])
         each.add_element(0, *self.given(both, sum(totals, start=Float32(0.0))))
 
-    def add_diagonals(self, each: "_Sum", head: Int32, first: Int32, dscores: cute.Tensor) -> None:
+    def add_diagonals(
+        self, each: GradientSum, head: Int32, first: Int32, dscores: cute.Tensor
+    ) -> None:
         """Adds a tile's sums over the warp's scores of one distance each."""
         entry, warp = self.entry, self.thread // 32 % 4
         totals, place = _over_diagonals(dscores, self.thread)
@@ -180,7 +179,7 @@ class Pullback:
 
     def finish_common(self, head: Int32, m: Int32, where: Boolean) -> None:
         """After such a loop ``where`` it had a tile, m among them."""
-        total = _over_lanes(self.common[0], (1, 2, 4, 8, 16))
+        total = over_lanes(self.common[0], (1, 2, 4, 8, 16))
         both = self.entry.both(self.entry.queries(head, m * self.tile_m), self.keys[0])
         for each in self.sums:
             each.add_total(self.given(both, total)[1], where & (self.thread % 32 == 0))
@@ -217,7 +216,7 @@ class Pullback:
         for j in range(cute.size(self.held, mode=[1])):
             cute.autovec_copy(self.with_held(j, dscores), self.held[None, j])
 
-    def add_held(self, each: "_Sum", head: Int32, first: Int32, dscores: cute.Tensor) -> None:
+    def add_held(self, each: GradientSum, head: Int32, first: Int32, dscores: cute.Tensor) -> None:
         for j in range(cute.size(self.held, mode=[1])):
             values = self.with_held(j, dscores)
             self.clear_held(j)
@@ -241,7 +240,7 @@ class Pullback:
         cute.autovec_copy(nothing, self.held[None, j])
 
     def given(self, known: dict, d_score: Float32) -> tuple[dict, dict, Float32]:
-        """What ``_Sum.add_element`` takes, of a score whose gradient stays as it is."""
+        """What ``GradientSum.add_element`` takes, of a score whose gradient stays as it is."""
         return known, self.entry.gradient(known, None, d_score, self.scale)[1], d_score
 
     def finish(self, head: Int32) -> None:
@@ -251,247 +250,14 @@ class Pullback:
         for each in self.sums:
             match each.varies:
                 case "":
-                    total = _over_lanes(each.totals[0], (1, 2, 4, 8, 16))
+                    total = over_lanes(each.totals[0], (1, 2, 4, 8, 16))
                     each.add_to(of_head, total, lane == 0)
                 case "k":
                     for r, key in enumerate(self.keys):
-                        total = _over_lanes(each.totals[r], (1, 2))
+                        total = over_lanes(each.totals[r], (1, 2))
                         each.add_to(self.entry.both(of_head, key), total, lane % 4 == 0)
                 case _:
                     each.flush()
-
-
-class _Sum:
-    """Sums that go into one array.
-
-    Attributes:
-      varies: "", "q", "k" or "qk": whether the element depends on the query and on the key.
-      totals: what has been summed of a head; by the thread's keys where these matter.
-      columns: likewise of a tile, by its queries.
-
-      may_agree: many a tile adds to one element alone, the gradients of its scores.
-    """
-
-    varies: str
-    may_agree = False
-
-    def __init__(self):
-        self.totals = cute.make_rmem_tensor(1 if self.varies == "" else ROWS_PER_THREAD, Float32)
-        self.columns: list[Float32] = []
-
-    def start(self) -> None:
-        self.totals.fill(0.0)
-
-    def add(self, known: list[dict], values: list[dict[int, Any]], d_scores: list[Float32]) -> None:
-        """A column of a tile.
-
-        Args:
-          known: of its query with each of the thread's keys.
-          values: of the derivative's program, for each key.
-          d_scores: the gradients of the changed scores.
-        """
-        parts = self.parts(values, d_scores)
-        match self.varies:
-            case "":
-                self.totals[0] = self.totals[0] + (parts[0] + parts[1])
-            case "k":
-                for r, part in enumerate(parts):
-                    self.totals[r] = self.totals[r] + part
-            case "q":
-                self.columns.append(parts[0] + parts[1])
-            case _:
-                for r, part in enumerate(parts):
-                    self.add_element(r, known[r], values[r], part)
-
-    def parts(self, values: list[dict[int, Any]], d_scores: list[Float32]) -> list[Float32]:
-        """What a column's scores add."""
-        raise NotImplementedError
-
-    def add_to(self, known: dict, total: Float32, where: Boolean | None = None) -> None:
-        """Adds to the element that follows from what is known, in memory."""
-        raise NotImplementedError
-
-    def add_element(self, r: int, known: dict, values: dict[int, Any], part: Float32) -> None:
-        """Adds what one score adds, for the thread's r-th key."""
-        raise NotImplementedError
-
-    def add_total(self, values: dict[int, Any], where: Boolean) -> None:
-        """Adds what the sum of some scores adds, whose elements are the same."""
-        raise NotImplementedError
-
-    def add_totals(self, values: dict[int, Any]) -> None:
-        """Likewise, of all lanes; neighbours are likely to have one element."""
-        raise NotImplementedError
-
-    def flush(self) -> None:
-        """Adds what ``add_element`` has kept."""
-
-
-class _BiasSum(_Sum):
-    """The gradient of a (1|B, 1|N, 1|T, 1|S) bias."""
-
-    def __init__(self, entry: EntryElements, tensor: cute.Tensor):
-        self.entry = entry
-        self.tensor = tensor
-        self.array = entry.elements.functions.bias
-        self.varies = "".join(x for x, d in (("q", "t"), ("k", "s")) if d in self.array.full)
-        super().__init__()
-
-    def parts(self, values: list[dict[int, Any]], d_scores: list[Float32]) -> list[Float32]:
-        return d_scores
-
-    def add_to(self, known: dict, total: Float32, where: Boolean | None = None) -> None:
-        place = self.entry.place(self.tensor, self.array, known)
-        _add(self.tensor.iterator + place, total, where)
-
-    def add_element(self, r: int, known: dict, values: dict[int, Any], part: Float32) -> None:
-        if not self.array.has_all_axes:
-            self.add_to(known, part)
-            return
-        # Each has one score.  What lies beyond the last row or key adds 0 to what is not its own.
-        cute.arch.inline_ptx(
-            "st.global.f32 [{$r0}], {$r1};",
-            read_only_args=[
-                (self.tensor.iterator + self.entry.place(self.tensor, self.array, known)).toint(),
-                part,
-            ],
-            predicate=part != Float32(0.0),
-        )
-
-
-class _ReadSum(_Sum):
-    """What one read of a score adds to the gradient of the array that it reads."""
-
-    def __init__(self, entry: EntryElements, tensor: cute.Tensor, array: int, at: int):
-        self.program = entry.elements.derivative.program
-        self.reads_score = entry.reads_score
-        self.at = at
-        reads = self.program.depends_on(at)
-        by_score = bool({"score", "cotangent"} & reads)
-        by = (("q", "q_idx" in reads or by_score), ("k", "kv_idx" in reads or by_score))
-        self.varies = "".join(letter for letter, varies in by if varies)
-        size = math.prod(self.program.array_types[array][1])
-        batch = cutlass.min(entry.entry, Int32(tensor.shape[0]) - 1)
-        self.base = tensor.iterator + Int64(batch) * size
-        number = self.program.result(at)
-        self.indices = self.program.reads_by_bounds(number)
-        self.may_agree = (
-            bool(self.indices)
-            and entry.elements.positions is None
-            and self.program.is_of_distance(number)
-            and not self.reads_score
-            and self.program.is_argument(0, "cotangent")
-            and self.program.is_argument(at + 1, "cotangent")
-        )
-        self.kept = cute.make_rmem_tensor(ROWS_PER_THREAD, Int32) if self.varies == "qk" else None
-        super().__init__()
-
-    def start(self) -> None:
-        super().start()
-        if self.kept is not None:
-            self.kept.fill(-1)
-
-    def parts(self, values: list[dict[int, Any]], d_scores: list[Float32]) -> list[Float32]:
-        parts = [Float32(self.program.value(of_key, self.at + 1)) for of_key in values]
-        if not self.reads_score:
-            return parts
-        # Beyond the last row and key scores are 0, where a derivative may be infinite.
-        return [
-            select(d_score != Float32(0.0), part, Float32(0.0))
-            for d_score, part in zip(d_scores, parts, strict=True)
-        ]
-
-    def agrees(self, query: dict, keys: Span) -> Boolean:
-        """Whether a query and all of some keys read the same element."""
-        return self.program.are_points(query["derivative"], self.indices, keys)
-
-    def add_to(self, known: dict, total: Float32, where: Boolean | None = None) -> None:
-        number = self.program.value(known["derivative"], self.at)
-        is_inside = number >= 0
-        _add(self.base + number, total, is_inside if where is None else is_inside & where)
-
-    def add_element(self, r: int, known: dict, values: dict[int, Any], part: Float32) -> None:
-        number = self.program.value(values, self.at)
-        kept, total = self.kept[r], self.totals[r]
-        _add_if((number != kept) & (kept >= 0), self.base + kept, total)
-        self.totals[r] = select(number == kept, total + part, part)
-        self.kept[r] = number
-
-    def number(self, known: dict) -> Int32:
-        """The element that follows from what is known, negative for none."""
-        return Int32(self.program.value(known["derivative"], self.at))
-
-    def add_total(self, values: dict[int, Any], where: Boolean) -> None:
-        number, part = self._of(values)
-        _add(self.base + number, part, (number >= 0) & where)
-
-    def add_totals(self, values: dict[int, Any]) -> None:
-        _add_over_halves(self.base, *self._of(values))
-
-    def _of(self, values: dict[int, Any]) -> tuple[Int32, Float32]:
-        values_of = self.program.value
-        return Int32(values_of(values, self.at)), Float32(values_of(values, self.at + 1))
-
-    def flush(self) -> None:
-        for r in range(ROWS_PER_THREAD if self.kept is not None else 0):
-            _add(self.base + self.kept[r], self.totals[r], self.kept[r] >= 0)
-
-
-@cute.jit
-def _add(pointer: cute.Pointer, value: Float32, where: Boolean | None = None):
-    """Adds to a float32 in global memory."""
-    if const_expr(where is None):
-        where = Boolean(True)
-    if where:
-        cute.arch.red(pointer, value, op="add", dtype="f32", sem="relaxed", scope="gpu")
-
-
-@cute.jit
-def _add_over_halves(base: cute.Pointer, number: Int32, value: Float32):
-    """Adds each lane's value to its element, not below 0; at once where half a warp has one."""
-    lane = cute.arch.lane_idx()
-    of_first = cute.arch.shuffle_sync(number, offset=lane & 16)
-    if cute.arch.vote_any_sync(number != of_first):
-        _add(base + number, value, number >= 0)
-    else:
-        total = _over_lanes(value, (1, 2, 4, 8))
-        _add(base + number, total, (number >= 0) & (lane % 16 == 0))
-
-
-def _add_if(where: Boolean, pointer: cute.Pointer, value: Float32) -> None:
-    """The same without a branch; ``where`` may not be a constant in disguise."""
-    cute.arch.inline_ptx(
-        "red.relaxed.gpu.global.add.f32 [{$r0}], {$r1};",
-        read_only_args=[pointer.toint(), value],
-        predicate=where,
-    )
-
-
-def _over_lanes(value: Float32, offsets: Sequence[int]) -> Float32:
-    for offset in offsets:
-        value = value + cute.arch.shuffle_sync_bfly(value, offset=offset)
-    return value
-
-
-def _over_keys(values: list[Float32], thread: Int32) -> tuple[list[Float32], Int32]:
-    """Sums over the eight lanes that hold the same columns.
-
-    Each exchange of two lanes halves the columns that a lane goes on with.
-
-    Returns:
-      The sums that this lane is left with, of neighbouring columns, and the first column.
-    """
-    first = Int32(0)
-    for offset in (4, 8, 16):
-        is_upper = (thread & offset) != 0
-        if len(values) % 2:
-            totals = [_over_lanes(x, (offset,)) for x in values]
-            values = [select(is_upper, Float32(0.0), x) for x in totals]
-            continue
-        half = len(values) // 2
-        values = _exchanged(values[:half], values[half:], is_upper, offset)
-        first = first + select(is_upper, Int32(half), Int32(0))
-    return values, first
 
 
 def _over_diagonals(dscores: cute.Tensor, thread: Int32) -> tuple[list[Float32], Int32]:
@@ -516,17 +282,6 @@ def _over_diagonals(dscores: cute.Tensor, thread: Int32) -> tuple[list[Float32],
         turned = [select(wraps, sums[i + 1], sums[i]) for i in range(eighths + 2)]
         turned = [cute.arch.shuffle_sync(x, offset=source) for x in turned]
         half = len(turned) // 2
-        halves.append(_exchanged(turned[:half], turned[half:], is_upper, 16))
-    totals = _exchanged(*halves, is_odd, 8)
+        halves.append(exchanged(turned[:half], turned[half:], is_upper, 16))
+    totals = exchanged(*halves, is_odd, 8)
     return totals, 8 * (select(is_upper, Int32(half), Int32(0)) - 2) + 2 * p + e % 2 - f
-
-
-def _exchanged(
-    low: list[Float32], high: list[Float32], is_upper: Boolean, offset: int
-) -> list[Float32]:
-    """Sums with the lane ``offset`` away: of ``low``, or in the upper of the two of ``high``."""
-    sums = []
-    for x, y in zip(low, high, strict=True):
-        given = cute.arch.shuffle_sync_bfly(select(is_upper, x, y), offset=offset)
-        sums.append(select(is_upper, y, x) + given)
-    return sums
