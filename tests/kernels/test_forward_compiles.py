@@ -146,8 +146,9 @@ def test_code(call: Call) -> None:
     # lanes of a warp, ptxas may have uniform predicates instead.
     if call.mask != "full":
         assert found.count("R2P") >= ROWS_PER_THREAD * (config.tile_n // 4 // 8)
-    # Rows of O leave 16 bytes at a time.
-    assert found.count("STG.E.128") > 0
+    # Rows of O leave by TMA where there are two query tiles as wide, else 16 bytes at a time.
+    by_tma = config.q_stages > 1 and call.head_dim == call.head_dim_v
+    assert found.count("UTMASTG" if by_tma else "STG.E.128") > 0
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="recording a launch needs a C compiler")

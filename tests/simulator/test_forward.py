@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jax_flashcute.ffi.compile import CompiledKernel
+from jax_flashcute.kernels.config import forward_config, staggered
 from tests.simulator import SimulationError, compiled, mutation, reference, simulate
 from tests.simulator.compiled import forward
 
@@ -56,6 +57,46 @@ def test_rows_that_see_nothing():
     """T > S under a window: the last rows lie beyond every key."""
     window = (16, 0)
     check(forward(64, window=window), (1, 300, 1, 100, 1, 64), window=window)
+
+
+@pytest.mark.parametrize(
+    ("group", "length", "how"),
+    [
+        (1, 130, {"timing": "late", "warps": "adversarial"}),
+        (4, 45, {"timing": "shuffled", "warps": "seeded"}),
+    ],
+    ids=["apart", "packed"],
+)
+def test_two_query_tiles(group, length, how):
+    """Rows of no, one and more key tiles, with O stored from where queries were."""
+    window = (None, None) if group == 1 else (100, 0)
+    kernel = forward(
+        group=group,
+        pack_gqa=group > 1,
+        window=window,
+        optional=("query_seq_lengths", "key_value_seq_lengths"),
+        config=staggered(forward_config(128, 128)),
+    )
+    queries, keys = np.array([[length, length, 37, 40], [0, 1, 290, 130]], np.int32)
+    random = np.random.default_rng(0)
+    q = random.standard_normal((4, length, group, 128)).astype(BF16)
+    k, v = (random.standard_normal((4, 290, 1, 128)).astype(BF16) for _ in range(2))
+    for b in range(4):
+        q[b, queries[b] :] = k[b, keys[b] :] = v[b, keys[b] :] = np.nan
+    outputs = [(q.shape, BF16), (q.shape[:3], np.float32), ((1,), np.int32)]
+    out, lse, _ = simulate(kernel, q, k, v, queries, keys, outputs=outputs, **how)
+    for b in range(4):
+        t, s = queries[b], keys[b]
+        assert not out[b, t:].any()
+        assert np.isneginf(lse[b, t:]).all()
+        if s == 0:
+            assert not out[b].any()
+            assert np.isneginf(lse[b]).all()
+            continue
+        inputs = (x[b : b + 1, :n] for x, n in ((q, t), (k, s), (v, s)))
+        expected, expected_lse = reference.attention(*inputs, 128**-0.5, window)
+        np.testing.assert_allclose(out[b, :t].astype(np.float64), expected[0], atol=0.02, rtol=0.01)
+        np.testing.assert_allclose(lse[b, :t], expected_lse[0], atol=1e-4, rtol=1e-5)
 
 
 def test_packed_heads_in_half_precision():

@@ -37,6 +37,11 @@ them up (extra/combine.py); where a row has one part alone, the output is writte
 issued once warpgroup 0 has its own.  In step, all would do at once what no product runs beside: the
 first softmax of a tile and its output.
 
+There, too, rows are finished beside the last product, and O leaves through shared memory: each warp
+writes its rows where their queries were, for TMA to store.  A query tile is given back once that
+has been read, in the next tile of work; in the first one the second query tile is, which begins as
+held.
+
 "terms" are what a score adds (added_terms.py), where it does.  Where some of it follows from the
 key alone, one warp more arrives at k and takes a tile.
 
@@ -52,7 +57,7 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
 from jax_flashcute.bounds import RowBounds
@@ -91,6 +96,7 @@ from jax_flashcute.kernels.common.tiles import (
     clear_rows,
     slab_tma_layout,
     smem_layout,
+    swizzle_width,
     tma_partition,
 )
 from jax_flashcute.kernels.common.visits import KeyTiles, work_fields
@@ -209,6 +215,9 @@ class ForwardSm90(KeyTiles):
         self.consumer_warps = 4 * config.warpgroups
         self.takes_turns = config.takes_turns and config.warpgroups > 1
         self.leads = config.q_stages > 1 and config.warpgroups > 1
+        # Where a warp's 16 rows are whole tokens, and of O as wide as of Q.
+        self.stages_output = self.leads and not (split_kv or self.has_sinks)
+        self.stages_output &= self.smem_h == self.smem_hv and 16 % self.heads_packed == 0
 
     def added_terms(self, in_order: bool) -> AddedTerms | None:
         """What scores add, where that is done by a product; None for nothing."""
@@ -264,6 +273,15 @@ class ForwardSm90(KeyTiles):
         tma_k = self.kv_tiles.source(self.dtype, k_tensor, self.smem_h)
         tma_v = self.kv_tiles.source(self.dtype, v_tensor, self.smem_hv)
 
+        tma_o: tuple = (None, None)
+        if const_expr(self.stages_output):
+            tma_o = cpasync.make_tiled_tma_atom(
+                cpasync.CopyBulkTensorTileS2GOp(),
+                by_head(mO, self.head_dim_v, self.heads_packed),
+                self.warp_rows_layout(),
+                self.warp_box,
+            )
+
         m_blocks = cute.ceil_div(q_length, self.tile_tokens)
         kv_bytes_per_key = (self.head_dim + self.head_dim_v) * 2
         # Tiles of equal length go head by head: neighbours read the same keys at the same time,
@@ -281,6 +299,7 @@ class ForwardSm90(KeyTiles):
             *tma_q,
             *tma_k,
             *tma_v,
+            *tma_o,
             mQOffset,
             mQLengths,
             mKVLengths,
@@ -316,6 +335,15 @@ class ForwardSm90(KeyTiles):
                 stream, (mQOffset, mQLengths, mKVLengths), kv_length, mOPartial, mLSEPartial, mO,
                 mLSE, mSinks,
             )  # fmt: skip
+
+    @property
+    def warp_box(self) -> tuple[int, int, int]:
+        """(heads, tokens, columns) of the rows of O that a warp stores."""
+        return self.heads_packed, 16 // self.heads_packed, self.smem_hv
+
+    def warp_rows_layout(self):
+        """Those rows in a slab, as TMA reads them."""
+        return slab_tma_layout(self.dtype, 64, self.smem_hv, *self.warp_box[:2])
 
     def shared_storage(self):
         cfg = self.config
@@ -365,6 +393,8 @@ class ForwardSm90(KeyTiles):
         gK: cute.Tensor,
         tma_v: cute.CopyAtom | None,
         gV: cute.Tensor,
+        tma_o: cute.CopyAtom | None,
+        gO: cute.Tensor | None,
         mQOffset: cute.Tensor | None,
         mQLengths: cute.Tensor | None,
         mKVLengths: cute.Tensor | None,
@@ -432,7 +462,7 @@ class ForwardSm90(KeyTiles):
         if const_expr(cfg.cluster > 1):
             pair = PairDraw(storage.draw_barriers.data_ptr(), storage.draw_slot.data_ptr())
         if warp_index == 0:
-            for atom in (tma_q, tma_k, tma_v):
+            for atom in (tma_q, tma_k, tma_v, tma_o):
                 if const_expr(atom is not None):
                     cpasync.prefetch_descriptor(atom)
             with cute.arch.elect_one():
@@ -531,6 +561,7 @@ class ForwardSm90(KeyTiles):
                 sK,
                 sV,
                 term_operands,
+                (tma_o, gO),
                 mO,
                 mLSE,
                 mOPartial,
@@ -539,6 +570,7 @@ class ForwardSm90(KeyTiles):
                 storage.lead_barrier.data_ptr() if const_expr(self.leads) else None,
                 work,
                 (q_length, kv_length),
+                mQLengths is not None,
                 mElements,
                 mBounds,
                 mLists,
@@ -641,7 +673,9 @@ class ForwardSm90(KeyTiles):
                 pipeline_k.acquire(k_stage, k_phase)
                 # Copies of threads are waited for once Q is on its way too.
                 begin_stage(pipeline_k, self.kv_tiles, load_k, n, place, k_stage)
-            pipeline_q.acquire(q_stage, q_phase)
+            # The consumers begin by giving the second tile back.
+            held = q_stage if const_expr(self.stages_output) else 0
+            pipeline_q.acquire(q_stage, q_phase ^ held)
             pipeline_q.expect(q_stage)
             for w in cutlass.range_constexpr(cfg.warpgroups):
                 cute.copy(
@@ -763,6 +797,7 @@ class ForwardSm90(KeyTiles):
         sK: cute.Tensor,
         sV: cute.Tensor,
         term_operands: tuple,
+        o_copy: tuple,
         mO: cute.Tensor,
         mLSE: cute.Tensor,
         mOPartial: cute.Tensor | None,
@@ -771,6 +806,7 @@ class ForwardSm90(KeyTiles):
         lead_barrier,
         work: cute.Tensor,
         array_lengths: tuple,
+        has_query_lengths: cutlass.Constexpr[bool],
         mElements: tuple,
         mBounds: tuple,
         mLists: tuple,
@@ -812,6 +848,10 @@ class ForwardSm90(KeyTiles):
         row_scale = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
         lse = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
 
+        who = (slab, thread)
+
+        finish = partial(self.finish_rows, softmax, row_scale, lse, mLSE)
+
         if const_expr(self.takes_turns):
             # Warpgroup 0 goes first.
             if slab == cfg.warpgroups - 1:
@@ -844,12 +884,13 @@ class ForwardSm90(KeyTiles):
             terms = self.terms_step(
                 mElements,
                 term_operands,
-                (slab, thread),
+                who,
                 (batch, offset, array_lengths, first_token, head),
             )
             read_bits, hide_bits = self.packed_step(
                 mPacked, scores, thread, (batch, head, first_token, q_length)
             )
+            of_rows = (batch, head, first_token, queries, q_length, thread)
             softmax.reset()
             pipeline_q.wait(q_stage, q_phase)
             lists = self.lists_of(mLists, fields, counts=fields[6:8])
@@ -896,6 +937,8 @@ class ForwardSm90(KeyTiles):
                 mask_tile(n)
                 softmax.step(scores, row_scale, True, True, shifts)
                 convert_pairs(acc_S, rP)
+                if const_expr(self.stages_output):
+                    self.release_sent(pipeline_q, q_stage ^ 1, warps)
 
                 accumulate = Boolean(False)
                 stretches = self.stretches(fields, lists, kv_length)
@@ -948,14 +991,19 @@ class ForwardSm90(KeyTiles):
                     if const_expr(common is not None):
                         common.restore()
 
-                pipeline_q.release(q_stage, warps)
+                if const_expr(not self.stages_output):
+                    pipeline_q.release(q_stage, warps)
                 pipeline_v.wait(v_stage, v_phase)
                 gemm(mma_pv, acc_O, tOrP, tOrV[None, None, None, v_stage], accumulate)
+                if const_expr(self.stages_output):
+                    finish(*of_rows)
                 warpgroup.wait_group(0)
                 pipeline_v.release(v_stage, warps)
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
             else:
                 acc_O.fill(0.0)
+                if const_expr(self.stages_output):
+                    finish(*of_rows)
                 if const_expr(self.leads):
                     # A phase for each tile of work, as of Q: none can be two ahead of another.
                     if slab == 0:
@@ -963,31 +1011,43 @@ class ForwardSm90(KeyTiles):
                             cute.arch.mbarrier_arrive(lead_barrier + q_stage)
                     else:
                         cute.arch.mbarrier_wait(lead_barrier + q_stage, q_phase)
-                pipeline_q.release(q_stage, warps)
+                if const_expr(self.stages_output):
+                    self.release_sent(pipeline_q, q_stage ^ 1, warps)
+                else:
+                    pipeline_q.release(q_stage, warps)
 
+            own_stage = q_stage
             q_stage, q_phase = pipeline_q.advance(q_stage, q_phase)
 
-            # Rows at or beyond the query length are as good as empty.
-            sinks = None
-            if const_expr(self.has_sinks):
-                sinks = self.sinks(mElements, batch, head, thread)
-                if const_expr(self.split_kv):
-                    # Of a row in several parts, the kernel that adds them up takes the sink in.
-                    is_whole = fields[self.own_field + 1] == 1
-                    sinks = [select(is_whole, sink, Float32(-Float32.inf)) for sink in sinks]
-            softmax.finish(row_scale, lse, sinks)
-            rows = (out, row_scale, lse)
-            place = (batch, head, first_token, queries, q_length)
-            if const_expr(self.split_kv):
-                split, splits = fields[self.own_field :]
-                if splits > 1:
-                    self.store_partial(*rows, mOPartial, mLSEPartial, split, *place, thread)
-                else:
-                    self.store_slab(*rows, mO, mLSE, *place, thread)
+            if const_expr(self.stages_output):
+                tile = (m_block, head, batch)
+                valid = queries if const_expr(has_query_lengths) else None
+                self.stage_output(acc_O, row_scale, mma_pv, sQ, own_stage, tile, valid, who)
+                self.send_output(*o_copy, sQ, own_stage, tile, slab)
             else:
-                self.store_slab(*rows, mO, mLSE, *place, thread)
+                # Rows at or beyond the query length are as good as empty.
+                sinks = None
+                if const_expr(self.has_sinks):
+                    sinks = self.sinks(mElements, batch, head, thread)
+                    if const_expr(self.split_kv):
+                        # Of a row in several parts, the kernel that adds them up takes the sink in.
+                        is_whole = fields[self.own_field + 1] == 1
+                        sinks = [select(is_whole, sink, Float32(-Float32.inf)) for sink in sinks]
+                softmax.finish(row_scale, lse, sinks)
+                rows = (out, row_scale, lse)
+                if const_expr(self.split_kv):
+                    split, splits = fields[self.own_field :]
+                    if splits > 1:
+                        self.store_partial(*rows, mOPartial, mLSEPartial, split, *of_rows)
+                    else:
+                        self.store_slab(*rows, mO, mLSE, *of_rows)
+                else:
+                    self.store_slab(*rows, mO, mLSE, *of_rows)
 
             fields = self.take_work(work, pipeline_tile, t_stage, t_phase, warps)
+        if const_expr(self.stages_output):
+            # Shared memory must outlive the stores that read it.
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
         if const_expr(self.takes_turns):
             # The turn that was passed last has to be taken, or the barrier stays half full.
             if slab == 0:
@@ -1218,6 +1278,108 @@ class ForwardSm90(KeyTiles):
                     mLSE[batch, token, q_head] = lse[r] if is_valid else -Float32.inf
                 start = cute.crd2idx((batch, token, q_head, 0), mO.layout)
                 store_lines(lines, mO.iterator + start, self.head_dim_v, thread)
+
+    def finish_rows(
+        self,
+        softmax: OnlineSoftmax,
+        row_scale: cute.Tensor,
+        lse: cute.Tensor,
+        mLSE: cute.Tensor,
+        batch: Int32,
+        head: Int32,
+        first_token: Int32,
+        queries: Int32,
+        q_length: Int32,
+        thread: Int32,
+    ) -> None:
+        """The last factor of a slab's rows of O, and their LSE, stored.
+
+        Without branches, ahead of which the compiler would wait for the product that this runs
+        beside.
+        """
+        softmax.finish(row_scale, lse)
+        for r in range(ROWS_PER_THREAD):
+            token = first_token + row_in_slab(thread, r) // self.heads_packed
+            row = (batch, token, self.query_head(head, thread, r))
+            target = mLSE.iterator + cute.crd2idx(row, mLSE.layout)
+            value = select(token < queries, lse[r], Float32(-Float32.inf))
+            cute.arch.inline_ptx(
+                "st.global.f32 [{$r0}], {$r1};",
+                read_only_args=[target.toint(), value],
+                predicate=(thread % 4 == 0) & (token < q_length),
+            )
+
+    def stage_output(
+        self,
+        acc_O: cute.Tensor,
+        row_scale: cute.Tensor,
+        mma: cute.TiledMma,
+        sQ: cute.Tensor,
+        stage: Int32,
+        tile: tuple,
+        queries: Int32 | None,
+        who: tuple,
+    ) -> None:
+        """Leaves a slab's rows of O in shared memory, each warp where its own queries were.
+
+        ``tile``: (m_block, head, batch); ``queries``: how many are valid, None for all.
+        """
+        slab, thread = who
+        index = tile[0] * self.config.warpgroups + slab
+        out, rounded = rows_and_columns(acc_O), cute.make_rmem_tensor(acc_O.layout, self.dtype)
+        words = cute.recast_tensor(rounded, Uint32)
+        for r in range(ROWS_PER_THREAD):
+            row = rounded_row(out, r, row_scale[r], self.dtype)
+            if queries is not None:
+                token = index * self.slab_tokens + row_in_slab(thread, r) // self.heads_packed
+                row = [select(token < queries, word, Uint32(0)) for word in row]
+            for j, word in enumerate(row):
+                words[ROWS_PER_THREAD * j + r] = word
+        copy = cute.make_tiled_copy_C(
+            cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), mma
+        ).get_slice(thread)
+        target = copy.partition_D(sQ)[None, None, None, stage * self.config.warpgroups + slab]
+        cute.copy(copy, copy.retile(rounded), target)
+
+    @cute.jit
+    def send_output(
+        self,
+        tma_o: cute.CopyAtom,
+        gO: cute.Tensor,
+        sQ: cute.Tensor,
+        stage: Int32,
+        tile: tuple,
+        slab: Int32,
+    ):
+        """Begins to store what ``stage_output`` left; each warp its own rows."""
+        m_block, head, batch = tile
+        warps = 4
+        warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % warps
+        part = self.warp_rows_layout()
+        rows = 16 * swizzle_width(self.dtype, self.smem_hv)
+        slabs = self.config.warpgroups * self.config.q_stages
+        sO = cute.make_tensor(
+            sQ.iterator,
+            cute.append(
+                part.outer, cute.make_layout((warps, slabs), stride=(rows, 64 * self.smem_hv))
+            ),
+        )  # (heads, tokens, columns, (warps, slabs))
+        gO_part = cute.local_tile(
+            gO[None, None, None, head, batch], self.warp_box, (0, None, 0)
+        )  # (heads, tokens, columns, parts)
+        tOsO, tOgO = tma_partition(tma_o, sO, gO_part)
+        source = tOsO[None, (warp_index, stage * self.config.warpgroups + slab)]
+        target = tOgO[None, (m_block * self.config.warpgroups + slab) * warps + warp_index]
+        # TMA reads what the threads have written.
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+        cute.copy(tma_o, source, target)
+        cute.arch.cp_async_bulk_commit_group()
+
+    def release_sent(self, pipeline_q: TmaPipeline, stage: Int32, warps: int) -> None:
+        """Gives back a query tile from where O has left."""
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        pipeline_q.release(stage, warps, lanes_read=True)
 
     @cute.jit
     def store_partial(
