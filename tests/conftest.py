@@ -77,6 +77,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # The workers of pytest-xdist hand their reports to the controller, which alone writes.
     if config.getoption("--record-run") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(RunRecorder(config.getoption("--record-run")), "run-recorder")
+    elif config.getoption("--record-run"):
+        config.pluginmanager.register(WorkerDevice(), "worker-device")
     path = config.getoption("--record-transforms")
     if path and not hasattr(config, "workerinput"):
         config.pluginmanager.register(TransformRecorder(path), "transform-recorder")
@@ -108,6 +110,22 @@ def no_cuda_device() -> str | None:
     return None
 
 
+def device_in_use() -> dict[str, str]:
+    """What JAX runs on in this process."""
+    import jax
+
+    device = jax.devices()[0]
+    version = device.client.platform_version.strip()
+    return {"device": device.device_kind, "platform_version": version}
+
+
+class WorkerDevice:
+    """Tells the controller of pytest-xdist what a worker's tests ran on."""
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        session.config.workeroutput["device"] = device_in_use()  # pyright: ignore
+
+
 class RunRecorder:
     """Counts the outcomes of a run and writes them to a JSON file when it ends."""
 
@@ -116,6 +134,11 @@ class RunRecorder:
         self.start = time.monotonic()
         self.counts = dict.fromkeys(["passed", "failed", "error", "skipped", "xfailed"], 0)
         self.not_passed: list[str] = []
+        self.device: dict[str, str] | None = None
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node) -> None:
+        self.device = getattr(node, "workeroutput", {}).get("device") or self.device
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if hasattr(report, "wasxfail"):
@@ -134,7 +157,6 @@ class RunRecorder:
         import jax
         import jaxlib
 
-        device = jax.devices()[0]
         # A path outside the repository shrinks to its name.
         words = map(str, session.config.invocation_params.args)
         arguments = [Path(word).name if Path(word).is_absolute() else word for word in words]
@@ -142,8 +164,7 @@ class RunRecorder:
             "command": shlex.join(["python", "-m", "pytest", *arguments]),
             "commit": commit(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": device.device_kind,
-            "platform_version": device.client.platform_version.strip(),
+            **(self.device or device_in_use()),
             "python": sys.version.split()[0],
             "jax": jax.__version__,
             "jaxlib": jaxlib.__version__,
