@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.typing import ArrayLike
 
 from jax_flashcute import analysis
-from jax_flashcute.given import whole
+from jax_flashcute.given import numbers, whole
 
 
 @dataclass(frozen=True)
@@ -375,7 +375,7 @@ def _combined(operation, a: Callable[..., Any], b: Callable[..., Any]) -> Mask:
 
 
 def _array(name: str, array, ranks: tuple[int, ...], kind, kind_name: str) -> jax.Array:
-    array = jnp.asarray(array)
+    array = numbers(name, array)
     if array.ndim not in ranks or not jnp.issubdtype(array.dtype, kind):
         shapes = " or ".join(str(rank) for rank in ranks)
         raise ValueError(
