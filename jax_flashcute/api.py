@@ -127,7 +127,9 @@ def flash_attention(
         something reads positions, one must be named.
       return_residual: also return the LSE, which is differentiable.
       deterministic: gradients are bit-identical between runs.  None follows
-        ``--xla_gpu_deterministic_ops`` in ``XLA_FLAGS``.
+        ``--xla_gpu_deterministic_ops`` in ``XLA_FLAGS``, without which, on a GPU, the XLA path's
+        gradients of arrays that ``score_mod`` indexes are not.  Gradients of ``bias`` and of such
+        arrays are then sums in fixed point: one that is not finite makes its whole array NaN.
       implementation: ``"cute"`` (kernels for Hopper and Blackwell), ``"xla"`` (every platform,
         memory linear in T), ``"reference"`` (dense, float32, differentiable any number of times),
         used or refused; None takes the fastest that can serve the call.  See ``explain``.

@@ -16,6 +16,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from jax_flashcute.block_mask import BlockMask
 from jax_flashcute.masks import TracedFunction
@@ -37,7 +38,7 @@ class AttentionSpec:
         ``None`` in either place leaves that side open, ``None`` for the whole means no window.
       logits_soft_cap: ``c`` in ``c * tanh(score / c)``, applied to the scaled score before the
         bias; ``None`` for none.
-      deterministic: gradients are bit-identical between runs.
+      deterministic: gradients are bit-identical between runs; see ``flash_attention``.
       batch_invariant: a batch entry's result does not depend on the number of entries, bit for bit.
       mask_mod: traced ``(b, h, q_idx, kv_idx) -> bool``; False hides a key.
       score_mod: traced ``(score, b, h, q_idx, kv_idx) -> score``, applied to the scaled score
@@ -147,3 +148,22 @@ class Residuals:
 
     out: jax.Array
     lse: jax.Array
+
+    def row_statistics(
+        self, dout: jax.Array, dlse: jax.Array, dtype
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """dout with zeros in rows without a gradient, the LSE, and ``sum(dout * out) - dlse``.
+
+        Args:
+          dout: (B, T, N, Hv), the cotangent of out.
+          dlse: (B, T, N), the cotangent of lse.
+          dtype: of the statistics, (B, T, N) each.
+        """
+        empty = self.lse == -jnp.inf
+        if dtype == jnp.float32:
+            empty = self.lse < LEAST_LSE
+        # An infinite LSE makes exp(score - lse) exactly 0 in rows that have no gradient.
+        lse = jnp.where(empty, jnp.inf, self.lse.astype(dtype))
+        dout = jnp.where(empty[..., None], jnp.zeros((), dout.dtype), dout)
+        delta = jnp.sum(dout.astype(dtype) * self.out.astype(dtype), axis=-1)
+        return dout, lse, delta - jnp.where(empty, 0, dlse.astype(dtype))

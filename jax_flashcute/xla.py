@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_flashcute.block_mask import BlockMask, compact
-from jax_flashcute.spec import LEAST_LSE, AttentionSpec, Operands, Residuals
+from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 from jax_flashcute.tile_kinds import FULL, HIDDEN
 from jax_flashcute.visibility import (
     element_indices,
@@ -154,7 +154,7 @@ def _backward(
 ) -> Operands:
     tiles = _Tiles.of(operands, tile_elements)
     dtype = _statistics_dtype(operands)
-    dout, lse, delta = _row_statistics(residuals, dout, dlse, dtype)
+    dout, lse, delta = residuals.row_statistics(dout, dlse, dtype)
 
     query = tiles.split_q(zero_beyond(operands.query, operands.query_seq_lengths))
     key = tiles.split_kv(zero_beyond(operands.key, operands.key_value_seq_lengths))
@@ -255,7 +255,7 @@ def sink_gradient(
     """
     if operands.sinks is None:
         return None
-    _, lse, delta = _row_statistics(residuals, dout, dlse, _statistics_dtype(operands))
+    _, lse, delta = residuals.row_statistics(dout, dlse, _statistics_dtype(operands))
     return _sink_gradient(operands.sinks, lse, delta)
 
 
@@ -263,18 +263,6 @@ def _sink_gradient(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Ar
     dsink = -jnp.exp(sinks.astype(lse.dtype)[:, None, :] - lse) * delta
     axes = (1,) if sinks.shape[0] == lse.shape[0] else (0, 1)
     return jnp.sum(dsink, axis=axes).reshape(sinks.shape).astype(sinks.dtype)
-
-
-def _row_statistics(residuals: Residuals, dout: jax.Array, dlse: jax.Array, dtype):
-    """dout with zeros in rows without a gradient, the LSE, and ``sum(dout * out) - dlse``."""
-    empty = residuals.lse == -jnp.inf
-    if dtype == jnp.float32:
-        empty = residuals.lse < LEAST_LSE
-    # An infinite LSE makes exp(score - lse) exactly 0 in rows that have no gradient.
-    lse = jnp.where(empty, jnp.inf, residuals.lse.astype(dtype))
-    dout = jnp.where(empty[..., None], jnp.zeros((), dout.dtype), dout)
-    delta = jnp.sum(dout.astype(dtype) * residuals.out.astype(dtype), axis=-1)
-    return dout, lse, delta - jnp.where(empty, 0, dlse.astype(dtype))
 
 
 def _statistics_dtype(operands: Operands):

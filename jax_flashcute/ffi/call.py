@@ -23,11 +23,12 @@ from jax_flashcute.bounds import (
     query_bound_arrays,
     visited_tiles,
 )
-from jax_flashcute.ffi import store
+from jax_flashcute.ffi import fixed_point, store
 from jax_flashcute.ffi.compile import CompiledKernel
 from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
-from jax_flashcute.kernels.elements import element_operands, summed_arrays
+from jax_flashcute.kernels.elements import ElementFunctions, element_operands, summed_arrays
 from jax_flashcute.kernels.key import OPTIONAL_OPERANDS, AnyKey, KernelKey
+from jax_flashcute.kernels.launchers import has_fixed_sums
 from jax_flashcute.kernels.masking import rows_of, union_of
 from jax_flashcute.kernels.nsa import NSAKernelKey
 from jax_flashcute.kernels.registry import list_tile, scratch_shapes
@@ -129,10 +130,26 @@ def _backward_lowering(ctx: mlir.LoweringRuleContext, *args, spec: AttentionSpec
     def inputs(saved):
         operands, residuals, dout, dlse = saved
         main = [operands.query, operands.key, operands.value]
-        return [*main, residuals.out, residuals.lse, dout, dlse, *other_inputs(key, spec, operands)]
+        main += [residuals.out, residuals.lse, dout, dlse]
+        return [*main, *other_inputs(key, spec, operands), *sum_exponents(key, spec, *saved)]
 
     call = plans.Call(spec, operands, "bwd")
-    return _kernel_lowering(ctx, args, tree, inputs, key, call)
+    sums = key.elements if has_fixed_sums(key) else None
+    return _kernel_lowering(ctx, args, tree, inputs, key, call, sums)
+
+
+def sum_exponents(
+    key: KernelKey,
+    spec: AttentionSpec,
+    operands: Operands,
+    residuals: Residuals,
+    dout: jax.Array,
+    dlse: jax.Array,
+) -> list[jax.Array]:
+    """What a kernel that sums gradients in fixed point takes besides, after all other arrays."""
+    if key.elements is None or not has_fixed_sums(key):
+        return []
+    return [fixed_point.exponents(key.elements, spec, operands, residuals, dout, dlse)]
 
 
 def _nsa_lowering(ctx: mlir.LoweringRuleContext, *args, key: NSAKernelKey, shapes):
@@ -230,16 +247,29 @@ def _mask_kinds(
     return kinds
 
 
-def _kernel_lowering(ctx, args, tree, inputs: Callable, key: KernelKey, call: plans.Call):
-    """Lowers to one call of the plan's object; ``inputs`` orders the tree as the kernel does."""
+def _kernel_lowering(
+    ctx,
+    args,
+    tree,
+    inputs: Callable,
+    key: KernelKey,
+    call: plans.Call,
+    sums: ElementFunctions | None = None,
+):
+    """Lowers to one call of the plan's object; ``inputs`` orders the tree as the kernel does.
+
+    ``sums``: those of ``_call``.
+    """
     scratch = [
         jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
         for shape, dtype in scratch_shapes(key, call.operands)
     ]
     kernel = _kernel(key, call)
-    return _call(
-        ctx, args, kernel, lambda *leaves: inputs(jax.tree.unflatten(tree, leaves)), scratch
-    )
+
+    def ordered(*leaves):
+        return inputs(jax.tree.unflatten(tree, leaves))
+
+    return _call(ctx, args, kernel, ordered, scratch, sums)
 
 
 def _kernel(key: AnyKey, wanted: plans.Wanted) -> CompiledKernel:
@@ -251,14 +281,28 @@ def _kernel(key: AnyKey, wanted: plans.Wanted) -> CompiledKernel:
     return kernel
 
 
-def _call(ctx, args, kernel: CompiledKernel, inputs: Callable, scratch: list):
+def _call(
+    ctx,
+    args,
+    kernel: CompiledKernel,
+    inputs: Callable,
+    scratch: list,
+    sums: ElementFunctions | None = None,
+):
+    """``sums``: what is done to scores, where results after the third are in fixed point."""
     outputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ctx.avals_out]
+    if sums is not None:
+        outputs[3:] = fixed_point.raw(sums, outputs[3:])
 
     def call(*leaves):
+        given = inputs(*leaves)
         results = jax.ffi.ffi_call(CALL_TARGET, outputs + scratch)(
-            *inputs(*leaves), module=kernel.object, key=kernel.digest
+            *given, module=kernel.object, key=kernel.digest
         )
-        return results[: len(outputs)]
+        results = list(results[: len(outputs)])
+        if sums is not None:
+            results[3:] = fixed_point.as_floats(sums, given[-1], results[3:])
+        return results
 
     return mlir.lower_fun(call, multiple_results=True)(ctx, *args)
 

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 
 from jax_flashcute.analysis import POSITION_LIMIT
 from jax_flashcute.kernels.config import BwdConfig, BwdConfigSm100
-from jax_flashcute.kernels.lower_jaxpr import Derivative, ElementProgram, derivative
+from jax_flashcute.kernels.lower_jaxpr import FLOATS, Derivative, ElementProgram, derivative
 from jax_flashcute.kernels.primitives import SCALAR_DTYPES
 from jax_flashcute.masks import TracedFunction
 from jax_flashcute.spec import AttentionSpec, Operands
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")
 INDICES = ("b", "h", "q_idx", "kv_idx")
+
+SUM_BITS = 61
+"""Sums in fixed point are below 2 to its power."""
+SHIFTS = (-126, 126)
+"""Their units are 2**-shift, of shifts in between."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,24 @@ class ElementArray:
     def has_all_axes(self) -> bool:
         """Whether each score has an element of its own."""
         return set(self.full) == set("bnts")
+
+
+@dataclasses.dataclass(frozen=True)
+class Addends:
+    """What scores add to the gradient of an array.
+
+    Attributes:
+      axes: of a bias those that it has, of "bnts"; None of an array that a score reads.
+      is_single: to each element one score, and nothing else, adds.
+      reads: how often a score reads the array.
+      factor: what a read adds is at most so many times the gradient of the changed score, and sums
+        over a row's scores follow from norms; None where that is not known beforehand.
+    """
+
+    axes: str | None
+    is_single: bool
+    reads: int
+    factor: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +155,42 @@ class ElementFunctions:
             types = derivative.program.array_types
             ranks += [len(types[i][1]) + 1 for i in derivative.numbered]
         return ranks
+
+    @property
+    def summed(self) -> list[Addends]:
+        """What is added to the arrays of ``summed_ranks``."""
+        found = []
+        if self.bias is not None and "bias" not in self.constants:
+            factor = 1.0 if self.scores_follow_products else None
+            found.append(Addends(self.bias.full, self.bias.has_all_axes, 1, factor))
+        if self.score_mod is None or "score_mod_arrays" in self.constants:
+            return found
+        derivative = derivative_of(self.score_mod, self.keys)
+        for array in derivative.numbered:
+            places = [at for of_array, at in derivative.cotangents() if of_array == array]
+            factors = [derivative.program.largest_factor(x + 1, "cotangent") for x in places]
+            is_known = self.scores_follow_products and None not in factors
+            factor = max((x for x in factors if x is not None), default=0.0)
+            found.append(Addends(None, False, len(places), factor if is_known else None))
+        return found
+
+    @property
+    def scores_follow_products(self) -> bool:
+        """Whether rounding errors of products are not larger in the scores."""
+        return self.score_mod is None or program_of(self.score_mod, self.keys).addends() is not None
+
+
+def in_fixed_point(functions: ElementFunctions, deterministic: bool) -> list[bool]:
+    """Which of the arrays of ``summed_ranks`` a kernel sums in fixed point."""
+    return [deterministic and not addends.is_single for addends in functions.summed]
+
+
+def measures(functions: ElementFunctions | None, deterministic: bool) -> bool:
+    """Whether a first run of the kernel finds how large addends of such sums are."""
+    if functions is None:
+        return False
+    fixed = zip(functions.summed, in_fixed_point(functions, deterministic), strict=True)
+    return any(is_fixed and addends.factor is None for addends, is_fixed in fixed)
 
 
 @functools.cache
@@ -263,9 +321,13 @@ def reasons_against_gradients(
     names = ["bias"] if biases else []
     names += ["the floating-point arrays that score_mod closes over"] if arrays else []
     of_what = f"the gradient of {' and of '.join(names)}"
-    if names and spec.deterministic:
-        reasons.append(f"no kernel sums {of_what} in a fixed order, as deterministic=True asks")
+    if names and spec.deterministic and isinstance(config, BwdConfigSm100):
+        reasons.append(
+            f"no Blackwell kernel sums {of_what} in a fixed order, as deterministic=True asks"
+        )
     by_role_only = "where two warpgroups share 64 keys (head_dim above 128, or small listed tiles)"
+    if names and isinstance(config, BwdConfigSm100):
+        reasons.append(f"no Blackwell kernel sums {of_what}")
     if names and by_role:
         reasons.append(f"{by_role_only} no kernel sums {of_what}")
     functions = element_functions(spec, operands)

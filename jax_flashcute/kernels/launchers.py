@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jax_flashcute.kernels.config import BwdConfig, BwdConfigSm100, has_dq_sums
+from jax_flashcute.kernels.elements import in_fixed_point, measures
 from jax_flashcute.kernels.key import OPTIONAL_OPERANDS, KernelKey
 
 
@@ -44,7 +45,8 @@ def backward_arrays(key: KernelKey):
     carried = [(cutlass.Int32, (1, 1, 1)), rows] if _carries(key) else []
     others = [*_optional_arrays(key), *_element_arrays(key), *_bound_arrays(key)]
     others += [*_list_arrays(key), *_rank_arrays(key), *_packed_arrays(key)]
-    sums = [(cutlass.Float32, (1,) * rank) for rank in _summed_ranks(key)]
+    others += [(cutlass.Int32, (1,))] * has_fixed_sums(key)
+    sums = _gradient_arrays(key)
     of_dq = rows if has_dq_sums(key.config) else None
     results = [qk, qk, v, *sums]
     scratch = [of_dq, rows, rows, *turns, *carried]
@@ -56,9 +58,26 @@ def _carries(key: KernelKey) -> bool:
     return isinstance(key.config, BwdConfig) and key.config.resident_bytes > 0
 
 
-def _summed_ranks(key: KernelKey) -> list[int]:
-    """Ranks of the gradients that the backward sums, after those of query, key and value."""
-    return key.elements.summed_ranks if key.elements is not None else []
+def has_fixed_sums(key: KernelKey) -> bool:
+    """Whether the backward sums gradients in fixed point."""
+    return key.elements is not None and any(in_fixed_point(key.elements, key.config.deterministic))
+
+
+def _gradient_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
+    """Of the gradients that the backward sums, after those of query, key and value.
+
+    In fixed point a sum is two words of 32 bits; magnitudes of addends that are measured come last.
+    """
+    import cutlass
+
+    if key.elements is None:
+        return []
+    found: list[tuple[Any, tuple[int, ...]]] = []
+    fixed = in_fixed_point(key.elements, key.config.deterministic)
+    for rank, is_fixed in zip(key.elements.summed_ranks, fixed, strict=True):
+        one = (1,) * rank
+        found.append((cutlass.Uint32, (*one, 2)) if is_fixed else (cutlass.Float32, one))
+    return found + [(cutlass.Uint32, (1,))] * measures(key.elements, key.config.deterministic)
 
 
 def _optional_arrays(key: KernelKey):
@@ -127,7 +146,8 @@ def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
     """``launcher``, which takes the page table and groups of arrays by name, with these from
     ``first`` on; gradients that are summed after three others; and what is carried at the end."""
     paged = len(_table_arrays(key))
-    sums = len(_summed_ranks(key)) if key.direction == "bwd" else 0
+    is_backward = key.direction == "bwd"
+    sums = len(_gradient_arrays(key)) if is_backward else 0
     carries = _carries(key)
     groups = {
         "mElements": len(_element_arrays(key)),
@@ -135,6 +155,7 @@ def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
         "mLists": len(_list_arrays(key)),
         "mRanks": len(_rank_arrays(key)),
         "mPacked": len(_packed_arrays(key)),
+        "mExponents": int(is_backward and has_fixed_sums(key)),
     }
     groups = {name: count for name, count in groups.items() if count}
     if not groups and not paged and not carries:

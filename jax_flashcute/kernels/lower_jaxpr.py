@@ -43,6 +43,8 @@ from jax_flashcute.kernels.spans import (
     span_of,
 )
 
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
 LARGEST_VECTOR = 16
 """Elements of a value that is no view of an array."""
 
@@ -164,6 +166,28 @@ class ElementProgram:
                 is_single = all(math.prod(shape) == 1 for shape in equation.shapes)
                 found = equation.inputs[0] if is_single else found
         return isinstance(found, int) and found == self._inputs[name]
+
+    def largest_factor(self, result: int, name: str) -> float | None:
+        """A bound on how many times an argument a result, by its place among them, may be.
+
+        None where it is not a multiple of the argument whose factor has limits known beforehand.
+        """
+        factors, sizes = {self._inputs[name]: 1.0}, self._sizes()
+        for equation in self._equations:
+            found = _factor_of(equation, [_known_of(x, factors) for x in equation.inputs], sizes)
+            if found is not None:
+                factors[equation.output] = found
+        return _known_of(self._results[result], factors)
+
+    def _sizes(self) -> dict[int, float]:
+        """A bound on the magnitude of each value that follows from those of the indices alone."""
+        sizes = {x: float(max(map(abs, limits))) for x, limits in self._limits.items()}
+        for equation in self._equations:
+            given = [_size_of(x, sizes) for x in equation.inputs]
+            rule = _SIZE_RULES.get(equation.primitive)
+            if rule is not None and None not in given:
+                sizes.setdefault(equation.output, rule(*given))
+        return sizes
 
     def depends_on(self, result: int) -> frozenset[str]:
         """The arguments that a result, by its place among them, is a function of."""
@@ -500,6 +524,57 @@ class ElementProgram:
         is_float = result == "float32"
         is_rounded = is_float and equation.output not in self._continuous
         return name in self._affine_rules and not is_rounded
+
+
+_SIZE_RULES: dict[str, Callable[..., float]] = {
+    "convert_element_type": lambda x: x,
+    "neg": lambda x: x,
+    "abs": lambda x: x,
+    "add": lambda x, y: x + y,
+    "sub": lambda x, y: x + y,
+    "mul": lambda x, y: x * y,
+    "max": max,
+    "min": max,
+    "clamp": lambda low, _, high: max(low, high),
+    "select_n": lambda _, *cases: max(cases),
+    **dict.fromkeys(SAME_ELEMENTS, lambda *x: max(x)),
+}
+"""Bounds on magnitudes from those of the inputs."""
+
+
+def _size_of(source: int | np.ndarray, sizes: Mapping[int, float]) -> float | None:
+    if isinstance(source, int):
+        return sizes.get(source)
+    return float(np.abs(source.astype(np.float64)).max(initial=0.0))
+
+
+def _known_of(source: int | np.ndarray, factors: Mapping[int, float]) -> float | None:
+    """That of a value, if it is a multiple; 0 is one of everything."""
+    if isinstance(source, int):
+        return factors.get(source)
+    return None if source.any() else 0.0
+
+
+def _factor_of(
+    equation: Equation, given: Sequence[float | None], sizes: Mapping[int, float]
+) -> float | None:
+    """Of what an equation computes, from the inputs' where these are multiples."""
+    name = equation.primitive
+    if name == "select_n":
+        given = given[1:]
+    if equation.dtypes[-1] not in FLOATS or all(x is None for x in given):
+        return None
+    if name == "mul":
+        others = [_size_of(x, sizes) for x in equation.inputs[::-1]]
+        pairs = zip(given, others, strict=True)
+        return min((f * x for f, x in pairs if f is not None and x is not None), default=None)
+    known = [x for x in given if x is not None]
+    if len(known) < len(given):
+        return None
+    if name in ("add", "sub", "add_any"):
+        return sum(known)
+    is_one = name in ("neg", "convert_element_type", "select_n", *SAME_ELEMENTS)
+    return max(known) if is_one else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Against the dense reference in float32 on the same 16-bit inputs.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -50,8 +51,11 @@ def case_of(shape: str, **features) -> Case:
     return Case(head_dim_v=sizes["head_dim"], **(sizes | features))
 
 
-def check(case: Case, *, score_mod=None, **functions) -> None:
-    """The output, the LSE and the gradients of everything that has one."""
+def check(case: Case, *, score_mod=None, calls: int = 1, **functions) -> None:
+    """The output, the LSE and the gradients of everything that has one.
+
+    ``calls``: of the backward, whose results must be the same bit for bit.
+    """
     arrays = case.arrays(jnp.bfloat16)
     main = {n: arrays.pop(n) for n in ("query", "key", "value")}
     main |= {n: arrays.pop(n) for n in ("bias", "sinks") if n in arrays}
@@ -94,6 +98,10 @@ def check(case: Case, *, score_mod=None, **functions) -> None:
         rounded = gradient.dtype == jnp.bfloat16
         tolerance = OF_ROUNDED_SUMS if rounded else OF_SUMS
         close(name, gradient, of_arrays_expected[name], tolerance, least)
+    for _ in range(calls - 1):
+        again = jax.tree.leaves(pull((d_out, d_lse)))
+        for one, other in zip(again, jax.tree.leaves((gradients, of_arrays)), strict=True):
+            assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
 def close(name: str, got, want, tolerance: float = TOLERANCE, least: float = 1e-2) -> None:
@@ -139,6 +147,21 @@ KINDS = ["".join(x) for n in range(5) for x in itertools.combinations("bnts", n)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_bias(kind: str) -> None:
     check(case_of("128" if "n" in kind else "64", bias=kind))
+
+
+OF_SCORES = ("alibi", "relative_bias", "t5_buckets", "key_bias", "query_temperature")
+
+
+@pytest.mark.parametrize("name", [*OF_SCORES, "ts", "bts", "bns", "bnts"])
+def test_deterministic(name: str) -> None:
+    """Right, and the same bit for bit at every call, with many blocks that add to an element."""
+    sizes = {"seqlen_q": 1000, "seqlen_k": 1100, "group": 3, "kv_heads": 2, **FEATURES}
+    case = Case(batch=2, head_dim=128, head_dim_v=128, **sizes)
+    if name in SCORES:
+        given = {"score_mod": SCORES[name](case)}
+    else:
+        case, given = dataclasses.replace(case, bias=name), {}
+    check(case, deterministic=True, calls=5, **given)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,12 +1,15 @@
 """The Hopper backward with masks and scores by element, in simulation, against the reference."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jax_flashcute import reference, xla
-from jax_flashcute.ffi.call import other_inputs
+from jax_flashcute.ffi import fixed_point
+from jax_flashcute.ffi.call import other_inputs, sum_exponents
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.elements import summed_arrays
 from jax_flashcute.spec import LEAST_LSE, Operands, Residuals
@@ -33,7 +36,8 @@ def check(case: Case, mask_mod=None, score_mod=None, *, arch: str = "sm_90a", **
     check_call(case, spec, operands, arch=arch, **how)
 
 
-def check_call(case: Case, spec, operands, *, arch: str = "sm_90a", **how):
+def check_call(case: Case, spec, operands, *, arch: str = "sm_90a", **how) -> dict:
+    """Returns the gradients."""
     dtype = "bfloat16"
     assert not registry.reasons_against(spec, operands, "bwd", arch)
     key = registry.kernel_key(spec, operands, "bwd", arch, 0)
@@ -64,15 +68,21 @@ def check_call(case: Case, spec, operands, *, arch: str = "sm_90a", **how):
     (want,) = pull(clean)
 
     inputs = [*(getattr(operands, n) for n in MAIN), out.astype(dtype), lse, d_out, d_lse]
+    residuals = Residuals(out=out.astype(dtype), lse=lse)
     inputs += other_inputs(key, spec, operands)
+    exponents = sum_exponents(key, spec, operands, residuals, d_out, d_lse)
     outputs = [(want[n].shape, jnp.dtype(dtype)) for n in MAIN]
     summed = ["bias"] * len(biases) + [f"array {i}" for i in range(len(arrays))]
-    outputs += [(want[n].shape, np.dtype(np.float32)) for n in summed]
+    sums = [jax.ShapeDtypeStruct(want[n].shape, jnp.float32) for n in summed]
+    sums = fixed_point.raw(key.elements, sums) if exponents else sums
+    outputs += [(x.shape, x.dtype) for x in sums]
     outputs += [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]
-    found = simulate(compiled(key), *(np.asarray(x) for x in inputs), outputs=outputs, **how)
-    got = dict(zip((*MAIN, *summed), found, strict=False))
+    inputs = [np.asarray(x) for x in (*inputs, *exponents)]
+    found = simulate(compiled(key), *inputs, outputs=outputs, **how)
+    sums = [jnp.asarray(x) for x in found[3 : 3 + len(sums)]]
+    sums = fixed_point.as_floats(key.elements, *exponents, sums) if exponents else sums
+    got = dict(zip((*MAIN, *summed), (*found[:3], *sums), strict=True))
     if case.sinks:
-        residuals = Residuals(out=out, lse=lse)
         got["sinks"] = xla.sink_gradient(operands, residuals, d_out, d_lse)
     for name, expected in want.items():
         expected = np.asarray(expected, np.float64)
@@ -81,6 +91,7 @@ def check_call(case: Case, spec, operands, *, arch: str = "sm_90a", **how):
         error = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-2)
         rounded = name.startswith("array") and want[name].dtype == jnp.bfloat16
         assert error < (OF_ROUNDED if rounded else TOLERANCE), (name, error)
+    return got
 
 
 EVERYTHING = {"batch": 3, "causal": True, "offset": True, "lengths": True}
@@ -125,8 +136,7 @@ OF_NUMBERS = (
 )
 """Scores that close over no array of floats."""
 QUICK = {
-    *("alibi", "t5_buckets", "query_temperature", "key_bias", "bias_with_fill"),
-    *("gated", "hidden_by_score"),
+    *("t5_buckets", "key_bias", "bias_with_fill", "gated", "hidden_by_score"),
 }
 
 
@@ -193,3 +203,45 @@ def test_table_by_distance_within_a_segment() -> None:
         score_mod=lambda s, b, h, q, kv: s + table[h, jnp.clip(q - kv, -10, 10) + 10],
     )
     check_call(sized(64, seqlen_q=384, seqlen_k=384), spec, operands)
+
+
+def table_and_slopes(case: Case):
+    """Read by a clipped distance and by an unbounded one, by key, and where the score says so."""
+    rng = np.random.default_rng(0)
+    shapes = (case.q_heads, 21), (case.q_heads,), (case.batch, case.seqlen_k)
+    table, slopes, keys = (jnp.asarray(rng.standard_normal(x), jnp.float32) for x in shapes)
+
+    def score_mod(score, b, h, q, kv):
+        near = jnp.clip(q - kv, -10, 10) + 10
+        return score + table[h, near] - 0.1 * slopes[h] * (q - kv) + keys[b, kv]
+
+    return score_mod
+
+
+GROUPS = sized(64, group=3, seqlen_q=70, seqlen_k=140, **EVERYTHING | {"batch": 2})
+DETERMINISTIC = {
+    "many": (dataclasses.replace(GROUPS, bias="ts"), table_and_slopes),
+    # What these add no norm bounds: a first run of the kernel does.
+    "query_temperature": (
+        dataclasses.replace(GROUPS, seqlen_q=40, seqlen_k=70),
+        SCORES["query_temperature"],
+    ),
+    "gated": (dataclasses.replace(GROUPS, bias="bns"), SCORES["gated"]),
+    "relative_bias": (dataclasses.replace(GROUPS, seqlen_k=260), SCORES["relative_bias"]),
+    "t5_buckets": (GROUPS, SCORES["t5_buckets"]),
+    "bias_ts": (BIASES["ts"], None),
+    "bias_bnts": (BIASES["bnts"], None),
+    "bias_bns": (dataclasses.replace(GROUPS, bias="bns", head_dim=128, head_dim_v=128), None),
+}
+
+
+@pytest.mark.parametrize("name", slow_but({"many", "query_temperature"}, DETERMINISTIC))
+def test_deterministic(name: str) -> None:
+    """Sums do not depend on who adds first."""
+    case, score = DETERMINISTIC[name]
+    spec, operands = operands_of(case, "bfloat16", None, score(case) if score else None)
+    spec = dataclasses.replace(spec, deterministic=True)
+    first = check_call(case, spec, operands)
+    again = check_call(case, spec, operands, warps="adversarial", timing="shuffled", seed=3)
+    for name, gradient in first.items():
+        assert np.asarray(gradient).tobytes() == np.asarray(again[name]).tobytes(), name

@@ -128,7 +128,9 @@ class Accumulation:
             self.fetch()
             a = np.concatenate([x * s if s != 1 else x for x, _, s in self.terms], axis=1)
             b = np.concatenate([y for _, y, _ in self.terms], axis=1)
-            total = a @ b.T
+            # A warp at a time: BLAS rounds otherwise where warps run together.
+            warps = a.reshape(-1, 16, a.shape[1])
+            total = (warps @ b.T).reshape(len(a), -1)
             if self.previous is not None:
                 first = (self.lo - self.previous.lo) // 2
                 total += self.previous.compute()[first : first + len(total)]

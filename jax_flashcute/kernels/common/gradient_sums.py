@@ -1,7 +1,8 @@
 """Sums that the backward's threads keep of the gradients of a bias and of arrays of floats.
 
 What a score adds goes to one element of an array.  A thread sums it as long as the element stays
-the same; then it goes to the float32 sum in global memory by an atomic addition.
+the same; then it goes to the sum in global memory by an atomic addition: to a float32, or, where
+the order of additions may not matter, to an integer (fixed_point.py).
 """
 
 import functools
@@ -15,18 +16,61 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
 from jax_flashcute.kernels.common.elements import EntryElements
+from jax_flashcute.kernels.common.fixed_point import FixedPointSums
 from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.spans import Span
 
 
-def sums_of(entry: EntryElements, tensors: Sequence[cute.Tensor], keys: int) -> "list[GradientSum]":
+class FloatSums:
+    """An array of float32 sums in global memory."""
+
+    def __init__(self, tensor: cute.Tensor):
+        self.shape = tensor.shape
+        self.start = tensor.iterator
+
+    def moved(self, elements: Int64) -> "FloatSums":
+        """The sums from one on."""
+        made = object.__new__(FloatSums)
+        made.__dict__ = self.__dict__ | {"start": self.start + elements}
+        return made
+
+    def add(self, place: Int32 | Int64, value: Float32, where: Boolean | None = None) -> None:
+        """Adds to a sum."""
+        _add(self.start + place, value, where)
+
+    def add_if(self, place: Int32 | Int64, value: Float32, where: Boolean) -> None:
+        """The same without a branch; ``where`` may not be a constant in disguise."""
+        cute.arch.inline_ptx(
+            "red.relaxed.gpu.global.add.f32 [{$r0}], {$r1};",
+            read_only_args=[(self.start + place).toint(), value],
+            predicate=where,
+        )
+
+    def store(self, place: Int64, value: Float32) -> None:
+        """Stores what is not 0 in place of a sum."""
+        cute.arch.inline_ptx(
+            "st.global.f32 [{$r0}], {$r1};",
+            read_only_args=[(self.start + place).toint(), value],
+            predicate=value != Float32(0.0),
+        )
+
+    def finish(self, lane: Int32) -> None:
+        """After all that a warp has added."""
+
+
+Sums = FloatSums | FixedPointSums
+
+
+def sums_of(
+    entry: EntryElements, tensors: Sequence[cute.Tensor | FixedPointSums], keys: int
+) -> "list[GradientSum]":
     """The sums of a thread that owns so many keys.
 
     Args:
       entry: of ``Elements`` that differentiate.
-      tensors: float32, of ``ElementFunctions.summed_ranks``.
+      tensors: of ``ElementFunctions.summed_ranks``, those of float32 as they are.
     """
-    rest = list(tensors)
+    rest = [x if isinstance(x, FixedPointSums) else FloatSums(x) for x in tensors]
     sums: list[GradientSum] = []
     functions, derivative = entry.elements.functions, entry.elements.derivative
     if functions.bias is not None and "bias" not in functions.constants:
@@ -108,9 +152,9 @@ class GradientSum:
 class BiasSum(GradientSum):
     """The gradient of a (1|B, 1|N, 1|T, 1|S) bias."""
 
-    def __init__(self, entry: EntryElements, tensor: cute.Tensor, keys: int):
+    def __init__(self, entry: EntryElements, sums: Sums, keys: int):
         self.entry = entry
-        self.tensor = tensor
+        self.sums = sums
         self.array = entry.elements.functions.bias
         self.varies = "".join(x for x, d in (("q", "t"), ("k", "s")) if d in self.array.full)
         super().__init__(keys)
@@ -119,28 +163,20 @@ class BiasSum(GradientSum):
         return d_scores
 
     def add_to(self, known: dict, total: Float32, where: Boolean | None = None) -> None:
-        place = self.entry.place(self.tensor, self.array, known)
-        add(self.tensor.iterator + place, total, where)
+        self.sums.add(self.entry.place(self.sums, self.array, known), total, where)
 
     def add_element(self, r: int, known: dict, values: dict[int, Any], part: Float32) -> None:
-        if not self.array.has_all_axes:
+        if not (self.array.has_all_axes and isinstance(self.sums, FloatSums)):
             self.add_to(known, part)
             return
         # Each has one score.  What lies beyond the last row or key adds 0 to what is not its own.
-        cute.arch.inline_ptx(
-            "st.global.f32 [{$r0}], {$r1};",
-            read_only_args=[
-                (self.tensor.iterator + self.entry.place(self.tensor, self.array, known)).toint(),
-                part,
-            ],
-            predicate=part != Float32(0.0),
-        )
+        self.sums.store(self.entry.place(self.sums, self.array, known), part)
 
 
 class ReadSum(GradientSum):
     """What one read of a score adds to the gradient of the array that it reads."""
 
-    def __init__(self, entry: EntryElements, tensor: cute.Tensor, array: int, at: int, keys: int):
+    def __init__(self, entry: EntryElements, sums: Sums, array: int, at: int, keys: int):
         self.program = entry.elements.derivative.program
         self.reads_score = entry.reads_score
         self.at = at
@@ -149,8 +185,8 @@ class ReadSum(GradientSum):
         by = (("q", "q_idx" in reads or by_score), ("k", "kv_idx" in reads or by_score))
         self.varies = "".join(letter for letter, varies in by if varies)
         size = math.prod(self.program.array_types[array][1])
-        batch = cutlass.min(entry.entry, Int32(tensor.shape[0]) - 1)
-        self.base = tensor.iterator + Int64(batch) * size
+        batch = cutlass.min(entry.entry, Int32(sums.shape[0]) - 1)
+        self.sums = sums.moved(Int64(batch) * size)
         number = self.program.result(at)
         self.indices = self.program.reads_by_bounds(number)
         self.may_agree = (
@@ -186,12 +222,12 @@ class ReadSum(GradientSum):
     def add_to(self, known: dict, total: Float32, where: Boolean | None = None) -> None:
         number = self.program.value(known["derivative"], self.at)
         is_inside = number >= 0
-        add(self.base + number, total, is_inside if where is None else is_inside & where)
+        self.sums.add(number, total, is_inside if where is None else is_inside & where)
 
     def add_element(self, r: int, known: dict, values: dict[int, Any], part: Float32) -> None:
         number = self.program.value(values, self.at)
         kept, total = self.kept[r], self.totals[r]
-        _add_if((number != kept) & (kept >= 0), self.base + kept, total)
+        self.sums.add_if(kept, total, (number != kept) & (kept >= 0))
         self.totals[r] = select(number == kept, total + part, part)
         self.kept[r] = number
 
@@ -201,10 +237,10 @@ class ReadSum(GradientSum):
 
     def add_total(self, values: dict[int, Any], where: Boolean) -> None:
         number, part = self._of(values)
-        add(self.base + number, part, (number >= 0) & where)
+        self.sums.add(number, part, (number >= 0) & where)
 
     def add_totals(self, values: dict[int, Any]) -> None:
-        _add_over_halves(self.base, *self._of(values))
+        _add_over_halves(self.sums.add, *self._of(values))
 
     def _of(self, values: dict[int, Any]) -> tuple[Int32, Float32]:
         values_of = self.program.value
@@ -212,11 +248,11 @@ class ReadSum(GradientSum):
 
     def flush(self) -> None:
         for r in range(0 if self.kept is None else cute.size(self.kept)):
-            add(self.base + self.kept[r], self.totals[r], self.kept[r] >= 0)
+            self.sums.add(self.kept[r], self.totals[r], self.kept[r] >= 0)
 
 
 @cute.jit
-def add(pointer: cute.Pointer, value: Float32, where: Boolean | None = None):
+def _add(pointer: cute.Pointer, value: Float32, where: Boolean | None = None):
     """Adds to a float32 in global memory."""
     if const_expr(where is None):
         where = Boolean(True)
@@ -225,24 +261,15 @@ def add(pointer: cute.Pointer, value: Float32, where: Boolean | None = None):
 
 
 @cute.jit
-def _add_over_halves(base: cute.Pointer, number: Int32, value: Float32):
+def _add_over_halves(add: cutlass.Constexpr, number: Int32, value: Float32):
     """Adds each lane's value to its element, not below 0; at once where half a warp has one."""
     lane = cute.arch.lane_idx()
     of_first = cute.arch.shuffle_sync(number, offset=lane & 16)
     if cute.arch.vote_any_sync(number != of_first):
-        add(base + number, value, number >= 0)
+        add(number, value, number >= 0)
     else:
         total = over_lanes(value, (1, 2, 4, 8))
-        add(base + number, total, (number >= 0) & (lane % 16 == 0))
-
-
-def _add_if(where: Boolean, pointer: cute.Pointer, value: Float32) -> None:
-    """The same without a branch; ``where`` may not be a constant in disguise."""
-    cute.arch.inline_ptx(
-        "red.relaxed.gpu.global.add.f32 [{$r0}], {$r1};",
-        read_only_args=[pointer.toint(), value],
-        predicate=where,
-    )
+        add(number, total, (number >= 0) & (lane % 16 == 0))
 
 
 def total_of(values: Sequence[Float32]) -> Float32:

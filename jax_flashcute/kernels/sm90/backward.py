@@ -44,6 +44,7 @@ from cutlass.memory import SmemAllocator
 
 from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels.common.elements import Elements
+from jax_flashcute.kernels.common.fixed_point import FixedPointSums
 from jax_flashcute.kernels.common.intervals import (
     IntervalMask,
     UnionMask,
@@ -73,7 +74,7 @@ from jax_flashcute.kernels.common.turns import (
 )
 from jax_flashcute.kernels.common.visits import QueryTiles
 from jax_flashcute.kernels.config import SMEM_BYTES, BwdConfig, round_up
-from jax_flashcute.kernels.elements import ElementFunctions
+from jax_flashcute.kernels.elements import ElementFunctions, in_fixed_point, measures
 from jax_flashcute.kernels.extra.postprocess import Postprocess
 from jax_flashcute.kernels.extra.preprocess import Preprocess
 from jax_flashcute.kernels.primitives import select
@@ -168,6 +169,7 @@ class BackwardSm90(QueryTiles):
         # Scores that are changed one by one are scaled there.
         changes_scores = functions is not None and functions.changes_scores
         self.may_be_infinite = functions is not None and functions.may_be_infinite
+        self.measures = measures(functions, config.deterministic)
         self.score_scale, self.element_scale = (1.0, scale) if changes_scores else (scale, 1.0)
         self.smem_h = config.padded_head_dim(head_dim)
         self.smem_hv = round_up(head_dim_v, 16)
@@ -185,7 +187,7 @@ class BackwardSm90(QueryTiles):
             and {"t", "s"} <= set(functions.bias.full) <= {"b", "t", "s"}
             and functions.keeps_gradients
             and not self.has_lists
-            and not (cfg.by_role or cfg.resident_bytes or cfg.deterministic)
+            and not (cfg.by_role or cfg.resident_bytes)
             and self._has_room(cfg.tile_m * cfg.tile_n)
         )
 
@@ -222,8 +224,9 @@ class BackwardSm90(QueryTiles):
         mBounds: tuple = (),  # arrays of ``bounds.query_bound_arrays``
         mLists: tuple = (),  # arrays of ``BlockMask.kernel_lists``, transposed
         mRanks: tuple = (),  # (1|B, 1|N, n_blocks, m_blocks) int32: of ``visits_before``
-        mGradients: tuple = (),  # of ``functions.summed_ranks``, float32
+        mGradients: tuple = (),  # of ``functions.summed_ranks``, as ``launchers`` has them
         mPacked: tuple = (),  # a mask in bits, (1|B, 1|N, 1|T, words) uint32
+        mExponents: tuple = (),  # (sums,) int32, of ``fixed_point.exponents``
     ):
         cfg = self.config
         batch, q_length, heads = mQ.shape[0], mQ.shape[1], mQ.shape[2]
@@ -232,9 +235,10 @@ class BackwardSm90(QueryTiles):
         n_blocks = cute.ceil_div(kv_length, cfg.tile_n)
 
         dq_warps = cfg.dq_warps(self.head_dim)
-        Preprocess(
-            self.dtype, self.head_dim_v, cfg.tile_m, self.smem_h, dq_warps, self.functions
-        ).launch(
+        preprocess = partial(
+            Preprocess(
+                self.dtype, self.head_dim_v, cfg.tile_m, self.smem_h, dq_warps, self.functions
+            ).launch,
             stream,
             m_blocks,
             mO,
@@ -243,8 +247,8 @@ class BackwardSm90(QueryTiles):
             mdLSE,
             mQLengths,
             (mLSE2, mdPsum, mdQAccum, mTurns),
-            (*mGradients, *mCarried[:1]),
         )
+        preprocess((*mGradients, *mCarried[:1]))
 
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
 
@@ -271,7 +275,7 @@ class BackwardSm90(QueryTiles):
             heads_at_once = Int32(cutlass.max(cutlass.min(fitting, Int64(self.group)), Int64(1)))
             parts = (self.group + heads_at_once - 1) // heads_at_once
             section = section if parts == 1 else Int32(1)
-        self.kernel(
+        arguments = (
             *tma_q,
             *tma_do,
             *tma_k,
@@ -292,6 +296,7 @@ class BackwardSm90(QueryTiles):
             mRanks,
             mGradients,
             mPacked,
+            mExponents,
             m_blocks,
             n_blocks,
             section,
@@ -301,13 +306,21 @@ class BackwardSm90(QueryTiles):
             heads,
             kv_heads,
             batch,
-        ).launch(
-            grid=[n_blocks * kv_heads * batch * parts, 1, 1],
-            block=[self.consumer_threads + 128, 1, 1],
-            stream=stream,
-            min_blocks_per_mp=1,
-            use_pdl=True,
         )
+        launch = {
+            "grid": [n_blocks * kv_heads * batch * parts, 1, 1],
+            "block": [self.consumer_threads + 128, 1, 1],
+            "stream": stream,
+            "min_blocks_per_mp": 1,
+            "use_pdl": True,
+        }
+        if const_expr(self.measures):
+            # A first run adds nothing but to dQ, which is cleared for the second.
+            self.kernel(*arguments, Int32(1)).launch(**launch)
+            preprocess((*mGradients[:-1], *mCarried[:1]))
+            self.kernel(*arguments, Int32(0)).launch(**launch)
+        else:
+            self.kernel(*arguments, None).launch(**launch)
         if const_expr(cfg.dq_pass is None):
             Postprocess(cfg, self.dtype, self.head_dim, self.scale).launch(
                 stream, m_blocks, mdQAccum, mdQ
@@ -392,6 +405,7 @@ class BackwardSm90(QueryTiles):
         mRanks: tuple,
         mGradients: tuple,
         mPacked: tuple,
+        mExponents: tuple,
         m_blocks: Int32,
         n_blocks: Int32,
         section: Int32,
@@ -401,6 +415,7 @@ class BackwardSm90(QueryTiles):
         heads: Int32,
         kv_heads: Int32,
         batch_size: Int32,
+        is_measuring: Int32 | None,
     ):
         cfg = self.config
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -540,7 +555,8 @@ class BackwardSm90(QueryTiles):
             bounds = (mBounds, batch, (q_length, kv_length), compares)
             mask_step = partial(self.mask_step, (offset, queries, keys), bounds)
             barriers = (pipeline_q, pipeline_do, kv_full)
-            elements = (mElements, offset, (q_length, kv_length), mGradients, mPacked)
+            sums = (mGradients, mExponents, is_measuring)
+            elements = (mElements, offset, (q_length, kv_length), sums, mPacked)
             if const_expr(cfg.by_role):
                 sP = storage.sP.get_tensor(
                     cute.make_layout((4, 128, cfg.p_values // 512), stride=(1, 4, 512))
@@ -777,7 +793,7 @@ class BackwardSm90(QueryTiles):
                         barrier_id=DQ_FULL_BARRIER + buffer, number_of_threads=threads
                     )
                     if const_expr(cfg.deterministic and i == 0):
-                        index = (entry * m_blocks + m) * dq_warps + mine[0]
+                        index = (head_entry * m_blocks + m) * dq_warps + mine[0]
                         take_turn(mTurns.iterator + index, turn_at(m))
                     if cute.arch.lane_idx() == 0:
                         bulk_add(
@@ -787,7 +803,7 @@ class BackwardSm90(QueryTiles):
                         )
                         cute.arch.cp_async_bulk_commit_group()
                 if const_expr(cfg.deterministic):
-                    pass_turn(mTurns.iterator + (entry * m_blocks + m) * dq_warps + mine[0])
+                    pass_turn(mTurns.iterator + (head_entry * m_blocks + m) * dq_warps + mine[0])
         cute.arch.cp_async_bulk_wait_group(0)
 
     def turn(self, mRanks: tuple, block, g: Int32, offset: Int32, m: Int32):
@@ -1134,15 +1150,29 @@ class BackwardSm90(QueryTiles):
         functions = self.functions
         if not self.by_element or (functions.keeps_gradients and not functions.summed_ranks):
             return None
-        mElements, offset, array_lengths, mGradients, _ = elements
+        mElements, offset, array_lengths, sums, _ = elements
         derivatives = Elements(functions, mElements, differentiates=True)
         entry = derivatives.of_entry(block[2], offset, array_lengths)
-        if mGradients:
+        if functions.summed_ranks:
             # The kernel before this one clears the sums.
             cute.arch.griddepcontrol_wait()
         place = (self.config.tile_m, first_key, thread)
         heads = (held, self.heads_of_tile)
-        return Pullback(entry, mGradients, self.scale, *place, *heads)
+        return Pullback(entry, self.sums(*sums), self.scale, *place, *heads)
+
+    def sums(
+        self, mGradients: tuple, mExponents: tuple, is_measuring: Int32 | None
+    ) -> list[cute.Tensor | FixedPointSums]:
+        """The gradients that are summed, those in fixed point with their units."""
+        found = list(mGradients[: len(self.functions.summed)])
+        fixed = in_fixed_point(self.functions, self.config.deterministic)
+        for i, addends in enumerate(self.functions.summed):
+            measured = None, None
+            if fixed[i] and addends.factor is None:
+                measured = mGradients[-1].iterator + i, is_measuring != 0
+            if fixed[i]:
+                found[i] = FixedPointSums(found[i], mExponents[0][i], *measured)
+        return found
 
     def packed_step(self, mPacked: tuple, place, first_key: Int32, thread: Int32):
         """What a mask in bits does to a tile: a function of a thread's first query and the scores.

@@ -10,7 +10,7 @@ two keys and some columns of queries, so what it adds to
                             same for all of a tile, over the tile, or over a loop of such tiles
     any element             is summed as long as the element stays the same
 
-before it goes to the float32 sum in global memory by an atomic addition.  What is an element of a
+before it goes to the sum in global memory by an atomic addition.  What is an element of a
 head, a query and a key at once is stored, and what heads have in common but for that is summed over
 those of a group, which take turns at a tile.
 """
@@ -22,6 +22,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
 from jax_flashcute.kernels.common.elements import EntryElements
+from jax_flashcute.kernels.common.fixed_point import FixedPointSums
 from jax_flashcute.kernels.common.gradient_sums import (
     GradientSum,
     exchanged,
@@ -51,7 +52,7 @@ class Pullback:
     def __init__(
         self,
         entry: EntryElements,
-        tensors: Sequence[cute.Tensor],
+        tensors: Sequence[cute.Tensor | FixedPointSums],
         scale: float,
         tile_m: int,
         first_key: Int32,
@@ -62,7 +63,7 @@ class Pullback:
         """
         Args:
           entry: of ``Elements`` that differentiate.
-          tensors: float32, of ``ElementFunctions.summed_ranks``.
+          tensors: as ``sums_of`` takes them.
           scale: of the call.
           tile_m: queries of a tile.
           first_key: of the warpgroup's 64.
@@ -81,6 +82,7 @@ class Pullback:
         self.first_key = first_key
         self.keys = [entry.keys(first_key + row_in_slab(thread, r)) for r in range(ROWS_PER_THREAD)]
         self.common = cute.make_rmem_tensor(1, Float32)
+        self.in_fixed_point = [x for x in tensors if isinstance(x, FixedPointSums)]
         self.sums = sums_of(entry, tensors, ROWS_PER_THREAD)
 
     def start(self) -> None:
@@ -258,6 +260,8 @@ class Pullback:
                         each.add_to(self.entry.both(of_head, key), total, lane % 4 == 0)
                 case _:
                     each.flush()
+        for sums in self.in_fixed_point:
+            sums.finish(lane)
 
 
 def _over_diagonals(dscores: cute.Tensor, thread: Int32) -> tuple[list[Float32], Int32]:

@@ -1,0 +1,103 @@
+"""Sums in fixed point in global memory, which do not depend on the order of what is added.
+
+Blocks add to a sum in the order in which they come.  Sums of integers are the same in any order: a
+float32 becomes a 64-bit integer in units of 2**-shift, so small that rounding to one is less than
+what a float32 rounds the sum to, and so large that nothing overflows.  How large a sum may be is
+known before the kernel as an ``exponent``: it is below 2**exponent.  Where nothing bounds what is
+added, a first run of the kernel finds the largest of that, and the exponent is that of their
+number.  A not-a-number among what is added is the largest of all.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64, Uint32
+from cutlass._mlir.dialects import llvm
+
+from jax_flashcute.kernels.elements import SHIFTS, SUM_BITS
+from jax_flashcute.kernels.primitives import select
+
+
+class FixedPointSums:
+    """An array of such sums, as ``gradient_sums.FloatSums``.
+
+    Python that makes straight-line code.
+    """
+
+    def __init__(
+        self,
+        words: cute.Tensor,
+        exponent: Int32,
+        largest: cute.Pointer | None,
+        is_measuring: Boolean | None,
+    ):
+        """
+        Args:
+          words: (..., 2) uint32, the low and the high word of each sum.
+          exponent: of a sum, or, with ``largest``, of how many addends it has.
+          largest: the bits of the largest addend's magnitude, uint32 in global memory.
+          is_measuring: the kernel is run to find it, and adds nothing.
+        """
+        self.shape = words.shape[:-1]
+        self.address = words.iterator.toint()
+        self.largest, self.is_measuring = largest, is_measuring
+        self.most = None
+        if largest is not None:
+            self.most = cute.make_rmem_tensor(1, Int32)
+            self.most.fill(0)
+            bits = Int32(cute.make_tensor(largest, cute.make_layout(1))[0])
+            exponent = exponent + exponent_of(bits)
+        shift = cutlass.min(SUM_BITS - exponent, Int32(SHIFTS[1]))
+        self.units = _float_of((cutlass.max(shift, Int32(SHIFTS[0])) + 127) << 23)
+
+    def moved(self, elements: Int64) -> "FixedPointSums":
+        """The sums from one on."""
+        made = object.__new__(FixedPointSums)
+        made.__dict__ = self.__dict__ | {"address": self.address + 8 * elements}
+        return made
+
+    def add(self, place: Int32 | Int64, value: Float32, where: Boolean | None = None) -> None:
+        """Adds to a sum."""
+        where = Boolean(True) if where is None else where
+        if self.most is not None:
+            bits = _bits_of(value) & Int32(0x7FFFFFFF)
+            self.most[0] = cutlass.max(self.most[0], select(where, bits, Int32(0)))
+            where = where & ~self.is_measuring
+        _add(self.address + 8 * Int64(place), value * self.units, where)
+
+    add_if = add
+
+    def finish(self, lane: Int32) -> None:
+        """After all that a warp has added."""
+        if self.most is not None:
+            most = cute.arch.warp_redux_sync(self.most[0], kind="max")
+            _raise(self.largest, Uint32(most), self.is_measuring & (lane == 0))
+
+
+def exponent_of(bits: Int32) -> Int32:
+    """Of a float32 not below 0, by its bits: it is below 2 to its power."""
+    return (bits >> 23) - 126
+
+
+@cute.jit
+def _add(address: Int64, value: Float32, where: Boolean):
+    if where:
+        fixed = cute.arch.inline_ptx(
+            "cvt.rni.s64.f32 {$w0}, {$r0};", write_only_types=[Int64], read_only_args=[value]
+        )
+        cute.arch.inline_ptx(
+            "red.relaxed.gpu.global.add.u64 [{$r0}], {$r1};", read_only_args=[address, fixed]
+        )
+
+
+@cute.jit
+def _raise(pointer: cute.Pointer, value: Uint32, where: Boolean):
+    if where:
+        cute.arch.red(pointer, value, op="max", dtype="u32", sem="relaxed", scope="gpu")
+
+
+def _bits_of(value: Float32) -> Int32:
+    return Int32(llvm.bitcast(Int32.mlir_type, value.ir_value()))
+
+
+def _float_of(bits: Int32) -> Float32:
+    return Float32(llvm.bitcast(Float32.mlir_type, bits.ir_value()))
