@@ -326,8 +326,6 @@ def reasons_against_gradients(
             f"no Blackwell kernel sums {of_what} in a fixed order, as deterministic=True asks"
         )
     by_role_only = "where two warpgroups share 64 keys (head_dim above 128, or small listed tiles)"
-    if names and isinstance(config, BwdConfigSm100):
-        reasons.append(f"no Blackwell kernel sums {of_what}")
     if names and by_role:
         reasons.append(f"{by_role_only} no kernel sums {of_what}")
     functions = element_functions(spec, operands)

@@ -29,6 +29,7 @@ from jax_flashcute.ffi.compile import ArrayType, compile_kernel
 from jax_flashcute.ffi.resources import ResourceReport, report
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import SMALLEST_BOX, SMEM_BYTES, BwdConfigSm100, FwdConfigSm100
+from jax_flashcute.kernels.elements import summed_arrays
 from jax_flashcute.kernels.key import KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
@@ -59,7 +60,7 @@ DENSE = {
 ELEMENTS = {
     "functions": (("documents", "gated"), {"group": 2}),
     "relative bias": (("documents", "relative_bias"), {"group": 2, "causal": True}),
-    "alibi": ((None, "alibi"), {"causal": True}),
+    "alibi": ((None, "alibi"), {"group": 2, "causal": True}),
     "soft cap": ((None, None), {"soft_cap": 2.0}),
     "mask": ((None, None), {"mask": "bnts"}),
     "bias, mask, soft cap, sinks": (
@@ -67,7 +68,6 @@ ELEMENTS = {
         {"soft_cap": 2.0, "bias": "bnts", "mask": "bnts", "sinks": True, "causal": True},
     ),
 }
-FORWARD_ALONE = ("relative bias", "alibi", "bias, mask, soft cap, sinks")
 LENGTHS = (1, 300, 300)
 IN_ARRAYS = {
     "segments": {"segment_ids": np.arange(300)[None] // 70, "is_causal": True},
@@ -169,9 +169,9 @@ def configurations() -> Iterator[Configuration]:
     half = ("full, float16", "causal, float16")
     in_turn = tuple(f"{name}, deterministic" for name in DENSE)
     pages = tuple(f"pages {size} rows {rows}" for size in (1, 4, 16) for rows in ("many", "one"))
-    of_both = (*DENSE, *half, *(f for f in ELEMENTS if f not in FORWARD_ALONE), *IN_ARRAYS)
+    of_both = (*DENSE, *half, *ELEMENTS, *IN_ARRAYS)
     by_direction = {
-        "fwd": (*of_both, "decode", *FORWARD_ALONE, *pages),
+        "fwd": (*of_both, "decode", *pages),
         "bwd": (*of_both, *in_turn),
     }
     of_others = {
@@ -242,8 +242,9 @@ def check_instructions(key: KernelKey, found: ResourceReport) -> None:
         # dK and dV by TMA; dQ by bulk reductions where it does not have a kernel of its own.
         least = {"LDTM": 3, "STTM": 1, "UTMALDG": 3, "UTMASTG": 2, "R2P": 8, "FFMA2": 32}
         least |= {} if config.passes else {"LDTM": 6, "STTM": 3, "UTMALDG": 4, "UBLKRED": 1}
-        of_turns = 1 if config.deterministic else 0
-        assert found.count("RED") + found.count("REDG") + found.count("ATOMG") == of_turns
+        added = found.count("RED") + found.count("REDG") + found.count("ATOMG")
+        if not (key.elements is not None and key.elements.summed_ranks):
+            assert added == (1 if config.deterministic else 0)
         assert not (config.passes and found.count("UBLKRED"))
     assert set(found.reallocated_registers) == registers
     assert found.highest_register < max(registers)
@@ -260,7 +261,9 @@ def buffers(key: KernelKey, spec: AttentionSpec, operands: Operands) -> list:
     if key.direction == "fwd":
         shapes += [*(x.shape for x in others), out, rows]
     else:
-        shapes += [out, rows, out, rows, *(x.shape for x in others), *(x.shape for x in main)]
+        biases, arrays = summed_arrays(spec, operands)
+        results = (*main, *biases, *arrays)
+        shapes += [out, rows, out, rows, *(x.shape for x in others), *(x.shape for x in results)]
     shapes += [shape for shape, _ in registry.scratch_shapes(key, operands)]
     return [(256 * (i + 1) << 32, tuple(shape)) for i, shape in enumerate(shapes)]
 

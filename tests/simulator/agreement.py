@@ -175,7 +175,7 @@ PAGES = {
 
 @functools.cache
 def arguments(name: str) -> tuple[AttentionSpec, Operands]:
-    """A call as the kernels take it; a bias has no gradient, which no Blackwell kernel sums."""
+    """A call as the kernels take it; biases and arrays of scores have no gradients."""
     if name in PAGES:
         return PAGES[name].spec, PAGES[name].operands()
     lengths, given = CALLS[name]

@@ -1,13 +1,15 @@
 """The Blackwell backward with masks and scores by element, on what Hopper's is tested with."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests.cases import Case
 from tests.simulator.test_backward_elements import (
+    BIASES,
     CASES,
     EVERYTHING,
     INFINITE_AT_0,
-    OF_NUMBERS,
     check,
 )
 from tests.simulator.test_forward_elements import sized
@@ -17,16 +19,55 @@ ARCH = "sm_100a"
 SMALL = sized(64, group=3, seqlen_q=150, seqlen_k=140, batch=2, offset=True)
 SLOW = {n: c for n, c in CASES.items() if n != "256_mask"}
 SLOW["192_128_mask"] = sized(192, 128, mask="bs", seqlen_q=70, seqlen_k=140)
-TOGETHER = sized(64, group=3, seqlen_k=140, **EVERYTHING)
+TOGETHER = sized(64, group=3, seqlen_k=140, bias="nt", **EVERYTHING)
 TIMINGS = [("early", "adversarial"), ("shuffled", "seeded")]
 
 
-def together(**how) -> None:
-    check(TOGETHER, MASKS["documents"](TOGETHER), SCORES["gated"](TOGETHER), arch=ARCH, **how)
+IN_PASSES = sized(256, bias="ts", group=3, seqlen_q=70, seqlen_k=140, causal=True, offset=True)
+SUMS = {f"bias {n}": c for n, c in BIASES.items()} | {
+    "each block alone, a bias": sized(40, bias="ns", group=3, seqlen_k=300, **EVERYTHING),
+    "in turn, a bias": sized(192, 128, bias="ts", group=2, soft_cap=2.0, **EVERYTHING),
+    "in passes, a bias": sized(256, bias="nt", soft_cap=2.0, group=3, **EVERYTHING),
+}
+
+
+def in_all_ways(case: Case):
+    """A score that is not additive, with arrays by distance, by head, by key and by score."""
+    table, slopes, gate = (
+        jnp.asarray(np.random.default_rng(i).standard_normal(shape), jnp.float32)
+        for i, shape in enumerate([(case.q_heads, 65), case.q_heads, (case.batch, case.seqlen_k)])
+    )
+
+    def score_mod(score, b, h, q, kv):
+        gated = score * (1 + 0.25 * gate[b, kv])
+        return gated + table[h, jnp.clip(kv - q, -32, 32) + 32] + slopes[h] * (q % 7)
+
+    return score_mod
+
+
+def together(case: Case = TOGETHER, **how) -> None:
+    check(case, MASKS["documents"](case), in_all_ways(case), arch=ARCH, **how)
 
 
 def test_together():
+    """With gradients of a bias and of arrays, in pairs of blocks."""
     together()
+
+
+def test_gradients_of_arrays_in_passes():
+    check(IN_PASSES, arch=ARCH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dims", [(40, 40), (128, 128), (192, 128), (256, 256)])
+def test_together_of_every_class(dims: tuple[int, int]):
+    together(sized(*dims, group=3, seqlen_k=140, bias="nt", **EVERYTHING))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SUMS)
+def test_sums(name: str):
+    check(SUMS[name], arch=ARCH)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +90,7 @@ def test_operand(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OF_NUMBERS)
+@pytest.mark.parametrize("name", SCORES)
 def test_score(name: str):
     check(SMALL, score_mod=SCORES[name](SMALL), arch=ARCH)
 

@@ -129,6 +129,7 @@ class BackwardSm100(QueryTiles):
         if isinstance(mask, IntervalMask):
             self.has_low |= mask.low is not None
         self.by_element = functions is not None and functions.by_element
+        self.sums_gradients = functions is not None and bool(functions.summed_ranks)
         self.smem_h = config.padded_head_dim(head_dim)
         self.smem_hv = round_up(head_dim_v, 16)
         # What a block holds of an operand B, where a pair shares it.
@@ -177,6 +178,7 @@ class BackwardSm100(QueryTiles):
         mBounds: tuple = (),  # arrays of ``bounds.query_bound_arrays``
         mLists: tuple = (),  # arrays of ``BlockMask.kernel_lists``, transposed
         mRanks: tuple = (),  # (1|B, 1|N, n_blocks, m_blocks) int32: of ``visits_before``
+        mGradients: tuple = (),  # of ``functions.summed_ranks``, float32
         mPacked: tuple = (),  # a mask in bits, (1|B, 1|N, 1|T, words) uint32
     ):
         cfg = self.config
@@ -188,7 +190,15 @@ class BackwardSm100(QueryTiles):
         Preprocess(
             self.dtype, self.head_dim_v, cfg.tile_m, self.smem_h, turns, self.functions
         ).launch(
-            stream, m_blocks, mO, mdO, mLSE, mdLSE, mQLengths, (mLSE2, mdPsum, mdQAccum, mTurns)
+            stream,
+            m_blocks,
+            mO,
+            mdO,
+            mLSE,
+            mdLSE,
+            mQLengths,
+            (mLSE2, mdPsum, mdQAccum, mTurns),
+            mGradients,
         )
 
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
@@ -230,6 +240,7 @@ class BackwardSm100(QueryTiles):
             mLists,
             mRanks,
             mPacked,
+            mGradients,
             m_blocks,
             n_blocks,
             section,
@@ -341,6 +352,7 @@ class BackwardSm100(QueryTiles):
         mLists: tuple,
         mRanks: tuple,
         mPacked: tuple,
+        mGradients: tuple,
         m_blocks: Int32,
         n_blocks: Int32,
         section: Int32,
@@ -432,7 +444,7 @@ class BackwardSm100(QueryTiles):
                 block,
                 (visits, num_tiles, tiles),
                 (offset, queries, keys),
-                (mElements, mBounds, compares, mPacked, (q_length, kv_length)),
+                (mElements, mBounds, compares, mPacked, mGradients, (q_length, kv_length)),
             )
         elif warp_index < LOAD_WARP:
             cute.arch.setmaxregister_decrease(cfg.reduce_registers)

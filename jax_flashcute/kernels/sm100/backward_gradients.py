@@ -1,5 +1,7 @@
 """The gradient warpgroups of the Blackwell backward: S to P, dP to dS, and the stores of dK, dV."""
 
+from collections.abc import Callable
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
@@ -17,6 +19,7 @@ from jax_flashcute.kernels.common.tiles import (
     tma_partition,
 )
 from jax_flashcute.kernels.primitives import select
+from jax_flashcute.kernels.sm100.gradient_sums import Pullback
 from jax_flashcute.kernels.sm100.tensor_memory import (
     ROWS,
     compared_word,
@@ -61,7 +64,7 @@ class GradientWarpgroups:
         n_block, kv_head, batch, rank = block
         keys_tile = n_block * kernel.cta_group + rank
         visits, num_tiles, ranges = tiles
-        mElements, mBounds, compares, mPacked, array_lengths = arrays
+        mElements, mBounds, compares, mPacked, mGradients, array_lengths = arrays
         thread = cute.arch.thread_idx()[0] % 128
         half = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128)
         p_step = kernel.p_columns[1] - kernel.p_columns[0]
@@ -84,10 +87,17 @@ class GradientWarpgroups:
         # Stages and phases of Q and of dO, and the phase of S and of dP.
         state = tuple(Int32(0) for _ in range(5))
         seen = self.mask_step(own, batch, (mBounds, compares), array_lengths)
+        pullback = self.pullback((mElements, array_lengths, batch, lengths[0]), mGradients, own)
+        if const_expr(pullback is not None):
+            # Nothing may be added before the kernel before this one has cleared the sums.
+            cute.arch.griddepcontrol_wait()
+        start_sums, finish_sums = self.around_heads(pullback)
         for g in cutlass.range(kernel.group, unroll=1):
             entry = (mElements, array_lengths, batch, lengths[0])
             head = kv_head * kernel.group + g
             of_head = self.elements_of_head(entry, head, own[2])
+            of_head = (*of_head, head, pullback)
+            start_sums()
             read_bits = self.packed_step(mPacked, batch, head, own[2], array_lengths[0])
             _, _, stretches = visits(g)
             for stretch in cutlass.range_constexpr(len(stretches)):
@@ -103,6 +113,7 @@ class GradientWarpgroups:
                         is_hiding = ~is_full_tile(ranges, m)
                     masks = (of_head, seen, read_bits, is_full, is_hiding)
                     state = self.step(places, smem, pipelines, own, m, state, masks)
+            finish_sums(head)
 
         is_empty = num_tiles == 0
         if not is_empty:
@@ -130,16 +141,16 @@ class GradientWarpgroups:
         """One query tile; returns the next state.
 
         Args:
-          masks: of ``elements_of_head``, ``mask_step`` and ``packed_step``; whether lists have the
-            tile as one that ``mask_mod`` hides nothing of; whether the other masks may hide some
-            (traced).
+          masks: of ``elements_of_head`` with the head and its ``Pullback``; of ``mask_step`` and
+            ``packed_step``; whether lists have the tile as one that ``mask_mod`` hides nothing of;
+            whether the other masks may hide some (traced).
         """
         kernel = self.kernel
         s_place, p_place, dp_place = places
         sLSE, sdPsum, (sdS, ds_row, ds_first, zero) = smem
         pipeline_q, pipeline_do, pipeline_s, pipeline_dp, _, pipeline_ds = pipelines[:6]
         thread, half, _, _ = own
-        _, seen, read_bits, _, is_hiding = masks
+        (_, _, head, pullback), seen, read_bits, _, is_hiding = masks
         q_stage, q_phase, do_stage, do_phase, phase = state
         first = half * HALF
 
@@ -151,6 +162,7 @@ class GradientWarpgroups:
         pipeline_q.wait(q_stage, q_phase)
         cute.arch.fence_view_async_tmem_load()
         tLSE = quads(sLSE, q_stage, first)
+        products = self.products_to_keep(pullback, flat)
         if const_expr(kernel.by_element):
             self.change_scores(scores, p_place, tLSE, thread, m * ROWS + first, masks)
         else:
@@ -181,6 +193,9 @@ class GradientWarpgroups:
             load_row(dp_place + c, dscores, thread)
             cute.arch.fence_view_async_tmem_load()
             self.score_gradients(scores, dscores, tdPsum, c)
+            if const_expr(pullback is not None):
+                of_chunk = self.chunk_of(products, c)
+                pullback.chunk(head, m * ROWS + first + c, of_chunk, dscores)
             pairs = round_pairs(kernel.dtype, dscores)
             # Over what this thread has read of dP.
             store_row(dp_place + c // 2, pairs, thread)
@@ -206,7 +221,8 @@ class GradientWarpgroups:
         Returns:
           ``(modify, differentiate)``: ``modify(row, product, is_full)`` is the score of a product
           with a query row; ``differentiate(row, product, d_score)`` the gradient of the scaled
-          product from that of the score.  None for what does nothing.
+          product from that of the score.  None for what does nothing, and where a ``Pullback`` does
+          it.
         """
         functions, scale = self.kernel.functions, self.kernel.scale
         if not self.kernel.by_element:
@@ -214,7 +230,7 @@ class GradientWarpgroups:
         mElements, array_lengths, batch, offset = elements
         entry = Elements(functions, mElements).of_entry(batch, offset, array_lengths)
         of_key = entry.keys(key)
-        if functions.keeps_gradients:
+        if functions.keeps_gradients or self.kernel.sums_gradients:
             pulling = None
         else:
             pulling = Elements(functions, mElements, differentiates=True)
@@ -231,6 +247,39 @@ class GradientWarpgroups:
 
         return modify, None if pulling is None else differentiate
 
+    def pullback(self, elements, mGradients: tuple, own) -> Pullback | None:
+        """What sums gradients of arrays; None where there are none."""
+        if not self.kernel.sums_gradients:
+            return None
+        mElements, array_lengths, batch, offset = elements
+        thread, _, key, _ = own
+        entry = Elements(self.kernel.functions, mElements, differentiates=True)
+        entry = entry.of_entry(batch, offset, array_lengths)
+        return Pullback(entry, mGradients, self.kernel.scale, key, thread)
+
+    def around_heads(self, pullback: Pullback | None) -> tuple[Callable, Callable]:
+        """What is done before the first tile of a head, and of a head after the last."""
+        if pullback is None:
+            return lambda: None, lambda head: None
+        return pullback.start, pullback.finish
+
+    def products_to_keep(
+        self, pullback: Pullback | None, products: cute.Tensor
+    ) -> cute.Tensor | None:
+        """Those of half a tile, for derivatives that are functions of them."""
+        if pullback is None or not pullback.reads_score:
+            return None
+        kept = cute.make_rmem_tensor(HALF, Float32)
+        for c in range(HALF):
+            kept[c] = products[c]
+        return kept
+
+    def chunk_of(self, products: cute.Tensor | None, first: int) -> cute.Tensor | None:
+        """Of those, the ones of a chunk that begins at column ``first``."""
+        if products is None:
+            return None
+        return cute.make_tensor(products.iterator + first, cute.make_layout(CHUNK))
+
     @cute.jit
     def change_scores(
         self,
@@ -246,7 +295,7 @@ class GradientWarpgroups:
         P goes to tensor memory, where it has a place; what stays in registers is multiplied by the
         derivative of the score, so that P (dP - dPsum) of it is the gradient of the scaled product.
         """
-        (modify, differentiate), seen, read_bits, is_full, is_hiding = masks
+        (modify, differentiate, _, _), seen, read_bits, is_full, is_hiding = masks
         bits = read_bits(start)
         if const_expr(is_hiding is not False):
             words = seen(start)

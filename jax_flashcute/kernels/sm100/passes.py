@@ -129,11 +129,20 @@ class BackwardInPassesSm100:
         mElements: tuple = (),  # arrays of ``functions``
         mBounds: tuple = (),  # of ``bounds.query_bound_arrays``, then three of keys
         mLists: tuple = (),  # of ``BlockMask.kernel_lists``, transposed, then as they are
+        mGradients: tuple = (),  # of ``functions.summed_ranks``, float32
         mPacked: tuple = (),  # a mask in bits, (1|B, 1|N, 1|T, words) uint32
     ):
         m_blocks = cute.ceil_div(mQ.shape[1], ROWS)
         Preprocess(self.dtype, self.head_dim_v, ROWS, 0, 0, self.functions).launch(
-            stream, m_blocks, mO, mdO, mLSE, mdLSE, mQLengths, (mLSE2, mdPsum, None, None)
+            stream,
+            m_blocks,
+            mO,
+            mdO,
+            mLSE,
+            mdLSE,
+            mQLengths,
+            (mLSE2, mdPsum, None, None),
+            mGradients,
         )
         results = {"value": mdV, "key": mdK, "query": mdQ}
         for each in self.passes:
@@ -143,7 +152,7 @@ class BackwardInPassesSm100:
                 results[each.target],
                 (mQOffset, mQLengths, mKVLengths),
                 (mLSE2, mdPsum),
-                (mElements, mBounds, mLists, mPacked),
+                (mElements, mBounds, mLists, mPacked, mGradients if each.sums_gradients else ()),
             )
 
 
@@ -182,6 +191,9 @@ class GradientPassSm100(QueryTiles):
         self.has_low = False
         self.packed_mask = packed_mask
         self.by_element = functions is not None and functions.by_element
+        # One pass sums gradients of arrays: that whose threads own a key, as elsewhere.
+        is_summed = functions is not None and bool(functions.summed_ranks)
+        self.sums_gradients = is_summed and self.target == "key"
         # Of what a tile brings: which is an operand of the gradient's product.
         self.operand = 1 if config.target == "value" else 0
         # First columns in tensor memory.
@@ -197,7 +209,7 @@ class GradientPassSm100(QueryTiles):
           result: the gradient.
           lengths: offset, query lengths and key lengths; each may be None.
           statistics: LSE2 and dPsum, (B, N, m_blocks * 128).
-          arrays: of ``functions``, bounds, lists, and the mask in bits.
+          arrays: of ``functions``, bounds, lists, the mask in bits, and gradients that are summed.
         """
         cfg = self.config
         mQ, mdO, mK, mV = operands
@@ -368,6 +380,7 @@ class GradientPassSm100(QueryTiles):
         mBounds: tuple,
         mLists: tuple,
         mPacked: tuple,
+        mGradients: tuple,
         m_blocks: Int32,
         n_blocks: Int32,
         section: Int32,
@@ -465,7 +478,7 @@ class GradientPassSm100(QueryTiles):
                 place,
                 (visits, num_tiles, self.ranges(tiles)),
                 lengths,
-                (mElements, mBounds, compares, mPacked, (q_length, kv_length)),
+                (mElements, mBounds, compares, mPacked, mGradients, (q_length, kv_length)),
             )
         for pipeline in pipelines:
             pipeline.check_arrivals()

@@ -57,7 +57,7 @@ class PassWarpgroups(GradientWarpgroups):
         kernel = self.kernel
         block, head, kv_head, batch = place
         visits, num_tiles, ranges = tiles
-        mElements, mBounds, compares, mPacked, array_lengths = arrays
+        mElements, mBounds, compares, mPacked, mGradients, array_lengths = arrays
         thread = cute.arch.thread_idx()[0] % 128
         half = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128)
         places = (
@@ -79,10 +79,15 @@ class PassWarpgroups(GradientWarpgroups):
             first_state = pipeline_first.advance(*first_state)
             second_state = pipeline_second.advance(*second_state)
         state = (*first_state, *second_state, Int32(0))
+        # Cleared before this pass began, as the statistics are there.
+        pullback = self.pullback((mElements, array_lengths, batch, lengths[0]), mGradients, own)
+        start_sums, finish_sums = self.around_heads(pullback)
         for g in cutlass.range(kernel.group, unroll=1):
             query_head = kv_head * kernel.group + g if const_expr(kernel.of_keys) else head
             entry = (mElements, array_lengths, batch, lengths[0])
             of_head = self.elements_of_head(entry, query_head, row)
+            of_head = (*of_head, query_head, pullback)
+            start_sums()
             read_bits = self.packed_step(mPacked, batch, query_head, row, array_lengths[0])
             _, _, stretches = visits(g)
             for stretch in cutlass.range_constexpr(len(stretches)):
@@ -93,6 +98,7 @@ class PassWarpgroups(GradientWarpgroups):
                     masks = (of_head, seen, read_bits, stretch == 1, ~is_full(ranges, m))
                     rows = (tile_statistics, of_row)
                     state = self.step(places, rows, pipelines, own, m, state, masks)
+            finish_sums(query_head)
 
         is_empty = num_tiles == 0
         if not is_empty:
@@ -110,7 +116,7 @@ class PassWarpgroups(GradientWarpgroups):
         (sLSE, sdPsum), of_row = statistics
         pipeline_first, pipeline_second, pipeline_s = pipelines[:3]
         thread, half, _, _ = own
-        _, seen, read_bits, _, is_hiding = masks
+        (_, _, head, pullback), seen, read_bits, _, is_hiding = masks
         first_stage, first_phase, second_stage, second_phase, phase = state
         start = m * ROWS + half * HALF
 
@@ -130,6 +136,7 @@ class PassWarpgroups(GradientWarpgroups):
             fence_before_sync()
             cute.arch.sync_warp()
             pipeline_s.release(half, WARPS // 2, "gradients")
+        products = self.products_to_keep(pullback, flat)
         if const_expr(kernel.by_element):
             p_place = s_place if is_value else None
             self.change_scores(scores, p_place, tLSE, thread, start, masks)
@@ -162,6 +169,8 @@ class PassWarpgroups(GradientWarpgroups):
                 load_row(dp_place + c, dscores, thread)
                 cute.arch.fence_view_async_tmem_load()
                 self.score_gradients(scores, dscores, tdPsum, c)
+                if const_expr(pullback is not None):
+                    pullback.chunk(head, start + c, self.chunk_of(products, c), dscores)
                 # Over what this thread has read of dP.
                 store_row(dp_place + c // 2, round_pairs(kernel.dtype, dscores), thread)
             cute.arch.fence_view_async_tmem_store()
