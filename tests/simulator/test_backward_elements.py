@@ -40,12 +40,10 @@ def check_call(case: Case, spec, operands, *, arch: str = "sm_90a", **how) -> di
     """Returns the gradients."""
     dtype = "bfloat16"
     assert not registry.reasons_against(spec, operands, "bwd", arch)
-    key = registry.kernel_key(spec, operands, "bwd", arch, 0)
     wide = widened(operands)
     names = (*MAIN, "sinks", "bias")
     floats = {n: getattr(wide, n) for n in names if getattr(wide, n) is not None}
-    biases, arrays = summed_arrays(spec, operands)
-    floats |= {f"array {i}": x for i, x in enumerate(arrays)}
+    floats |= {f"array {i}": x for i, x in enumerate(summed_arrays(spec, operands)[1])}
     others = {n: x for n, x in vars(wide).items() if n not in floats}
 
     def attend(floats):
@@ -67,21 +65,8 @@ def check_call(case: Case, spec, operands, *, arch: str = "sm_90a", **how) -> di
     clean = jnp.where(alive[..., None], d_out.astype(jnp.float32), 0), jnp.where(alive, d_lse, 0)
     (want,) = pull(clean)
 
-    inputs = [*(getattr(operands, n) for n in MAIN), out.astype(dtype), lse, d_out, d_lse]
     residuals = Residuals(out=out.astype(dtype), lse=lse)
-    inputs += other_inputs(key, spec, operands)
-    exponents = sum_exponents(key, spec, operands, residuals, d_out, d_lse)
-    outputs = [(want[n].shape, jnp.dtype(dtype)) for n in MAIN]
-    summed = ["bias"] * len(biases) + [f"array {i}" for i in range(len(arrays))]
-    sums = [jax.ShapeDtypeStruct(want[n].shape, jnp.float32) for n in summed]
-    sums = fixed_point.raw(key.elements, sums) if exponents else sums
-    outputs += [(x.shape, x.dtype) for x in sums]
-    outputs += [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]
-    inputs = [np.asarray(x) for x in (*inputs, *exponents)]
-    found = simulate(compiled(key), *inputs, outputs=outputs, **how)
-    sums = [jnp.asarray(x) for x in found[3 : 3 + len(sums)]]
-    sums = fixed_point.as_floats(key.elements, *exponents, sums) if exponents else sums
-    got = dict(zip((*MAIN, *summed), (*found[:3], *sums), strict=True))
+    got = simulated(spec, operands, residuals, d_out, d_lse, arch=arch, **how)
     if case.sinks:
         got["sinks"] = xla.sink_gradient(operands, residuals, d_out, d_lse)
     for name, expected in want.items():
@@ -92,6 +77,31 @@ def check_call(case: Case, spec, operands, *, arch: str = "sm_90a", **how) -> di
         rounded = name.startswith("array") and want[name].dtype == jnp.bfloat16
         assert error < (OF_ROUNDED if rounded else TOLERANCE), (name, error)
     return got
+
+
+def simulated(
+    spec, operands: Operands, residuals: Residuals, d_out, d_lse, *, arch: str = "sm_90a", **how
+) -> dict:
+    """The gradients that the kernel gives, by operand and, of a score's arrays, by number."""
+    key = registry.kernel_key(spec, operands, "bwd", arch, 0)
+    saved = operands, residuals, d_out, d_lse
+    inputs = [*(getattr(operands, n) for n in MAIN), residuals.out, residuals.lse, d_out, d_lse]
+    inputs += other_inputs(key, spec, operands)
+    exponents = sum_exponents(key, spec, *saved)
+    outputs = [(getattr(operands, n).shape, operands.query.dtype) for n in MAIN]
+    biases, arrays = summed_arrays(spec, operands)
+    sums = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (*biases, *arrays)]
+    if exponents:
+        sums = fixed_point.raw(key.elements, sums)
+    outputs += [(x.shape, x.dtype) for x in sums]
+    outputs += [(s, np.dtype(n)) for s, n in registry.scratch_shapes(key, operands)]
+    inputs = [np.asarray(x) for x in (*inputs, *exponents)]
+    found = simulate(compiled(key), *inputs, outputs=outputs, **how)
+    sums = [jnp.asarray(x) for x in found[3 : 3 + len(sums)]]
+    if exponents:
+        sums = fixed_point.as_floats(key.elements, *exponents, sums)
+    summed = ["bias"] * len(biases) + [f"array {i}" for i in range(len(arrays))]
+    return dict(zip((*MAIN, *summed), (*found[:3], *sums), strict=True))
 
 
 EVERYTHING = {"batch": 3, "causal": True, "offset": True, "lengths": True}
@@ -245,3 +255,14 @@ def test_deterministic(name: str) -> None:
     again = check_call(case, spec, operands, warps="adversarial", timing="shuffled", seed=3)
     for name, gradient in first.items():
         assert np.asarray(gradient).tobytes() == np.asarray(again[name]).tobytes(), name
+
+
+def test_not_a_number_is_not_lost() -> None:
+    """Integers have none: a sum that has one among its addends makes the whole array NaN."""
+    case, score = DETERMINISTIC["query_temperature"]
+    spec, operands = operands_of(case, "bfloat16", None, score(case))
+    spec = dataclasses.replace(spec, deterministic=True)
+    operands = dataclasses.replace(operands, value=operands.value.at[1, 3].set(jnp.nan))
+    residuals = xla.forward(spec, operands)
+    found = simulated(spec, operands, residuals, residuals.out, jnp.zeros_like(residuals.lse))
+    assert np.isnan(found["array 0"]).all()
