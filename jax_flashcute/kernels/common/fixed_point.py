@@ -28,22 +28,23 @@ class FixedPointSums:
         words: cute.Tensor,
         exponent: Int32,
         largest: cute.Pointer | None,
-        is_measuring: Boolean | None,
+        is_measuring: bool,
     ):
         """
         Args:
           words: (..., 2) uint32, the low and the high word of each sum.
           exponent: of a sum, or, with ``largest``, of how many addends it has.
           largest: the bits of the largest addend's magnitude, uint32 in global memory.
-          is_measuring: the kernel is run to find it, and adds nothing.
+          is_measuring: the kernel is run to find that, and adds nothing to any sum.
         """
         self.shape = words.shape[:-1]
         self.address = words.iterator.toint()
-        self.largest, self.is_measuring = largest, is_measuring
+        self.largest = largest
         self.most = None
-        if largest is not None:
+        if is_measuring:
             self.most = cute.make_rmem_tensor(1, Int32)
             self.most.fill(0)
+        if largest is not None:
             bits = Int32(cute.make_tensor(largest, cute.make_layout(1))[0])
             exponent = exponent + exponent_of(bits)
         shift = cutlass.min(SUM_BITS - exponent, Int32(SHIFTS[1]))
@@ -61,16 +62,16 @@ class FixedPointSums:
         if self.most is not None:
             bits = _bits_of(value) & Int32(0x7FFFFFFF)
             self.most[0] = cutlass.max(self.most[0], select(where, bits, Int32(0)))
-            where = where & ~self.is_measuring
+            return
         _add(self.address + 8 * Int64(place), value * self.units, where)
 
     add_if = add
 
     def finish(self, lane: Int32) -> None:
         """After all that a warp has added."""
-        if self.most is not None:
+        if self.most is not None and self.largest is not None:
             most = cute.arch.warp_redux_sync(self.most[0], kind="max")
-            _raise(self.largest, Uint32(most), self.is_measuring & (lane == 0))
+            _raise(self.largest, Uint32(most), lane == 0)
 
 
 def exponent_of(bits: Int32) -> Int32:

@@ -32,6 +32,7 @@ Counts are arrivals, threads for named barriers; "+ tx" means that the barrier a
 copies' bytes; W is the number of consumer warpgroups, of four warps each.
 """
 
+from copy import copy as copied
 from functools import partial
 from types import SimpleNamespace
 
@@ -169,7 +170,9 @@ class BackwardSm90(QueryTiles):
         # Scores that are changed one by one are scaled there.
         changes_scores = functions is not None and functions.changes_scores
         self.may_be_infinite = functions is not None and functions.may_be_infinite
+        # A first run of the kernel may have to find how large addends are: it leaves no gradients.
         self.measures = measures(functions, config.deterministic)
+        self.is_measuring = False
         self.score_scale, self.element_scale = (1.0, scale) if changes_scores else (scale, 1.0)
         self.smem_h = config.padded_head_dim(head_dim)
         self.smem_hv = round_up(head_dim_v, 16)
@@ -235,10 +238,9 @@ class BackwardSm90(QueryTiles):
         n_blocks = cute.ceil_div(kv_length, cfg.tile_n)
 
         dq_warps = cfg.dq_warps(self.head_dim)
-        preprocess = partial(
-            Preprocess(
-                self.dtype, self.head_dim_v, cfg.tile_m, self.smem_h, dq_warps, self.functions
-            ).launch,
+        Preprocess(
+            self.dtype, self.head_dim_v, cfg.tile_m, self.smem_h, dq_warps, self.functions
+        ).launch(
             stream,
             m_blocks,
             mO,
@@ -247,8 +249,8 @@ class BackwardSm90(QueryTiles):
             mdLSE,
             mQLengths,
             (mLSE2, mdPsum, mdQAccum, mTurns),
+            (*mGradients, *mCarried[:1]),
         )
-        preprocess((*mGradients, *mCarried[:1]))
 
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
 
@@ -315,12 +317,10 @@ class BackwardSm90(QueryTiles):
             "use_pdl": True,
         }
         if const_expr(self.measures):
-            # A first run adds nothing but to dQ, which is cleared for the second.
-            self.kernel(*arguments, Int32(1)).launch(**launch)
-            preprocess((*mGradients[:-1], *mCarried[:1]))
-            self.kernel(*arguments, Int32(0)).launch(**launch)
-        else:
-            self.kernel(*arguments, None).launch(**launch)
+            first_run = copied(self)
+            first_run.is_measuring = True
+            first_run.kernel(*arguments).launch(**launch)
+        self.kernel(*arguments).launch(**launch)
         if const_expr(cfg.dq_pass is None):
             Postprocess(cfg, self.dtype, self.head_dim, self.scale).launch(
                 stream, m_blocks, mdQAccum, mdQ
@@ -415,7 +415,6 @@ class BackwardSm90(QueryTiles):
         heads: Int32,
         kv_heads: Int32,
         batch_size: Int32,
-        is_measuring: Int32 | None,
     ):
         cfg = self.config
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -530,7 +529,7 @@ class BackwardSm90(QueryTiles):
                     cute.arch.griddepcontrol_wait()
                     cute.arch.griddepcontrol_launch_dependents()
             # Where the parts of dQ come independently of each other, each has a warp of its own.
-            dq_warps = cfg.dq_warps(self.head_dim)
+            dq_warps = 0 if self.is_measuring else cfg.dq_warps(self.head_dim)
             for w in cutlass.range_constexpr(dq_warps):
                 if warp_index == 1 + w:
                     self.reduce_dq(
@@ -555,7 +554,7 @@ class BackwardSm90(QueryTiles):
             bounds = (mBounds, batch, (q_length, kv_length), compares)
             mask_step = partial(self.mask_step, (offset, queries, keys), bounds)
             barriers = (pipeline_q, pipeline_do, kv_full)
-            sums = (mGradients, mExponents, is_measuring)
+            sums = (mGradients, mExponents)
             elements = (mElements, offset, (q_length, kv_length), sums, mPacked)
             if const_expr(cfg.by_role):
                 sP = storage.sP.get_tensor(
@@ -955,7 +954,9 @@ class BackwardSm90(QueryTiles):
 
         stores = ((tma_dv, gdV, sV, self.smem_hv), (tma_dk, gdK, sK, self.smem_h))
         gradients = ((acc_dV, mma_dv, sV_slab, 1.0), (acc_dK, mma_dk, sK_slab, self.scale))
-        if const_expr(carried is None):
+        if const_expr(self.is_measuring):
+            pass
+        elif const_expr(carried is None):
             self.round_gradients(gradients, stores, block, thread)
         else:
             _, _, part, parts = carried
@@ -1160,18 +1161,15 @@ class BackwardSm90(QueryTiles):
         heads = (held, self.heads_of_tile)
         return Pullback(entry, self.sums(*sums), self.scale, *place, *heads)
 
-    def sums(
-        self, mGradients: tuple, mExponents: tuple, is_measuring: Int32 | None
-    ) -> list[cute.Tensor | FixedPointSums]:
+    def sums(self, mGradients: tuple, mExponents: tuple) -> list[cute.Tensor | FixedPointSums]:
         """The gradients that are summed, those in fixed point with their units."""
         found = list(mGradients[: len(self.functions.summed)])
         fixed = in_fixed_point(self.functions, self.config.deterministic)
         for i, addends in enumerate(self.functions.summed):
-            measured = None, None
-            if fixed[i] and addends.factor is None:
-                measured = mGradients[-1].iterator + i, is_measuring != 0
             if fixed[i]:
-                found[i] = FixedPointSums(found[i], mExponents[0][i], *measured)
+                largest = mGradients[-1].iterator + i if addends.factor is None else None
+                given = found[i], mExponents[0][i], largest, self.is_measuring
+                found[i] = FixedPointSums(*given)
         return found
 
     def packed_step(self, mPacked: tuple, place, first_key: Int32, thread: Int32):
@@ -1241,6 +1239,13 @@ class BackwardSm90(QueryTiles):
         elif pullback is not None:
             raw = None if raw is None else rows_and_columns(raw)
             pullback.tile(head, m, raw, dscores, differs=bool(differs), turn=turn)
+        if self.is_measuring:
+            # All lanes have read the rows' statistics.
+            cute.arch.sync_warp()
+            pipeline_do.release(do_stage, warps)
+            pipeline_q.release(q_stage, warps)
+            following_q = pipeline_q.advance(q_stage, q_phase)
+            return *following_q, *pipeline_do.advance(do_stage, do_phase), ds_stage
         convert_pairs(c.acc_P, rdS)
         if cfg.ds_stages == 1:
             # Every warpgroup has read the dS of the tile before.
