@@ -193,13 +193,13 @@ class GradientWarpgroups:
             load_row(dp_place + c, dscores, thread)
             cute.arch.fence_view_async_tmem_load()
             self.score_gradients(scores, dscores, tdPsum, c)
-            if const_expr(pullback is not None):
-                of_chunk = self.chunk_of(products, c)
-                pullback.chunk(head, m * ROWS + first + c, of_chunk, dscores)
+            of_chunk = (pullback, head, m * ROWS + first + c, self.chunk_of(products, c), dscores)
+            self.pull_back(*of_chunk)
             pairs = round_pairs(kernel.dtype, dscores)
             # Over what this thread has read of dP.
             store_row(dp_place + c // 2, pairs, thread)
             store_pairs(sdS[None, None, 0], ds_row, ds_first // 8 + c // 8, pairs)
+            self.sum_kept(*of_chunk)
         cute.arch.fence_view_async_tmem_store()
         if const_expr(not kernel.is_pair):
             cute.arch.fence_view_async_shared()
@@ -279,6 +279,16 @@ class GradientWarpgroups:
         if products is None:
             return None
         return cute.make_tensor(products.iterator + first, cute.make_layout(CHUNK))
+
+    def pull_back(self, pullback: Pullback | None, *of_chunk) -> None:
+        """From gradients of scores to those of products, and sums; ``of_chunk``: of ``chunk``."""
+        if pullback is not None and not self.kernel.functions.keeps_gradients:
+            pullback.chunk(*of_chunk)
+
+    def sum_kept(self, pullback: Pullback | None, *of_chunk) -> None:
+        """Sums of what stays as it is: once dS is stored, which frees registers."""
+        if pullback is not None and self.kernel.functions.keeps_gradients:
+            pullback.chunk(*of_chunk)
 
     @cute.jit
     def change_scores(

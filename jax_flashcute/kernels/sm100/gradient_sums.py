@@ -6,6 +6,8 @@ one key and a chunk of queries, so what it adds to
     an element of a head    is summed over all tiles of a head, then over the warp
     an element of a key     is summed over all tiles of a head
     an element of a query   is summed over the 32 lanes, each a key
+    an element by distance  is summed over the warp's diagonals, or over a chunk where a clipped
+                            distance is the same for all of it
     any element             is summed as long as the element stays the same
 
 before it goes to the float32 sum in global memory by an atomic addition.  What is an element of a
@@ -14,13 +16,23 @@ head, a query and a key at once is stored.
 
 from collections.abc import Sequence
 
+import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Float32, Int32
 
 from jax_flashcute.kernels.common.elements import EntryElements
-from jax_flashcute.kernels.common.gradient_sums import over_keys, over_lanes, sums_of
+from jax_flashcute.kernels.common.gradient_sums import (
+    GradientSum,
+    over_keys,
+    over_lanes,
+    sums_of,
+    total_of,
+)
+from jax_flashcute.kernels.primitives import select
+from jax_flashcute.kernels.spans import Span
 
 LANES = (16, 8, 4, 2, 1)
+"""How far apart lanes are that exchange sums."""
 
 
 class Pullback:
@@ -49,6 +61,7 @@ class Pullback:
         self.scale = scale
         self.thread = thread
         self.reads_score = entry.reads_score
+        self.first_key = key - thread % 32
         self.key = entry.keys(key)
         self.sums = sums_of(entry, tensors, 1)
 
@@ -74,13 +87,44 @@ class Pullback:
             d_score = dscores[c]
             dscores[c], values = entry.gradient(known, product, d_score, self.scale)
             for each in self.sums:
-                each.add([known], [values], [d_score])
+                if not each.may_agree:
+                    each.add([known], [values], [d_score])
         for each in self.sums:
+            if each.may_agree:
+                self.add_by_distance(each, head, first, dscores)
             if each.varies == "q":
                 totals, column = over_keys(each.columns, self.thread, LANES)
                 each.columns = []
                 for i, total in enumerate(totals):
                     each.add_to(entry.queries(head, first + column + i), total)
+
+    @cute.jit
+    def add_by_distance(
+        self, each: cutlass.Constexpr, head: Int32, first: Int32, dscores: cute.Tensor
+    ):
+        """Adds a chunk from query ``first`` on to a sum that ``may_agree``."""
+        query = self.entry.queries(head, first)
+        # Those that this query is as far from as any of the chunk is from a key of the warp.
+        keys = Span(self.first_key - (cute.size(dscores) - 1), self.first_key + 31)
+        if each.agrees(query, keys):
+            self.add_at_once(each, query, dscores)
+        else:
+            self.add_diagonals(each, head, first, dscores)
+
+    def add_at_once(self, each: GradientSum, query: dict, dscores: cute.Tensor) -> None:
+        total = total_of([dscores[c] for c in range(cute.size(dscores))])
+        known = self.entry.both(query, self.key)
+        each.add_element(0, known, self.entry.gradient(known, None, total, self.scale)[1], total)
+
+    def add_diagonals(
+        self, each: GradientSum, head: Int32, first: Int32, dscores: cute.Tensor
+    ) -> None:
+        """Adds a chunk's sums over the warp's scores of one distance each."""
+        totals, least = over_diagonals([dscores[c] for c in range(cute.size(dscores))], self.thread)
+        least = self.entry.position(first) - self.first_key + least
+        for i, total in enumerate(totals):
+            known = self.entry.at_distance(head, least + i)
+            each.add_totals(self.entry.gradient(known, None, total, self.scale)[1])
 
     def finish(self, head: Int32) -> None:
         """After the last tile of a head."""
@@ -94,3 +138,32 @@ class Pullback:
                     each.add_to(self.entry.both(of_head, self.key), each.totals[0])
                 case _:
                     each.flush()
+
+
+def over_diagonals(columns: list[Float32], thread: Int32) -> tuple[list[Float32], Int32]:
+    """Sums over a warp's scores that lie on one diagonal each; a lane has a row of columns.
+
+    Two lanes ``offset`` apart shift their rows against each other by as much, and each goes on with
+    half of the sums.
+
+    Returns:
+      The sums that this lane is left with, of neighbouring diagonals, and column less row of the
+      first; where other lanes have some of a diagonal as well, they add up.
+    """
+    least = Int32(0)
+    nothing = Float32(0.0)
+    for offset in LANES:
+        is_upper = (thread & offset) != 0
+        half = -(-(len(columns) + offset) // 2)
+        # The upper lane's first column has the place of the lower one's that is ``offset`` before.
+        lower, upper = [nothing] * offset + columns, list(columns)
+        lower += [nothing] * (2 * half - len(lower))
+        upper += [nothing] * (2 * half - len(upper))
+        sums = []
+        for i in range(half):
+            given = select(is_upper, upper[i], lower[half + i])
+            kept = select(is_upper, upper[half + i], lower[i])
+            sums.append(kept + cute.arch.shuffle_sync_bfly(given, offset=offset))
+        columns = sums
+        least = least + select(is_upper, Int32(half - offset), Int32(-offset))
+    return columns, least

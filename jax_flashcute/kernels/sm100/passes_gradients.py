@@ -169,10 +169,11 @@ class PassWarpgroups(GradientWarpgroups):
                 load_row(dp_place + c, dscores, thread)
                 cute.arch.fence_view_async_tmem_load()
                 self.score_gradients(scores, dscores, tdPsum, c)
-                if const_expr(pullback is not None):
-                    pullback.chunk(head, start + c, self.chunk_of(products, c), dscores)
+                of_chunk = (pullback, head, start + c, self.chunk_of(products, c), dscores)
+                self.pull_back(*of_chunk)
                 # Over what this thread has read of dP.
                 store_row(dp_place + c // 2, round_pairs(kernel.dtype, dscores), thread)
+                self.sum_kept(*of_chunk)
             cute.arch.fence_view_async_tmem_store()
             fence_before_sync()
             cute.arch.sync_warp()
