@@ -35,6 +35,7 @@ from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config import BwdConfigSm100
+from jax_flashcute.kernels.elements import summed_arrays
 from jax_flashcute.kernels.key import Direction, KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.conftest import commit
@@ -84,6 +85,14 @@ CALLS: dict[str, tuple[tuple[int, int, int], dict]] = {
     "mask": (LENGTHS, {"mask": drawn(2, 1, 150, 280, high=2).astype(bool)}),
     "ALiBi": (LENGTHS, {"heads": (3, 1), "score_mod": alibi, "is_causal": True}),
     "relative bias": (LENGTHS, {"heads": (3, 1), "score_mod": relative(drawn(3, 65))}),
+    "gradients of a bias and of a table": (
+        LENGTHS,
+        {
+            "heads": (3, 1),
+            "bias": drawn(1, 1, 150, 280).astype(jnp.float32),
+            "score_mod": relative(drawn(3, 65)),
+        },
+    ),
     "documents by ids": (
         (2, 200, 200),
         {"mask_mod": masks.documents(drawn(2, 200, high=3)), "is_causal": True},
@@ -162,6 +171,8 @@ CALLS: dict[str, tuple[tuple[int, int, int], dict]] = {
         {"mask_mod": holes, "heads": (2, 1), "head_dim": 256, "block_mask": "auto"},
     ),
 }
+OF_ARRAYS = ("gradients of a bias and of a table",)
+"""The calls whose bias and arrays of scores have gradients."""
 PAGES = {
     "pages of 16": Call(16, (0, 7, 157), seqlen_q=70, queries=(3, 1, 70), group=3),
     "pages of 4": Call(4, (300, 5), 72, 72, seqlen_q=5, group=7),
@@ -175,11 +186,13 @@ PAGES = {
 
 @functools.cache
 def arguments(name: str) -> tuple[AttentionSpec, Operands]:
-    """A call as the kernels take it; biases and arrays of scores have no gradients."""
+    """A call as the kernels take it."""
     if name in PAGES:
         return PAGES[name].spec, PAGES[name].operands()
     lengths, given = CALLS[name]
     spec, operands = call_of(lengths, **given)
+    if name in OF_ARRAYS:
+        return spec, operands
     return dataclasses.replace(spec, constants=("bias", "score_mod_arrays")), operands
 
 
@@ -232,12 +245,13 @@ def _features(key: KernelKey, operands: Operands) -> list[str]:
         "scores are changed": elements is not None and elements.changes_scores,
         "scores are hidden one by one": elements is not None and elements.hides,
         "sinks": elements is not None and elements.sinks,
+        "gradients of arrays": key.direction == "bwd" and bool(elements and elements.summed_ranks),
     }
     return [feature for feature, is_present in present.items() if is_present]
 
 
 def results(name: str, run: Callable, arch: str) -> dict[str, np.ndarray]:
-    """O, LSE, dQ, dK and dV of a call; ``run``: a kernel, its inputs and outputs to results."""
+    """O, LSE and gradients of a call; ``run``: a kernel, its inputs and outputs to results."""
     spec, operands = arguments(name)
     dtype = operands.query.dtype
     main = [getattr(operands, n) for n in MAIN]
@@ -249,9 +263,23 @@ def results(name: str, run: Callable, arch: str) -> dict[str, np.ndarray]:
     if "bwd" in directions(name):
         key = key_of(name, "bwd", arch)
         inputs = [*main, out, lse, *cotangents(name), *other_inputs(key, spec, operands)]
-        gradients = run(key, inputs, [(x.shape, dtype) for x in main])
-        found |= dict(zip(("dQ", "dK", "dV"), gradients, strict=False))
+        outputs = [(x.shape, dtype) for x in main]
+        outputs += [(x.shape, np.dtype(np.float32)) for x in differentiated(spec, operands)]
+        found |= dict(zip(gradients_of(name), run(key, inputs, outputs), strict=False))
     return {n: np.asarray(x).astype(np.float64) for n, x in found.items()}
+
+
+def differentiated(spec: AttentionSpec, operands: Operands) -> list:
+    """A bias and arrays of a score that have gradients."""
+    biases, arrays = summed_arrays(spec, operands)
+    return [*biases, *arrays]
+
+
+def gradients_of(name: str) -> tuple[str, ...]:
+    """What a call's backward gives."""
+    biases, arrays = summed_arrays(*arguments(name))
+    of_arrays = (f"darray {i}" for i in range(len(arrays)))
+    return ("dQ", "dK", "dV", *("dbias" for _ in biases), *of_arrays)
 
 
 def cotangents(name: str) -> tuple[jax.Array, jax.Array]:
@@ -282,19 +310,27 @@ def expected(name: str) -> dict[str, np.ndarray]:
             spec = dataclasses.replace(spec, score_mod=traced)
             wide = dataclasses.replace(wide, score_mod_arrays=arrays)
 
-        def attend(*main):
+        biases, arrays = summed_arrays(spec, wide)
+
+        def attend(*floats):
+            main, rest = floats[: len(MAIN)], floats[len(MAIN) :]
             given = dataclasses.replace(wide, **dict(zip(MAIN, main, strict=True)))
+            if biases:
+                given = dataclasses.replace(given, bias=rest[0])
+            if arrays:
+                given = dataclasses.replace(given, score_mod_arrays=rest[len(biases) :])
             found = reference.attention(spec, given)
             return found.out, found.lse
 
-        main = [getattr(wide, n) for n in MAIN]
+        floats = [*(getattr(wide, n) for n in MAIN), *biases, *arrays]
         if directions(name) == ("fwd",):
-            out, lse = jax.jit(attend)(*main)
+            out, lse = jax.jit(attend)(*floats)
             return {"O": np.asarray(out), "LSE": np.asarray(lse)}
-        (out, lse), pull = jax.vjp(jax.jit(attend), *main)
+        (out, lse), pull = jax.vjp(jax.jit(attend), *floats)
         alive = ~jnp.isinf(lse)
         gradients = pull((jnp.where(alive[..., None], d_out, 0), jnp.where(alive, d_lse, 0)))
-        found = dict(zip(("O", "LSE", "dQ", "dK", "dV"), (out, lse, *gradients), strict=True))
+        names = ("O", "LSE", *gradients_of(name))
+        found = dict(zip(names, (out, lse, *gradients), strict=True))
         return {n: np.asarray(x) for n, x in found.items()}
 
 

@@ -27,7 +27,7 @@ same calls, with the same seeds, go through the kernels for sm_90a on a Hopper G
 the norm of a difference over that of the result, at 192 places of each: of either from the
 reference in float64, and of the two from each other. Results in bfloat16 are rounded to 2^-9 of
 themselves, 2e-3. In italics what a call's Blackwell kernels have and those of dense calls lack.
-Bias and scores have no gradients of their own here, and pages none at all.
+Biases and arrays of scores have gradients in one call, and pages none at all.
 
 ```sh
 python -m tests.simulator.agreement --arch sm_100a --out benchmarks/results/simulator/agreement.json
