@@ -45,7 +45,8 @@ class Explanation:
         ``"contiguous"`` along the keys, or ``"gather"``.
       splits: parts into which the forward kernel divides the keys of a row at most, Hopper's where
         there is no GPU; shorter sequences have fewer.  None where no kernel serves the call.
-      page_copies: how that kernel loads pages: ``"TMA"`` or ``"asynchronous copies"``; None
+      page_copies: how that kernel loads pages: ``"TMA"``, ``"asynchronous copies"``, or ``"TMA,
+        once gathered"`` into arrays that the call takes beside the pages; None
         without pages.
       lists: whether that kernel visits tiles by lists: ``"given"``, ``"made from mask_mod in the
         call"``, or ``"none"`` and why not.

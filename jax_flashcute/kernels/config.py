@@ -29,6 +29,8 @@ class FwdConfig:
       consumer_registers, producer_registers: registers a thread, after reallocation.
       q_stages: query tiles in shared memory.  With two, warpgroups may be in different tiles, and
         the others begin a tile behind the first one.
+      gathers_pages: keys and values in pages are gathered into arrays as the kernel goes, from
+        which tiles are loaded.
     """
 
     warpgroups: int
@@ -40,6 +42,7 @@ class FwdConfig:
     consumer_registers: int = 240
     producer_registers: int = 24
     q_stages: int = 1
+    gathers_pages: bool = False
 
     @property
     def tile_m(self) -> int:
@@ -163,6 +166,35 @@ def paged_config(config: FwdConfig, page_size: int, head_dim: int, head_dim_v: i
         deeper = dataclasses.replace(config, kv_stages=3)
         return config if deeper.reasons_invalid(head_dim, head_dim_v) else deeper
     return busy_producer(config)
+
+
+LARGEST_GATHERED_PAGE = 4
+"""Keys of a page that is better gathered where many tiles of queries visit it; larger ones take few
+enough copies by TMA; docs/lab-notebook.md."""
+LEAST_GATHERED_VISITS = 32
+"""Tiles of queries for each key/value head from which gathering pays, by count: blocks must not
+come to keys faster than they are gathered."""
+MOST_GATHERED_BYTES = 512 * 1024 * 1024
+"""Of the arrays that keys and values are gathered into, which a call takes beside its pages."""
+UNIT_KEYS = 16
+"""Keys of one head that a warp gathers at a time; divides every ``tile_n``."""
+
+
+def gathered_shapes(
+    tile_n: int, batch: int, kv_length: int, kv_heads: int, head_dim: int, head_dim_v: int
+) -> list[tuple[int, ...]]:
+    """Shapes of what keys and values in pages are gathered into, and of the counts beside them."""
+    rows = (batch, kv_length, kv_heads)
+    counts = 1 + batch * kv_heads * (1 + -(-kv_length // tile_n))
+    return [(*rows, head_dim), (*rows, head_dim_v), (counts,)]
+
+
+def gathering(config: FwdConfig) -> FwdConfig:
+    """A forward configuration that gathers pages of keys and values into arrays."""
+    found = dataclasses.replace(staggered(config), gathers_pages=True)
+    if config.warpgroups != 2:
+        return found
+    return dataclasses.replace(found, consumer_registers=224, producer_registers=56)
 
 
 def busy_producer(config: FwdConfig) -> FwdConfig:

@@ -6,7 +6,7 @@ What needs the CuTe DSL is imported as it is built.
 from collections.abc import Callable
 from typing import Any
 
-from jax_flashcute.kernels.config import BwdConfig, BwdConfigSm100, has_dq_sums
+from jax_flashcute.kernels.config import BwdConfig, BwdConfigSm100, FwdConfig, has_dq_sums
 from jax_flashcute.kernels.elements import in_fixed_point, measures
 from jax_flashcute.kernels.key import OPTIONAL_OPERANDS, KernelKey
 
@@ -29,10 +29,11 @@ def forward_arrays(key: KernelKey):
             (cutlass.Float32, (1, 1, 1, 1, key.head_dim_v)),
             (cutlass.Float32, (1, 1, 1, 1)),
         ]
+    gathered = [qk, v, (cutlass.Int32, (1,))] if _gathers(key) else []
     inputs = [qk, qk, v, *_optional_arrays(key), *_table_arrays(key)]
     inputs += [*_element_arrays(key), *_bound_arrays(key), *_list_arrays(key)]
     inputs += _packed_arrays(key)
-    return [*inputs, v, lse, counter, *partials]
+    return [*inputs, v, lse, counter, *partials, *gathered]
 
 
 def backward_arrays(key: KernelKey):
@@ -56,6 +57,11 @@ def backward_arrays(key: KernelKey):
 def _carries(key: KernelKey) -> bool:
     """Whether blocks of the backward are in parts, which carry dK and dV on."""
     return isinstance(key.config, BwdConfig) and key.config.resident_bytes > 0
+
+
+def _gathers(key: KernelKey) -> bool:
+    """Whether pages of keys and values are gathered into arrays."""
+    return isinstance(key.config, FwdConfig) and key.config.gathers_pages
 
 
 def has_fixed_sums(key: KernelKey) -> bool:
@@ -144,11 +150,11 @@ def _packed_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
 
 def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
     """``launcher``, which takes the page table and groups of arrays by name, with these from
-    ``first`` on; gradients that are summed after three others; and what is carried at the end."""
+    ``first`` on; gradients that are summed after three others; what is carried or gathered last."""
     paged = len(_table_arrays(key))
     is_backward = key.direction == "bwd"
     sums = len(_gradient_arrays(key)) if is_backward else 0
-    carries = _carries(key)
+    carries, gathers = _carries(key), _gathers(key)
     groups = {
         "mElements": len(_element_arrays(key)),
         "mBounds": len(_bound_arrays(key)),
@@ -168,6 +174,8 @@ def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
             named[name], rest = rest[:count], rest[count:]
         if sums:
             named["mGradients"], rest = rest[3 : 3 + sums], rest[:3] + rest[3 + sums :]
+        if gathers:
+            named["mGathered"], rest = rest[-3:], rest[:-3]
         if carries:
             named["mCarried"], rest = rest[-2:], rest[:-2]
         launcher(stream, *arrays[:first], *rest, **named)

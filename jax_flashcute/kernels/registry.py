@@ -14,6 +14,9 @@ from jax_flashcute.block_mask import BlockMask
 from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels import nsa
 from jax_flashcute.kernels.config import (
+    LARGEST_GATHERED_PAGE,
+    LEAST_GATHERED_VISITS,
+    MOST_GATHERED_BYTES,
     BwdConfig,
     BwdConfigSm100,
     FwdConfig,
@@ -28,6 +31,8 @@ from jax_flashcute.kernels.config import (
     few_rows_config_sm100,
     forward_config,
     forward_config_sm100,
+    gathered_shapes,
+    gathering,
     in_parts,
     loads_pages_by_tma,
     most_splits,
@@ -308,6 +313,30 @@ def _in_pairs(config: FwdConfig, spec: AttentionSpec, operands: Operands) -> Fwd
     return dataclasses.replace(config, cluster=2) if may_pair else config
 
 
+def _gathered_sizes(operands: Operands) -> tuple[Any, ...]:
+    """Batch entries, keys, key/value heads and head_dims of what pages are gathered into."""
+    _, _, K, H = operands.key.shape
+    return operands.query.shape[0], operands.kv_length, K, H, operands.value.shape[3]
+
+
+def _gathering_pays(operands: Operands, config: FwdConfig, pack_gqa: bool) -> bool:
+    """Whether small pages are better gathered than loaded by each tile that visits them.
+
+    Where lengths of queries are given, nothing is known of how many visit a page.
+    """
+    if operands.key.shape[1] > LARGEST_GATHERED_PAGE or operands.query_seq_lengths is not None:
+        return False
+    _, T, N, _ = operands.query.shape
+    sizes = (T, N, *_gathered_sizes(operands))
+    if not all(isinstance(size, int) for size in sizes):
+        return False
+    B, S, K, H, Hv = sizes[2:]
+    visits = N // K * -(-T // config.tile_m)
+    if pack_gqa:
+        visits = -(-T // (config.slab_rows // (N // K) * config.warpgroups))
+    return visits >= LEAST_GATHERED_VISITS and 2 * B * S * K * (H + Hv) <= MOST_GATHERED_BYTES
+
+
 def _main(operands: Operands) -> tuple[Shaped, Shaped, Shaped]:
     return operands.query, operands.key, operands.value
 
@@ -360,6 +389,9 @@ def kernel_key(
             pack_gqa = packing_pays(query.shape[1], group, config)
         if is_paged(operands) and isinstance(config, FwdConfig):
             config = paged_config(config, key.shape[1], *dims)
+            by_position = plain and not split_kv and not union and interval.low is None
+            if by_position and _gathering_pays(operands, config, pack_gqa):
+                config = gathering(config)
         if isinstance(config, FwdConfig) and has_lists and not (pack_gqa or group % 2):
             config = _in_pairs(config, spec, operands)
     else:
@@ -457,6 +489,8 @@ def page_copies(key: KernelKey) -> str | None:
         return None
     by_tma = loads_pages_by_tma(key.page_size)
     if isinstance(key.config, FwdConfig):
+        if key.config.gathers_pages:
+            return "TMA, once gathered"
         by_tma |= shares_boxes(key.config, key.page_size, key.head_dim, key.head_dim_v)
     return "TMA" if by_tma else "asynchronous copies"
 
@@ -562,6 +596,9 @@ def _forward_scratch(key: KernelKey, operands: Operands):
         B, T, N, _ = operands.query.shape
         rows = (splits_of(key, operands), B, T, N)
         shapes += [((*rows, key.head_dim_v), "float32"), (rows, "float32")]
+    if isinstance(key.config, FwdConfig) and key.config.gathers_pages:
+        *arrays, counts = gathered_shapes(key.config.tile_n, *_gathered_sizes(operands))
+        shapes += [*((x, key.dtype) for x in arrays), (counts, "int32")]
     return shapes
 
 

@@ -14,6 +14,7 @@ ALWAYS = [
     ("sm_90a", 1, 192, 128, 2048, 1),
     ("sm_90a", 4, 128, 128, 1, 8),
     ("sm_90a", 4, 64, 64, 2048, 1),
+    ("sm_90a", 1, 128, 128, 2048, 4),
     ("sm_100a", 8, 128, 128, 2048, 1),
     ("sm_100a", 1, 128, 128, 1, 8),
 ]
@@ -23,7 +24,8 @@ ALL = [
     for arch in ("sm_90a", "sm_100a")
     for page_size in (1, 2, 4, 8, 16, 128, 512)
     for dims in HEAD_DIMS
-    for rows in ((2048, 1), (1, 7))
+    for rows in ((2048, 1), (1, 7), (2048, 4))
+    if rows != (2048, 4) or (arch == "sm_90a" and page_size < 8)
 ]
 
 
@@ -37,7 +39,7 @@ def operands(page_size: int, head_dim: int, head_dim_v: int, queries: int, group
         key=jax.ShapeDtypeStruct((*pages, head_dim), jnp.bfloat16),
         value=jax.ShapeDtypeStruct((*pages, head_dim_v), jnp.bfloat16),
         q_offset=integers,
-        query_seq_lengths=integers,
+        query_seq_lengths=None if group == 4 else integers,
         key_value_seq_lengths=integers,
         page_table=jax.ShapeDtypeStruct((batch, tokens // page_size), jnp.int32),
     )
@@ -74,6 +76,7 @@ def test_code(call: tuple[str, int, int, int, int, int]) -> None:
     assert found.count("HGMMA") == kernel.ptx.count("wgmma.mma_async")
     assert found.count("UTCHMMA") == kernel.ptx.count("tcgen05.mma.")
     assert found.count("WARPGROUP.DEPBAR") == kernel.ptx.count("wgmma.wait_group")
+    assert ("gathered" in str(registry.page_copies(key))) == (group == 4)
     by_threads = registry.page_copies(key) == "asynchronous copies"
     assert (found.count("LDGSTS") > 0) == by_threads
     if by_threads:

@@ -13,6 +13,7 @@ import pytest
 
 from jax_flashcute import PagedKVCache, flash_attention, paged_attention, plan
 from jax_flashcute.kernels.key import KernelKey
+from jax_flashcute.kernels.registry import page_copies
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.kernels.gpu_cases import compile_in_parallel
 
@@ -127,6 +128,29 @@ def test_grid(page_size: int, kind: str) -> None:
     for group in GROUPS:
         for seqlen_q in QUERIES:
             compare(pages, query_of(pages, seqlen_q, group))
+
+
+@pytest.mark.parametrize(
+    ("page_size", "features"),
+    [(1, {}), (2, {"dims": (128, 128)}), (1, {"dims": (192, 128), "is_causal": False})],
+    ids=["1_64", "2_128", "1_192_128_full"],
+)
+def test_gathered(page_size: int, features: dict) -> None:
+    """Small pages that many tiles of queries visit."""
+    features = dict(features)
+    pages = Pages(
+        page_size, (0, 8191, 257), "permuted", features.pop("dims", DIMS), dtype=jnp.bfloat16
+    )
+    query = query_of(pages, 1100, 8)
+    place = {"q_offset": pages.lengths, "key_value_seq_lengths": pages.lengths}
+    arrays = {"query": query, "key": pages.k_pages, "value": pages.v_pages} | place
+    shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in arrays.items()}
+    table = jax.ShapeDtypeStruct(pages.table.shape, jnp.int32)
+    key = plan.make_plan(
+        AttentionSpec(0.125, features.get("is_causal", True)), Operands(**shapes, page_table=table)
+    )
+    assert page_copies(key) == "TMA, once gathered"
+    compare(pages, query, **features)
 
 
 SINKS = np.linspace(-1, 1, 3 * KV_HEADS, dtype=np.float32)

@@ -317,6 +317,7 @@ class Machine:
                 last_progress, last_executed = self.progress, self.executed
             elif self.executed - last_executed > SPIN:
                 last_executed = self.executed
+                self.schedule.stall(group)
                 yield
         for block in self.blocks:
             self._check_exit(block)

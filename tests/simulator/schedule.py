@@ -35,6 +35,7 @@ class Schedule:
         self.late_reads = timing != "early"
         self._priority: dict = {}
         self._until_change = 0
+        self._stalled = False
 
     def start(self, machine) -> None:
         self._priority = {}
@@ -50,12 +51,22 @@ class Schedule:
         """Whether a try_wait that would suspend reports a time-out at once."""
         return self.warps == "seeded" and self.random.random() < 0.1
 
+    def stall(self, group) -> None:
+        """The group seems to wait for what others write to global memory: they have their turn."""
+        self._stalled = True
+        if self._priority:
+            lowest = min(self._priority.values())
+            self._priority[group.block.cluster_rank, group.lo >> 5] = lowest - self.random.random()
+
     def pick(self, ready) -> tuple:
         ready = _lowest_parts(ready)
         if self.warps == "fair":
             group = min(ready, key=lambda g: (g.last_run, g.pc))
             # Of the groups of its warpgroup, the one that is behind runs first, so they meet.
             same = [g for g in ready if g.block is group.block and g.lo // 128 == group.lo // 128]
+            if self._stalled:
+                self._stalled = False
+                return group, 2000
             return min(same, key=lambda g: g.pc), 2000
         if self.warps == "seeded":
             return ready[int(self.random.integers(len(ready)))], int(self.random.integers(1, 60))

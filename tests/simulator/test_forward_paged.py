@@ -152,6 +152,48 @@ def test_prefill(call: Call) -> None:
     assert not check(call).split_kv
 
 
+GATHERED_CASES = {
+    "2_72_40": Call(2, (0, 7, 157), 72, 40, seqlen_q=70, group=2),
+    "1": Call(1, (130, 257), seqlen_q=140, group=4, kv_heads=2),
+    "2_128": Call(2, (300, 1, 133), 128, 128, seqlen_q=150, pages="shared", num_sms=3),
+    "1_192_128": Call(1, (133, 1), 192, 128, seqlen_q=130, pages="repeated", num_sms=1),
+    "2_full": Call(2, (133, 301), seqlen_q=20, group=3, spec=AttentionSpec(0.125)),
+}
+
+
+@pytest.fixture
+def gathers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small pages are gathered however few tiles of queries visit them."""
+    monkeypatch.setattr(registry, "LEAST_GATHERED_VISITS", 1)
+
+
+@pytest.mark.usefixtures("gathers")
+@pytest.mark.parametrize(
+    ("name", "timing", "warps"),
+    [
+        ("2_72_40", "early", "adversarial"),
+        *(
+            pytest.param(name, *how, marks=pytest.mark.slow)
+            for name in GATHERED_CASES
+            for how in (("shuffled", "seeded"), ("late", "adversarial"))
+        ),
+    ],
+)
+def test_pages_gathered_as_the_kernel_goes(name: str, timing: str, warps: str) -> None:
+    key = check(GATHERED_CASES[name], timing=timing, warps=warps, seed=10)
+    assert registry.page_copies(key) == "TMA, once gathered"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gathers")
+def test_a_gathered_page_out_of_range_is_zeros() -> None:
+    call = Call(2, (100, 37), 72, 40, seqlen_q=70)
+    table = call.operands().page_table
+    assert table is not None
+    for number in (-1, 2**31 - 1):
+        check(call, table=table.at[:, 2].set(number))
+
+
 SPLIT_CASES = {
     "2_decode": Call(2, (901, 0, 15), group=8, num_sms=16),
     "16_decode": Call(16, (1101, 0, 15), 128, 128, group=8, num_sms=16),

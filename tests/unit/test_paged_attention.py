@@ -295,6 +295,30 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
         explain_paged_attention(*make(4, (9, 30))[0][:4], None)
 
 
+def test_small_pages_that_many_tiles_visit_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_90a")
+
+    def copies(page_size: int = 1, queries: int = 2048, keys: int = 8192, **how) -> str | None:
+        query = jax.ShapeDtypeStruct((4, queries, 32, 128), jnp.bfloat16)
+        pages = jax.ShapeDtypeStruct((2**16 // page_size, page_size, 8, 128), jnp.bfloat16)
+        table = jax.ShapeDtypeStruct((4, keys // page_size), jnp.int32)
+        lengths = jax.ShapeDtypeStruct((4,), jnp.int32)
+        how = {name: lengths if x == "lengths" else x for name, x in how.items()}
+        return explain_paged_attention(query, pages, pages, table, lengths, **how).page_copies
+
+    assert copies() == copies(4) == copies(is_causal=False) == "TMA, once gathered"
+    assert copies(8) == "TMA"
+    few = {"queries": 512}
+    long = {"keys": 2**16}
+    assert copies(**few) == copies(**long) == "asynchronous copies"
+    for how in (
+        {"q_lengths": "lengths"},
+        {"local_window_size": (300, 0)},
+        {"logits_soft_cap": 5.0},
+    ):
+        assert copies(**how) == "asynchronous copies"
+
+
 def test_explain_of_a_dense_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_90a")
     query = jax.ShapeDtypeStruct((1, 1, 32, 128), jnp.bfloat16)

@@ -14,7 +14,8 @@ issuing products, so one's softmax runs beside the other's products.
 Keys and values may lie in pages (common/paging.py): a tile is then several copies, of the part of
 each page that it holds.  Pages too small for one warp to load by TMA are loaded by four, by TMA or
 by copies of their threads: the producer warp and another load K, two more V; these three follow the
-producer through its tiles.
+producer through its tiles.  Or the producer's three idle warps gather small pages into arrays as
+the kernel goes (common/gathering.py), where many tiles visit them, and tiles are loaded from there.
 
 Heads of a group that visit the same key tiles, by lists, may share what they load: two blocks of a
 cluster take the same rows of two heads, and each loads half of a key tile for both.
@@ -62,6 +63,7 @@ from cutlass.memory import SmemAllocator
 
 from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels.common.elements import Elements
+from jax_flashcute.kernels.common.gathering import CLEARING_THREADS, Gathering, clear_counts
 from jax_flashcute.kernels.common.intervals import (
     IntervalMask,
     UnionMask,
@@ -188,7 +190,8 @@ class ForwardSm90(KeyTiles):
         self.functions = functions
         self.page_size = page_size
         self.kv_tiles = tiles_in_pages(
-            *(page_size, config.tile_n, config.kv_stages),
+            None if config.gathers_pages else page_size,
+            *(config.tile_n, config.kv_stages),
             cluster=config.cluster,
             columns_first=True,
             shares_boxes=page_size is not None
@@ -250,6 +253,7 @@ class ForwardSm90(KeyTiles):
         mBounds: tuple = (),  # arrays of ``bounds.key_bound_arrays``
         mLists: tuple = (),  # arrays of ``BlockMask.kernel_lists``
         mPacked: tuple = (),  # a mask in bits, (1|B, 1|N, 1|T, words) uint32
+        mGathered: tuple = (),  # arrays of ``config.gathered_shapes``, scratch
     ):
         batch, q_length, kv_length, kv_heads = (
             mQ.shape[0],
@@ -260,8 +264,12 @@ class ForwardSm90(KeyTiles):
         if const_expr(self.page_size is not None):
             kv_length = mPageTable.shape[1] * self.page_size
         q_tensor = by_head(mQ, self.head_dim, self.heads_packed)
-        k_tensor = by_head(mK, self.head_dim, 1)
-        v_tensor = by_head(mV, self.head_dim_v, 1)
+        tiled_k, tiled_v, gathered = mK, mV, ()
+        if const_expr(self.config.gathers_pages):
+            tiled_k, tiled_v, _ = mGathered
+            gathered = (mK, mV, *mGathered)
+        k_tensor = by_head(tiled_k, self.head_dim, 1)
+        v_tensor = by_head(tiled_v, self.head_dim_v, 1)
         load = cpasync.CopyBulkTensorTileG2SOp()
         q_box = (self.heads_packed, self.slab_tokens, self.smem_h)
         tma_q = cpasync.make_tiled_tma_atom(
@@ -294,7 +302,15 @@ class ForwardSm90(KeyTiles):
             num_tiles = num_tiles * mOPartial.shape[0]
         most = self.num_sms - self.num_sms % self.config.cluster
         blocks = cutlass.min(num_tiles, Int32(most))
-        reset_counter(mCounter).launch(grid=[1, 1, 1], block=[32, 1, 1], stream=stream)
+        if const_expr(self.config.gathers_pages):
+            mCounts = mGathered[2]
+            clear_counts(mCounter, mCounts).launch(
+                grid=[cute.ceil_div(mCounts.shape[0], CLEARING_THREADS), 1, 1],
+                block=[CLEARING_THREADS, 1, 1],
+                stream=stream,
+            )
+        else:
+            reset_counter(mCounter).launch(grid=[1, 1, 1], block=[32, 1, 1], stream=stream)
         self.kernel(
             *tma_q,
             *tma_k,
@@ -313,6 +329,7 @@ class ForwardSm90(KeyTiles):
             mBounds,
             mLists,
             mPacked,
+            gathered,
             m_blocks,
             section,
             q_length,
@@ -408,6 +425,7 @@ class ForwardSm90(KeyTiles):
         mBounds: tuple,
         mLists: tuple,
         mPacked: tuple,
+        gathered: tuple,
         m_blocks: Int32,
         section: Int32,
         q_length: Int32,
@@ -496,6 +514,13 @@ class ForwardSm90(KeyTiles):
             splits = self.splits_of_entry(lengths, mOPartial.shape)
             order = SplitOrder(kv_heads, batch, self.heads_per_kv, splits)
 
+        gathering = None
+        if const_expr(cfg.gathers_pages):
+            gathering = Gathering(
+                *(gathered[:2], gathered[2:4], gathered[4], mPageTable),
+                *(self.page_size, (self.head_dim, self.head_dim_v), cfg.tile_n, section),
+                loads_at_once=8 if cfg.producer_registers >= 56 else 2,
+            )
         if warp_index < 4:
             if const_expr(cfg.reallocates_registers):
                 cute.arch.setmaxregister_decrease(cfg.producer_registers)
@@ -514,7 +539,10 @@ class ForwardSm90(KeyTiles):
                     mKVLengths is not None,
                     mBounds,
                     mLists,
+                    gathering,
                 )
+            elif const_expr(gathering is not None):
+                gathering.gather(lengths)
             elif const_expr(self.has_key_terms):
                 if warp_index == 1:
                     place = (mElements, (q_length, kv_length))
@@ -599,6 +627,7 @@ class ForwardSm90(KeyTiles):
         has_kv_lengths: cutlass.Constexpr[bool],
         mBounds: tuple,
         mLists: tuple,
+        gathering: Gathering | None,
     ):
         """The producer warp: draws tiles and loads their Q, K and V."""
         cfg = self.config
@@ -619,6 +648,9 @@ class ForwardSm90(KeyTiles):
                 clear_rows(sQ, self.smem_h, Int32(w), Int32(self.slab_tokens * self.heads_packed))
             cute.arch.fence_view_async_shared()
             cute.arch.sync_warp()
+        if const_expr(gathering is not None):
+            # What is gathered is counted from 0 once the kernel before this one is done.
+            cute.arch.griddepcontrol_wait()
         tile = cute.arch.block_idx()[0]
         q_stage = Int32(0)
         q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase, tail_phase, draw_phase = (
@@ -660,6 +692,10 @@ class ForwardSm90(KeyTiles):
             locate, load_k, load_v = self.loaders(
                 k_copy, v_copy, mPageTable, Int32(0), kv_head, batch, keys
             )
+            ready = Int32(0)
+            if const_expr(gathering is not None):
+                ready = gathering.first_known(batch, kv_head)
+            await_tile = partial(self.await_gathered, gathering, batch, kv_head)
             # The consumers take K of the next tile before V of this one: load in that order, and
             # the first K before Q, whose place, if it has but one, is given back late.
             # Where tiles lie comes from memory, and is asked for ahead of time.
@@ -668,8 +704,10 @@ class ForwardSm90(KeyTiles):
             if visits > 0:
                 n = nth(0)
                 place = locate(n)
+                ready = await_tile(ready, n)
                 following = nth(cutlass.min(Int32(1), visits - 1))
                 following_place = locate(following)
+                ready = await_tile(ready, following)
                 pipeline_k.acquire(k_stage, k_phase)
                 # Copies of threads are waited for once Q is on its way too.
                 begin_stage(pipeline_k, self.kv_tiles, load_k, n, place, k_stage)
@@ -693,6 +731,7 @@ class ForwardSm90(KeyTiles):
             for i in cutlass.range(visits, unroll=1):
                 ahead = nth(cutlass.min(i + 2, visits - 1))
                 ahead_place = locate(ahead)
+                ready = await_tile(ready, ahead)
                 if i + 1 < visits:
                     pipeline_k.acquire(k_stage, k_phase)
                     begin_stage(
@@ -730,6 +769,10 @@ class ForwardSm90(KeyTiles):
         pipeline_tile.acquire(t_stage, t_phase)
         self.write_work(work[None, t_stage], (Int32(-1),) * self.work_fields)
         pipeline_tile.commit(t_stage)
+
+    def await_gathered(self, gathering, batch: Int32, kv_head: Int32, ready: Int32, n: Int32):
+        """``Gathering.wait``, where pages are gathered."""
+        return ready if gathering is None else gathering.wait(batch, kv_head, ready, n)
 
     def draw(self, draws, phase: Int32) -> Int32:
         """The next tile, in lane 0 alone; ``phase``: 0 and 1 in turn."""
