@@ -8,7 +8,6 @@ grow; the cache is donated, so that its pages are written where they are.
 
 import functools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -84,14 +83,13 @@ class Engine:
         )
 
     def warm_up(self) -> int:
-        """Compile every bucket, side by side, and run each once; the number of buckets."""
+        """Compile every bucket and run each once; the number of buckets."""
         buckets = [(1, chunk) for chunk in self.chunk_sizes]
         buckets += [(batch, 1) for batch in self.batch_sizes if (batch, 1) not in buckets]
-        # Tracing takes turns; XLA's compiling, most of the time, runs on all cores.
-        lowered = [self._lower(bucket) for bucket in buckets]
-        with ThreadPoolExecutor() as threads:
-            compiled = threads.map(lambda program: program.compile(), lowered)
-            self.programs.update(zip(buckets, compiled, strict=True))
+        # One after the other: XLA times matrix products on the device, where programs that are
+        # compiled side by side get in each other's way.
+        for bucket in buckets:
+            self.programs[bucket] = self._lower(bucket).compile()
         for batch, length in buckets:
             self._step(np.zeros((batch, length), np.int32), np.zeros(batch, np.int32), [], [])
         return len(buckets)
