@@ -533,11 +533,12 @@ def _griddepcontrol(asm, st):
     def launch_dependents(block, g, m):
         if block.ordering:
             waited = block.ordering.clock[g.warps, block.ordering.prerequisites].all()
-            block.machine.triggers.add(bool(waited))
+            block.machine.dependence.triggers.add(bool(waited))
 
     def wait(block, g, m):
         if block.ordering:
             block.ordering.clock[g.warps, block.ordering.prerequisites] = 1
+        block.machine.dependence.waited = True
 
     return effect(wait if st.parts[1] == "wait" else launch_dependents)
 

@@ -6,6 +6,8 @@ vectorising over a group instead of a warp is what makes the simulator fast, and
 forbid it.
 """
 
+from dataclasses import dataclass, field
+
 import numpy as np
 
 from .findings import FindingLog
@@ -227,6 +229,19 @@ class Block:
         return first[:, None] + np.arange(k) if k > 1 else first[:, None]
 
 
+@dataclass
+class Dependence:
+    """What the threads of a launch did by griddepcontrol.
+
+    Attributes:
+      waited: whether any waited for the launches before.
+      triggers: of each launch_dependents that ran, whether a wait was behind it.
+    """
+
+    waited: bool = False
+    triggers: set[bool] = field(default_factory=set)
+
+
 class Machine:
     """Runs one cluster of a launch.
 
@@ -237,7 +252,7 @@ class Machine:
       ordering: the happens-before checker, or None.
       log: the findings.
       launch_index, overlaps_from: its number, and that of the first launch that may overlap it.
-      triggers: of each launch_dependents that ran, whether griddepcontrol.wait was behind it.
+      dependence: what threads of the launch did by griddepcontrol.
       coverage: where set, collects the PTX lines of memory and synchronisation that ran.
     """
 
@@ -264,7 +279,7 @@ class Machine:
         self.executed = 0
         self.coverage: set[int] | None = None
         self.launch_index = self.overlaps_from = 0
-        self.triggers: set[bool] = set()
+        self.dependence = Dependence()
 
     # ---- one cluster
 

@@ -16,7 +16,7 @@ from . import (  # noqa: F401  (each registers its instructions)
 )
 from .blas import one_thread
 from .findings import FindingLog, SimulationError
-from .machine import Machine
+from .machine import Dependence, Machine
 from .memory import GlobalMemory
 from .program import Program
 from .ptx import Kernel, parse
@@ -118,16 +118,23 @@ def _simulate(
     schedule = Schedule(timing, warps, seed)
     # Registers hold NaNs in every float width; which ones, the seed says.
     poison = 2**64 - 1 if seed == 0 else int(random.integers(1, 2**63)) | 0x7FC0FFC07FC0FFC0
-    overlaps_from = 0
+    overlaps_from, before = 0, Dependence()
     for index, launch in enumerate(record_launches(kernel, buffers, num_sms=num_sms)):
         if not launch.programmatic:
             overlaps_from = index  # it starts when all before it have completed
-        triggers = run_launch(
+        dependence = run_launch(
             launch, _program(kernel.ptx, launch.kernel), memory, schedule, log,
             check=check, poison=poison, num_sms=num_sms, trace=trace, coverage=coverage,
             order=(index, overlaps_from),
         )  # fmt: skip
-        if triggers == {True}:
+        if check and launch.programmatic and before.triggers and not dependence.waited:
+            log.add(
+                "missing griddepcontrol.wait", None,
+                f"no thread of launch {index} waits for the one before, which let it start early: "
+                "it may be done, and what follows begin, while that one still runs",
+            )  # fmt: skip
+        before = dependence
+        if dependence.triggers == {True}:
             overlaps_from = index  # the next one starts when all before this one have completed
     findings = [f for f in log.findings if f.kind not in ignore]
     if own_log and findings:
@@ -157,11 +164,11 @@ def run_launch(
     others have run.
 
     Returns:
-      For the launch_dependents that ran, whether griddepcontrol.wait was behind them.
+      What its threads did by griddepcontrol.
     """
-    triggers: set[bool] = set()
+    dependence = Dependence()
     if 0 in launch.grid:
-        return triggers
+        return dependence
     threads = program.kernel.num_threads
     if threads is not None and threads != int(np.prod(launch.block)):
         raise ValueError(f"{launch.kernel}: launched with {launch.block}, compiled for {threads}")
@@ -173,7 +180,7 @@ def run_launch(
         )  # fmt: skip
         machine.coverage = coverage
         machine.launch_index, machine.overlaps_from = order
-        machine.triggers = triggers
+        machine.dependence = dependence
         return machine
 
     machine, waiting = new_machine(), []
@@ -186,7 +193,7 @@ def run_launch(
                 if len(waiting) * machine.cluster_size >= num_sms:
                     _take_turns(waiting, memory, log, until=len(waiting) - 1)
         _take_turns(waiting, memory, log, until=0)
-    return triggers
+    return dependence
 
 
 def _clusters(grid, cluster):

@@ -121,9 +121,10 @@ def test_a_dependent_launch_must_wait_for_the_one_before():
     object.__setattr__(broken, "with_lines", lambda: without_wait(kernel.with_lines()))
     with pytest.raises(SimulationError) as raised:
         run(broken, (1, 128, 1, 128, 1, 128))
-    (finding,) = raised.value.findings
-    assert finding.kind == "missing griddepcontrol.wait"
+    finding, at_end = raised.value.findings
+    assert {finding.kind, at_end.kind} == {"missing griddepcontrol.wait"}
     assert ".py:" in finding.where
+    assert "no thread" in at_end.detail
 
 
 def test_a_damaged_file_is_compiled_again(tmp_path, monkeypatch):
