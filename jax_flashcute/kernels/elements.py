@@ -321,17 +321,30 @@ def reasons_against_gradients(
     names = ["bias"] if biases else []
     names += ["the floating-point arrays that score_mod closes over"] if arrays else []
     of_what = f"the gradient of {' and of '.join(names)}"
-    if names and spec.deterministic and isinstance(config, BwdConfigSm100):
-        reasons.append(
-            f"no Blackwell kernel sums {of_what} in a fixed order, as deterministic=True asks"
-        )
+    functions = element_functions(spec, operands)
+    if names and not reasons and spec.deterministic and isinstance(config, BwdConfigSm100):
+        reasons += _reasons_against_fixed_sums(without_sinks(functions, spec.constants), config)
     by_role_only = "where two warpgroups share 64 keys (head_dim above 128, or small listed tiles)"
     if names and by_role:
         reasons.append(f"{by_role_only} no kernel sums {of_what}")
-    functions = element_functions(spec, operands)
     if not reasons and by_role and functions is not None and not functions.keeps_gradients:
         reasons.append(f"{by_role_only} no kernel differentiates a score that is not additive")
     return reasons
+
+
+def _reasons_against_fixed_sums(
+    functions: ElementFunctions | None, config: BwdConfigSm100
+) -> list[str]:
+    """Every reason why a Blackwell kernel cannot sum gradients with ``deterministic``."""
+    if functions is None or not any(in_fixed_point(functions, deterministic=True)):
+        return []
+    where = []
+    if config.passes:
+        where.append("at head_dims whose gradients have a kernel each")
+    if measures(functions, deterministic=True):
+        where.append("where a derivative depends on scores or arrays")
+    no_kernel = "no Blackwell kernel sums gradients of arrays as deterministic=True asks"
+    return [f"{no_kernel} {condition}" for condition in where]
 
 
 def reasons_against_elements(spec: AttentionSpec, operands: Operands) -> list[str]:

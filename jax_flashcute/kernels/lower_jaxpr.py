@@ -663,7 +663,11 @@ def _with_reads(jaxpr: Jaxpr, given: Sequence[tuple], read: Callable) -> list[tu
         return read(value, number), None
 
     variables = [*jaxpr.constvars, *jaxpr.invars]
-    known = {v: replaced(*pair) for v, pair in zip(variables, given, strict=True)}
+    # An array of one element may yet be indexed, out of its bounds too.
+    known = {
+        v: replaced(*pair) if jnp.ndim(pair[0]) == 0 else pair
+        for v, pair in zip(variables, given, strict=True)
+    }
 
     def of(atom):
         return (atom.val, None) if isinstance(atom, Literal) else known[atom]
@@ -686,6 +690,9 @@ def _with_reads(jaxpr: Jaxpr, given: Sequence[tuple], read: Callable) -> list[tu
             (value,) = _bound(equation, values, equation.params)
             (number,) = _bound(equation, [numbers, *values[1:]], params)
             results = [replaced(value, (name, number))]
+        elif all(number is None or math.prod(value.shape) == 1 for value, number in inputs):
+            values = [replaced(*pair)[0] for pair in inputs]
+            results = [(x, None) for x in _bound(equation, values, equation.params)]
         else:
             raise NotImplementedError(
                 f"{equation.primitive.name} of an array of floats as a whole, at "

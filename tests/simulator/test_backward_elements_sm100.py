@@ -8,9 +8,11 @@ from tests.cases import Case
 from tests.simulator.test_backward_elements import (
     BIASES,
     CASES,
+    DETERMINISTIC,
     EVERYTHING,
     INFINITE_AT_0,
     check,
+    check_order,
 )
 from tests.simulator.test_forward_elements import sized
 from tests.user_functions import MASKS, SCORES
@@ -81,6 +83,12 @@ def test_what_is_infinite_at_0(name: str, head_dim: int):
     """Beyond the last row products are 0, and nothing is hidden where keys fill their tiles."""
     case = Case(1, 100, 256, 1, 1, head_dim, head_dim)
     check(case, score_mod=INFINITE_AT_0[name], arch=ARCH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", set(DETERMINISTIC) - {"query_temperature", "gated"})
+def test_deterministic(name: str):
+    check_order(name, ARCH)
 
 
 @pytest.mark.slow

@@ -473,12 +473,20 @@ def test_batch_invariant_splits_do_not_follow_from_the_batch(arch: str) -> None:
 
 
 def test_what_sums_no_gradients() -> None:
-    in_order = "no Blackwell kernel sums the gradient of bias in a fixed order"
-    for arch, served in (("sm_90a", True), ("sm_100a", False)):
-        assert reasons_against("bwd", arch, present=("bias",)) == []
-        reasons = reasons_against("bwd", arch, present=("bias",), deterministic=True)
-        assert reasons == ([] if served else [f"{in_order}, as deterministic=True asks"])
+    for arch in ("sm_90a", "sm_100a"):
+        for deterministic in (False, True):
+            assert (
+                reasons_against("bwd", arch, present=("bias",), deterministic=deterministic) == []
+            )
     assert reasons_against("bwd", "sm_100a", present=("bias",), H=256) == []
+    (reason,) = reasons_against("bwd", "sm_100a", present=("bias",), H=256, deterministic=True)
+    assert "as deterministic=True asks at head_dims whose gradients have a kernel each" in reason
+    by_head = jnp.ones(6)
+    scaled, arrays = trace_score(lambda score, b, h, q, kv: score * by_head[h], jnp.float32)
+    operands = dataclasses.replace(shapes(), score_mod_arrays=arrays)
+    spec = dataclasses.replace(SPEC, score_mod=scaled, deterministic=True)
+    (reason,) = registry.reasons_against(spec, operands, "bwd", "sm_100a")
+    assert "where a derivative depends on scores or arrays" in reason
     (reason,) = reasons_against("bwd", present=("bias",), H=256)
     assert "no kernel sums the gradient of bias" in reason
 
@@ -487,7 +495,9 @@ def test_an_array_of_floats_is_read_by_element() -> None:
     table = jnp.ones(6)
     whole = trace_score(lambda score, b, h, q, kv: score + table.sum(), jnp.float32)
     single = trace_score(lambda score, b, h, q, kv: score * table[h] + table[q], jnp.float32)
-    for (function, arrays), served in ((whole, False), (single, True)):
+    one = jnp.ones(1)
+    only = trace_score(lambda score, b, h, q, kv: score * one[h], jnp.float32)
+    for (function, arrays), served in ((whole, False), (single, True), (only, True)):
         operands = dataclasses.replace(shapes(), score_mod_arrays=arrays)
         spec = dataclasses.replace(SPEC, score_mod=function)
         reasons = registry.reasons_against(spec, operands, "bwd", "sm_90a")

@@ -13,7 +13,12 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32
 from cutlass._mlir.dialects import llvm
 
-from jax_flashcute.kernels.elements import SHIFTS, SUM_BITS
+from jax_flashcute.kernels.elements import (
+    SHIFTS,
+    SUM_BITS,
+    ElementFunctions,
+    in_fixed_point,
+)
 from jax_flashcute.kernels.primitives import select
 
 
@@ -72,6 +77,30 @@ class FixedPointSums:
         if self.most is not None and self.largest is not None:
             most = cute.arch.warp_redux_sync(self.most[0], kind="max")
             _raise(self.largest, Uint32(most), lane == 0)
+
+
+def sums_in_memory(
+    functions: ElementFunctions,
+    deterministic: bool,
+    gradients: tuple,
+    exponents: tuple,
+    *,
+    is_measuring: bool = False,
+) -> list[cute.Tensor | FixedPointSums]:
+    """The gradients that are summed, those in fixed point with their units.
+
+    Args:
+      gradients: as ``launchers`` has them.
+      exponents: that of ``ffi.fixed_point.exponents``, where any is in fixed point.
+      is_measuring: of ``FixedPointSums``.
+    """
+    found = list(gradients[: len(functions.summed)])
+    fixed = in_fixed_point(functions, deterministic)
+    for i, addends in enumerate(functions.summed):
+        if fixed[i]:
+            largest = gradients[-1].iterator + i if addends.factor is None else None
+            found[i] = FixedPointSums(found[i], exponents[0][i], largest, is_measuring)
+    return found
 
 
 def exponent_of(bits: Int32) -> Int32:

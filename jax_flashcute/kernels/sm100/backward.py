@@ -129,6 +129,7 @@ class BackwardSm100(QueryTiles):
         if isinstance(mask, IntervalMask):
             self.has_low |= mask.low is not None
         self.by_element = functions is not None and functions.by_element
+        self.deterministic = config.deterministic
         self.sums_gradients = functions is not None and bool(functions.summed_ranks)
         self.smem_h = config.padded_head_dim(head_dim)
         self.smem_hv = round_up(head_dim_v, 16)
@@ -178,8 +179,9 @@ class BackwardSm100(QueryTiles):
         mBounds: tuple = (),  # arrays of ``bounds.query_bound_arrays``
         mLists: tuple = (),  # arrays of ``BlockMask.kernel_lists``, transposed
         mRanks: tuple = (),  # (1|B, 1|N, n_blocks, m_blocks) int32: of ``visits_before``
-        mGradients: tuple = (),  # of ``functions.summed_ranks``, float32
+        mGradients: tuple = (),  # of ``functions.summed_ranks``, as ``launchers`` has them
         mPacked: tuple = (),  # a mask in bits, (1|B, 1|N, 1|T, words) uint32
+        mExponents: tuple = (),  # (sums,) int32, of ``fixed_point.exponents``
     ):
         cfg = self.config
         batch, q_length, heads = mQ.shape[0], mQ.shape[1], mQ.shape[2]
@@ -240,7 +242,7 @@ class BackwardSm100(QueryTiles):
             mLists,
             mRanks,
             mPacked,
-            mGradients,
+            (mGradients, mExponents),
             m_blocks,
             n_blocks,
             section,
@@ -352,7 +354,7 @@ class BackwardSm100(QueryTiles):
         mLists: tuple,
         mRanks: tuple,
         mPacked: tuple,
-        mGradients: tuple,
+        sums: tuple,  # of ``sums_in_memory``
         m_blocks: Int32,
         n_blocks: Int32,
         section: Int32,
@@ -444,7 +446,7 @@ class BackwardSm100(QueryTiles):
                 block,
                 (visits, num_tiles, tiles),
                 (offset, queries, keys),
-                (mElements, mBounds, compares, mPacked, mGradients, (q_length, kv_length)),
+                (mElements, mBounds, compares, mPacked, sums, (q_length, kv_length)),
             )
         elif warp_index < LOAD_WARP:
             cute.arch.setmaxregister_decrease(cfg.reduce_registers)

@@ -7,6 +7,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 
 from jax_flashcute.kernels.common.elements import Elements
+from jax_flashcute.kernels.common.fixed_point import sums_in_memory
 from jax_flashcute.kernels.common.intervals import is_full as is_full_tile
 from jax_flashcute.kernels.common.intervals import limit_words, within
 from jax_flashcute.kernels.common.packed import PackedMask, transposed_bits
@@ -64,7 +65,7 @@ class GradientWarpgroups:
         n_block, kv_head, batch, rank = block
         keys_tile = n_block * kernel.cta_group + rank
         visits, num_tiles, ranges = tiles
-        mElements, mBounds, compares, mPacked, mGradients, array_lengths = arrays
+        mElements, mBounds, compares, mPacked, sums, array_lengths = arrays
         thread = cute.arch.thread_idx()[0] % 128
         half = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128)
         p_step = kernel.p_columns[1] - kernel.p_columns[0]
@@ -87,7 +88,7 @@ class GradientWarpgroups:
         # Stages and phases of Q and of dO, and the phase of S and of dP.
         state = tuple(Int32(0) for _ in range(5))
         seen = self.mask_step(own, batch, (mBounds, compares), array_lengths)
-        pullback = self.pullback((mElements, array_lengths, batch, lengths[0]), mGradients, own)
+        pullback = self.pullback((mElements, array_lengths, batch, lengths[0]), sums, own)
         if const_expr(pullback is not None):
             # Nothing may be added before the kernel before this one has cleared the sums.
             cute.arch.griddepcontrol_wait()
@@ -247,15 +248,19 @@ class GradientWarpgroups:
 
         return modify, None if pulling is None else differentiate
 
-    def pullback(self, elements, mGradients: tuple, own) -> Pullback | None:
-        """What sums gradients of arrays; None where there are none."""
+    def pullback(self, elements, sums: tuple, own) -> Pullback | None:
+        """What sums gradients of arrays; None where there are none.
+
+        ``sums``: those, and the exponents of sums in fixed point.
+        """
         if not self.kernel.sums_gradients:
             return None
         mElements, array_lengths, batch, offset = elements
         thread, _, key, _ = own
         entry = Elements(self.kernel.functions, mElements, differentiates=True)
         entry = entry.of_entry(batch, offset, array_lengths)
-        return Pullback(entry, mGradients, self.kernel.scale, key, thread)
+        in_memory = sums_in_memory(self.kernel.functions, self.kernel.deterministic, *sums)
+        return Pullback(entry, in_memory, self.kernel.scale, key, thread)
 
     def around_heads(self, pullback: Pullback | None) -> tuple[Callable, Callable]:
         """What is done before the first tile of a head, and of a head after the last."""

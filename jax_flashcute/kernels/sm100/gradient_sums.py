@@ -10,7 +10,7 @@ one key and a chunk of queries, so what it adds to
                             distance is the same for all of it
     any element             is summed as long as the element stays the same
 
-before it goes to the float32 sum in global memory by an atomic addition.  What is an element of a
+before it goes to the sum in global memory by an atomic addition.  What is an element of a
 head, a query and a key at once is stored.
 """
 
@@ -21,6 +21,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from jax_flashcute.kernels.common.elements import EntryElements
+from jax_flashcute.kernels.common.fixed_point import FixedPointSums
 from jax_flashcute.kernels.common.gradient_sums import (
     GradientSum,
     over_keys,
@@ -44,7 +45,7 @@ class Pullback:
     def __init__(
         self,
         entry: EntryElements,
-        tensors: Sequence[cute.Tensor],
+        tensors: Sequence[cute.Tensor | FixedPointSums],
         scale: float,
         key: Int32,
         thread: Int32,
@@ -52,7 +53,7 @@ class Pullback:
         """
         Args:
           entry: of ``Elements`` that differentiate.
-          tensors: float32, of ``ElementFunctions.summed_ranks``.
+          tensors: as ``sums_of`` takes them.
           scale: of the call.
           key: the thread's.
           thread: 0..127 of the warpgroup.

@@ -152,7 +152,13 @@ class BackwardInPassesSm100:
                 results[each.target],
                 (mQOffset, mQLengths, mKVLengths),
                 (mLSE2, mdPsum),
-                (mElements, mBounds, mLists, mPacked, mGradients if each.sums_gradients else ()),
+                (
+                    mElements,
+                    mBounds,
+                    mLists,
+                    mPacked,
+                    (mGradients if each.sums_gradients else (), ()),
+                ),
             )
 
 
@@ -191,7 +197,9 @@ class GradientPassSm100(QueryTiles):
         self.has_low = False
         self.packed_mask = packed_mask
         self.by_element = functions is not None and functions.by_element
-        # One pass sums gradients of arrays: that whose threads own a key, as elsewhere.
+        # Of gradients of arrays, which are what blocks add to; those of scores are stored.
+        self.deterministic = False
+        # One pass sums them: that whose threads own a key, as elsewhere.
         is_summed = functions is not None and bool(functions.summed_ranks)
         self.sums_gradients = is_summed and self.target == "key"
         # Of what a tile brings: which is an operand of the gradient's product.
@@ -380,7 +388,7 @@ class GradientPassSm100(QueryTiles):
         mBounds: tuple,
         mLists: tuple,
         mPacked: tuple,
-        mGradients: tuple,
+        sums: tuple,  # of ``sums_in_memory``
         m_blocks: Int32,
         n_blocks: Int32,
         section: Int32,
@@ -478,7 +486,7 @@ class GradientPassSm100(QueryTiles):
                 place,
                 (visits, num_tiles, self.ranges(tiles)),
                 lengths,
-                (mElements, mBounds, compares, mPacked, mGradients, (q_length, kv_length)),
+                (mElements, mBounds, compares, mPacked, sums, (q_length, kv_length)),
             )
         for pipeline in pipelines:
             pipeline.check_arrivals()

@@ -57,7 +57,7 @@ class PassWarpgroups(GradientWarpgroups):
         kernel = self.kernel
         block, head, kv_head, batch = place
         visits, num_tiles, ranges = tiles
-        mElements, mBounds, compares, mPacked, mGradients, array_lengths = arrays
+        mElements, mBounds, compares, mPacked, sums, array_lengths = arrays
         thread = cute.arch.thread_idx()[0] % 128
         half = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128)
         places = (
@@ -80,7 +80,7 @@ class PassWarpgroups(GradientWarpgroups):
             second_state = pipeline_second.advance(*second_state)
         state = (*first_state, *second_state, Int32(0))
         # Cleared before this pass began, as the statistics are there.
-        pullback = self.pullback((mElements, array_lengths, batch, lengths[0]), mGradients, own)
+        pullback = self.pullback((mElements, array_lengths, batch, lengths[0]), sums, own)
         start_sums, finish_sums = self.around_heads(pullback)
         for g in cutlass.range(kernel.group, unroll=1):
             query_head = kv_head * kernel.group + g if const_expr(kernel.of_keys) else head

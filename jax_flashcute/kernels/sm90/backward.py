@@ -45,7 +45,7 @@ from cutlass.memory import SmemAllocator
 
 from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels.common.elements import Elements
-from jax_flashcute.kernels.common.fixed_point import FixedPointSums
+from jax_flashcute.kernels.common.fixed_point import sums_in_memory
 from jax_flashcute.kernels.common.intervals import (
     IntervalMask,
     UnionMask,
@@ -75,7 +75,7 @@ from jax_flashcute.kernels.common.turns import (
 )
 from jax_flashcute.kernels.common.visits import QueryTiles
 from jax_flashcute.kernels.config import SMEM_BYTES, BwdConfig, round_up
-from jax_flashcute.kernels.elements import ElementFunctions, in_fixed_point, measures
+from jax_flashcute.kernels.elements import ElementFunctions, measures
 from jax_flashcute.kernels.extra.postprocess import Postprocess
 from jax_flashcute.kernels.extra.preprocess import Preprocess
 from jax_flashcute.kernels.primitives import select
@@ -1159,18 +1159,10 @@ class BackwardSm90(QueryTiles):
             cute.arch.griddepcontrol_wait()
         place = (self.config.tile_m, first_key, thread)
         heads = (held, self.heads_of_tile)
-        return Pullback(entry, self.sums(*sums), self.scale, *place, *heads)
-
-    def sums(self, mGradients: tuple, mExponents: tuple) -> list[cute.Tensor | FixedPointSums]:
-        """The gradients that are summed, those in fixed point with their units."""
-        found = list(mGradients[: len(self.functions.summed)])
-        fixed = in_fixed_point(self.functions, self.config.deterministic)
-        for i, addends in enumerate(self.functions.summed):
-            if fixed[i]:
-                largest = mGradients[-1].iterator + i if addends.factor is None else None
-                given = found[i], mExponents[0][i], largest, self.is_measuring
-                found[i] = FixedPointSums(*given)
-        return found
+        in_memory = sums_in_memory(
+            functions, self.config.deterministic, *sums, is_measuring=self.is_measuring
+        )
+        return Pullback(entry, in_memory, self.scale, *place, *heads)
 
     def packed_step(self, mPacked: tuple, place, first_key: Int32, thread: Int32):
         """What a mask in bits does to a tile: a function of a thread's first query and the scores.
