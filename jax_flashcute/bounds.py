@@ -7,7 +7,7 @@ where all of them agree.  The backward has the same the other way round: for eac
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -84,15 +84,8 @@ class RowBounds:
 
 
 TILE_FIELDS = 5
-"""Numbers that ``_tile_fields`` has about a tile, and ``read_tile_fields`` reads."""
-
-
-def read_tile_fields(fields: Sequence, minimum: Callable) -> tuple:
-    """Of a tile: the first column tile and one past the last; the first that needs no mask and one
-    past the last; and whether ids are to be compared in the others.
-    """
-    end, begin, full_min, full_max, compares = fields
-    return minimum(-begin, end), end, full_min, minimum(-full_max, end), compares
+"""Numbers about a tile: its first column tile and one past the last; the first that needs no mask
+and one past the last; and whether ids are to be compared in the others."""
 
 
 def key_bound_arrays(
@@ -265,8 +258,7 @@ def visited_tiles(tiles: jax.Array, columns: int) -> jax.Array:
     ``tiles`` are the (B, tiles, ``TILE_FIELDS``) of either function above.
     """
     column = jnp.arange(columns, dtype=jnp.int32)
-    fields = [tiles[:, None, :, i, None] for i in range(TILE_FIELDS)]
-    first, end, *_ = read_tile_fields(fields, jnp.minimum)
+    first, end = (tiles[:, None, :, i, None] for i in range(2))
     return (column >= first) & (column < end)
 
 
@@ -315,8 +307,6 @@ def _tile_fields(
 ):
     """``TILE_FIELDS`` of tiles of ``rows``, as (B, tiles, TILE_FIELDS) int32.
 
-    All are maxima, least numbers with their signs changed, so that XLA finds them in one kernel.
-
     Args:
       low, high: (B, length) bounds; 0 and 0 where empty.
       scattered: (B, length) bool: not all within the bounds is seen; None for nowhere.
@@ -328,29 +318,28 @@ def _tile_fields(
     """
     B, total = low.shape
     tiles = -(-total // rows)
+
+    def reduced(reduce, array, identity):
+        padding = ((0, 0), (0, tiles * rows - total))
+        array = jnp.pad(array, padding, constant_values=identity)
+        return reduce(array.reshape(B, tiles, rows), axis=2)
+
     above = -(-high // columns)
     full = high // columns
     if length is not None:
         full = jnp.where(high >= length, above, full)
     if scattered is None:
         scattered = jnp.zeros_like(counts)
-    full = jnp.where(scattered, 0, full) if may_be_full else jnp.zeros_like(high)
     is_seen = counts & (high > low)
+    n_max = reduced(jnp.max, jnp.where(is_seen, above, 0), 0)
+    n_min = reduced(jnp.min, jnp.where(is_seen, low // columns, FAR), FAR)
+    full_min = reduced(jnp.max, jnp.where(counts, -(-low // columns), 0), 0)
     # Without a row beyond the end: those of an array's last tile are as good as absent, but for
     # keys, whose gradients are sums over a tile.
-    beyond = -FAR if length is None else 0
-    of_rows = (
-        (jnp.where(is_seen, above, 0), 0),
-        (jnp.where(is_seen, -(low // columns), -FAR), -FAR),
-        (jnp.where(counts, -(-low // columns), 0), 0),
-        (jnp.where(counts, -full, -FAR), beyond),
-        ((counts & scattered).astype(jnp.int32), 0),
-    )
-    number = jnp.arange(TILE_FIELDS, dtype=jnp.int32)[:, None]
-    found = jnp.zeros((), jnp.int32)
-    for i, (of_row, identity) in enumerate(of_rows):
-        of_row = jnp.pad(
-            of_row, ((0, 0), (0, tiles * rows - total)), constant_values=identity
-        ).reshape(B, tiles, 1, rows)
-        found = jnp.where(number == i, of_row, found)
-    return found.max(axis=3)
+    beyond = FAR if length is None else 0
+    full_max = reduced(jnp.min, jnp.where(counts, jnp.where(scattered, 0, full), FAR), beyond)
+    if not may_be_full:
+        full_max = jnp.zeros_like(full_max)
+    compares = reduced(jnp.max, (counts & scattered).astype(jnp.int32), 0)
+    fields = (jnp.minimum(n_min, n_max), n_max, full_min, jnp.minimum(full_max, n_max), compares)
+    return jnp.stack(fields, axis=2).astype(jnp.int32)

@@ -9,11 +9,7 @@ import numpy as np
 import pytest
 
 from jax_flashcute import masks
-from jax_flashcute.bounds import (
-    mask_key_bound_arrays,
-    mask_query_bound_arrays,
-    read_tile_fields,
-)
+from jax_flashcute.bounds import mask_key_bound_arrays, mask_query_bound_arrays
 from jax_flashcute.kernels import masking
 from jax_flashcute.visibility import visible
 from tests.simulator.test_forward_segments import call_of
@@ -84,7 +80,7 @@ def what_is_seen(spec, operands, mask_mod) -> np.ndarray:
 def check_tiles(tiles, seen, counts, rows: int, columns: int, *, always: bool) -> None:
     """Visited tiles hold all that is seen; full ones hide nothing from rows that count."""
     for b, tile in np.ndindex(tiles.shape[:2]):
-        n_min, n_max, full_min, full_max, _ = read_tile_fields(tiles[b, tile], min)
+        n_min, n_max, full_min, full_max, _ = tiles[b, tile]
         part = seen[b, tile * rows : (tile + 1) * rows]
         alive = counts[b, tile * rows : (tile + 1) * rows]
         for n in range(-(-seen.shape[2] // columns)):

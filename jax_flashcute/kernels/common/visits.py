@@ -11,7 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
-from jax_flashcute.bounds import TILE_FIELDS, RowBounds, read_tile_fields
+from jax_flashcute.bounds import TILE_FIELDS, RowBounds
 from jax_flashcute.kernels.common.intervals import IntervalMask, UnionMask, tiles_of
 from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.splits import splits_of_entry
@@ -26,11 +26,6 @@ def work_fields(mask: IntervalMask | UnionMask) -> int:
     lists on Hopper, how many tiles either has, in place of the first and the last.
     """
     return 6 + (2 + 4 * len(mask.parts) if isinstance(mask, UnionMask) else 4)
-
-
-def tile_fields(tiles: cute.Tensor, batch: Int32, index: Int32) -> tuple:
-    """``read_tile_fields`` of one of (B, tiles, ``TILE_FIELDS``)."""
-    return read_tile_fields([tiles[batch, index, i] for i in range(TILE_FIELDS)], cutlass.min)
 
 
 class KeyTiles:
@@ -64,8 +59,8 @@ class KeyTiles:
             return self.key_ranges(m_block, *lengths)
         if const_expr(self.row_bounds is None):
             return self.key_tiles(m_block, *lengths)
-        fields = tile_fields(mBounds[2], batch, m_block)
-        return fields if self.compares_ids else fields[:-1]
+        fields = [mBounds[2][batch, m_block, i] for i in range(TILE_FIELDS)]
+        return tuple(fields if self.compares_ids else fields[:-1])
 
     @cute.jit
     def key_tiles(self, m_block: Int32, offset: Int32, queries: Int32, keys: Int32):
@@ -214,7 +209,9 @@ class QueryTiles:
             # Where keys beyond the length share the block they are hidden in every tile.
             full_min = full_min if first_key + cfg.tile_n <= keys else m_max
         else:
-            m_min, m_max, full_min, full_max, compares = tile_fields(mBounds[2], batch, n_block)
+            m_min, m_max, full_min, full_max, compares = (
+                mBounds[2][batch, n_block, i] for i in range(TILE_FIELDS)
+            )
         return (m_min, m_max, full_min, full_max), compares
 
     def query_ranges(self, n_block: Int32, offset: Int32, queries: Int32, keys: Int32) -> tuple:

@@ -43,7 +43,7 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
-from jax_flashcute.bounds import RowBounds
+from jax_flashcute.bounds import TILE_FIELDS, RowBounds
 from jax_flashcute.kernels.common.intervals import (
     IntervalMask,
     UnionMask,
@@ -54,7 +54,7 @@ from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.scheduler import TileOrder, section_size
 from jax_flashcute.kernels.common.tiles import smem_layout, tile_tma
-from jax_flashcute.kernels.common.visits import QueryTiles, tile_fields
+from jax_flashcute.kernels.common.visits import QueryTiles
 from jax_flashcute.kernels.config import BwdConfigSm100, PassConfigSm100, round_up
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.preprocess import Preprocess
@@ -333,7 +333,7 @@ class GradientPassSm100(QueryTiles):
         if const_expr(self.of_keys):
             return self.query_tiles(block, batch, lengths, mBounds)
         if const_expr(self.row_bounds is not None):
-            *fields, compares = tile_fields(mBounds[-1], batch, block)
+            *fields, compares = (mBounds[-1][batch, block, i] for i in range(TILE_FIELDS))
             return tuple(fields), compares
         offset, queries, keys = lengths
         first = block * ROWS
