@@ -204,8 +204,8 @@ def paged_attention(
     Token s of sequence b is slot ``s % page_size`` of page ``page_table[b, s // page_size]``.
     Pages may repeat and be shared.  Unused slots and pages may hold anything, and entries of the
     table beyond the length are never used.  The kernels read pages where they lie, but for pages of
-    1, 2 and 4 on Hopper that 32 tiles of queries or more visit: these are gathered as the kernel
-    goes, into arrays as large as the table has room for, 512 MiB at most.  On the XLA path they are
+    1 to 16 on Hopper that 32 tiles of queries or more visit: these are gathered as the kernel goes,
+    into arrays as large as the table has room for, 512 MiB at most.  On the XLA path they are
     gathered a block at a time.  It has no derivatives, but for ``"reference"``.
 
     Args:

@@ -168,9 +168,9 @@ def paged_config(config: FwdConfig, page_size: int, head_dim: int, head_dim_v: i
     return busy_producer(config)
 
 
-LARGEST_GATHERED_PAGE = 4
-"""Keys of a page that is better gathered where many tiles of queries visit it; larger ones take few
-enough copies by TMA; docs/lab-notebook.md."""
+LARGEST_GATHERED_PAGE = 16
+"""Keys of a page that is better gathered where many tiles of queries visit it: each tile would take
+too many copies; docs/lab-notebook.md."""
 LEAST_GATHERED_VISITS = 32
 """Tiles of queries for each key/value head from which gathering pays, by count: blocks must not
 come to keys faster than they are gathered."""

@@ -132,8 +132,13 @@ def test_grid(page_size: int, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("page_size", "features"),
-    [(1, {}), (2, {"dims": (128, 128)}), (1, {"dims": (192, 128), "is_causal": False})],
-    ids=["1_64", "2_128", "1_192_128_full"],
+    [
+        (1, {}),
+        (2, {"dims": (128, 128)}),
+        (16, {"dims": (128, 128)}),
+        (1, {"dims": (192, 128), "is_causal": False}),
+    ],
+    ids=["1_64", "2_128", "16_128", "1_192_128_full"],
 )
 def test_gathered(page_size: int, features: dict) -> None:
     """Small pages that many tiles of queries visit."""

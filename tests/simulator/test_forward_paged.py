@@ -157,6 +157,8 @@ GATHERED_CASES = {
     "1": Call(1, (130, 257), seqlen_q=140, group=4, kv_heads=2),
     "2_128": Call(2, (300, 1, 133), 128, 128, seqlen_q=150, pages="shared", num_sms=3),
     "1_192_128": Call(1, (133, 1), 192, 128, seqlen_q=130, pages="repeated", num_sms=1),
+    "8": Call(8, (130, 257, 9), seqlen_q=140, group=4, kv_heads=2),
+    "16_128": Call(16, (300, 1, 133), 128, 128, seqlen_q=150, pages="shared", num_sms=3),
     "2_full": Call(2, (133, 301), seqlen_q=20, group=3, spec=AttentionSpec(0.125)),
 }
 

@@ -306,8 +306,8 @@ def test_small_pages_that_many_tiles_visit_are_gathered(monkeypatch: pytest.Monk
         how = {name: lengths if x == "lengths" else x for name, x in how.items()}
         return explain_paged_attention(query, pages, pages, table, lengths, **how).page_copies
 
-    assert copies() == copies(4) == copies(is_causal=False) == "TMA, once gathered"
-    assert copies(8) == "TMA"
+    assert copies() == copies(16) == copies(is_causal=False) == "TMA, once gathered"
+    assert copies(32) == "TMA"
     few = {"queries": 512}
     long = {"keys": 2**16}
     assert copies(**few) == copies(**long) == "asynchronous copies"
