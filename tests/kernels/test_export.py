@@ -114,9 +114,9 @@ def test_gradients_on_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_100a")
     bias = jax.ShapeDtypeStruct((1, 1, 1, 500), jnp.float32)
 
-    def gradients(head_dim, of, implementation=None):
+    def gradients(head_dim, of, implementation=None, **how):
         def loss(query, key, value, bias):
-            out, _ = attend(query, key, value, bias=bias, implementation=implementation)
+            out, _ = attend(query, key, value, bias=bias, implementation=implementation, **how)
             return jnp.sum(out)
 
         given = [x.update(shape=(*x.shape[:3], head_dim)) for x in shapes(2, 300, 500)]
@@ -125,10 +125,10 @@ def test_gradients_on_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
         )(*given, bias)
 
     for head_dim in (64, 256):
-        assert calls(gradients(head_dim, 0, "cute")) == [CALL_TARGET] * 2
-    assert calls(gradients(64, (0, 3))) == [CALL_TARGET]
-    with pytest.raises(NotImplementedError, match="bias"):
-        gradients(64, (0, 3), "cute")
+        assert calls(gradients(head_dim, (0, 3), "cute")) == [CALL_TARGET] * 2
+    assert calls(gradients(256, (0, 3), deterministic=True)) == [CALL_TARGET]
+    with pytest.raises(NotImplementedError, match="deterministic"):
+        gradients(256, (0, 3), "cute", deterministic=True)
 
 
 def test_a_symbolic_offset() -> None:
