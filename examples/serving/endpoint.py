@@ -8,14 +8,17 @@ The device belongs to one thread, the `Worker`; a thread per connection waits fo
 
 import json
 import queue
+import socket
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from serving.scheduler import Request, Scheduler
 
 MAX_BODY = 1 << 20  # bytes
+MAX_LINGER = 5.0  # seconds
 
 
 class Worker(threading.Thread):
@@ -167,6 +170,23 @@ class Server(ThreadingHTTPServer):
         """Who hangs up is no error of the server."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        """Hang up, once the client has too or `MAX_LINGER` has passed.
+
+        A socket closed with input unread resets the connection: who is answered before all of the
+        request is sent would fail at sending the rest, and might never see the answer.
+        """
+        end = time.monotonic() + MAX_LINGER
+        try:
+            request.shutdown(socket.SHUT_WR)
+            while (left := end - time.monotonic()) > 0:
+                request.settimeout(left)
+                if not request.recv(1 << 16):
+                    break
+        except OSError:
+            pass  # it is closed next
+        self.close_request(request)
 
 
 def make_server(worker: Worker, host: str, port: int) -> Server:

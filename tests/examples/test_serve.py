@@ -242,6 +242,28 @@ def test_an_error_leaves_nothing_to_be_read_as_the_next_request(server) -> None:
         assert answer.count(b"HTTP/1.1") == 1
 
 
+def test_an_answer_reaches_who_still_sends(server) -> None:
+    address = "127.0.0.1", server[0].server_port
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n")
+        connection.recv(1, socket.MSG_PEEK)  # the answer is there before the body
+        for _ in range(1000):
+            connection.sendall(b"-" * 1000)
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 404 ")
+    assert b"POST /generate" in answer
+
+
+def test_nobody_is_read_for_ever(server, monkeypatch) -> None:
+    monkeypatch.setattr(endpoint, "MAX_LINGER", 0.0)
+    address = "127.0.0.1", server[0].server_port
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3000\r\n\r\n")
+        assert b"POST /generate" in connection.makefile("rb").read()
+        with pytest.raises(ConnectionError):
+            connection.sendall(bytes(1 << 26))
+
+
 def test_http_1_0_has_no_chunks(server, model, capsys) -> None:
     """As proxies speak it; and who hangs up in the middle of a request prints nothing."""
     body = b'{"prompt": "def f", "max_tokens": 5}'
