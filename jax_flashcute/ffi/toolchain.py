@@ -16,9 +16,16 @@ The second is all that a machine needs that only runs kernels."""
 
 INSTALL_COMPILER = f'pip install "{COMPILER}[cu13]~=4.8.1" cuda-python'
 
-SOURCES = ("kernels/**/*.py", "ffi/**/*.py", "analysis.py", "bounds.py")
-"""Files that a kernel's bytes depend on: the analysis evaluates bounds in kernels, and kernels read
-arrays of bounds."""
+SOURCES = (
+    "kernels/**/*.py",
+    "ffi/**/*.py",
+    "analysis/**/*.py",
+    "block_mask.py",
+    "bounds.py",
+    "masks.py",
+    "spec.py",
+)
+"""Files that a kernel's bytes depend on: kernels, and what their modules import."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Compiled kernels on disk: what may go wrong with a disk, and with processes that share it."""
 
+import ast
 import os
 import resource
 import signal
@@ -334,12 +335,29 @@ def test_a_name_changes_with_the_toolchain(monkeypatch: pytest.MonkeyPatch) -> N
         toolchain.toolchain.cache_clear()
 
 
+def test_sources_are_all_that_kernels_import() -> None:
+    package = Path(registry.__file__).parent.parent
+    sources = {path for pattern in toolchain.SOURCES for path in package.glob(pattern)}
+    assert all(list(package.glob(pattern)) for pattern in toolchain.SOURCES)
+    for path in package.glob("kernels/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or node.module is None:
+                continue
+            modules = [node.module]
+            if node.module == "jax_flashcute":
+                modules = [f"jax_flashcute.{alias.name}" for alias in node.names]
+            for module in modules:
+                place = package.parent.joinpath(*module.split("."))
+                files = set(place.glob("**/*.py")) or {place.with_suffix(".py")}
+                assert not module.startswith("jax_flashcute") or files <= sources, (path, module)
+
+
 @pytest.mark.parametrize("change", ["edited", "added", "renamed", "analysis", "bounds"])
 def test_a_name_changes_with_the_kernels_sources(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "package"
-    for folder in ("kernels", "kernels/sm90", "ffi"):
+    for folder in ("kernels", "kernels/sm90", "ffi", "analysis"):
         (package / folder).mkdir(parents=True, exist_ok=True)
     source = package / "kernels" / "sm90" / "forward.py"
     source.write_text("x = 1\n")
@@ -357,8 +375,10 @@ def test_a_name_changes_with_the_kernels_sources(
                 source.write_text("x = 2\n")
             case "added":
                 (package / "ffi" / "new.py").touch()
-            case "analysis" | "bounds":
-                (package / f"{change}.py").write_text("LIMIT = 1\n")
+            case "analysis":
+                (package / "analysis" / "integers.py").write_text("LIMIT = 1\n")
+            case "bounds":
+                (package / "bounds.py").write_text("LIMIT = 1\n")
             case "renamed":
                 source.rename(source.with_name("other.py"))
         assert name() != before
