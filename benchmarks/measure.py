@@ -6,6 +6,7 @@ asynchronous calls stands in, and says so.
 """
 
 import dataclasses
+import itertools
 import math
 import statistics
 import time
@@ -62,6 +63,18 @@ class Clock(Protocol):
         """Milliseconds of each call, or one mean where single calls cannot be told apart."""
         ...
 
+    def time_in_turns(self, steps: Sequence[Step], calls: int) -> list[tuple[float, ...]]:
+        """Milliseconds of each call of some steps, each right after the one before.
+
+        Args:
+          steps: those of a turn, in order.
+          calls: turns.
+
+        Returns:
+          For each turn the milliseconds of each step.
+        """
+        ...
+
 
 class HostClock:
     """The host's clock over many asynchronous calls: dispatch counts where it is slower."""
@@ -72,6 +85,9 @@ class HostClock:
         start = time.perf_counter()
         step.run(calls)
         return [(time.perf_counter() - start) * 1e3 / calls]
+
+    def time_in_turns(self, steps: Sequence[Step], calls: int) -> list[tuple[float, ...]]:
+        return [tuple(self.time(step, 1)[0] for step in steps) for _ in range(calls)]
 
 
 class DeviceClock:
@@ -89,6 +105,37 @@ class DeviceClock:
         if not activities:
             raise RuntimeError("CUPTI recorded no kernel of this step")
         return busy_ms_per_call(activities, calls)
+
+    def time_in_turns(self, steps: Sequence[Step], calls: int) -> list[tuple[float, ...]]:
+        counts = [self._activities_of_a_call(step) for step in steps]
+        # Work of two frameworks would run side by side.
+        following = [*steps[1:], steps[0]]
+        waits = [a.wait is not b.wait for a, b in zip(steps, following, strict=True)]
+        result = None
+        for _ in range(calls):
+            for step, waits_for in zip(steps, waits, strict=True):
+                result = step.call()
+                if waits_for:
+                    step.wait(result)
+        steps[-1].wait(result)
+        activities = self.timeline.read()
+        if len(activities) != calls * sum(counts):
+            raise RuntimeError(
+                f"CUPTI recorded {len(activities)} kernels of {calls} turns of {counts}"
+            )
+        left = iter(activities)
+        return [
+            tuple(busy_ms(list(itertools.islice(left, count))) for count in counts)
+            for _ in range(calls)
+        ]
+
+    def _activities_of_a_call(self, step: Step) -> int:
+        self.timeline.read()
+        step.run(4)
+        count, rest = divmod(len(self.timeline.read()), 4)
+        if rest or not count:
+            raise RuntimeError("CUPTI recorded no kernel of this step, or not the same every call")
+        return count
 
 
 def busy_ms(activities: Sequence[Activity]) -> float:

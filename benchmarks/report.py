@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks import context_parallel, nsa, start_up
+from benchmarks import call_by_call, context_parallel, nsa, start_up
 from benchmarks.tables import OURS, UNITS, Row, by_cell, implementations, latest_runs, rate, table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -114,6 +114,12 @@ def sections(results: Path, out: Path, gpu: str) -> tuple[list[str], list[Path]]
     if rows := rows_of(results / "train_on_mesh.json"):
         lines += ["", "## training on meshes", "", mesh_table(rows), ""]
         lines.append("`examples/train_on_mesh.py`; data x model x context.")
+    for path in sorted(results.glob("*_call_by_call.json")):
+        made = json.loads(path.read_text())
+        suite = path.stem.removesuffix("_call_by_call")
+        lines += ["", f"## {suite}, single calls in turns", ""]
+        lines += [call_by_call.table(made["rows"]), ""]
+        lines += [f"`{made['command']}`, commit `{made['commit']}`, {made['date'][:10]}."]
     if rows := rows_of(results / "start_up.json"):
         lines += ["", "## starting", "", start_up.table(rows), ""]
         lines += [f"Commit `{rows[0]['commit']}`, {rows[0]['date'][:10]};"]

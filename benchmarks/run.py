@@ -39,35 +39,42 @@ from benchmarks.tables import latest_runs, table
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def some_of(known):
+    """A type of argument: some of the names that are known, with commas between."""
+
+    def parse(text: str) -> list[str]:
+        chosen = text.split(",")
+        unknown = [name for name in chosen if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(
+                f"unknown: {', '.join(unknown)}; known: {', '.join(known)}"
+            )
+        return chosen
+
+    return parse
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    def names(known):
-        def parse(text: str) -> list[str]:
-            chosen = text.split(",")
-            unknown = [name for name in chosen if name not in known]
-            if unknown:
-                raise argparse.ArgumentTypeError(
-                    f"unknown: {', '.join(unknown)}; known: {', '.join(known)}"
-                )
-            return chosen
-
-        return parse
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--cases",
-        type=names(SUITES),
+        type=some_of(SUITES),
         default=["dense"],
         metavar="SUITE,...",
         help=", ".join(SUITES),
     )
     parser.add_argument(
-        "--passes", type=names(PASSES), default=["fwd"], metavar="PASS,...", help=", ".join(PASSES)
+        "--passes",
+        type=some_of(PASSES),
+        default=["fwd"],
+        metavar="PASS,...",
+        help=", ".join(PASSES),
     )
     parser.add_argument(
         "--peers",
-        type=names(peers.NAMES),
+        type=some_of(peers.NAMES),
         default=["jax_flashcute", "jax_nn_cudnn"],
         metavar="PEER,...",
         help=", ".join(peers.NAMES),
@@ -128,10 +135,30 @@ def commit() -> str:
     return result.stdout.strip()
 
 
-def command_line(argv: list[str]) -> str:
+def command_line(argv: list[str], program: str = "benchmarks.run") -> str:
     """The command as results tell it: a path outside the repository shrinks to its name."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in argv]
-    return shlex.join(["python", "-m", "benchmarks.run", *words])
+    return shlex.join(["python", "-m", program, *words])
+
+
+def needs_gpu(allow_cpu: bool) -> bool:
+    """Whether nothing is to be measured here, which is said."""
+    platform = jax.devices()[0].platform
+    if platform == "gpu" or allow_cpu:
+        return False
+    print(f"JAX runs on {platform}; --allow-cpu measures there.", file=sys.stderr)
+    return True
+
+
+def run_details(clock: Clock, command: str) -> dict[str, str]:
+    """What all rows of a run have in common."""
+    return {
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "gpu": jax.devices()[0].device_kind,
+        "clock": clock.name,
+        "command": command,
+    }
 
 
 def build_steps(names: list[str], case: Case, pass_: Pass, skip: "SkipLog") -> dict[str, Step]:
@@ -214,19 +241,13 @@ def release_memory() -> None:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
-    device = jax.devices()[0]
-    if device.platform != "gpu" and not args.allow_cpu:
-        print(f"JAX runs on {device.platform}; --allow-cpu measures there.", file=sys.stderr)
+    if needs_gpu(args.allow_cpu):
         return 2
 
     clock = choose_clock(args.clock)
     run = {
         "run": f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gpu": device.device_kind,
-        "clock": clock.name,
-        "command": command_line(argv),
+        **run_details(clock, command_line(argv)),
     }
     print(f"Run {run['run']} on {run['gpu']}, {clock.name} clock", file=sys.stderr)
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.call_by_call import ratios
 from benchmarks.cupti import Activity
 from benchmarks.measure import (
     DeviceClock,
@@ -75,6 +76,45 @@ def test_device_clock_sees_only_its_own_calls() -> None:
     timeline = RecordedTimeline()
     timeline.step(50).run(3)
     assert DeviceClock(timeline).time(timeline.step(0.25), 4) == pytest.approx([0.25] * 4)
+
+
+def test_calls_in_turns_are_told_apart_by_how_many_kernels_each_has() -> None:
+    timeline, log = RecordedTimeline(), []
+    one, other = timeline.step(2, log, "one"), timeline.step(3, log, "other")
+
+    def twice():
+        one.call()
+        other.call()
+
+    both = Step(twice, lambda _: None, "bfloat16")
+    turns = DeviceClock(timeline).time_in_turns([both, one], 3)
+    assert turns == [pytest.approx((5, 2))] * 3
+    assert log[-3:] == ["one", "other", "one"]
+
+
+def test_calls_whose_kernels_are_not_the_same_every_time_are_refused() -> None:
+    timeline, calls = RecordedTimeline(), []
+    one = timeline.step(1)
+
+    def call():
+        calls.append(one.call())
+        if len(calls) == 3:
+            one.call()
+
+    with pytest.raises(RuntimeError, match="not the same every call"):
+        DeviceClock(timeline).time_in_turns([Step(call, lambda _: None, "bfloat16"), one], 3)
+
+
+def test_ratios_are_of_calls_right_after_each_other() -> None:
+    timeline = RecordedTimeline()
+    found = ratios(timeline.step(3), timeline.step(2), DeviceClock(timeline), pairs=5)
+    assert found == {
+        "ratio": 1.5,
+        "ratio_quartiles": [1.5, 1.5],
+        "ms": pytest.approx(3),
+        "base_ms": pytest.approx(2),
+        "pairs": 5,
+    }
 
 
 def test_device_clock_refuses_an_empty_timeline() -> None:
