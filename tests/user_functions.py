@@ -115,12 +115,41 @@ def half_precision(case: Case):
     return lambda score, b, h, q, kv: (score.astype(jnp.bfloat16) + bias[h]) * 2
 
 
+def by_distance(case: Case):
+    """One of several functions, as ``lax.switch`` and ``lax.cond`` choose it, with its array."""
+    near, far = _array(15, case.q_heads, 21), _array(16, case.batch, case.seqlen_k)
+
+    def score_mod(score, b, h, q, kv):
+        distance = jnp.abs(q - kv)
+        choices = [
+            lambda x: x + near[h, jnp.minimum(distance, 20)],
+            lambda x: jax.lax.cond(h % 2 == 0, jnp.arctan, lambda x: x / 2, x),
+            lambda x: x * far[b, kv],
+        ]
+        return jax.lax.switch(distance // 16, choices, score)
+
+    return score_mod
+
+
+def by_score(case: Case):
+    """Pieces of the score, and the largest of some numbers."""
+    slopes = _array(17, case.q_heads)
+
+    def score_mod(score, b, h, q, kv):
+        pieces = [lambda x: -0.5 - x, lambda x: x / 2, jax.lax.erfc]
+        bent = jnp.piecewise(score, [score < -0.5, (score < 0.5) & (kv % 3 > 0)], pieces)
+        largest = jnp.max(jnp.stack([bent, slopes[h] * score]))
+        return jnp.select([kv % 5 == 0, q % 7 == 0], [score / 4, score], largest)
+
+    return score_mod
+
+
 SCORES = {
     f.__name__: f
     for f in (
         *(alibi, alibi_of_numbers, soft_cap, soft_cap_and_bias, relative_bias, t5_buckets),
         *(key_bias, query_temperature, two_dimensional_bias, bias_with_fill, squared, gated),
-        *(hidden_by_score, distance_decay, half_precision),
+        *(hidden_by_score, distance_decay, half_precision, by_distance, by_score),
     )
 }
 
@@ -178,11 +207,24 @@ def odd_heads_only(case: Case):
     return lambda b, h, q, kv: (h & 1 == 1) ^ (kv < 3)
 
 
+def selected(case: Case):
+    """The first condition that holds says which; of some keys the bits of their distance."""
+    ids = _integers(18, 3, case.seqlen_k)
+
+    def mask_mod(b, h, q, kv):
+        near = jnp.abs(q - kv)
+        bits = jax.lax.population_count(near) + jax.lax.clz(near)
+        choices = [q >= kv, jax.lax.cond(h % 2 == 1, lambda: bits % 2 == 0, lambda: near < 40)]
+        return jnp.select([ids[kv] == 0, ids[kv] == h % 3], choices, bits % 3 > 0)
+
+    return mask_mod
+
+
 MASKS = {
     f.__name__: f
     for f in (
         *(documents, causal_documents, dilated, block_diagonal, per_head_window),
-        *(per_query_window, from_bits, boolean_table, nothing, odd_heads_only),
+        *(per_query_window, from_bits, boolean_table, nothing, odd_heads_only, selected),
     )
 }
 

@@ -65,6 +65,8 @@ class Program:
       depends_on_kv: for each value, whether kv may change it.
       integers: the integers that are understood, by number.
       keys: for each boolean, the keys for which it is true, if that is known.
+      stacked: of each vector of booleans, these.
+      choices: of some selectors, the keys for which each is 0, 1 and so on, where that is known.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -76,6 +78,8 @@ class Program:
     depends_on_kv: list[bool] = field(default_factory=list)
     integers: dict[int, Linear] = field(default_factory=dict)
     keys: dict[int, KeySet | None] = field(default_factory=dict)
+    stacked: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    choices: dict[int, list[KeySet | None]] = field(default_factory=dict)
 
     def new(self, aval) -> int:
         self.types.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
@@ -151,12 +155,14 @@ def _flatten(program: Program, jaxpr: Jaxpr, environment: dict) -> list[int]:
         name = equation.primitive.name
         known = _library_call(inner) if isinstance(inner, ClosedJaxpr) else None
         if known is None and name in _CALLS and isinstance(inner, ClosedJaxpr):
-            nested = dict(zip(inner.jaxpr.invars, inputs, strict=True))
-            for variable, constant in zip(inner.jaxpr.constvars, inner.consts, strict=True):
-                value = program.new(variable.aval)
-                program.constants[value] = constant
-                nested[variable] = value
-            outputs = _flatten(program, inner.jaxpr, nested)
+            outputs = _flatten_closed(program, inner, inputs)
+        elif name == "cond" and not equation.effects:
+            found = [_flatten_closed(program, b, inputs[1:]) for b in equation.params["branches"]]
+            outputs = []
+            for cases in zip(*found, strict=True):
+                outputs.append(program.new(program.types[cases[0]]))
+                given = (inputs[0], *cases)
+                program.steps.append(Step("select_n", _select_n, given, (outputs[-1],), {}))
         else:
             outputs = [program.new(v.aval) for v in equation.outvars]
             function = _runner(equation)
@@ -164,6 +170,19 @@ def _flatten(program: Program, jaxpr: Jaxpr, environment: dict) -> list[int]:
             program.steps.append(step)
         environment |= dict(zip(equation.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
+
+
+def _flatten_closed(program: Program, inner: ClosedJaxpr, inputs: Sequence[int]) -> list[int]:
+    nested = dict(zip(inner.jaxpr.invars, inputs, strict=True))
+    for variable, constant in zip(inner.jaxpr.constvars, inner.consts, strict=True):
+        value = program.new(variable.aval)
+        program.constants[value] = constant
+        nested[variable] = value
+    return _flatten(program, inner.jaxpr, nested)
+
+
+def _select_n(which, *cases):
+    return [jax.lax.select_n(which, *cases)]
 
 
 _CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat")
@@ -239,6 +258,13 @@ def key_set(program: Program, value: int) -> KeySet | None:
 def _understand(program: Program, step: Step) -> None:
     (output, *more), inputs = step.outputs, step.inputs
     types = [program.types[i] for i in (*inputs, output)]
+    if step.name == "stack" and all(t.shape == () and _is_boolean(t.dtype) for t in types[:-1]):
+        program.stacked[output] = inputs
+    elif step.name == "argmax" and inputs[0] in program.stacked:
+        program.choices[output] = _firsts([key_set(program, i) for i in program.stacked[inputs[0]]])
+    elif step.name == "convert_element_type" and _is_boolean(types[0].dtype):
+        yes = key_set(program, inputs[0]) if types[0].shape == () else None
+        program.choices[output] = [complement(yes), yes]
     if more or any(t.shape != () for t in types):
         return
     *kinds, kind = [t.dtype for t in types]
@@ -256,6 +282,11 @@ def _understand(program: Program, step: Step) -> None:
 
 
 def _boolean(program: Program, step: Step, kinds) -> KeySet | None:
+    if step.name == "select_n":
+        which, *cases = step.inputs
+        chosen = zip(_choices(program, which, len(cases)), cases, strict=True)
+        pieces = [intersection(keys, key_set(program, case)) for keys, case in chosen]
+        return functools.reduce(union, pieces)
     if all(_is_boolean(k) for k in kinds):
         sets = [key_set(program, i) for i in step.inputs]
         match step.name:
@@ -271,9 +302,6 @@ def _boolean(program: Program, step: Step, kinds) -> KeySet | None:
             case "eq":
                 a, b = sets
                 return union(intersection(a, b), intersection(complement(a), complement(b)))
-            case "select_n":
-                which, no, yes = sets
-                return union(intersection(which, yes), intersection(complement(which), no))
             case "convert_element_type" | "stop_gradient" | "copy":
                 return sets[0]
         return None
@@ -281,6 +309,31 @@ def _boolean(program: Program, step: Step, kinds) -> KeySet | None:
         return None
     a, b = (integer(program, i) for i in step.inputs)
     return _COMPARISONS[step.name](a, b)
+
+
+def _choices(program: Program, which: int, count: int) -> list[KeySet | None]:
+    """The keys for which a selector says each of so many cases."""
+    if _is_boolean(program.types[which].dtype):
+        yes = key_set(program, which)
+        return [complement(yes), yes]
+    if len(program.choices.get(which, ())) == count:
+        return program.choices[which]
+    number, last = integer(program, which), count - 1
+    between = [_COMPARISONS["eq"](number, Linear(constant=i)) for i in range(1, last)]
+    return [at_least_zero(-number), *between, at_least_zero(number - last)]
+
+
+def _firsts(sets: Sequence[KeySet | None]) -> list[KeySet | None]:
+    """Of booleans, by the keys for which they are true: those for which each is the first.
+
+    Where none is true, it is the one in front, as ``argmax`` has it.
+    """
+    first, *others = sets
+    rest, found = complement(first), []
+    for keys in others:
+        found.append(intersection(rest, keys))
+        rest = intersection(rest, complement(keys))
+    return [union(first, rest), *found]
 
 
 _COMPARISONS: dict[str, Callable[[Linear, Linear], KeySet | None]] = {

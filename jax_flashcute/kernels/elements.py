@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from jax_flashcute.analysis import POSITION_LIMIT
 from jax_flashcute.kernels.config import BwdConfig, BwdConfigSm100
-from jax_flashcute.kernels.lower_jaxpr import FLOATS, Derivative, ElementProgram, derivative
+from jax_flashcute.kernels.factors import FLOATS
+from jax_flashcute.kernels.lower_jaxpr import Derivative, ElementProgram, derivative
 from jax_flashcute.kernels.primitives import SCALAR_DTYPES
 from jax_flashcute.masks import TracedFunction
 from jax_flashcute.spec import AttentionSpec, Operands

@@ -59,7 +59,7 @@ LIMIT_RULES: dict[str, Callable[..., Limits | None]] = {
     "select_n": lambda which, *cases: _hull(*cases[which[0] : which[1] + 1]),
     "convert_element_type": lambda x: x,
     **dict.fromkeys(
-        ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "concatenate", "copy"),
+        ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "concatenate", "stack", "copy"),
         lambda *parts: _hull(*parts),
     ),
 }

@@ -1,9 +1,9 @@
 """Masks and scores as element programs: a jaxpr of scalars, lowered to CuTe expressions.
 
-A program is a flat list of equations, calls inlined.  ``unsupported`` says, without a compiler,
-what cannot be lowered and where the user wrote it.  A kernel evaluates a program in steps: what
-depends on the head or the row alone is computed when these are known, once, and the rest for each
-element.
+A program is a flat list of equations, calls inlined, and of a ``cond`` all branches, among whose
+results it chooses.  ``unsupported`` says, without a compiler, what cannot be lowered and where the
+user wrote it.  A kernel evaluates a program in steps: what depends on the head or the row alone is
+computed when these are known, once, and the rest for each element.
 
 Along the columns of a tile an index is ``Affine``: a base and a step.  What is affine in it is
 computed once a tile, and each column adds a constant.
@@ -22,6 +22,7 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from jax_flashcute.analysis import POSITION_LIMIT
+from jax_flashcute.kernels import factors
 from jax_flashcute.kernels.affine import AFFINE_RULES, SIGNED_RULES, Affine
 from jax_flashcute.kernels.limits import INDEX_LIMITS, LIMIT_RULES, Limits, holds
 from jax_flashcute.kernels.primitives import (
@@ -42,8 +43,6 @@ from jax_flashcute.kernels.spans import (
     Span,
     span_of,
 )
-
-FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 LARGEST_VECTOR = 16
 """Elements of a value that is no view of an array."""
@@ -106,29 +105,54 @@ class ElementProgram:
             source = source_info_util.summarize(equation.source_info).strip() or caller
             inner = _inner_program(equation)
             if inner is not None:
-                constants = [np.asarray(c) for c in inner.consts]
-                results = self._inline(inner.jaxpr, constants, given, source)
+                results = self._inline_closed(inner, given, source)
+            elif equation.primitive.name == "cond":
+                results = self._inline_branches(equation, given, source)
             else:
-                results = [self._append(equation, given, v, source) for v in equation.outvars]
+                results = self._append(equation, given, source)
                 if equation.effects:
                     self._effects.append(f"{equation.primitive.name} has side effects, at {source}")
             values.update(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _append(self, equation, inputs: Sequence[Any], result: Var, source: str) -> int:
-        atoms = [*equation.invars, result]
-        self._equations.append(
-            Equation(
-                equation.primitive.name,
-                equation.params,
-                tuple(inputs),
-                self._new_value(),
-                tuple(str(a.aval.dtype) for a in atoms),
-                tuple(a.aval.shape for a in atoms),
-                source,
+    def _inline_closed(self, program: ClosedJaxpr, inputs: Sequence[Any], source: str) -> list[Any]:
+        constants = [np.asarray(c) for c in program.consts]
+        return self._inline(program.jaxpr, constants, inputs, source)
+
+    def _inline_branches(self, equation, inputs: Sequence[Any], source: str) -> list[Any]:
+        """The results of a ``cond``; what has side effects is refused in any branch."""
+        index, *operands = inputs
+        dtype = str(equation.invars[0].aval.dtype)
+        found = [self._inline_closed(b, operands, source) for b in equation.params["branches"]]
+        for made in self._equations if len(found) == 2 and isinstance(index, int) else ():
+            if made.output == index and made.primitive == "convert_element_type":
+                if made.dtypes[0] == "bool":
+                    (index,), dtype = made.inputs, "bool"
+        results = []
+        for result, *cases in zip(equation.outvars, *found, strict=True):
+            dtypes = (dtype, *[str(result.aval.dtype)] * (len(cases) + 1))
+            shapes = ((), *[result.aval.shape] * (len(cases) + 1))
+            chosen = (index, *cases), self._new_value(), dtypes, shapes, source
+            self._equations.append(Equation("select_n", {}, *chosen))
+            results.append(self._equations[-1].output)
+        return results
+
+    def _append(self, equation, inputs: Sequence[Any], source: str) -> list[int]:
+        """An equation for each result, of which ``params["result"]`` is the place."""
+        for place, result in enumerate(equation.outvars):
+            atoms = [*equation.invars, result]
+            self._equations.append(
+                Equation(
+                    equation.primitive.name,
+                    {**equation.params, "result": place},
+                    tuple(inputs),
+                    self._new_value(),
+                    tuple(str(a.aval.dtype) for a in atoms),
+                    tuple(a.aval.shape for a in atoms),
+                    source,
+                )
             )
-        )
-        return self._equations[-1].output
+        return [e.output for e in self._equations[len(self._equations) - len(equation.outvars) :]]
 
     def _needed(self) -> list[Equation]:
         """The equations that the results depend on."""
@@ -172,22 +196,9 @@ class ElementProgram:
 
         None where it is not a multiple of the argument whose factor has limits known beforehand.
         """
-        factors, sizes = {self._inputs[name]: 1.0}, self._sizes()
-        for equation in self._equations:
-            found = _factor_of(equation, [_known_of(x, factors) for x in equation.inputs], sizes)
-            if found is not None:
-                factors[equation.output] = found
-        return _known_of(self._results[result], factors)
-
-    def _sizes(self) -> dict[int, float]:
-        """A bound on the magnitude of each value that follows from those of the indices alone."""
-        sizes = {x: float(max(map(abs, limits))) for x, limits in self._limits.items()}
-        for equation in self._equations:
-            given = [_size_of(x, sizes) for x in equation.inputs]
-            rule = _SIZE_RULES.get(equation.primitive)
-            if rule is not None and None not in given:
-                sizes.setdefault(equation.output, rule(*given))
-        return sizes
+        return factors.largest(
+            self._equations, self._limits, self._inputs[name], self._results[result]
+        )
 
     def depends_on(self, result: int) -> frozenset[str]:
         """The arguments that a result, by its place among them, is a function of."""
@@ -334,6 +345,8 @@ class ElementProgram:
         if name == "convert_element_type" and result == "bool" != equation.dtypes[0]:
             # Whether a number is not 0 does not rise with it.
             return False
+        if name == "select_n" and equation.dtypes[0] != "bool":
+            return False  # one of several
         if name in ("mul", "div"):
             first, *rest = (isinstance(x, int) and x in ranging for x in equation.inputs)
             is_divided = result == "float32" and not any(rest)
@@ -526,57 +539,6 @@ class ElementProgram:
         return name in self._affine_rules and not is_rounded
 
 
-_SIZE_RULES: dict[str, Callable[..., float]] = {
-    "convert_element_type": lambda x: x,
-    "neg": lambda x: x,
-    "abs": lambda x: x,
-    "add": lambda x, y: x + y,
-    "sub": lambda x, y: x + y,
-    "mul": lambda x, y: x * y,
-    "max": max,
-    "min": max,
-    "clamp": lambda low, _, high: max(low, high),
-    "select_n": lambda _, *cases: max(cases),
-    **dict.fromkeys(SAME_ELEMENTS, lambda *x: max(x)),
-}
-"""Bounds on magnitudes from those of the inputs."""
-
-
-def _size_of(source: int | np.ndarray, sizes: Mapping[int, float]) -> float | None:
-    if isinstance(source, int):
-        return sizes.get(source)
-    return float(np.abs(source.astype(np.float64)).max(initial=0.0))
-
-
-def _known_of(source: int | np.ndarray, factors: Mapping[int, float]) -> float | None:
-    """That of a value, if it is a multiple; 0 is one of everything."""
-    if isinstance(source, int):
-        return factors.get(source)
-    return None if source.any() else 0.0
-
-
-def _factor_of(
-    equation: Equation, given: Sequence[float | None], sizes: Mapping[int, float]
-) -> float | None:
-    """Of what an equation computes, from the inputs' where these are multiples."""
-    name = equation.primitive
-    if name == "select_n":
-        given = given[1:]
-    if equation.dtypes[-1] not in FLOATS or all(x is None for x in given):
-        return None
-    if name == "mul":
-        others = [_size_of(x, sizes) for x in equation.inputs[::-1]]
-        pairs = zip(given, others, strict=True)
-        return min((f * x for f, x in pairs if f is not None and x is not None), default=None)
-    known = [x for x in given if x is not None]
-    if len(known) < len(given):
-        return None
-    if name in ("add", "sub", "add_any"):
-        return sum(known)
-    is_one = name in ("neg", "convert_element_type", "select_n", *SAME_ELEMENTS)
-    return max(known) if is_one else None
-
-
 @dataclasses.dataclass(frozen=True)
 class Derivative:
     """The transposed derivative of a score.
@@ -682,6 +644,8 @@ def _with_reads(jaxpr: Jaxpr, given: Sequence[tuple], read: Callable) -> list[tu
             assert inner is not None
             constants = [(x, None) for x in inner.consts]
             results = _with_reads(inner.jaxpr, [*constants, *inputs], read)
+        elif equation.primitive.name == "cond":
+            results = _cond_with_reads(equation, inputs, read)
         elif equation.primitive.name in VIEWS and all(number is None for _, number in inputs[1:]):
             name, numbers = inputs[0][1] or (None, None)
             # Beyond the array there is no element: the least integer.
@@ -694,12 +658,48 @@ def _with_reads(jaxpr: Jaxpr, given: Sequence[tuple], read: Callable) -> list[tu
             values = [replaced(*pair)[0] for pair in inputs]
             results = [(x, None) for x in _bound(equation, values, equation.params)]
         else:
-            raise NotImplementedError(
-                f"{equation.primitive.name} of an array of floats as a whole, at "
-                f"{source_info_util.summarize(equation.source_info).strip()}"
-            )
+            raise _as_a_whole(equation)
         known.update(zip(equation.outvars, results, strict=True))
     return [of(atom) for atom in jaxpr.outvars]
+
+
+def _cond_with_reads(equation, inputs: Sequence[tuple], read: Callable) -> list[tuple]:
+    """The results of a ``cond``, as of ``_with_reads``.
+
+    What any branch reads is read before; the cotangent of what is not chosen is 0.
+    """
+
+    def of_branch(branch, read):
+        constants = [(x, None) for x in branch.consts]
+        return _with_reads(branch.jaxpr, [*constants, *inputs[1:]], read)
+
+    def chosen(branch, values):
+        rest = iter(values)
+        results = []
+        for value, number in of_branch(branch, lambda value, _: next(rest).reshape(value.shape)):
+            if number is not None:
+                raise _as_a_whole(equation)
+            results.append(value)
+        return results
+
+    choices = []
+    for branch in equation.params["branches"]:
+        values: list[Any] = []
+
+        def kept(value, number, values=values):
+            values.append(read(value, number))
+            return values[-1]
+
+        of_branch(branch, kept)
+        choices.append(functools.partial(chosen, branch, values))
+    return [(x, None) for x in jax.lax.switch(inputs[0][0], choices)]
+
+
+def _as_a_whole(equation) -> NotImplementedError:
+    return NotImplementedError(
+        f"{equation.primitive.name} of an array of floats as a whole, at "
+        f"{source_info_util.summarize(equation.source_info).strip()}"
+    )
 
 
 def _bound(equation, values: Sequence[Any], params: Mapping[str, Any]) -> Sequence[Any]:
@@ -737,6 +737,10 @@ def _why_not(equation: Equation) -> str | None:
         if dtype not in SCALAR_DTYPES:
             return f"{name} on {dtype}"
     *inputs, result = equation.shapes
+    if name == "bitcast_convert_type" and not {"float32", "int32", "uint32"}.issuperset(
+        equation.dtypes
+    ):
+        return f"{name} of {' to '.join(equation.dtypes)}"
     if name == "gather" and not _gather_is_plain(equation):
         return "a gather of more than one element at each index"
     sizes = [math.prod(shape) for shape in (() if name in VIEWS else inputs)]
@@ -744,7 +748,7 @@ def _why_not(equation: Equation) -> str | None:
     if any(size > LARGEST_VECTOR for size in sizes):
         return f"{name} on more than {LARGEST_VECTOR} elements, {inputs} -> {result}"
     kinds = {SCALAR_DTYPES[dtype] for dtype in equation.dtypes}
-    if kinds == {"bool"} and name in ("add", "sub", "mul", "div", "rem", "neg", "max", "min"):
+    if kinds == {"bool"} and name in ("add", "sub", "mul", "div", "rem", "neg"):
         return f"{name} of booleans"
     return None
 

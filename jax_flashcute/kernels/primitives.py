@@ -135,14 +135,13 @@ def evaluate(equation: Equation, known: Mapping[int, Any]) -> Any:
 
 
 def mapped(function: Callable[..., Any], *values: Any) -> Any:
-    """``function`` of numbers on numbers and arrays of numbers of one shape."""
-    shapes = {x.shape for x in values if isinstance(x, np.ndarray)}
-    if not shapes:
+    """``function`` of numbers on numbers and arrays of numbers, which broadcast."""
+    if not any(isinstance(x, np.ndarray) for x in values):
         return function(*values)
-    (shape,) = shapes
-    found = np.empty(shape, object)
-    for index in np.ndindex(*shape):
-        found[index] = function(*(x[index] if isinstance(x, np.ndarray) else x for x in values))
+    arrays = np.broadcast_arrays(*map(_array_of, values))
+    found = np.empty(arrays[0].shape, object)
+    for index in np.ndindex(*found.shape):
+        found[index] = function(*(x[index] for x in arrays))
     return found
 
 
@@ -231,10 +230,10 @@ def _plain(function: Callable[..., Any]) -> Rule:
 def _math(name: str) -> Rule:
     """A function of floats from CuTe's, at full precision."""
 
-    def function(x):
+    def function(*x):
         import cutlass.cute as cute
 
-        return getattr(cute.math, name)(x, fastmath=False)
+        return getattr(cute.math, name)(*x, fastmath=False)
 
     return _plain(function)
 
@@ -244,6 +243,33 @@ def select(condition: Any, yes: Any, no: Any) -> Any:
     from cutlass._mlir.dialects import arith
 
     return type(yes)(arith.select(condition.ir_value(), yes.ir_value(), no.ir_value()))
+
+
+def bits_of(value: Any) -> Any:
+    """The bits of a Float32 as an Int32."""
+    from cutlass import Int32
+    from cutlass._mlir.dialects import llvm
+
+    return Int32(llvm.bitcast(Int32.mlir_type, value.ir_value()))
+
+
+def float_of(bits: Any) -> Any:
+    """The Float32 of an Int32's bits."""
+    from cutlass import Float32
+    from cutlass._mlir.dialects import llvm
+
+    return Float32(llvm.bitcast(Float32.mlir_type, bits.ir_value()))
+
+
+def store_float_if(pointer: Any, value: Any, where: Any) -> None:
+    """Stores a Float32 to global memory where a condition holds, without a branch."""
+    from cutlass import cute
+
+    cute.arch.inline_ptx(
+        "st.global.f32 [{$r0}], {$r1};",
+        read_only_args=[pointer.toint(), value],
+        predicate=where,
+    )
 
 
 def _arith(name: str, x: Any, *others: Any) -> Any:
@@ -281,11 +307,13 @@ def _int_div(kind: str, x, y):
 
 
 def _max(kind: str, x, y):
-    return _arith({"float": "maximumf", "signed": "maxsi", "unsigned": "maxui"}[kind], x, y)
+    names = {"float": "maximumf", "signed": "maxsi", "unsigned": "maxui", "bool": "ori"}
+    return _arith(names[kind], x, y)
 
 
 def _min(kind: str, x, y):
-    return _arith({"float": "minimumf", "signed": "minsi", "unsigned": "minui"}[kind], x, y)
+    names = {"float": "minimumf", "signed": "minsi", "unsigned": "minui", "bool": "andi"}
+    return _arith(names[kind], x, y)
 
 
 def _clamp(equation: Equation, low, x, high):
@@ -326,15 +354,16 @@ def _not(kind: str, x):
     return _arith("xori", x, ones)
 
 
+def _compare(name: str, x, y):
+    import cutlass
+
+    if isinstance(x, cutlass.Boolean):
+        x, y = cutlass.Int32(x), cutlass.Int32(y)
+    return getattr(x, f"__{name}__")(y)
+
+
 def _comparison(name: str) -> Rule:
-    def compare(x, y):
-        import cutlass
-
-        if isinstance(x, cutlass.Boolean):
-            x, y = cutlass.Int32(x), cutlass.Int32(y)
-        return getattr(x, f"__{name}__")(y)
-
-    return _plain(compare)
+    return _plain(functools.partial(_compare, name))
 
 
 def _shift(name: str) -> Rule:
@@ -355,6 +384,26 @@ def _shift(name: str) -> Rule:
             return _exact(select(is_large, beyond, shifted), dtype)
 
         return mapped(shift, x, amount)
+
+    return rule
+
+
+def _counted(name: str, counts_zeros: bool) -> Rule:
+    """A count of bits of one kind; ``counts_zeros``: those above the dtype's are among them."""
+
+    def rule(equation: Equation, x):
+        from cutlass._mlir.dialects import math as mlir_math
+
+        bits = BITS.get(equation.dtypes[0], 32)
+
+        def count(x):
+            make = type(x)
+            if bits < 32:
+                x = _arith("andi", x, make(2**bits - 1))
+            found = make(getattr(mlir_math, name)(x.ir_value()))
+            return found - make(32 - bits) if counts_zeros else found
+
+        return mapped(count, x)
 
     return rule
 
@@ -388,6 +437,20 @@ def convert(x: Any, source: str, target: str) -> Any:
     if kinds[0] == "float" and kinds[1] != "float":
         return _float_to_integer(x, target)
     return _exact(make(x), target)
+
+
+def _bitcast(equation: Equation, x):
+    """Between dtypes of 32 bits."""
+    source, target = equation.dtypes
+
+    def same_bits(x):
+        if "float32" not in (source, target):
+            return number_type(target)(x)
+        from cutlass import Int32
+
+        return number_type(target)(bits_of(x)) if source == "float32" else float_of(Int32(x))
+
+    return x if source == target else mapped(same_bits, x)
 
 
 def _float_to_integer(x, target: str):
@@ -487,6 +550,29 @@ def _concatenate(equation: Equation, *parts):
     return np.concatenate([_array_of(x) for x in parts], axis=equation.params["dimension"])
 
 
+def _stack(equation: Equation, *parts):
+    return np.stack([_array_of(x) for x in parts], axis=equation.params["axis"])
+
+
+def _unstack(equation: Equation, x):
+    return np.moveaxis(_array_of(x), equation.params["axis"], 0)[equation.params["result"]]
+
+
+def _split(equation: Equation, x):
+    ends = np.cumsum(equation.params["sizes"])[:-1]
+    return np.split(_array_of(x), ends, axis=equation.params["axis"])[equation.params["result"]]
+
+
+def _pad(equation: Equation, x, value):
+    array, found = _array_of(x), np.full(equation.shapes[-1], value, object)
+    for index in np.ndindex(*array.shape):
+        sides = zip(index, equation.params["padding_config"], strict=True)
+        place = tuple(low + i * (interior + 1) for i, (low, _, interior) in sides)
+        if all(0 <= i < n for i, n in zip(place, found.shape, strict=True)):
+            found[place] = array[index]
+    return _unwrapped(found)
+
+
 def _slice(equation: Equation, x):
     starts, stops = equation.params["start_indices"], equation.params["limit_indices"]
     steps = equation.params["strides"] or (1,) * len(starts)
@@ -513,6 +599,21 @@ def _dynamic_slice(equation: Equation, x, *starts):
             start = _bounded(start, dtype, x.shape[axis] - sizes[axis])
         offset = offset + start * x.strides[axis]
     return dataclasses.replace(x, offset=offset, shape=tuple(sizes))
+
+
+def _dynamic_update_slice(equation: Equation, x, update, *starts):
+    found, update = _array_of(x).copy(), _array_of(update)
+    dtypes = equation.dtypes[2:-1]
+    room = [n - m for n, m in zip(found.shape, update.shape, strict=True)]
+    starts = [_bounded(i, *of) for i, *of in zip(starts, dtypes, room, strict=True)]
+    for shift in np.ndindex(*(n + 1 for n in room)):
+        here = functools.reduce(
+            lambda a, b: a & b, (start == i for start, i in zip(starts, shift, strict=True))
+        )
+        for index in np.ndindex(*update.shape):
+            place = tuple(i + j for i, j in zip(index, shift, strict=True))
+            found[place] = select(here, update[index], found[place])
+    return found
 
 
 def _view_of_numbers(array: np.ndarray) -> View:
@@ -603,6 +704,46 @@ def _reduce(combine: Callable[..., Any]) -> Rule:
     return rule
 
 
+def _cumulative(combine: Callable[..., Any]) -> Rule:
+    def rule(equation: Equation, x):
+        kind, dtype = SCALAR_DTYPES[equation.dtypes[0]], equation.dtypes[-1]
+        steps = slice(None, None, -1 if equation.params["reverse"] else 1)
+        found = np.moveaxis(_array_of(x).copy(), equation.params["axis"], 0)[steps]
+        for place in range(1, len(found)):
+            pairs = found[place - 1], found[place]
+            found[place] = mapped(lambda a, b: _exact(combine(kind, a, b), dtype), *pairs)
+        return np.moveaxis(found[steps], 0, equation.params["axis"])
+
+    return rule
+
+
+def _place_of(comparison: str) -> Rule:
+    """Where the first of the largest or of the smallest is; of what is no number, before all."""
+
+    def rule(equation: Equation, x):
+        (axis,), make = equation.params["axes"], number_type(equation.dtypes[-1])
+        kind = SCALAR_DTYPES[equation.dtypes[0]]
+        first, *others = np.moveaxis(_array_of(x), axis, 0)
+
+        def better(a, b):
+            found = _compare(comparison, a, b)
+            return found | ((a != a) & (b == b)) if kind == "float" else found
+
+        best, place = first, mapped(lambda _: make(0), first)
+        for i, other in enumerate(others, 1):
+            is_better = mapped(better, other, best)
+            best = mapped(select, is_better, other, best)
+            place = mapped(lambda found, at, i=i: select(found, make(i), at), is_better, place)
+        return place
+
+    return rule
+
+
+def _undefined(equation: Equation):
+    """What no result depends on, as residuals that a branch of a ``cond`` does not have."""
+    return _constant(np.zeros(equation.shapes[-1]), equation.dtypes[-1])
+
+
 def _copy(equation: Equation, x):
     return x
 
@@ -634,7 +775,13 @@ RULES: dict[str, Rule] = {
     "rsqrt": _math("rsqrt"),
     "sin": _math("sin"),
     "cos": _math("cos"),
-    "erf": _math("erf"),
+    **{
+        name: _math(name)
+        for name in (
+            *("tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "asinh", "acosh", "atanh"),
+            *("erf", "erfc", "cbrt"),
+        )
+    },
     "log2": _math("log2"),
     "log1p": _math("log1p"),
     "expm1": _math("expm1"),
@@ -657,8 +804,11 @@ RULES: dict[str, Rule] = {
     "shift_left": _shift("shli"),
     "shift_right_logical": _shift("shrui"),
     "shift_right_arithmetic": _shift("shrsi"),
+    "population_count": _counted("ctpop", counts_zeros=False),
+    "clz": _counted("ctlz", counts_zeros=True),
     "select_n": _select_n,
     "convert_element_type": _convert,
+    "bitcast_convert_type": _bitcast,
     "copy": _copy,
     "stop_gradient": _copy,
     "broadcast_in_dim": _broadcast_in_dim,
@@ -666,14 +816,29 @@ RULES: dict[str, Rule] = {
     "squeeze": _reshape,
     "expand_dims": _reshape,
     "concatenate": _concatenate,
+    "stack": _stack,
+    "unstack": _unstack,
+    "split": _split,
+    "pad": _pad,
+    "rev": lambda equation, x: np.flip(_array_of(x), equation.params["dimensions"]),
+    "transpose": lambda equation, x: _array_of(x).transpose(equation.params["permutation"]),
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
     "gather": _gather,
     "iota": _iota,
     "reduce_sum": _reduce(lambda kind, a, b: a + b),
+    "reduce_prod": _reduce(lambda kind, a, b: a * b),
     "reduce_max": _reduce(_max),
     "reduce_min": _reduce(_min),
     "reduce_and": _reduce(lambda kind, a, b: _arith("andi", a, b)),
     "reduce_or": _reduce(lambda kind, a, b: _arith("ori", a, b)),
+    "argmax": _place_of("gt"),
+    "argmin": _place_of("lt"),
+    "cumsum": _cumulative(lambda kind, a, b: a + b),
+    "cumprod": _cumulative(lambda kind, a, b: a * b),
+    "cummax": _cumulative(_max),
+    "cummin": _cumulative(_min),
+    "empty2": _undefined,
 }
 """How each primitive is lowered."""

@@ -84,7 +84,7 @@ SPAN_RULES: dict[str, Callable[..., Span]] = {
 """What each primitive makes of numbers between bounds."""
 
 SAME_ELEMENTS = frozenset(
-    ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "concatenate", "copy")
+    ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "concatenate", "stack", "copy")
 )
 """Primitives whose results are their operands' elements in another shape."""
 

@@ -19,7 +19,11 @@ from jax_flashcute.masks import TracedFunction
 
 _CALLS = {"closed_call", "core_call", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
 _ENUMS = {x.__name__: x for x in (lax.GatherScatterMode, lax.RoundingMethod)}
-_PRIMITIVES = {x.name: x for x in vars(primitives).values() if isinstance(x, Primitive)}
+_PRIMITIVES = {
+    x.name: x
+    for x in (*vars(primitives).values(), lax.stack_p, lax.unstack_p)
+    if isinstance(x, Primitive)
+}
 _ARRAY = re.compile(r"(\w+)\[(.*)\]")
 
 
@@ -66,10 +70,10 @@ def decode_program(program: dict[str, Any]) -> TracedFunction:
     Raises:
       ValueError: it uses an operation that this version of JAX does not have.
     """
-    given = [parse_array(text) for text in program["arguments"]]
-    traced = jax.make_jaxpr(lambda *arguments: _run(program, arguments))(*given)
+    traced = _trace(program)
     # The first arguments are arrays that it closes over; kernels depend on their types alone.
-    closed = [jnp.zeros(a.shape, a.dtype) for a in given[: program["arrays"]]]
+    given = map(parse_array, program["arguments"][: program["arrays"]])
+    closed = [jnp.zeros(a.shape, a.dtype) for a in given]
     return TracedFunction(program["text"], ClosedJaxpr(traced.jaxpr, closed).jaxpr)
 
 
@@ -141,6 +145,11 @@ def _run(program: dict[str, Any], arguments: Sequence[Any]) -> list[Any]:
     return [read(atom) for atom in program["results"]]
 
 
+def _trace(program: dict[str, Any]) -> ClosedJaxpr:
+    given = [parse_array(text) for text in program["arguments"]]
+    return jax.make_jaxpr(lambda *arguments: _run(program, arguments))(*given)
+
+
 def _call(name: str, program: dict[str, Any], given: Sequence[Any]) -> list[Any]:
     def function(*arguments):
         return _run(program, arguments)
@@ -161,6 +170,10 @@ def _encode(value: Any) -> Any:
             return {"is": kind, **{k: _encode(v) for k, v in value._asdict().items()}}
         case tuple() | list():
             return [_encode(v) for v in value]
+        case ClosedJaxpr():
+            if value.consts:
+                raise NotImplementedError("a branch with constants of its own cannot be written")
+            return {"is": "program", **_encode_jaxpr(value.jaxpr)}
         case _ if kind in _ENUMS:
             return {"is": kind, "name": value.name}
     try:
@@ -177,6 +190,8 @@ def _decode(value: Any) -> Any:
             return jnp.dtype(name)
         case {"is": "GatherDimensionNumbers", **fields}:
             return lax.GatherDimensionNumbers(**{k: _decode(v) for k, v in fields.items()})
+        case {"is": "program", **program}:
+            return _trace(program)
         case {"is": kind, "name": name}:
             return _ENUMS[kind][name]
         case list():

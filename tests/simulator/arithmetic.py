@@ -339,16 +339,18 @@ def _mul24(asm, st):
 @instruction("addc", "subc", "madc")
 def _carry(asm, st):
     name, parts, kind = st.parts[0], st.parts, st.parts[-1]
-    width = _bits(kind)
-    if name.startswith("mad") or width != 32:
+    multiplies = name.startswith("mad")
+    if _bits(kind) != 32 or (multiplies and kind != "u32"):
         raise FormError("carry chain of this form")
     flag = asm.constant_row("p", "carry flag", lambda block: False)
-    (va, a), (vb, b) = (asm.source(x, "u32") for x in st.operands[1:])
+    sources = [asm.source(x, "u32") for x in st.operands[1:]]
     out = asm.destination(st.operands[0], "u32")
     use, sets, subtract = name.endswith("c"), "cc" in parts, name.startswith("sub")
+    product = np.multiply if "lo" in parts else _high(32, signed=False)
 
     def run(v, m):
-        x, y = v[va][a].astype(np.int64), v[vb][b].astype(np.int64)
+        x, *others, y = (v[view][row] for view, row in sources)
+        x, y = (product(x, *others) if multiplies else x).astype(np.int64), y.astype(np.int64)
         carry = v[R.P][flag].astype(np.int64) if use else 0
         total = x - y - carry if subtract else x + y + carry
         if out:

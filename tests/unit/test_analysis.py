@@ -14,8 +14,8 @@ import pytest
 from jax_flashcute import analysis
 from jax_flashcute.analysis import POSITION_LIMIT, Guard, Linear
 
-PROGRAMS = int(os.environ.get("JAX_FLASHCUTE_FUZZ", "1000"))
-CHUNK = 500
+PROGRAMS = int(os.environ.get("JAX_FLASHCUTE_FUZZ", "800"))
+CHUNK = 400
 INDEX = jax.ShapeDtypeStruct((), jnp.int32)
 B, H = 2, 3
 QUERIES = np.array([-POSITION_LIMIT, -130, -9, *range(-3, 18), 31, 64, 65, POSITION_LIMIT - 1])
@@ -66,10 +66,10 @@ def random_number(rng, depth: int):
     operation = rng.choice(
         [
             *("add", "sub", "neg", "times", "floordiv", "mod", "div", "rem", "min", "max"),
-            *("abs", "clip", "where", "product", "shift", "add", "sub"),
+            *("abs", "clip", "where", "product", "shift", "add", "sub", "select"),
         ]
     )
-    predicate = random_mask(rng, depth - 1) if operation == "where" else None
+    predicate = random_mask(rng, depth - 1) if operation in ("where", "select") else None
 
     def number(m, *i):
         a = x(m, *i)
@@ -99,6 +99,9 @@ def random_number(rng, depth: int):
             case "where":
                 assert predicate is not None
                 return m.where(predicate(m, *i), a, y(m, *i))
+            case "select":
+                assert predicate is not None
+                return m.select([predicate(m, *i), a > n], [a, y(m, *i)], -a)
             case "product":
                 return a * y(m, *i)
             case _:
@@ -125,6 +128,8 @@ def random_mask(rng, depth: int):
         x, y = random_number(rng, 2), random_number(rng, int(rng.integers(0, 3)))
         name = str(rng.choice(["less", "less_equal", "greater", "greater_equal", "equal"]))
         return lambda m, *i: getattr(m, name)(x(m, *i), y(m, *i))
+    if rng.random() < 0.1:
+        return random_choice(rng, depth)
     x, y, z = (random_mask(rng, depth - 1) for _ in range(3))
     match rng.integers(0, 6):
         case 0 | 1:
@@ -137,6 +142,29 @@ def random_mask(rng, depth: int):
             return lambda m, *i: m.logical_xor(x(m, *i), y(m, *i))
         case _:
             return lambda m, *i: m.where(x(m, *i), y(m, *i), z(m, *i))
+
+
+def random_choice(rng, depth: int):
+    """A function ``(np or jnp, b, h, q, kv) -> bool`` that says which of some others it is."""
+    x, y, z = (random_mask(rng, depth - 1) for _ in range(3))
+    number = random_number(rng, depth - 1)
+    match rng.integers(0, 3):
+        case 0:
+            return lambda m, *i: m.select([x(m, *i), y(m, *i)], [z(m, *i), x(m, *i)], y(m, *i))
+        case 1:
+            return lambda m, *i: one_of(m, x(m, *i), [y(m, *i), z(m, *i)])
+        case _:
+            return lambda m, *i: one_of(m, number(m, *i), [x(m, *i), y(m, *i), z(m, *i)])
+
+
+def one_of(m, which, cases):
+    """One of several values as a ``cond`` has it, by a boolean or by a number."""
+    if m is not jnp:
+        return np.choose(np.clip(which, 0, len(cases) - 1), np.broadcast_arrays(*cases))
+    branches = [lambda case=case: jnp.asarray(case) for case in cases]
+    if jnp.asarray(which).dtype == bool:
+        return jax.lax.cond(which, *branches[::-1])
+    return jax.lax.switch(which, branches)
 
 
 # ---- what the analysis says, evaluated -------------------------------------------------------
@@ -256,6 +284,14 @@ WINDOWS = {
     "strictly_causal": (lambda b, h, q, kv: kv < q, (None, -1)),
     "window": (lambda b, h, q, kv: (kv >= q - 5) & (kv <= q + 2), (5, 2)),
     "symmetric": (lambda b, h, q, kv: jnp.abs(q - kv) <= 9, (9, 9)),
+    "selected": (
+        lambda b, h, q, kv: jnp.select([kv > q, q - kv <= 31, h < 0], [False, True, True], False),
+        (31, 0),
+    ),
+    "branches": (
+        lambda b, h, q, kv: jax.lax.cond(kv > q, lambda: False, lambda: q - kv <= 31),
+        (31, 0),
+    ),
     "de_morgan": (lambda b, h, q, kv: ~((kv > q) | (q - kv > 31)), (31, 0)),
     "nested": (lambda b, h, q, kv: jax.jit(lambda x, y: (x <= y) & (x + 3 > y))(kv, q), (2, 0)),
     "where": (lambda b, h, q, kv: jnp.where(kv > q, False, kv >= q - 8), (8, 0)),

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jax_flashcute import masks, scores
+from jax_flashcute.kernels import elements
 from jax_flashcute.kernels.affine import AFFINE_RULES, Affine
 from jax_flashcute.kernels.elements import INDICES, ElementArray, ElementFunctions
 from jax_flashcute.kernels.lower_jaxpr import ElementProgram
@@ -103,7 +104,7 @@ def test_affine_arithmetic(expression, column: int) -> None:
     assert found is None or found == expected
 
 
-TABLE, SLOPES = jnp.ones((4, 65)), jnp.ones(4)
+TABLE, OTHER, SLOPES = jnp.ones((4, 65)), jnp.zeros((4, 65)), jnp.ones(4)
 ADDED = {
     "alibi": (lambda s, b, h, q, kv: s - SLOPES[h] * (q - kv), {"affine"}),
     "in_order": (
@@ -115,6 +116,22 @@ ADDED = {
     "clipped": (lambda s, b, h, q, kv: s + TABLE[h, jnp.clip(q - kv, -32, 32) + 32], {"tile"}),
     "t5": (scores.relative_bias(TABLE), {"tile"}),
     "t5_one_sided": (scores.relative_bias(TABLE, bidirectional=False), {"tile"}),
+    "either": (
+        lambda s, b, h, q, kv: (
+            s + TABLE[h, jax.lax.cond(kv > 2 * q, lambda: 9, lambda: jnp.clip(q - kv, 0, 5))]
+        ),
+        {"tile"},
+    ),
+    "of_several": (
+        lambda s, b, h, q, kv: (
+            s + TABLE[h, jax.lax.select_n(jnp.clip(kv - 2 * q, 0, 2), 3, 1, jnp.minimum(kv, 9))]
+        ),
+        None,
+    ),
+    "known": (
+        lambda s, b, h, q, kv: s + jax.lax.cond(True, lambda: SLOPES[h] * kv, lambda: SLOPES[h]),
+        {"affine"},
+    ),
     "distances": (lambda s, b, h, q, kv: s + TABLE[h, q - kv], {"distance"}),
     "not_alone": (lambda s, b, h, q, kv: s + jnp.sin(kv - q + kv), None),
     "pairs": (lambda s, b, h, q, kv: s + TABLE[q, kv], None),
@@ -152,3 +169,26 @@ def test_how_a_bias_varies(full: str, kinds, of_heads) -> None:
     assert functions.added_kinds(True) == of_heads
     capped = ElementFunctions(bias=functions.bias, soft_cap=2.0)
     assert capped.added_kinds(False) is None
+
+
+def test_what_is_refused_in_words() -> None:
+    """Branches that do more than to compute, or choose an array as a whole, and bits of halves."""
+
+    def traced(choose):
+        return masks.trace_score(lambda s, b, h, q, kv: s * choose(q, kv), jnp.float32)[0]
+
+    def printing(q, kv):
+        return jax.lax.cond(q < kv, lambda: (jax.debug.print("far"), 2.0)[1], lambda: 1.0)
+
+    def of_arrays(q, kv):
+        return jax.lax.cond(q < kv, lambda: TABLE, lambda: OTHER)[0, q]
+
+    (reason,) = elements.program_of(traced(printing)).unsupported()
+    assert reason.startswith("debug_print has side effects, at ")
+    halves = traced(lambda q, kv: jax.lax.bitcast_convert_type(q.astype(jnp.int16), jnp.float16))
+    (reason,) = elements.program_of(halves).unsupported()
+    assert reason.startswith("bitcast_convert_type of int16 to float16, at ")
+    function = traced(of_arrays)
+    assert "select_n on more than 16 elements" in elements.program_of(function).unsupported()[-1]
+    with pytest.raises(NotImplementedError, match="cond of an array of floats as a whole, at "):
+        elements.derivative_of(function)

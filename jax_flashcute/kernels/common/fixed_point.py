@@ -8,10 +8,11 @@ added, a first run of the kernel finds the largest of that, and the exponent is 
 number.  A not-a-number among what is added is the largest of all.
 """
 
+from copy import copy as copied
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32
-from cutlass._mlir.dialects import llvm
 
 from jax_flashcute.kernels.elements import (
     SHIFTS,
@@ -19,7 +20,7 @@ from jax_flashcute.kernels.elements import (
     ElementFunctions,
     in_fixed_point,
 )
-from jax_flashcute.kernels.primitives import select
+from jax_flashcute.kernels.primitives import bits_of, float_of, select
 
 
 class FixedPointSums:
@@ -53,19 +54,19 @@ class FixedPointSums:
             bits = Int32(cute.make_tensor(largest, cute.make_layout(1))[0])
             exponent = exponent + exponent_of(bits)
         shift = cutlass.min(SUM_BITS - exponent, Int32(SHIFTS[1]))
-        self.units = _float_of((cutlass.max(shift, Int32(SHIFTS[0])) + 127) << 23)
+        self.units = float_of((cutlass.max(shift, Int32(SHIFTS[0])) + 127) << 23)
 
     def moved(self, elements: Int64) -> "FixedPointSums":
         """The sums from one on."""
-        made = object.__new__(FixedPointSums)
-        made.__dict__ = self.__dict__ | {"address": self.address + 8 * elements}
+        made = copied(self)
+        made.address = self.address + 8 * elements
         return made
 
     def add(self, place: Int32 | Int64, value: Float32, where: Boolean | None = None) -> None:
         """Adds to a sum."""
         where = Boolean(True) if where is None else where
         if self.most is not None:
-            bits = _bits_of(value) & Int32(0x7FFFFFFF)
+            bits = bits_of(value) & Int32(0x7FFFFFFF)
             self.most[0] = cutlass.max(self.most[0], select(where, bits, Int32(0)))
             return
         _add(self.address + 8 * Int64(place), value * self.units, where)
@@ -123,11 +124,3 @@ def _add(address: Int64, value: Float32, where: Boolean):
 def _raise(pointer: cute.Pointer, value: Uint32, where: Boolean):
     if where:
         cute.arch.red(pointer, value, op="max", dtype="u32", sem="relaxed", scope="gpu")
-
-
-def _bits_of(value: Float32) -> Int32:
-    return Int32(llvm.bitcast(Int32.mlir_type, value.ir_value()))
-
-
-def _float_of(bits: Int32) -> Float32:
-    return Float32(llvm.bitcast(Float32.mlir_type, bits.ir_value()))

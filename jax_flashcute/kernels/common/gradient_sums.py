@@ -9,6 +9,7 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
+from copy import copy as copied
 from typing import Any
 
 import cutlass
@@ -17,7 +18,7 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
 from jax_flashcute.kernels.common.elements import EntryElements
 from jax_flashcute.kernels.common.fixed_point import FixedPointSums
-from jax_flashcute.kernels.primitives import select
+from jax_flashcute.kernels.primitives import select, store_float_if
 from jax_flashcute.kernels.spans import Span
 
 
@@ -30,8 +31,8 @@ class FloatSums:
 
     def moved(self, elements: Int64) -> "FloatSums":
         """The sums from one on."""
-        made = object.__new__(FloatSums)
-        made.__dict__ = self.__dict__ | {"start": self.start + elements}
+        made = copied(self)
+        made.start = self.start + elements
         return made
 
     def add(self, place: Int32 | Int64, value: Float32, where: Boolean | None = None) -> None:
@@ -48,11 +49,7 @@ class FloatSums:
 
     def store(self, place: Int64, value: Float32) -> None:
         """Stores what is not 0 in place of a sum."""
-        cute.arch.inline_ptx(
-            "st.global.f32 [{$r0}], {$r1};",
-            read_only_args=[(self.start + place).toint(), value],
-            predicate=value != Float32(0.0),
-        )
+        store_float_if(self.start + place, value, value != Float32(0.0))
 
     def finish(self, lane: Int32) -> None:
         """After all that a warp has added."""

@@ -9,10 +9,9 @@ import math
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
-from cutlass._mlir.dialects import llvm
 
 from jax_flashcute.kernels.common.traced import Traced
-from jax_flashcute.kernels.primitives import select
+from jax_flashcute.kernels.primitives import bits_of, float_of, select
 
 LN2 = math.log(2.0)
 LOG2_E = math.log2(math.e)
@@ -81,9 +80,7 @@ def _twice(value: float) -> tuple[Float32, Float32]:
 
 def _two_to(rounded: Float32) -> Float32:
     """2**n from n + ``ROUNDING``: n's low bits become the exponent's."""
-    bits = Int32(llvm.bitcast(Int32.mlir_type, rounded.ir_value()))
-    bits = (bits << 23) + Int32(0x3F800000)
-    return Float32(llvm.bitcast(Float32.mlir_type, bits.ir_value()))
+    return float_of((bits_of(rounded) << 23) + Int32(0x3F800000))
 
 
 class OnlineSoftmax(Traced):

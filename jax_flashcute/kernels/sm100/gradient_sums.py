@@ -64,6 +64,7 @@ class Pullback:
         self.reads_score = entry.reads_score
         self.first_key = key - thread % 32
         self.key = entry.keys(key)
+        self.in_fixed_point = [x for x in tensors if isinstance(x, FixedPointSums)]
         self.sums = sums_of(entry, tensors, 1)
 
     def start(self) -> None:
@@ -139,6 +140,8 @@ class Pullback:
                     each.add_to(self.entry.both(of_head, self.key), each.totals[0])
                 case _:
                     each.flush()
+        for sums in self.in_fixed_point:
+            sums.finish(self.thread % 32)
 
 
 def over_diagonals(columns: list[Float32], thread: Int32) -> tuple[list[Float32], Int32]:
