@@ -6,6 +6,7 @@ rows visits the keys between the least and the greatest bound of its rows, and n
 where all of them agree.  The backward has the same the other way round: for each key, its rows.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from jax_flashcute.analysis import FAR, Interval, RowInterval, evaluate, first_r
 from jax_flashcute.segments import Segments
 from jax_flashcute.spec import Operands
 
-KEY_BOUND_RANKS = [2, 2, 3]
-"""Of the first and the last bound of each row, and of what there is about tiles."""
+TILE_FIELDS = 4
+"""Numbers about a tile: its first column tile and one past the last; the first that needs no mask
+and one past the last.  The first and the last of them may exceed the second: kernels compare them,
+as here that would be a kernel more."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,24 @@ class RowBounds:
             return None
         return RowBounds(segments.kv_scattered is not None, segments.q_positions is not None)
 
-    def array_ranks(self) -> list[int]:
-        """Of ``key_bound_arrays`` and ``query_bound_arrays``, which are int32."""
+    def arrays(self) -> int:
+        """How many ``key_bound_arrays`` or ``query_bound_arrays``, each (B, n) int32."""
         pairs = self.compares_ids + (self.compares_ids and self.has_positions)
         pairs += self.compares_bounds + self._others
-        return KEY_BOUND_RANKS + [2, 2] * pairs
+        return self._uncompared + 2 * pairs
+
+    @property
+    def _uncompared(self) -> int:
+        """Of rows and of tiles."""
+        return 2 + TILE_FIELDS + (self.compares_ids or self.compares_bounds)
 
     @property
     def _others(self) -> int:
         return self.intervals if self.intervals > 1 else 0
+
+    def tiles(self, arrays: Sequence) -> list:
+        """What there is about tiles: ``TILE_FIELDS``, and whether the others of a tile compare."""
+        return list(arrays[2 : self._uncompared])
 
     def limits(self, arrays: tuple) -> list[tuple]:
         """The first of each interval and one past its last, of a kernel's arrays."""
@@ -64,28 +76,24 @@ class RowBounds:
 
     def compared(self, arrays: tuple) -> tuple:
         """Those of a kernel's arrays that are compared, element by element."""
-        return tuple(arrays[3 : len(arrays) - 2 * self._others])
+        return tuple(arrays[self._uncompared : len(arrays) - 2 * self._others])
 
-    def ranks_beside(self) -> list[int]:
-        """Of ``beside``."""
-        return [2, 2] * self._others + KEY_BOUND_RANKS
+    @property
+    def of_keys(self) -> "RowBounds":
+        """The forward's: the bounds of a mask are compared in the backward alone."""
+        return dataclasses.replace(self, compares_bounds=False)
+
+    def arrays_beside(self) -> int:
+        """How many ``beside`` are."""
+        return self.of_keys._uncompared + 2 * self._others
 
     def beside(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """Of ``key_bound_arrays`` what a kernel takes behind ``query_bound_arrays``.
 
-        The bounds of each of several intervals, then the first three.
+        All but those that are compared, which are there already.
         """
-        return [*arrays[len(arrays) - 2 * self._others :], *arrays[: len(KEY_BOUND_RANKS)]]
-
-    def limits_beside(self, arrays: tuple) -> list[tuple]:
-        """``limits`` of ``beside``."""
-        pairs = arrays[: 2 * self._others] or arrays[:2]
-        return list(zip(pairs[::2], pairs[1::2], strict=True))
-
-
-TILE_FIELDS = 5
-"""Numbers about a tile: its first column tile and one past the last; the first that needs no mask
-and one past the last; and whether ids are to be compared in the others."""
+        uncompared = arrays[: self.of_keys._uncompared]
+        return [*uncompared, *arrays[len(arrays) - 2 * self._others :]]
 
 
 def key_bound_arrays(
@@ -100,9 +108,9 @@ def key_bound_arrays(
       tile_n: keys of a tile.
 
     Returns:
-      The first key of each row and one past the last, (B, T); ``TILE_FIELDS`` for each tile, (B,
-      tiles, TILE_FIELDS); where ids are compared, the ids and the positions that there are; and
-      of several intervals the first two for each.
+      The first key of each row and one past the last, (B, T); ``TILE_FIELDS``, each (B, tiles);
+      where ids are compared, whether those of a tile's rows have to be, (B, tiles), the ids and
+      the positions that there are; and of several intervals the first two for each.
     """
     segments = _segments(operands)
     row = jnp.arange(operands.query.shape[1], dtype=jnp.int32)[None]
@@ -136,7 +144,7 @@ def key_bound_arrays(
     tiles = _tile_fields(
         *(low, high, scattered, counts, tile_rows, tile_n), may_be_full=len(pairs) == 1
     )
-    return [low, high, tiles, *_compared(segments), *_others(pairs)]
+    return [low, high, *tiles, *_compared(segments), *_others(pairs)]
 
 
 def query_bound_arrays(
@@ -180,7 +188,7 @@ def query_bound_arrays(
         length=length,
         may_be_full=len(pairs) == 1,
     )
-    return [low, high, tiles, *_compared(segments), *_others(pairs)]
+    return [low, high, *tiles, *_compared(segments), *_others(pairs)]
 
 
 def mask_key_bound_arrays(
@@ -192,7 +200,7 @@ def mask_key_bound_arrays(
     counts = jnp.ones_like(low, bool)
     if operands.query_seq_lengths is not None:
         counts = row < operands.query_seq_lengths[:, None]
-    return [low, high, _tile_fields(low, high, None, counts, tile_rows, tile_n)]
+    return [low, high, *_tile_fields(low, high, None, counts, tile_rows, tile_n)]
 
 
 def mask_query_bound_arrays(
@@ -222,7 +230,7 @@ def mask_query_bound_arrays(
     counts = jnp.ones_like(first, bool)
     scattered = seen_by != end - first
     tiles = _tile_fields(first, end, scattered, counts, tile_n, tile_m, length=length)
-    return [first, end, tiles, low, high]
+    return [first, end, *tiles, low, high]
 
 
 def _mask_bounds(rows: RowInterval, operands: Operands) -> tuple[jax.Array, jax.Array]:
@@ -252,14 +260,13 @@ def _mask_bounds(rows: RowInterval, operands: Operands) -> tuple[jax.Array, jax.
     return _emptied(low, high, seen & (high > low))
 
 
-def visited_tiles(tiles: jax.Array, columns: int) -> jax.Array:
+def visited_tiles(first: jax.Array, end: jax.Array, columns: int) -> jax.Array:
     """Which of so many column tiles a tile visits, (B, 1, tiles, columns) bool.
 
-    ``tiles`` are the (B, tiles, ``TILE_FIELDS``) of either function above.
+    ``first``, ``end``: (B, tiles), the first two ``TILE_FIELDS``.
     """
     column = jnp.arange(columns, dtype=jnp.int32)
-    first, end = (tiles[:, None, :, i, None] for i in range(2))
-    return (column >= first) & (column < end)
+    return (column >= first[:, None, :, None]) & (column < end[:, None, :, None])
 
 
 def _segments(operands: Operands) -> Segments:
@@ -304,8 +311,11 @@ def _compared(segments: Segments) -> list[jax.Array]:
 
 def _tile_fields(
     low, high, scattered, counts, rows: int, columns: int, *, length=None, may_be_full=True
-):
-    """``TILE_FIELDS`` of tiles of ``rows``, as (B, tiles, TILE_FIELDS) int32.
+) -> list[jax.Array]:
+    """``TILE_FIELDS`` of tiles of ``rows``, each (B, tiles) int32.
+
+    And whether a tile compares, unless there is nothing to be compared.  They have an array each:
+    what put them together would be a kernel more.
 
     Args:
       low, high: (B, length) bounds; 0 and 0 where empty.
@@ -319,27 +329,29 @@ def _tile_fields(
     B, total = low.shape
     tiles = -(-total // rows)
 
-    def reduced(reduce, array, identity):
+    def in_tiles(array, beyond):
         padding = ((0, 0), (0, tiles * rows - total))
-        array = jnp.pad(array, padding, constant_values=identity)
-        return reduce(array.reshape(B, tiles, rows), axis=2)
+        return jnp.pad(array, padding, constant_values=beyond).reshape(B, tiles, rows)
 
+    # Of rows those beyond the end do not count.  Of keys they do, gradients being sums over a tile:
+    # with bounds of 0 they leave none full.
+    low, high = in_tiles(low, 0), in_tiles(high, 0)
+    counts = in_tiles(counts, length is not None)
     above = -(-high // columns)
     full = high // columns
     if length is not None:
-        full = jnp.where(high >= length, above, full)
-    if scattered is None:
-        scattered = jnp.zeros_like(counts)
+        full = jnp.where(high >= length[..., None], above, full)
+    if scattered is not None:
+        scattered = in_tiles(scattered, False)
+        full = jnp.where(scattered, 0, full)
     is_seen = counts & (high > low)
-    n_max = reduced(jnp.max, jnp.where(is_seen, above, 0), 0)
-    n_min = reduced(jnp.min, jnp.where(is_seen, low // columns, FAR), FAR)
-    full_min = reduced(jnp.max, jnp.where(counts, -(-low // columns), 0), 0)
-    # Without a row beyond the end: those of an array's last tile are as good as absent, but for
-    # keys, whose gradients are sums over a tile.
-    beyond = FAR if length is None else 0
-    full_max = reduced(jnp.min, jnp.where(counts, jnp.where(scattered, 0, full), FAR), beyond)
-    if not may_be_full:
-        full_max = jnp.zeros_like(full_max)
-    compares = reduced(jnp.max, (counts & scattered).astype(jnp.int32), 0)
-    fields = (jnp.minimum(n_min, n_max), n_max, full_min, jnp.minimum(full_max, n_max), compares)
-    return jnp.stack(fields, axis=2).astype(jnp.int32)
+    n_min = jnp.min(jnp.where(is_seen, low // columns, FAR), axis=2)
+    n_max = jnp.max(jnp.where(is_seen, above, 0), axis=2)
+    full_min = jnp.max(jnp.where(counts, -(-low // columns), 0), axis=2)
+    full_max = jnp.zeros((B, tiles), jnp.int32)
+    if may_be_full:
+        full_max = jnp.min(jnp.where(counts, full, FAR), axis=2)
+    fields = [n_min, n_max, full_min, full_max]
+    if scattered is not None:
+        fields.append(jnp.max((counts & scattered).astype(jnp.int32), axis=2))
+    return [field.astype(jnp.int32) for field in fields]

@@ -214,7 +214,8 @@ def _visits(
         lists = BlockMask.from_kinds(kinds, **sizes, tile_m=rows, tile_n=columns).kernel_lists()
         lists = [*(lists if key.direction == "fwd" else packed(lists)), *both]
     elif bounds:
-        visited = visited_tiles(bounds[2], -(-operands.query.shape[1] // columns))
+        first, end = bounds[2:4]
+        visited = visited_tiles(first, end, -(-operands.query.shape[1] // columns))
     return [*lists, *([visits_before(visited)] if key.has_ranks and visited is not None else [])]
 
 

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Sequence
 
 from jax_flashcute.analysis import POSITION_LIMIT
-from jax_flashcute.kernels.config import BwdConfig, BwdConfigSm100
 from jax_flashcute.kernels.factors import FLOATS
 from jax_flashcute.kernels.lower_jaxpr import Derivative, ElementProgram, derivative
 from jax_flashcute.kernels.primitives import SCALAR_DTYPES
@@ -141,6 +140,15 @@ class ElementFunctions:
         """Whether the gradient of the changed score is that of the scaled one."""
         identity = self.score_mod is None or derivative_of(self.score_mod).program.is_identity
         return identity and self.soft_cap is None
+
+    @property
+    def derivatives_read_score(self) -> bool:
+        """Whether derivatives of the changed score, by anything, are functions of the score."""
+        if self.soft_cap is not None or self.score_mod is None:
+            return self.soft_cap is not None
+        program = derivative_of(self.score_mod, self.keys).program
+        results = range(len(program.result_dtypes))
+        return any("score" in program.depends_on(result) for result in results)
 
     @property
     def may_be_infinite(self) -> bool:
@@ -306,46 +314,15 @@ def summed_arrays(spec: AttentionSpec, operands: Operands) -> tuple[list, list]:
     return biases, [a for a in arrays if str(a.dtype) in FLOATS]
 
 
-def reasons_against_gradients(
-    spec: AttentionSpec, operands: Operands, config: BwdConfig | BwdConfigSm100
-) -> list[str]:
-    """Every reason why the backward kernel cannot differentiate what a call does to scores."""
-    reasons = []
-    by_role = isinstance(config, BwdConfig) and config.by_role
-    if spec.score_mod is not None:
-        try:
-            unsupported = derivative_of(spec.score_mod).program.unsupported()
-        except NotImplementedError as error:
-            unsupported = [str(error)]
-        reasons += [f"the derivative of score_mod: {why}" for why in unsupported]
-    biases, arrays = summed_arrays(spec, operands)
-    names = ["bias"] if biases else []
-    names += ["the floating-point arrays that score_mod closes over"] if arrays else []
-    of_what = f"the gradient of {' and of '.join(names)}"
-    functions = element_functions(spec, operands)
-    if names and not reasons and spec.deterministic and isinstance(config, BwdConfigSm100):
-        reasons += _reasons_against_fixed_sums(without_sinks(functions, spec.constants), config)
-    by_role_only = "where two warpgroups share 64 keys (head_dim above 128, or small listed tiles)"
-    if names and by_role:
-        reasons.append(f"{by_role_only} no kernel sums {of_what}")
-    if not reasons and by_role and functions is not None and not functions.keeps_gradients:
-        reasons.append(f"{by_role_only} no kernel differentiates a score that is not additive")
-    return reasons
-
-
-def _reasons_against_fixed_sums(
-    functions: ElementFunctions | None, config: BwdConfigSm100
-) -> list[str]:
-    """Every reason why a Blackwell kernel cannot sum gradients with ``deterministic``."""
-    if functions is None or not any(in_fixed_point(functions, deterministic=True)):
+def reasons_against_gradients(spec: AttentionSpec) -> list[str]:
+    """Every reason why no backward kernel can differentiate what a call does to scores."""
+    if spec.score_mod is None:
         return []
-    where = []
-    if config.passes:
-        where.append("at head_dims whose gradients have a kernel each")
-    if measures(functions, deterministic=True):
-        where.append("where a derivative depends on scores or arrays")
-    no_kernel = "no Blackwell kernel sums gradients of arrays as deterministic=True asks"
-    return [f"{no_kernel} {condition}" for condition in where]
+    try:
+        unsupported = derivative_of(spec.score_mod).program.unsupported()
+    except NotImplementedError as error:
+        unsupported = [str(error)]
+    return [f"the derivative of score_mod: {why}" for why in unsupported]
 
 
 def reasons_against_elements(spec: AttentionSpec, operands: Operands) -> list[str]:

@@ -6,7 +6,9 @@ from typing import Literal
 from jax_flashcute.analysis import Interval
 from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels import nsa
-from jax_flashcute.kernels.config import BwdConfig, BwdConfigSm100, FwdConfig, FwdConfigSm100
+from jax_flashcute.kernels.config.sm90 import BwdConfig, FwdConfig
+from jax_flashcute.kernels.config.sm100 import BwdConfigSm100, FwdConfigSm100
+from jax_flashcute.kernels.config.workspace import takes_turns
 from jax_flashcute.kernels.elements import ElementFunctions
 
 Direction = Literal["fwd", "bwd"]
@@ -71,8 +73,9 @@ class KernelKey:
     @property
     def has_ranks(self) -> bool:
         """Whether blocks take turns at dQ in an order that stands in an array."""
-        in_arrays = self.has_lists or self.row_bounds is not None
-        return self.direction == "bwd" and self.config.deterministic and in_arrays
+        if isinstance(self.config, (FwdConfig, FwdConfigSm100)) or not takes_turns(self.config):
+            return False
+        return self.has_lists or self.row_bounds is not None
 
     @property
     def visits_both_ways(self) -> bool:

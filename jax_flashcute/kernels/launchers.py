@@ -6,7 +6,9 @@ What needs the CuTe DSL is imported as it is built.
 from collections.abc import Callable
 from typing import Any
 
-from jax_flashcute.kernels.config import BwdConfig, BwdConfigSm100, FwdConfig, has_dq_sums
+from jax_flashcute.kernels.config.sm90 import BwdConfig, FwdConfig
+from jax_flashcute.kernels.config.sm100 import BwdConfigSm100
+from jax_flashcute.kernels.config.workspace import has_dq_sums, takes_turns
 from jax_flashcute.kernels.elements import in_fixed_point, measures
 from jax_flashcute.kernels.key import OPTIONAL_OPERANDS, KernelKey
 
@@ -42,7 +44,7 @@ def backward_arrays(key: KernelKey):
     qk = (_element_type(key), (1, 1, 1, key.head_dim))
     v = (_element_type(key), (1, 1, 1, key.head_dim_v))
     rows = (cutlass.Float32, (1, 1, 1))
-    turns = [(cutlass.Int32, (1, 1, 1))] if key.config.deterministic else []
+    turns = [(cutlass.Int32, (1, 1, 1))] if takes_turns(key.config) else []
     carried = [(cutlass.Int32, (1, 1, 1)), rows] if _carries(key) else []
     others = [*_optional_arrays(key), *_element_arrays(key), *_bound_arrays(key)]
     others += [*_list_arrays(key), *_rank_arrays(key), *_packed_arrays(key)]
@@ -121,11 +123,11 @@ def _element_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
 def _bound_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:
     import cutlass
 
-    ranks = []
+    arrays = 0
     if key.row_bounds is not None:
-        ranks = key.row_bounds.array_ranks()
-        ranks += key.row_bounds.ranks_beside() if key.visits_both_ways else []
-    return [(cutlass.Int32, (1,) * rank) for rank in ranks]
+        arrays = key.row_bounds.arrays()
+        arrays += key.row_bounds.arrays_beside() * key.visits_both_ways
+    return [(cutlass.Int32, (1, 1))] * arrays
 
 
 def _list_arrays(key: KernelKey) -> list[tuple[Any, tuple[int, ...]]]:

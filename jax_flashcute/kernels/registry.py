@@ -13,39 +13,44 @@ from jax_flashcute.analysis import Interval, Linear, evaluate, window, window_in
 from jax_flashcute.block_mask import BlockMask
 from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels import nsa
-from jax_flashcute.kernels.config import (
+from jax_flashcute.kernels.config.pages import (
     LARGEST_GATHERED_PAGE,
     LEAST_GATHERED_VISITS,
     MOST_GATHERED_BYTES,
-    BwdConfig,
-    BwdConfigSm100,
-    FwdConfig,
-    FwdConfigSm100,
-    backward_config,
-    backward_config_sm100,
-    batch_invariant_splits,
-    dividing,
-    dividing_backward,
-    dividing_sm100,
-    few_rows_config,
-    few_rows_config_sm100,
-    forward_config,
-    forward_config_sm100,
     gathered_shapes,
     gathering,
-    in_parts,
     loads_pages_by_tma,
-    most_splits,
     paged_config,
     shares_boxes,
-    staggered,
-    workspace_shapes,
 )
+from jax_flashcute.kernels.config.sm90 import (
+    BwdConfig,
+    FwdConfig,
+    backward_config,
+    dividing,
+    dividing_backward,
+    few_rows_config,
+    forward_config,
+    in_parts,
+    staggered,
+)
+from jax_flashcute.kernels.config.sm100 import (
+    BwdConfigSm100,
+    FwdConfigSm100,
+    backward_config_sm100,
+    dividing_sm100,
+    few_rows_config_sm100,
+    forward_config_sm100,
+)
+from jax_flashcute.kernels.config.splits import batch_invariant_splits, most_splits
+from jax_flashcute.kernels.config.workspace import workspace_shapes
 from jax_flashcute.kernels.elements import (
     element_functions,
     full_axes,
+    in_fixed_point,
     reasons_against_elements,
     reasons_against_gradients,
+    summed_arrays,
     with_elements_of_scores,
     without_sinks,
 )
@@ -190,7 +195,7 @@ def reasons_against(
         dims = operands.query.shape[-1], operands.value.shape[-1]
         config = _existing(_backward_config(arch, spec, operands))
         reasons += config.reasons_invalid(*dims)
-        reasons += reasons_against_gradients(scores, operands, config)
+        reasons += reasons_against_gradients(scores)
     return reasons
 
 
@@ -272,12 +277,19 @@ def _backward_config(
 
 
 def _may_part(spec: AttentionSpec, operands: Operands) -> bool:
-    """Whether a pass of its own for dQ can serve a call: it knows intervals by position alone."""
+    """Whether a pass of its own for dQ can serve a call.
+
+    It knows intervals by position alone, and sums no gradients of arrays.  Scores that cost more
+    than a soft cap or an addition take longer to compute twice.
+    """
     others = (operands.segment_ids, operands.block_mask, operands.packed_mask)
     if any(x is not None for x in others):
         return False
-    functions = element_functions(without_intervals(spec, operands), operands)
-    return without_sinks(functions) is None and rows_of(spec, operands) is None
+    scores = without_intervals(spec, operands)
+    functions = element_functions(scores, operands)
+    is_light = functions is None or functions.scores_follow_products
+    has_sums = any(summed_arrays(scores, operands))
+    return is_light and not has_sums and rows_of(spec, operands) is None
 
 
 def _existing[T](config: T | None) -> T:
@@ -291,7 +303,7 @@ def _may_pack(operands: Operands, group: int, config: FwdConfig | FwdConfigSm100
     blocks = operands.block_mask
     if blocks is None:
         return True
-    tokens = config.slab_rows // group * (config.tile_m // config.slab_rows)
+    tokens = _packed_tokens(group, config)
     return _are_shared(blocks) and tokens > 0 and blocks.tile_m % tokens == 0
 
 
@@ -327,14 +339,13 @@ def _gathering_pays(operands: Operands, config: FwdConfig, pack_gqa: bool) -> bo
     if operands.key.shape[1] > LARGEST_GATHERED_PAGE or operands.query_seq_lengths is not None:
         return False
     _, T, N, _ = operands.query.shape
-    sizes = (T, N, *_gathered_sizes(operands))
-    if not all(isinstance(size, int) for size in sizes):
+    sizes = _gathered_sizes(operands)
+    if not all(isinstance(size, int) for size in (T, N, *sizes)):
         return False
-    B, S, K, H, Hv = sizes[2:]
-    visits = N // K * -(-T // config.tile_m)
-    if pack_gqa:
-        visits = -(-T // (config.slab_rows // (N // K) * config.warpgroups))
-    return visits >= LEAST_GATHERED_VISITS and 2 * B * S * K * (H + Hv) <= MOST_GATHERED_BYTES
+    visits = _tiles_of_group(T, N // operands.key.shape[2], config, pack_gqa)
+    *arrays, _ = gathered_shapes(config.tile_n, *sizes)
+    gathered_bytes = 2 * sum(map(math.prod, arrays))
+    return visits >= LEAST_GATHERED_VISITS and gathered_bytes <= MOST_GATHERED_BYTES
 
 
 def _main(operands: Operands) -> tuple[Shaped, Shaped, Shaped]:
@@ -400,6 +411,9 @@ def kernel_key(
             config = in_parts(config)
         functions = without_sinks(functions, spec.constants)
         functions = with_elements_of_scores(functions, query.shape[0])
+        if isinstance(config, BwdConfigSm100) and config.passes and functions is not None:
+            is_fixed = any(in_fixed_point(functions, spec.deterministic))
+            config = dataclasses.replace(config, deterministic=is_fixed)
     return KernelKey(
         kernel=f"{'sm100' if arch in BLACKWELL else 'sm90'}_{passes}",
         arch=arch,
@@ -491,7 +505,7 @@ def page_copies(key: KernelKey) -> str | None:
     if isinstance(key.config, FwdConfig):
         if key.config.gathers_pages:
             return "TMA, once gathered"
-        by_tma |= shares_boxes(key.config, key.page_size, key.head_dim, key.head_dim_v)
+        by_tma |= shares_boxes(key.page_size, key.head_dim, key.head_dim_v)
     return "TMA" if by_tma else "asynchronous copies"
 
 
@@ -559,10 +573,22 @@ def packing_pays(q_length: Any, group: int, config: FwdConfig | FwdConfigSm100) 
     """
     if group == 1 or group > config.slab_rows or not isinstance(q_length, int):
         return False
-    slabs = config.tile_m // config.slab_rows
-    unpacked = group * math.ceil(q_length / config.tile_m)
-    packed = math.ceil(q_length / (config.slab_rows // group * slabs))
+    unpacked, packed = (_tiles_of_group(q_length, group, config, x) for x in (False, True))
     return packed <= 0.9 * unpacked
+
+
+def _tiles_of_group(
+    q_length: int, group: int, config: FwdConfig | FwdConfigSm100, pack_gqa: bool
+) -> int:
+    """Tiles of query rows that a group's heads have, each its own or together."""
+    if pack_gqa:
+        return math.ceil(q_length / _packed_tokens(group, config))
+    return group * math.ceil(q_length / config.tile_m)
+
+
+def _packed_tokens(group: int, config: FwdConfig | FwdConfigSm100) -> int:
+    """Tokens of a tile that holds the rows of all heads of a group."""
+    return config.slab_rows // group * (config.tile_m // config.slab_rows)
 
 
 def arrays_of(key: AnyKey) -> Sequence[tuple[Any, tuple[int, ...]] | None]:

@@ -6,14 +6,9 @@ import functools
 from jax_flashcute.analysis import Interval
 from jax_flashcute.ffi.compile import ArrayType
 from jax_flashcute.kernels import launchers, masking
-from jax_flashcute.kernels.config import (
-    BwdConfig,
-    BwdConfigSm100,
-    backward_config,
-    backward_config_sm100,
-    has_dq_sums,
-    workspace_shapes,
-)
+from jax_flashcute.kernels.config.sm90 import BwdConfig, backward_config
+from jax_flashcute.kernels.config.sm100 import BwdConfigSm100, backward_config_sm100
+from jax_flashcute.kernels.config.workspace import has_dq_sums, workspace_shapes
 from jax_flashcute.spec import Operands
 from tests.cases import Case
 from tests.simulator.compiled import SimulatedKernel, compile_to_simulate

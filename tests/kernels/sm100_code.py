@@ -24,13 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import sass_model
+from jax_flashcute.ffi import fixed_point
 from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.ffi.compile import ArrayType, compile_kernel
 from jax_flashcute.ffi.resources import ResourceReport, report
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.config import SMALLEST_BOX, SMEM_BYTES, BwdConfigSm100, FwdConfigSm100
-from jax_flashcute.kernels.elements import summed_arrays
+from jax_flashcute.kernels.config.memory import SMEM_BYTES
+from jax_flashcute.kernels.config.pages import SMALLEST_BOX
+from jax_flashcute.kernels.config.sm100 import BwdConfigSm100, FwdConfigSm100
+from jax_flashcute.kernels.elements import measures, summed_arrays
 from jax_flashcute.kernels.key import KernelKey
+from jax_flashcute.kernels.launchers import has_fixed_sums
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
 from tests.conftest import commit
@@ -60,6 +64,7 @@ DENSE = {
 ELEMENTS = {
     "functions": (("documents", "gated"), {"group": 2}),
     "relative bias": (("documents", "relative_bias"), {"group": 2, "causal": True}),
+    "temperature": ((None, "query_temperature"), {"group": 2, "causal": True}),
     "alibi": ((None, "alibi"), {"group": 2, "causal": True}),
     "soft cap": ((None, None), {"soft_cap": 2.0}),
     "mask": ((None, None), {"mask": "bnts"}),
@@ -68,6 +73,8 @@ ELEMENTS = {
         {"soft_cap": 2.0, "bias": "bnts", "mask": "bnts", "sinks": True, "causal": True},
     ),
 }
+IN_FIXED_POINT = "relative bias", "temperature"
+"""Of them those whose gradients are tried in fixed point: bounded, and measured by a first run."""
 LENGTHS = (1, 300, 300)
 IN_ARRAYS = {
     "segments": {"segment_ids": np.arange(300)[None] // 70, "is_causal": True},
@@ -85,7 +92,7 @@ class Configuration:
       direction: fwd or bwd.
       head_dims: of query and key, of value.
       feature: of ``DENSE``, "decode", ``ELEMENTS``, ``IN_ARRAYS`` or pages; dense ones with
-        ", float16" or ", deterministic" behind.
+        ", float16" or ", deterministic" behind, those of ``IN_FIXED_POINT`` with the latter.
       arch: of ``ARCHITECTURES``.
     """
 
@@ -113,11 +120,13 @@ def call(feature: str, head_dim: int, head_dim_v: int) -> tuple[AttentionSpec, O
     dims = {"head_dim": head_dim, "head_dim_v": head_dim_v}
     if feature in IN_ARRAYS:
         return call_of(LENGTHS, **dims, **IN_ARRAYS[feature])
-    if feature in ELEMENTS:
-        (mask, score), more = ELEMENTS[feature]
+    plain = feature.removesuffix(", deterministic")
+    if plain in ELEMENTS:
+        (mask, score), more = ELEMENTS[plain]
         case = Case(2, 300, 300, 1, **{"group": 1} | dims | more)
         functions = (t[f](case) if f else None for t, f in ((MASKS, mask), (SCORES, score)))
-        return operands_of(case, "bfloat16", *functions)
+        spec, operands = operands_of(case, "bfloat16", *functions)
+        return dataclasses.replace(spec, deterministic=plain != feature), operands
     if feature.startswith("pages"):
         _, size, _, rows = feature.split()
         return paged(int(size), 2048 if rows == "many" else 1, **dims)
@@ -167,7 +176,7 @@ def paged(size: int, rows: int, *, head_dim, head_dim_v) -> tuple[AttentionSpec,
 def configurations() -> Iterator[Configuration]:
     """Every class of head_dims with every feature, in either direction, for either Blackwell."""
     half = ("full, float16", "causal, float16")
-    in_turn = tuple(f"{name}, deterministic" for name in DENSE)
+    in_turn = tuple(f"{name}, deterministic" for name in (*DENSE, *IN_FIXED_POINT))
     pages = tuple(f"pages {size} rows {rows}" for size in (1, 4, 16) for rows in ("many", "one"))
     of_both = (*DENSE, *half, *ELEMENTS, *IN_ARRAYS)
     by_direction = {
@@ -240,6 +249,11 @@ def check_instructions(key: KernelKey, found: ResourceReport) -> None:
         registers = {p.gradient_registers for p in parts} | {p.other_registers for p in parts}
         registers |= set() if config.passes else {config.reduce_registers}
         # dK and dV by TMA; dQ by bulk reductions where it does not have a kernel of its own.
+        if not found.count("UTMASTG"):
+            # A first run of the kernel stores nothing.
+            assert measures(key.elements, config.deterministic)
+            assert not found.count("UBLKRED") + found.count("STTM") + found.count("STG")
+            return
         least = {"LDTM": 3, "STTM": 1, "UTMALDG": 3, "UTMASTG": 2, "R2P": 8, "FFMA2": 32}
         least |= {} if config.passes else {"LDTM": 6, "STTM": 3, "UTMALDG": 4, "UBLKRED": 1}
         added = found.count("RED") + found.count("REDG") + found.count("ATOMG")
@@ -262,8 +276,14 @@ def buffers(key: KernelKey, spec: AttentionSpec, operands: Operands) -> list:
         shapes += [*(x.shape for x in others), out, rows]
     else:
         biases, arrays = summed_arrays(spec, operands)
-        results = (*main, *biases, *arrays)
-        shapes += [out, rows, out, rows, *(x.shape for x in others), *(x.shape for x in results)]
+        sums = [*biases, *arrays]
+        exponents = []
+        if has_fixed_sums(key):
+            exponents = [(len(sums),)]
+            sums = fixed_point.raw(key.elements, sums)
+        results = (*main, *sums)
+        shapes += [out, rows, out, rows, *(x.shape for x in others), *exponents]
+        shapes += [x.shape for x in results]
     shapes += [shape for shape, _ in registry.scratch_shapes(key, operands)]
     return [(256 * (i + 1) << 32, tuple(shape)) for i, shape in enumerate(shapes)]
 

@@ -8,7 +8,9 @@ import shutil
 import pytest
 
 from jax_flashcute.ffi.resources import ResourceReport, find_tools, report
-from jax_flashcute.kernels.config import SMEM_BYTES, backward_config, workspace_shapes
+from jax_flashcute.kernels.config.memory import SMEM_BYTES
+from jax_flashcute.kernels.config.sm90 import backward_config
+from jax_flashcute.kernels.config.workspace import workspace_shapes
 from tests.cases import Case
 from tests.kernels.backward_launchers import Launcher, launcher
 from tests.simulator.simulation import record_launches

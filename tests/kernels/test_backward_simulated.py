@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jax_flashcute import masks, reference
-from jax_flashcute.kernels.config import BwdConfig, BwdConfigSm100, backward_config
+from jax_flashcute.kernels.config.sm90 import BwdConfig, backward_config
+from jax_flashcute.kernels.config.sm100 import BwdConfigSm100
 from jax_flashcute.spec import Operands
 from tests.cases import Case
 from tests.kernels.backward_launchers import launcher, scratch_of

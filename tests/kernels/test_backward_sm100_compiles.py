@@ -8,7 +8,9 @@ import shutil
 import pytest
 
 from jax_flashcute.ffi.resources import find_tools, report
-from jax_flashcute.kernels.config import SMEM_BYTES, backward_config_sm100, workspace_shapes
+from jax_flashcute.kernels.config.memory import SMEM_BYTES
+from jax_flashcute.kernels.config.sm100 import backward_config_sm100
+from jax_flashcute.kernels.config.workspace import workspace_shapes
 from tests.cases import Case
 from tests.kernels.backward_launchers import launcher
 from tests.simulator.simulation import record_launches

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from jax_flashcute.kernels.config import (
+from jax_flashcute.kernels.config.sm100 import (
     BwdConfigSm100,
     PassConfigSm100,
     backward_config_sm100,

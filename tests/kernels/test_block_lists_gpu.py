@@ -10,7 +10,8 @@ import pytest
 from jax import lax
 
 from jax_flashcute import BlockMask, explain, flash_attention, make_block_mask, masks
-from jax_flashcute.kernels import config, registry
+from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.config import sm90
 
 pytestmark = pytest.mark.gpu
 
@@ -110,7 +111,7 @@ def test_masks_with_their_own_lists(name: str, lengths: tuple[int, int]) -> None
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_lists_of_all_heads(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
     """The gradients of keys go from head to head."""
-    monkeypatch.setattr(config, "RESIDENT_BYTES", 1)
+    monkeypatch.setattr(sm90, "RESIDENT_BYTES", 1)
     kept = np.random.default_rng(3).random((36, 37)) < 0.6
     kept[4], kept[:, 5] = False, False
     sizes = {"q_length": 4500, "kv_length": 4700, "tile_m": 128, "tile_n": 128}

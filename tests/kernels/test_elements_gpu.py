@@ -61,12 +61,11 @@ def check(case: Case, *, score_mod=None, calls: int = 1, **functions) -> None:
     main |= {n: arrays.pop(n) for n in ("bias", "sinks") if n in arrays}
     call = case.static | arrays | functions | main
     explained = explain(**call, score_mod=score_mod)
-    sums = case.head_dim <= 128
-    assert (explained.forward, explained.backward if sums else "cute") == ("cute", "cute")
     traced, closed_over = None, ()
     if score_mod is not None:
         traced, closed_over = masks.trace_score(score_mod, jnp.float32)
     floats = [i for i, x in enumerate(closed_over) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert (explained.forward, explained.backward) == ("cute", "cute")
     read = {f"array {i}": closed_over[i][0] for i in floats}
 
     def attend(implementation, main, read):
@@ -152,11 +151,15 @@ def test_every_bias(kind: str) -> None:
 OF_SCORES = ("alibi", "relative_bias", "t5_buckets", "key_bias", "query_temperature")
 
 
-@pytest.mark.parametrize("name", [*OF_SCORES, "ts", "bts", "bns", "bnts"])
-def test_deterministic(name: str) -> None:
+OF_128 = [(128, name) for name in (*OF_SCORES, "ts", "bts", "bns", "bnts")]
+OF_256 = [(256, name) for name in ("relative_bias", "query_temperature", "bts")]
+
+
+@pytest.mark.parametrize(("head_dim", "name"), OF_128 + OF_256)
+def test_deterministic(head_dim: int, name: str) -> None:
     """Right, and the same bit for bit at every call, with many blocks that add to an element."""
     sizes = {"seqlen_q": 1000, "seqlen_k": 1100, "group": 3, "kv_heads": 2, **FEATURES}
-    case = Case(batch=2, head_dim=128, head_dim_v=128, **sizes)
+    case = Case(batch=2, head_dim=head_dim, head_dim_v=head_dim, **sizes)
     if name in SCORES:
         given = {"score_mod": SCORES[name](case)}
     else:
@@ -169,6 +172,32 @@ def test_deterministic(name: str) -> None:
 def test_scores(shape: str, name: str) -> None:
     case = case_of(shape)
     check(case, score_mod=SCORES[name](case))
+
+
+def multiplied(case: Case):
+    return lambda score, b, h, q, kv: score * (1.0 + 0.1 * h) - 0.01 * q
+
+
+WIDE = {
+    "256_soft_cap": ((256, 256), {"soft_cap": 5.0, "group": 2}, None),
+    "256_both": ((256, 256), {"soft_cap": 2.0, "group": 3}, multiplied),
+    "192": ((192, 192), {"group": 3}, multiplied),
+    "192_128": ((192, 128), {"group": 2}, multiplied),
+    "64_256": ((64, 256), {"soft_cap": 2.0, "group": 3}, None),
+    "256_bias": ((256, 256), {"soft_cap": 5.0, "group": 2, "bias": "bnts"}, None),
+    "192_bias": ((192, 192), {"group": 3, "bias": "ts"}, SCORES["alibi"]),
+    "192_128_temperature": ((192, 128), {"group": 2, "bias": "ns"}, SCORES["query_temperature"]),
+    "256_relative_bias": ((256, 256), {"group": 3}, SCORES["relative_bias"]),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_where_warpgroups_share_keys(name: str) -> None:
+    """One has the scores, the other their gradients; from these it sums those of arrays."""
+    (head_dim, head_dim_v), features, score = WIDE[name]
+    sizes = {"seqlen_q": 513, "seqlen_k": 400, "kv_heads": 2, **FEATURES}
+    case = Case(batch=2, head_dim=head_dim, head_dim_v=head_dim_v, **sizes, **features)
+    check(case, score_mod=score(case) if score else None)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

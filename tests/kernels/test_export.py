@@ -114,9 +114,15 @@ def test_gradients_on_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_100a")
     bias = jax.ShapeDtypeStruct((1, 1, 1, 500), jnp.float32)
 
-    def gradients(head_dim, of, implementation=None, **how):
+    def gradients(head_dim, of, implementation=None, *, as_a_whole=False, deterministic=False):
+        how = {"implementation": implementation, "deterministic": deterministic}
+
         def loss(query, key, value, bias):
-            out, _ = attend(query, key, value, bias=bias, implementation=implementation, **how)
+            given = {"bias": bias}
+            if as_a_whole:
+                few = bias[0, 0, 0, :6]
+                given = {"score_mod": lambda score, b, h, q, kv: score + few.sum()}
+            out, _ = attend(query, key, value, **given, **how)
             return jnp.sum(out)
 
         given = [x.update(shape=(*x.shape[:3], head_dim)) for x in shapes(2, 300, 500)]
@@ -124,11 +130,12 @@ def test_gradients_on_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
             jax.jit(jax.grad(loss, of)), platforms=["cuda"], disabled_checks=EXPORT_CHECKS
         )(*given, bias)
 
-    for head_dim in (64, 256):
-        assert calls(gradients(head_dim, (0, 3), "cute")) == [CALL_TARGET] * 2
-    assert calls(gradients(256, (0, 3), deterministic=True)) == [CALL_TARGET]
-    with pytest.raises(NotImplementedError, match="deterministic"):
-        gradients(256, (0, 3), "cute", deterministic=True)
+    for head_dim, deterministic in ((64, False), (256, True)):
+        program = gradients(head_dim, (0, 3), "cute", deterministic=deterministic)
+        assert calls(program) == [CALL_TARGET] * 2
+    assert calls(gradients(64, (0, 3), as_a_whole=True)) == [CALL_TARGET]
+    with pytest.raises(NotImplementedError, match="as a whole"):
+        gradients(64, (0, 3), "cute", as_a_whole=True)
 
 
 def test_a_symbolic_offset() -> None:

@@ -16,7 +16,8 @@ import pytest
 from jax_flashcute.ffi.compile import ArrayType, CompiledKernel, compile_kernel
 from jax_flashcute.ffi.resources import ResourceReport, find_tools, report
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.config import SMEM_BYTES, FwdConfig
+from jax_flashcute.kernels.config.memory import SMEM_BYTES
+from jax_flashcute.kernels.config.sm90 import FwdConfig
 from jax_flashcute.kernels.key import KernelKey
 from jax_flashcute.kernels.sm90.fragments import ROWS_PER_THREAD
 from jax_flashcute.spec import AttentionSpec, Operands

@@ -14,7 +14,7 @@ from benchmarks import sass_model
 from jax_flashcute.ffi.compile import ArrayType, compile_kernel
 from jax_flashcute.ffi.resources import find_tools, report
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.config import FwdConfigSm100
+from jax_flashcute.kernels.config.sm100 import FwdConfigSm100
 from jax_flashcute.kernels.key import KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case

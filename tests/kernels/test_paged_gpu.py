@@ -135,10 +135,10 @@ def test_grid(page_size: int, kind: str) -> None:
     [
         (1, {}),
         (2, {"dims": (128, 128)}),
-        (16, {"dims": (128, 128)}),
+        (32, {"dims": (128, 128)}),
         (1, {"dims": (192, 128), "is_causal": False}),
     ],
-    ids=["1_64", "2_128", "16_128", "1_192_128_full"],
+    ids=["1_64", "2_128", "32_128", "1_192_128_full"],
 )
 def test_gathered(page_size: int, features: dict) -> None:
     """Small pages that many tiles of queries visit."""

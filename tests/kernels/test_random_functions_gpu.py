@@ -20,7 +20,7 @@ import pytest
 
 from jax_flashcute import flash_attention
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.config import FwdConfig
+from jax_flashcute.kernels.config.sm90 import FwdConfig
 from jax_flashcute.plan import ARCH_VARIABLE, target
 from tests.unit.test_analysis import random_mask, random_number
 

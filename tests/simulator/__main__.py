@@ -5,7 +5,7 @@ import argparse
 import ml_dtypes
 import numpy as np
 
-from jax_flashcute.kernels.config import forward_config
+from jax_flashcute.kernels.config.sm90 import forward_config
 
 from .compiled import forward, forward_barriers
 from .simulation import simulate

@@ -34,7 +34,7 @@ from jax_flashcute.ffi import store
 from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.config import BwdConfigSm100
+from jax_flashcute.kernels.config.sm100 import BwdConfigSm100
 from jax_flashcute.kernels.elements import summed_arrays
 from jax_flashcute.kernels.key import Direction, KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands

@@ -23,7 +23,7 @@ import jax_flashcute
 from jax_flashcute.analysis import window_interval
 from jax_flashcute.ffi.compile import ArrayType, CompiledKernel, compile_kernel
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.config import FwdConfig, backward_config, forward_config
+from jax_flashcute.kernels.config.sm90 import FwdConfig, backward_config, forward_config
 from jax_flashcute.kernels.key import AnyKey, KernelKey
 
 NUM_SMS = 2

@@ -4,7 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_flashcute.kernels.config import backward_config, workspace_shapes
+from jax_flashcute.kernels.config.sm90 import backward_config
+from jax_flashcute.kernels.config.workspace import workspace_shapes
 from tests.simulator import reference, simulate
 from tests.simulator.compiled import backward
 

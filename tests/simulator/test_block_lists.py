@@ -8,7 +8,8 @@ import pytest
 
 from jax_flashcute import masks
 from jax_flashcute.block_mask import BlockMask, make_block_mask
-from jax_flashcute.kernels import config, registry
+from jax_flashcute.kernels import registry
+from jax_flashcute.kernels.config import sm90
 from jax_flashcute.kernels.sm90 import backward
 from tests.simulator.test_backward_segments import check_backward
 from tests.simulator.test_forward_segments import call_of, check_forward
@@ -166,7 +167,7 @@ def test_parts_of_heads(monkeypatch: pytest.MonkeyPatch, name, heads, least, how
     spec, operands = call_of(lengths, **arguments)
     together = check_backward(spec, operands)
     per_head = lengths[1] * 8 * operands.query.shape[-1]
-    monkeypatch.setattr(config, "RESIDENT_BYTES", heads * per_head)
+    monkeypatch.setattr(sm90, "RESIDENT_BYTES", heads * per_head)
     monkeypatch.setattr(backward, "LEAST_STEPS", least)
     apart = check_backward(spec, operands, **how)
     assert apart[-2].max() > 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jax_flashcute.ffi.compile import CompiledKernel
-from jax_flashcute.kernels.config import forward_config, staggered
+from jax_flashcute.kernels.config.sm90 import forward_config, staggered
 from tests.simulator import SimulationError, compiled, mutation, reference, simulate
 from tests.simulator.compiled import forward
 

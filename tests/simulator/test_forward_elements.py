@@ -11,7 +11,8 @@ import pytest
 from jax_flashcute import masks, reference
 from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.config import FwdConfig, FwdConfigSm100
+from jax_flashcute.kernels.config.sm90 import FwdConfig
+from jax_flashcute.kernels.config.sm100 import FwdConfigSm100
 from jax_flashcute.kernels.key import KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
@@ -123,7 +124,9 @@ SMALL_TILES = FwdConfig(2, 64, 2, takes_turns=False)
 SMALL = sized(64, group=3, kv_heads=2, seqlen_q=70, seqlen_k=140, batch=2, offset=True)
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "by_score")) for n in SCORES]
+)
 def test_score(name: str):
     check(SMALL, score_mod=SCORES[name](SMALL), config=SMALL_TILES)
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jax_flashcute.kernels.config import FwdConfigSm100
+from jax_flashcute.kernels.config.sm100 import FwdConfigSm100
 from tests.simulator.test_forward_elements import CASES, EVERYTHING, SMALL, check
 from tests.simulator.test_forward_features import sized
 from tests.user_functions import MASKS, SCORES

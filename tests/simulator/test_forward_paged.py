@@ -158,7 +158,7 @@ GATHERED_CASES = {
     "2_128": Call(2, (300, 1, 133), 128, 128, seqlen_q=150, pages="shared", num_sms=3),
     "1_192_128": Call(1, (133, 1), 192, 128, seqlen_q=130, pages="repeated", num_sms=1),
     "8": Call(8, (130, 257, 9), seqlen_q=140, group=4, kv_heads=2),
-    "16_128": Call(16, (300, 1, 133), 128, 128, seqlen_q=150, pages="shared", num_sms=3),
+    "32_128": Call(32, (300, 1, 133), 128, 128, seqlen_q=150, pages="shared", num_sms=3),
     "2_full": Call(2, (133, 301), seqlen_q=20, group=3, spec=AttentionSpec(0.125)),
 }
 
@@ -205,6 +205,7 @@ SLOW_SPLIT_CASES = {
     "16_long_parts": Call(16, (2901, 2500, 700), group=8, num_sms=4),
     "1_window": Call(1, (2001, 900), 72, 40, seqlen_q=2, group=7, spec=WIDE, num_sms=16),
     "4_256": Call(4, (801, 300), 256, 256, group=3, num_sms=16),
+    "4_decode": Call(4, (901, 0, 15), 128, 128, group=8, num_sms=16),
     "8_first_keys": Call(8, (2001, 90), seqlen_q=2, group=7, spec=FIRST_KEYS, num_sms=16),
     "64_shared": Call(64, (1500, 1500, 90), 128, 128, seqlen_q=3, pages="shared", num_sms=32),
     "512_192_128": Call(512, (1025, 511), 192, 128, group=16, num_sms=16),

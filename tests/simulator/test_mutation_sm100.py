@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.config import backward_config_sm100
+from jax_flashcute.kernels.config.sm100 import backward_config_sm100
 from jax_flashcute.kernels.key import OPTIONAL_OPERANDS
 from jax_flashcute.spec import Operands
 from tests.cases import Case
@@ -103,6 +103,39 @@ PASSES_PRODUCTS_FILE = "sm100/passes_products.py"
 WAITS_OF_LOADS = 11
 WARP_SYNCS = 14
 
+
+def of_reductions(copies: int) -> list[Equivalent]:
+    """Of giving tensor memory back and of the dQ warps, which have so many copies in turn."""
+    return [
+        Equivalent(
+            "remove tcgen05.fence",
+            "cute.arch.fence_view_async_shared()",
+            2,
+            "after the last loads of all, which have been waited for: tensor memory is only "
+            "given back",
+            GRADIENTS_FILE,
+        ),
+        Equivalent(
+            "remove griddepcontrol.wait",
+            "entry = Int64(batch) * heads + kv_head * kernel.group + g",
+            1,
+            "of the dQ warps: dQ is a product of Q, which the load warp loads after a wait of "
+            "its own",
+            REDUCE_FILE,
+        ),
+        Equivalent(
+            "remove bar.warp.sync",
+            "cute.autovec_copy(",
+            copies,
+            "between one lane's wait for its bulk reduction and stores of all over what that "
+            "read: the simulator does not see a lane overwrite what another one's copy reads "
+            "(its README)",
+            REDUCE_FILE,
+        ),
+        Equivalent("remove bar.warp.sync", "if cute.arch.lane_idx() == 0:", 1, MET, REDUCE_FILE),
+    ]
+
+
 EQUIVALENT = [
     Equivalent(
         "ignore mbarrier wait",
@@ -174,29 +207,7 @@ BACKWARD_EQUIVALENT = [
     Equivalent(
         "remove bar.warp.sync", "cute.arch.fence_view_async_tmem_load()", 2, MET, GRADIENTS_FILE
     ),
-    Equivalent(
-        "remove tcgen05.fence",
-        "cute.arch.fence_view_async_shared()",
-        2,
-        "after the last loads of all, which have been waited for: tensor memory is only given back",
-        GRADIENTS_FILE,
-    ),
-    Equivalent(
-        "remove griddepcontrol.wait",
-        "entry = Int64(batch) * heads + kv_head * kernel.group + g",
-        1,
-        "of the dQ warps: dQ is a product of Q, which the load warp loads after a wait of its own",
-        REDUCE_FILE,
-    ),
-    Equivalent(
-        "remove bar.warp.sync",
-        "cute.autovec_copy(",
-        4,
-        "between one lane's wait for its bulk reduction and stores of all over what that read: the "
-        "simulator does not see a lane overwrite what another one's copy reads (its README)",
-        REDUCE_FILE,
-    ),
-    Equivalent("remove bar.warp.sync", "if cute.arch.lane_idx() == 0:", 1, MET, REDUCE_FILE),
+    *of_reductions(4),
 ]
 
 PAIRS_EQUIVALENT = [
@@ -220,29 +231,7 @@ PAIRS_EQUIVALENT = [
         "arrives fences after that",
         GRADIENTS_FILE,
     ),
-    Equivalent(
-        "remove tcgen05.fence",
-        "cute.arch.fence_view_async_shared()",
-        2,
-        "after the last loads of all, which have been waited for: tensor memory is only given back",
-        GRADIENTS_FILE,
-    ),
-    Equivalent(
-        "remove griddepcontrol.wait",
-        "entry = Int64(batch) * heads + kv_head * kernel.group + g",
-        1,
-        "of the dQ warps: dQ is a product of Q, which the load warp loads after a wait of its own",
-        REDUCE_FILE,
-    ),
-    Equivalent(
-        "remove bar.warp.sync",
-        "cute.autovec_copy(",
-        2,
-        "between one lane's wait for its bulk reduction and stores of all over what that read: the "
-        "simulator does not see a lane overwrite what another one's copy reads (its README)",
-        REDUCE_FILE,
-    ),
-    Equivalent("remove bar.warp.sync", "if cute.arch.lane_idx() == 0:", 1, MET, REDUCE_FILE),
+    *of_reductions(2),
     Equivalent(
         "remove fence",
         "cute.arch.sync_warp()",

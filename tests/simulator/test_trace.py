@@ -5,7 +5,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 
-from jax_flashcute.kernels.config import forward_config
+from jax_flashcute.kernels.config.sm90 import forward_config
 from tests.simulator import simulate
 from tests.simulator.compiled import forward, forward_barriers
 from tests.simulator.trace import Trace

@@ -13,7 +13,7 @@ import pytest
 from jax import export
 
 from jax_flashcute import BlockMask, explain, flash_attention, make_block_mask
-from jax_flashcute.kernels.config import (
+from jax_flashcute.kernels.config.sm90 import (
     backward_config,
     dividing,
     dividing_backward,

@@ -11,12 +11,8 @@ from jax_flashcute import BlockMask, api, explain
 from jax_flashcute.block_mask import packed
 from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.kernels import registry
-from jax_flashcute.kernels.config import (
-    backward_config,
-    backward_config_sm100,
-    forward_config,
-    forward_config_sm100,
-)
+from jax_flashcute.kernels.config.sm90 import backward_config, forward_config
+from jax_flashcute.kernels.config.sm100 import backward_config_sm100, forward_config_sm100
 from tests.unit.test_block_mask import MASKS, B, N, dense, inputs, kinds_of
 
 LARGE = {"query": (2, 8192, 16, 64), "key": (2, 8192, 4, 64), "value": (2, 8192, 4, 64)}

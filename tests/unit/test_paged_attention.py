@@ -271,14 +271,14 @@ def decode(page_size: int, **how):
 def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_90a")
     sinks = jax.ShapeDtypeStruct((32,), jnp.float32)
-    for page_size, copies in ((4, "asynchronous copies"), (16, "TMA"), (512, "TMA")):
+    for page_size, copies in ((2, "asynchronous copies"), (4, "TMA"), (512, "TMA")):
         told = decode(page_size, sinks=sinks, logits_soft_cap=5.0)
         assert (told.forward, told.backward, told.splits) == ("cute", "refused", 32)
         assert told.page_copies == copies
         assert f"pages: loaded by {copies}" in str(told)
         assert "divided into 32 parts at most" in str(told)
     assert decode(16, seqlen_q=300).splits == 1
-    assert decode(4, seqlen_q=300).page_copies == "TMA"
+    assert decode(2, seqlen_q=300).page_copies == "asynchronous copies"
     assert decode(16, implementation="cute", batch_invariant=True).splits == 128
     packed = jax.ShapeDtypeStruct((40, 32, 128), jnp.bfloat16)
     ends = jax.ShapeDtypeStruct((17,), jnp.int32)
@@ -306,8 +306,8 @@ def test_small_pages_that_many_tiles_visit_are_gathered(monkeypatch: pytest.Monk
         how = {name: lengths if x == "lengths" else x for name, x in how.items()}
         return explain_paged_attention(query, pages, pages, table, lengths, **how).page_copies
 
-    assert copies() == copies(16) == copies(is_causal=False) == "TMA, once gathered"
-    assert copies(32) == "TMA"
+    assert copies() == copies(32) == copies(is_causal=False) == "TMA, once gathered"
+    assert copies(64) == "TMA"
     few = {"queries": 512}
     long = {"keys": 2**16}
     assert copies(**few) == copies(**long) == "asynchronous copies"

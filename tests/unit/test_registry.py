@@ -13,20 +13,22 @@ from hypothesis import strategies as st
 from jax_flashcute import masks
 from jax_flashcute.analysis import Interval, evaluate
 from jax_flashcute.kernels import masking, registry
-from jax_flashcute.kernels.config import (
-    SMEM_BYTES,
+from jax_flashcute.kernels.config.memory import SMEM_BYTES, round_up
+from jax_flashcute.kernels.config.sm90 import (
     BwdConfig,
-    BwdConfigSm100,
     FwdConfig,
-    FwdConfigSm100,
     backward_config,
     few_rows_config,
-    few_rows_config_sm100,
     forward_config,
-    forward_config_sm100,
-    most_splits,
-    round_up,
 )
+from jax_flashcute.kernels.config.sm100 import (
+    BwdConfigSm100,
+    FwdConfigSm100,
+    few_rows_config_sm100,
+    forward_config_sm100,
+)
+from jax_flashcute.kernels.config.splits import most_splits
+from jax_flashcute.kernels.config.workspace import takes_turns
 from jax_flashcute.kernels.key import OPTIONAL_OPERANDS, Direction, KernelKey
 from jax_flashcute.masks import trace_score
 from jax_flashcute.spec import AttentionSpec, Operands
@@ -227,7 +229,8 @@ def test_a_key_tells_calls_apart() -> None:
 
 
 def test_what_has_a_pass_of_its_own_for_dq() -> None:
-    """From head_dim 192 on, whatever is known of the keys by position alone."""
+    """From head_dim 192 on, but for gradients of arrays, what is known of keys by position alone,
+    and one by one."""
 
     def has_pass(spec: AttentionSpec = SPEC, **changes) -> bool:
         operands = shapes(**{"H": 256} | changes)
@@ -246,9 +249,15 @@ def test_what_has_a_pass_of_its_own_for_dq() -> None:
     assert has_pass(present=(*OPTIONAL_OPERANDS, "sinks"))
     assert not has_pass(H=128)
     assert not has_pass(H=64, Hv=256)
-    assert not has_pass(present=("mask",))
-    assert not has_pass(spec(SPEC, logits_soft_cap=5.0))
-    assert not has_pass(Case(mask_mod=lambda b, h, q, kv: (q + kv) % 2 == 0).spec())
+    assert has_pass(present=("mask",))
+    assert has_pass(spec(SPEC, logits_soft_cap=5.0))
+    assert has_pass(Case(mask_mod=lambda b, h, q, kv: (q + kv) % 2 == 0).spec())
+    assert not has_pass(present=("bias",))
+    added, _ = trace_score(lambda score, b, h, q, kv: score - 0.1 * h * (q - kv), jnp.float32)
+    assert has_pass(spec(SPEC, score_mod=added))
+    powers, _ = trace_score(lambda score, b, h, q, kv: jnp.exp(score), jnp.float32)
+    assert not has_pass(spec(SPEC, score_mod=powers))
+    assert has_pass(spec(SPEC, constants=("bias",)), present=("bias",))
 
 
 def test_the_array_list_has_a_place_for_every_operand() -> None:
@@ -472,23 +481,36 @@ def test_batch_invariant_splits_do_not_follow_from_the_batch(arch: str) -> None:
 # ---- gradients of what changes scores ------------------------------------------------------
 
 
-def test_what_sums_no_gradients() -> None:
-    for arch in ("sm_90a", "sm_100a"):
-        for deterministic in (False, True):
-            assert (
-                reasons_against("bwd", arch, present=("bias",), deterministic=deterministic) == []
-            )
-    assert reasons_against("bwd", "sm_100a", present=("bias",), H=256) == []
-    (reason,) = reasons_against("bwd", "sm_100a", present=("bias",), H=256, deterministic=True)
-    assert "as deterministic=True asks at head_dims whose gradients have a kernel each" in reason
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("H", [64, 192, 256])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_every_head_dim_has_gradients_of_biases(arch: str, H: int, deterministic: bool) -> None:
+    how = {"present": ("bias",), "deterministic": deterministic, "H": H}
+    assert reasons_against("bwd", arch, **how) == []
+
+
+@pytest.mark.parametrize("H", [64, 256])
+def test_deterministic_gradients_of_arrays_on_blackwell(H: int) -> None:
+    """In passes too nothing but they has more than one order; the call without them has one kernel.
+
+    Where the factor is read, a first run finds how large addends are.
+    """
     by_head = jnp.ones(6)
     scaled, arrays = trace_score(lambda score, b, h, q, kv: score * by_head[h], jnp.float32)
-    operands = dataclasses.replace(shapes(), score_mod_arrays=arrays)
-    spec = dataclasses.replace(SPEC, score_mod=scaled, deterministic=True)
-    (reason,) = registry.reasons_against(spec, operands, "bwd", "sm_100a")
-    assert "where a derivative depends on scores or arrays" in reason
-    (reason,) = reasons_against("bwd", present=("bias",), H=256)
-    assert "no kernel sums the gradient of bias" in reason
+    operands = dataclasses.replace(shapes(H=H), score_mod_arrays=arrays)
+    keys = []
+    for deterministic, constants in ((True, ()), (True, ("score_mod_arrays",)), (False, ())):
+        spec = dataclasses.replace(
+            SPEC, score_mod=scaled, deterministic=deterministic, constants=constants
+        )
+        assert not registry.reasons_against(spec, operands, "bwd", "sm_100a")
+        keys.append(registry.kernel_key(spec, operands, "bwd", "sm_100a", 0))
+    turns = [takes_turns(key.config) for key in keys]
+    assert turns == ([True, True, False] if H == 64 else [False] * 3)
+    assert [key.config.deterministic for key in keys] == [True, H == 64, False]
+    # The exponent and the largest addend; how many blocks have added to dQ.
+    taken = [len(registry.arrays_of(key)) for key in keys]
+    assert taken[0] - taken[2] == 2 + takes_turns(keys[0].config)
 
 
 def test_an_array_of_floats_is_read_by_element() -> None:

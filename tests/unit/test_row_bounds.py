@@ -45,7 +45,7 @@ def test_bounds_are_what_the_mask_shows(name: str) -> None:
     seen = what_is_seen(spec, operands, mask_mod)
     mask = masking.rows_of(spec, operands)
     assert mask is not None
-    low, high, tiles = (
+    low, high, *tiles = (
         np.asarray(x) for x in jax.jit(lambda o: mask_key_bound_arrays(mask, o, 16, 8))(operands)
     )
     counts = np.arange(T) < np.asarray(others.get("query_seq_lengths", [T] * B))[:, None]
@@ -54,14 +54,14 @@ def test_bounds_are_what_the_mask_shows(name: str) -> None:
     np.testing.assert_array_equal(shown & counts[..., None], seen)
     check_tiles(tiles, np.where(counts[..., None], seen, False), counts, 16, 8, always=True)
 
-    first, end, tiles, lows, highs = (
+    first, end, *tiles, lows, highs = (
         np.asarray(x) for x in jax.jit(lambda o: mask_query_bound_arrays(mask, o, 16, 8))(operands)
     )
     row = np.arange(T)
     hull = (first[..., None] <= row) & (row < end[..., None])
     by_key = np.swapaxes(seen, 1, 2)
     assert not np.any(by_key & ~hull)
-    compared = np.repeat(tiles[:, :, 4], 16, axis=1)[:, :S, None] != 0
+    compared = np.repeat(tiles[4], 16, axis=1)[:, :S, None] != 0
     np.testing.assert_array_equal((hull & ~compared), (by_key & ~compared))
     within = (lows[:, None] <= key[:, None]) & (key[:, None] < highs[:, None])
     np.testing.assert_array_equal(hull & within, by_key)
@@ -79,8 +79,8 @@ def what_is_seen(spec, operands, mask_mod) -> np.ndarray:
 
 def check_tiles(tiles, seen, counts, rows: int, columns: int, *, always: bool) -> None:
     """Visited tiles hold all that is seen; full ones hide nothing from rows that count."""
-    for b, tile in np.ndindex(tiles.shape[:2]):
-        n_min, n_max, full_min, full_max, _ = tiles[b, tile]
+    for b, tile in np.ndindex(tiles[0].shape):
+        n_min, n_max, full_min, full_max = (field[b, tile] for field in tiles[:4])
         part = seen[b, tile * rows : (tile + 1) * rows]
         alive = counts[b, tile * rows : (tile + 1) * rows]
         for n in range(-(-seen.shape[2] // columns)):

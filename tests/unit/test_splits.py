@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jax_flashcute.kernels.common.splits import PART_TILES, parts_cost
-from jax_flashcute.kernels.config import most_splits
+from jax_flashcute.kernels.config.splits import most_splits
 
 NUM_SMS, HEADS, ROOM = 132, 8, 1024
 RANDOM = np.random.default_rng(0)

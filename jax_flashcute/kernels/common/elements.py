@@ -267,13 +267,7 @@ class EntryElements:
     @property
     def reads_score(self) -> bool:
         """Whether ``gradient`` is a function of the score too."""
-        derivative = self.elements.derivative
-        if derivative is None:
-            return self.elements.functions.soft_cap is not None
-        program = derivative.program
-        results = range(len(program.result_dtypes))
-        of_score = any("score" in program.depends_on(result) for result in results)
-        return self.elements.functions.soft_cap is not None or of_score
+        return self.elements.functions.derivatives_read_score
 
     def load(self, tensor: cute.Tensor, array: ElementArray, known: dict[str, Any]):
         """An element of a (1|B, 1|N, 1|T, 1|S) array; ``known``: of ``both``."""

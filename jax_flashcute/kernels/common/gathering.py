@@ -14,7 +14,7 @@ from cutlass import Int32, Int64, Uint32, const_expr
 
 from jax_flashcute.kernels.common.scheduler import TileOrder
 from jax_flashcute.kernels.common.traced import Traced
-from jax_flashcute.kernels.config import UNIT_KEYS
+from jax_flashcute.kernels.config.pages import UNIT_KEYS
 from jax_flashcute.kernels.primitives import select
 
 CLEARING_THREADS = 256
@@ -35,7 +35,8 @@ class Gathering(Traced):
     """The pages, the arrays that they are gathered into, and how far that is.
 
     ``counts`` holds, one after the other, how many units were drawn, how many of each head of each
-    batch entry are done, and how many of each of their key tiles; see ``config.gathered_shapes``.
+    batch entry are done, and how many of each of their key tiles; see
+    ``config.pages.gathered_shapes``.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from jax_flashcute.kernels.common.tiles import (
     swizzle_width,
     tma_partition,
 )
-from jax_flashcute.kernels.config import loads_pages_by_tma
+from jax_flashcute.kernels.config.pages import loads_pages_by_tma
 
 COPYING_WARPS = 2
 """That copy K on Hopper, and as many others that copy V."""

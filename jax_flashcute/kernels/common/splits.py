@@ -2,8 +2,9 @@
 
 A batch entry's own key tiles are divided evenly, whatever the others hold, so that one long
 sequence among short ones occupies as many blocks as its length deserves.  How many parts there can
-be at most follows from shapes (``config.most_splits``); how many there are, from the lengths, here:
-parts are as long as all entries' keys allow, so that there are no more of them than it takes.
+be at most follows from shapes (``config.splits.most_splits``); how many there are, from the
+lengths, here: parts are as long as all entries' keys allow, so that there are no more of them than
+it takes.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from jax_flashcute.kernels.common.traced import Traced
-from jax_flashcute.kernels.config import MIN_SPLIT_TILES
+from jax_flashcute.kernels.config.splits import MIN_SPLIT_TILES
 from jax_flashcute.kernels.primitives import select
 
 MIN_PART_SHIFT = MIN_SPLIT_TILES.bit_length() - 1

@@ -4,14 +4,15 @@ From the intervals of the mask, from bounds in arrays, or by name from lists.
 """
 
 from collections.abc import Callable
+from copy import copy as copied
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
-from jax_flashcute.bounds import TILE_FIELDS, RowBounds
+from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels.common.intervals import IntervalMask, UnionMask, tiles_of
 from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.splits import splits_of_entry
@@ -26,6 +27,15 @@ def work_fields(mask: IntervalMask | UnionMask) -> int:
     lists on Hopper, how many tiles either has, in place of the first and the last.
     """
     return 6 + (2 + 4 * len(mask.parts) if isinstance(mask, UnionMask) else 4)
+
+
+def tile_fields(bounds: RowBounds, arrays: tuple, batch: Int32, tile: Int32) -> tuple:
+    """What ``bounds.tiles`` tell of a tile, as ``IntervalMask.block_range`` has it.
+
+    One number more where something is compared: whether this tile compares.
+    """
+    begin, end, full_min, full_max, *compares = (x[batch, tile] for x in bounds.tiles(arrays))
+    return cutlass.min(begin, end), end, full_min, cutlass.min(full_max, end), *compares
 
 
 class KeyTiles:
@@ -59,8 +69,7 @@ class KeyTiles:
             return self.key_ranges(m_block, *lengths)
         if const_expr(self.row_bounds is None):
             return self.key_tiles(m_block, *lengths)
-        fields = [mBounds[2][batch, m_block, i] for i in range(TILE_FIELDS)]
-        return tuple(fields if self.compares_ids else fields[:-1])
+        return tile_fields(self.row_bounds, mBounds, batch, m_block)
 
     @cute.jit
     def key_tiles(self, m_block: Int32, offset: Int32, queries: Int32, keys: Int32):
@@ -187,6 +196,14 @@ class QueryTiles:
     has_lists: bool
     has_low: bool
 
+    is_measuring = False
+
+    def measuring(self) -> Self:
+        """The same, but for gradients: finds how large addends of sums in fixed point are."""
+        made = copied(self)
+        made.is_measuring = True
+        return made
+
     @cute.jit
     def query_tiles(self, n_block: Int32, batch: Int32, lengths, mBounds: tuple):
         """The query tiles that a block visits, as ``IntervalMask.query_range`` has them.
@@ -209,9 +226,10 @@ class QueryTiles:
             # Where keys beyond the length share the block they are hidden in every tile.
             full_min = full_min if first_key + cfg.tile_n <= keys else m_max
         else:
-            m_min, m_max, full_min, full_max, compares = (
-                mBounds[2][batch, n_block, i] for i in range(TILE_FIELDS)
-            )
+            fields = tile_fields(self.row_bounds, mBounds, batch, n_block)
+            m_min, m_max, full_min, full_max = fields[:4]
+            if const_expr(len(fields) > 4):
+                compares = fields[4]
         return (m_min, m_max, full_min, full_max), compares
 
     def query_ranges(self, n_block: Int32, offset: Int32, queries: Int32, keys: Int32) -> tuple:

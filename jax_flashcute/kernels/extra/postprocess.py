@@ -16,7 +16,8 @@ from jax_flashcute.kernels.common.tiles import (
     store_pairs,
     tma_partition,
 )
-from jax_flashcute.kernels.config import BwdConfig, BwdConfigSm100
+from jax_flashcute.kernels.config.sm90 import BwdConfig
+from jax_flashcute.kernels.config.sm100 import BwdConfigSm100
 from jax_flashcute.kernels.sm90.fragments import (
     convert_pairs,
     tiled_mma,

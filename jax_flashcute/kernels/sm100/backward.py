@@ -71,8 +71,9 @@ from jax_flashcute.kernels.common.scheduler import section_size
 from jax_flashcute.kernels.common.tiles import CHUNK, smem_layout, tile_tma
 from jax_flashcute.kernels.common.turns import section_in_turns
 from jax_flashcute.kernels.common.visits import QueryTiles
-from jax_flashcute.kernels.config import BwdConfigSm100, round_up
-from jax_flashcute.kernels.elements import ElementFunctions
+from jax_flashcute.kernels.config.memory import round_up
+from jax_flashcute.kernels.config.sm100 import BwdConfigSm100
+from jax_flashcute.kernels.elements import ElementFunctions, measures
 from jax_flashcute.kernels.extra.postprocess import Postprocess
 from jax_flashcute.kernels.extra.preprocess import Preprocess
 from jax_flashcute.kernels.sm100.backward_gradients import GradientWarpgroups
@@ -130,6 +131,8 @@ class BackwardSm100(QueryTiles):
             self.has_low |= mask.low is not None
         self.by_element = functions is not None and functions.by_element
         self.deterministic = config.deterministic
+        # As on Hopper, a first run may have to find how large addends are: it leaves no gradients.
+        self.measures = measures(functions, config.deterministic)
         self.sums_gradients = functions is not None and bool(functions.summed_ranks)
         self.smem_h = config.padded_head_dim(head_dim)
         self.smem_hv = round_up(head_dim_v, 16)
@@ -226,7 +229,7 @@ class BackwardSm100(QueryTiles):
         section = section_size(q_length, bytes_per_query, kv_heads, batch)
         if const_expr(cfg.deterministic):
             section = section_in_turns(section, kv_heads, batch)
-        self.kernel(
+        arguments = (
             tile_loads,
             key_loads,
             (tma(store, mdV, hv, ROWS, self.smem_hv), tma(store, mdK, h, ROWS, self.smem_h)),
@@ -251,14 +254,18 @@ class BackwardSm100(QueryTiles):
             heads,
             kv_heads,
             batch,
-        ).launch(
-            grid=[n_blocks * kv_heads * batch * self.cta_group, 1, 1],
-            block=[cfg.threads, 1, 1],
-            cluster=[2, 1, 1] if self.is_pair else None,
-            stream=stream,
-            min_blocks_per_mp=1,
-            use_pdl=True,
         )
+        launch = {
+            "grid": [n_blocks * kv_heads * batch * self.cta_group, 1, 1],
+            "block": [cfg.threads, 1, 1],
+            "cluster": [2, 1, 1] if self.is_pair else None,
+            "stream": stream,
+            "min_blocks_per_mp": 1,
+            "use_pdl": True,
+        }
+        if const_expr(self.measures):
+            self.measuring().kernel(*arguments).launch(**launch)
+        self.kernel(*arguments).launch(**launch)
         Postprocess(cfg, self.dtype, self.head_dim, self.scale).launch(
             stream, m_blocks, mdQAccum, mdQ
         )
@@ -303,7 +310,10 @@ class BackwardSm100(QueryTiles):
         return SharedStorage
 
     def pipelines(self, storage) -> tuple[TensorPipeline | None, ...]:
-        """The edges q, dO, s, dp, dq and ds of the table above; of pairs, then dO^T and q^T."""
+        """The edges q, dO, s, dp, dq and ds of the table above; of pairs, then dO^T and q^T.
+
+        A run that measures has the first four alone.
+        """
         cfg = self.config
         pipeline = PairPipeline if self.is_pair else TensorPipeline
         readers = GRADIENT_WARPS + 1
@@ -318,6 +328,8 @@ class BackwardSm100(QueryTiles):
             pipeline("dp", storage.dp_barriers.data_ptr(), 1, 0, GRADIENT_WARPS),
             pipeline("dq", storage.dq_barriers.data_ptr(), 1, 0, DQ_WARPS),
         )
+        if self.is_measuring:
+            return of_tile[:4]
         if not self.is_pair:
             return *of_tile, None
         return (
@@ -450,15 +462,16 @@ class BackwardSm100(QueryTiles):
             )
         elif warp_index < LOAD_WARP:
             cute.arch.setmaxregister_decrease(cfg.reduce_registers)
-            ReduceWarps(self).add_query_gradients(
-                tensor_memory,
-                sdQ,
-                (mdQAccum, mTurns, mRanks),
-                pipelines,
-                block,
-                heads,
-                (visits, m_blocks, offset),
-            )
+            if const_expr(not self.is_measuring):
+                ReduceWarps(self).add_query_gradients(
+                    tensor_memory,
+                    sdQ,
+                    (mdQAccum, mTurns, mRanks),
+                    pipelines,
+                    block,
+                    heads,
+                    (visits, m_blocks, offset),
+                )
         else:
             if const_expr(cfg.other_registers > LAUNCH_REGISTERS):
                 cute.arch.setmaxregister_increase(cfg.other_registers)
@@ -478,13 +491,19 @@ class BackwardSm100(QueryTiles):
                 )
             is_issuing = warp_index == PRODUCT_WARP and num_tiles > 0
             if is_issuing and rank == 0:
-                ProductWarp(self).issue_products(
-                    (sQ, sdO, sK, sV, sdS, (sQt, sdOt, sKt)),
-                    tensor_memory,
-                    pipelines,
-                    (key_barriers, done_barrier),
-                    num_tiles,
-                )
+                barriers = (key_barriers, done_barrier)
+                if const_expr(self.is_measuring):
+                    ProductWarp(self).issue_scores(
+                        (sQ, sdO, sK, sV), tensor_memory, pipelines, barriers, num_tiles
+                    )
+                else:
+                    ProductWarp(self).issue_products(
+                        (sQ, sdO, sK, sV, sdS, (sQt, sdOt, sKt)),
+                        tensor_memory,
+                        pipelines,
+                        barriers,
+                        num_tiles,
+                    )
             if const_expr(self.is_pair):
                 if is_issuing and rank == 1:
                     ProductWarp(self).pass_on_operands(pipelines, key_barriers, num_tiles)

@@ -88,10 +88,11 @@ class GradientWarpgroups:
         # Stages and phases of Q and of dO, and the phase of S and of dP.
         state = tuple(Int32(0) for _ in range(5))
         seen = self.mask_step(own, batch, (mBounds, compares), array_lengths)
-        pullback = self.pullback((mElements, array_lengths, batch, lengths[0]), sums, own)
-        if const_expr(pullback is not None):
-            # Nothing may be added before the kernel before this one has cleared the sums.
+        if const_expr(kernel.sums_gradients):
+            # Nothing may be added before the kernel before this one has cleared the sums, or found
+            # how large what is added is.
             cute.arch.griddepcontrol_wait()
+        pullback = self.pullback((mElements, array_lengths, batch, lengths[0]), sums, own)
         start_sums, finish_sums = self.around_heads(pullback)
         for g in cutlass.range(kernel.group, unroll=1):
             entry = (mElements, array_lengths, batch, lengths[0])
@@ -120,7 +121,7 @@ class GradientWarpgroups:
         if not is_empty:
             cute.arch.mbarrier_wait(done_barrier, 0)
             fence_after_sync()
-        for i in cutlass.range_constexpr(2):
+        for i in cutlass.range_constexpr(0 if kernel.is_measuring else 2):
             if half == i:
                 column, scale = ((kernel.dv_column, 1.0), (kernel.dk_column, kernel.scale))[i]
                 place = (keys_tile, kv_head, batch)
@@ -149,7 +150,7 @@ class GradientWarpgroups:
         kernel = self.kernel
         s_place, p_place, dp_place = places
         sLSE, sdPsum, (sdS, ds_row, ds_first, zero) = smem
-        pipeline_q, pipeline_do, pipeline_s, pipeline_dp, _, pipeline_ds = pipelines[:6]
+        pipeline_q, pipeline_do, pipeline_s, pipeline_dp = pipelines[:4]
         thread, half, _, _ = own
         (_, _, head, pullback), seen, read_bits, _, is_hiding = masks
         q_stage, q_phase, do_stage, do_phase, phase = state
@@ -165,6 +166,7 @@ class GradientWarpgroups:
         tLSE = quads(sLSE, q_stage, first)
         products = self.products_to_keep(pullback, flat)
         if const_expr(kernel.by_element):
+            p_place = None if kernel.is_measuring else p_place
             self.change_scores(scores, p_place, tLSE, thread, m * ROWS + first, masks)
         else:
             if const_expr(kernel.packed_mask is not None):
@@ -196,10 +198,11 @@ class GradientWarpgroups:
             self.score_gradients(scores, dscores, tdPsum, c)
             of_chunk = (pullback, head, m * ROWS + first + c, self.chunk_of(products, c), dscores)
             self.pull_back(*of_chunk)
-            pairs = round_pairs(kernel.dtype, dscores)
-            # Over what this thread has read of dP.
-            store_row(dp_place + c // 2, pairs, thread)
-            store_pairs(sdS[None, None, 0], ds_row, ds_first // 8 + c // 8, pairs)
+            if const_expr(not kernel.is_measuring):
+                pairs = round_pairs(kernel.dtype, dscores)
+                # Over what this thread has read of dP.
+                store_row(dp_place + c // 2, pairs, thread)
+                store_pairs(sdS[None, None, 0], ds_row, ds_first // 8 + c // 8, pairs)
             self.sum_kept(*of_chunk)
         cute.arch.fence_view_async_tmem_store()
         if const_expr(not kernel.is_pair):
@@ -208,11 +211,11 @@ class GradientWarpgroups:
         cute.arch.sync_warp()
         pipeline_dp.release(0, WARPS, "gradients")
         pipeline_do.release(do_stage, WARPS, "gradients")
-        if const_expr(kernel.is_pair):
+        if const_expr(kernel.is_pair and not kernel.is_measuring):
             # Stores to the other block take longer; dK, which needs none, has begun meanwhile.
             cute.arch.fence_proxy("async.shared", space="cluster")
             cute.arch.sync_warp()
-            pipeline_ds.release(0, WARPS, "gradients")
+            pipelines[5].release(0, WARPS, "gradients")
         following_q = pipeline_q.advance(q_stage, q_phase)
         return *following_q, *pipeline_do.advance(do_stage, do_phase), phase ^ 1
 
@@ -259,8 +262,11 @@ class GradientWarpgroups:
         thread, _, key, _ = own
         entry = Elements(self.kernel.functions, mElements, differentiates=True)
         entry = entry.of_entry(batch, offset, array_lengths)
-        in_memory = sums_in_memory(self.kernel.functions, self.kernel.deterministic, *sums)
-        return Pullback(entry, in_memory, self.kernel.scale, key, thread)
+        kernel = self.kernel
+        in_memory = sums_in_memory(
+            kernel.functions, kernel.deterministic, *sums, is_measuring=kernel.is_measuring
+        )
+        return Pullback(entry, in_memory, kernel.scale, key, thread)
 
     def around_heads(self, pullback: Pullback | None) -> tuple[Callable, Callable]:
         """What is done before the first tile of a head, and of a head after the last."""
@@ -387,9 +393,10 @@ class GradientWarpgroups:
         Scattered segments with positions of their own are compared with the window here too.  Of a
         mask: whether the row's interval holds the key.
         """
+        compared = self.kernel.row_bounds.compared(mBounds)
         if self.kernel.row_bounds.compares_bounds:
-            return self.comparison_of_bounds(*mBounds[3:], batch, key, array_lengths[0])
-        q_ids, kv_ids, *positions = self.kernel.row_bounds.compared(mBounds)
+            return self.comparison_of_bounds(*compared, batch, key, array_lengths[0])
+        q_ids, kv_ids, *positions = compared
         q_length, _ = array_lengths
 
         def compare(start: Int32):

@@ -124,17 +124,64 @@ class ProductWarp:
             q_stage, q_phase = next_stage, next_phase
             phase ^= 1
             accumulate = Boolean(True)
+        self.commit_done(done_barrier)
+
+    @cute.jit
+    def issue_scores(
+        self, smem, tensor_memory: cute.Pointer, pipelines, barriers, num_tiles: Int32
+    ):
+        """S and dP of every tile, for a run that leaves no gradients."""
+        kernel = self.kernel
+        pipeline_q, pipeline_do, pipeline_s, pipeline_dp = pipelines
+        key_barriers, done_barrier = barriers
+        sQ, sdO, sK, sV = smem
         if const_expr(kernel.is_pair):
+            sQ, sdO = two_stages(sQ), two_stages(sdO)
+        scores = self.scores(sK, sQ, tensor_memory + kernel.s_column)
+        dscores = self.scores(sV, sdO, tensor_memory + kernel.dp_column)
+
+        q_stage, q_phase, do_stage, do_phase, phase = (Int32(0) for _ in range(5))
+        for i in cutlass.range_constexpr(2):
+            cute.arch.mbarrier_wait(key_barriers + i, 0)
+        for _ in cutlass.range(num_tiles, unroll=1):
+            pipeline_q.wait(q_stage, q_phase)
+            pipeline_s.acquire(0, phase)
+            if const_expr(kernel.config.in_turn):
+                pipeline_dp.acquire(0, phase)
+            fence_after_sync()
+            self.issue(scores, 0, q_stage, False)
+            pipeline_s.commit_products(0)
+            pipeline_q.release_products(q_stage)
+            q_stage, q_phase = pipeline_q.advance(q_stage, q_phase)
+
+            pipeline_do.wait(do_stage, do_phase)
+            if const_expr(kernel.config.in_turn):
+                # S is read, whose place dP takes.
+                pipeline_s.acquire(0, phase ^ 1)
+            else:
+                pipeline_dp.acquire(0, phase)
+            fence_after_sync()
+            self.issue(dscores, 0, do_stage, False)
+            pipeline_dp.commit_products(0)
+            pipeline_do.release_products(do_stage)
+            do_stage, do_phase = pipeline_do.advance(do_stage, do_phase)
+            phase ^= 1
+        self.commit_done(done_barrier)
+
+    def commit_done(self, done_barrier: cute.Pointer) -> None:
+        """All products are done."""
+        if self.kernel.is_pair:
             commit_to_pair(done_barrier)
-        else:
-            with cute.arch.elect_one():
-                tcgen05.commit(done_barrier)
+            return
+        with cute.arch.elect_one():
+            tcgen05.commit(done_barrier)
 
     @cute.jit
     def pass_on_operands(self, pipelines, key_barriers: cute.Pointer, num_tiles: Int32):
         """The second block of a pair: tells the first what has arrived, in the order of its use."""
         rings = (*pipelines[:2], *pipelines[6:])
-        for i in cutlass.range_constexpr(3):
+        operands = 2 if self.kernel.is_measuring else 3
+        for i in cutlass.range_constexpr(operands):
             cute.arch.mbarrier_wait(key_barriers + i, 0)
             tell_first(key_barriers + i, MemScopeKind.CLUSTER)
         state = tuple((Int32(0), Int32(0)) for _ in rings)

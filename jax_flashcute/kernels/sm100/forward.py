@@ -53,7 +53,8 @@ from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, sec
 from jax_flashcute.kernels.common.splits import SplitOrder
 from jax_flashcute.kernels.common.tiles import by_head, slab_tma_layout, smem_layout
 from jax_flashcute.kernels.common.visits import KeyTiles, work_fields
-from jax_flashcute.kernels.config import FwdConfigSm100, round_up
+from jax_flashcute.kernels.config.memory import round_up
+from jax_flashcute.kernels.config.sm100 import FwdConfigSm100
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
 from jax_flashcute.kernels.sm100.correction import CorrectionWarpgroup

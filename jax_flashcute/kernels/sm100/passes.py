@@ -43,7 +43,7 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
-from jax_flashcute.bounds import TILE_FIELDS, RowBounds
+from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels.common.intervals import (
     IntervalMask,
     UnionMask,
@@ -54,9 +54,10 @@ from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.scheduler import TileOrder, section_size
 from jax_flashcute.kernels.common.tiles import smem_layout, tile_tma
-from jax_flashcute.kernels.common.visits import QueryTiles
-from jax_flashcute.kernels.config import BwdConfigSm100, PassConfigSm100, round_up
-from jax_flashcute.kernels.elements import ElementFunctions
+from jax_flashcute.kernels.common.visits import QueryTiles, tile_fields
+from jax_flashcute.kernels.config.memory import round_up
+from jax_flashcute.kernels.config.sm100 import BwdConfigSm100, PassConfigSm100
+from jax_flashcute.kernels.elements import ElementFunctions, measures
 from jax_flashcute.kernels.extra.preprocess import Preprocess
 from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm100.backward_load import KEY_BARRIERS
@@ -74,7 +75,11 @@ ORDER_WARP = PRODUCT_WARP + 1
 
 
 class BackwardInPassesSm100:
-    """Compiles to one launcher (four kernels) for all batch sizes, lengths and head counts."""
+    """Compiles to one launcher (four kernels) for all batch sizes, lengths and head counts.
+
+    A fifth, the first, measures how large addends of gradients of arrays are, where that is asked
+    for: dK's without dK.
+    """
 
     def __init__(
         self,
@@ -102,9 +107,14 @@ class BackwardInPassesSm100:
                 group,
                 scale,
                 (mask, functions, row_bounds, has_lists, packed_mask),
+                deterministic=config.deterministic,
             )
             for each in config.passes
         ]
+        if measures(functions, config.deterministic):
+            (summing,) = (each for each in self.passes if each.sums_gradients)
+            self.passes.insert(0, summing.measuring())
+        self.passes[0].is_first = True
 
     @cute.jit
     def __call__(
@@ -129,8 +139,9 @@ class BackwardInPassesSm100:
         mElements: tuple = (),  # arrays of ``functions``
         mBounds: tuple = (),  # of ``bounds.query_bound_arrays``, then three of keys
         mLists: tuple = (),  # of ``BlockMask.kernel_lists``, transposed, then as they are
-        mGradients: tuple = (),  # of ``functions.summed_ranks``, float32
+        mGradients: tuple = (),  # of ``functions.summed_ranks``, as ``launchers`` has them
         mPacked: tuple = (),  # a mask in bits, (1|B, 1|N, 1|T, words) uint32
+        mExponents: tuple = (),  # (sums,) int32, of ``fixed_point.exponents``
     ):
         m_blocks = cute.ceil_div(mQ.shape[1], ROWS)
         Preprocess(self.dtype, self.head_dim_v, ROWS, 0, 0, self.functions).launch(
@@ -157,7 +168,7 @@ class BackwardInPassesSm100:
                     mBounds,
                     mLists,
                     mPacked,
-                    (mGradients if each.sums_gradients else (), ()),
+                    (mGradients, mExponents) if each.sums_gradients else (),
                 ),
             )
 
@@ -173,8 +184,14 @@ class GradientPassSm100(QueryTiles):
         group: int,
         scale: float,
         masks: tuple,
+        *,
+        deterministic: bool,
     ):
-        """Arguments as of ``BackwardInPassesSm100``; ``masks``: from ``mask`` on."""
+        """Arguments as of ``BackwardInPassesSm100``; ``masks``: from ``mask`` on.
+
+        ``deterministic``: of gradients of arrays, which are what blocks add to; those of scores are
+        stored.
+        """
         mask, functions, row_bounds, has_lists, packed_mask = masks
         self.config = config
         self.target = config.target
@@ -197,8 +214,9 @@ class GradientPassSm100(QueryTiles):
         self.has_low = False
         self.packed_mask = packed_mask
         self.by_element = functions is not None and functions.by_element
-        # Of gradients of arrays, which are what blocks add to; those of scores are stored.
-        self.deterministic = False
+        self.deterministic = deterministic
+        # It waits for what wrote the statistics; those after it begin once its blocks have.
+        self.is_first = False
         # One pass sums them: that whose threads own a key, as elsewhere.
         is_summed = functions is not None and bool(functions.summed_ranks)
         self.sums_gradients = is_summed and self.target == "key"
@@ -333,8 +351,9 @@ class GradientPassSm100(QueryTiles):
         if const_expr(self.of_keys):
             return self.query_tiles(block, batch, lengths, mBounds)
         if const_expr(self.row_bounds is not None):
-            *fields, compares = (mBounds[-1][batch, block, i] for i in range(TILE_FIELDS))
-            return tuple(fields), compares
+            of_rows = mBounds[self.row_bounds.arrays() :]
+            fields = tile_fields(self.row_bounds.of_keys, of_rows, batch, block)
+            return fields[:4], fields[4] if self.row_bounds.compares_ids else Int32(0)
         offset, queries, keys = lengths
         first = block * ROWS
         last = cutlass.min(first + ROWS, queries) - 1
@@ -462,7 +481,9 @@ class GradientPassSm100(QueryTiles):
                     (mQLengths is not None, mKVLengths is not None),
                 )
             if warp_index == PRODUCT_WARP and num_tiles > 0:
-                PassProductWarp(self).issue_products(
+                issuing = PassProductWarp(self)
+                issue = issuing.issue_scores if self.is_measuring else issuing.issue_products
+                issue(
                     (sOwnFirst, sOwnSecond, sFirst, sSecond),
                     tensor_memory,
                     pipelines,

@@ -105,7 +105,9 @@ class PassWarpgroups(GradientWarpgroups):
             cute.arch.mbarrier_wait(done_barrier, 0)
             fence_after_sync()
         target_head = kv_head if const_expr(kernel.of_keys) else head
-        self.store_rows(store, tensor_memory, (thread, half), (block, target_head, batch), is_empty)
+        if const_expr(not kernel.is_measuring):
+            target = (block, target_head, batch)
+            self.store_rows(store, tensor_memory, (thread, half), target, is_empty)
 
     @cute.jit
     def step(self, places, statistics, pipelines, own, m: Int32, state, masks: cutlass.Constexpr):
@@ -171,8 +173,9 @@ class PassWarpgroups(GradientWarpgroups):
                 self.score_gradients(scores, dscores, tdPsum, c)
                 of_chunk = (pullback, head, start + c, self.chunk_of(products, c), dscores)
                 self.pull_back(*of_chunk)
-                # Over what this thread has read of dP.
-                store_row(dp_place + c // 2, round_pairs(kernel.dtype, dscores), thread)
+                if const_expr(not kernel.is_measuring):
+                    # Over what this thread has read of dP.
+                    store_row(dp_place + c // 2, round_pairs(kernel.dtype, dscores), thread)
                 self.sum_kept(*of_chunk)
             cute.arch.fence_view_async_tmem_store()
             fence_before_sync()
@@ -226,7 +229,7 @@ class PassWarpgroups(GradientWarpgroups):
         others = mBounds
         if kernel.row_bounds is not None:
             # The last arrays are those of the forward.
-            first = len(mBounds) - len(kernel.row_bounds.ranks_beside())
+            first = kernel.row_bounds.arrays()
             others, of_rows = mBounds[:first], mBounds[first:]
         if kernel.of_keys:
             return super().mask_step(own, batch, (others, compares), array_lengths)
@@ -234,7 +237,7 @@ class PassWarpgroups(GradientWarpgroups):
         position, compare = row + offset, None
         if kernel.row_bounds is not None:
             inside = cutlass.min(row, Int32(array_lengths[0]) - 1)
-            pairs = kernel.row_bounds.limits_beside(of_rows)
+            pairs = kernel.row_bounds.of_keys.limits(of_rows)
             limits = [(low[batch, inside], high[batch, inside]) for low, high in pairs]
             if kernel.compares:
                 compare = SoftmaxWarpgroups(kernel).comparison(

@@ -52,8 +52,8 @@ class PassLoadWarp(LoadWarp):
                 (has_own_tail, tail_phase, own_here),
             )
 
-        if const_expr(kernel.target == "value"):
-            # The first pass: the statistics come from the kernel before it.
+        if const_expr(kernel.is_first):
+            # The statistics come from the kernel before it.
             cute.arch.griddepcontrol_wait()
         states = ((Int32(0), Int32(0)), (Int32(0), Int32(0)), tail_phase)
         for g in cutlass.range(kernel.group, unroll=1):

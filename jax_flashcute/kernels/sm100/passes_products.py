@@ -88,8 +88,47 @@ class PassProductWarp:
                         )  # fmt: skip
             phase ^= 1
         self.add(gradient[1], (pipeline_a, 1, phase ^ 1), (pipeline_b, b_stage, b_phase), True)
-        # The gradient leaves by stages that the load warp may have cleared, of which only this warp
-        # was told: hence an arrival of its own beside that of the products.
+        self.commit_done(done_barrier)
+
+    @cute.jit
+    def issue_scores(
+        self, smem, tensor_memory: cute.Pointer, pipelines, barriers, num_tiles: Int32
+    ):
+        """S and dP of every half, for a run that leaves no gradient."""
+        kernel = self.kernel
+        own_barriers, done_barrier = barriers
+        columns = kernel.s_column, kernel.dp_column
+        products = [
+            [self.scores(own, others, tensor_memory + (kernel.config.half * h + column))
+             for h in range(2)]
+            for own, others, column in zip(smem[:2], smem[2:], columns, strict=True)
+        ]  # fmt: skip
+        states, phase = ((Int32(0), Int32(0)), (Int32(0), Int32(0))), Int32(0)
+        for i in cutlass.range_constexpr(2):
+            cute.arch.mbarrier_wait(own_barriers + i, 0)
+        for _ in cutlass.range(num_tiles, unroll=1):
+            for h in cutlass.range_constexpr(2):
+                following = []
+                for ring, target, of_halves, (stage, b_phase) in zip(
+                    pipelines[:2], pipelines[2:], products, states, strict=True
+                ):
+                    ring.wait(stage, b_phase)
+                    target.acquire(h, phase)
+                    fence_after_sync()
+                    self.issue(of_halves[h], stage, False)
+                    target.commit_products(h)
+                    ring.release_products(stage)
+                    following.append(ring.advance(stage, b_phase))
+                states = tuple(following)
+            phase ^= 1
+        self.commit_done(done_barrier)
+
+    def commit_done(self, done_barrier: cute.Pointer) -> None:
+        """All products are done.
+
+        The gradient leaves by stages that the load warp may have cleared, of which only this warp
+        was told: hence an arrival of its own beside that of the products.
+        """
         with cute.arch.elect_one():
             tcgen05.commit(done_barrier)
             cute.arch.mbarrier_arrive(done_barrier)

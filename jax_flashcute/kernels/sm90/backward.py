@@ -32,7 +32,6 @@ Counts are arrivals, threads for named barriers; "+ tx" means that the barrier a
 copies' bytes; W is the number of consumer warpgroups, of four warps each.
 """
 
-from copy import copy as copied
 from functools import partial
 from types import SimpleNamespace
 
@@ -74,7 +73,8 @@ from jax_flashcute.kernels.common.turns import (
     turn_of,
 )
 from jax_flashcute.kernels.common.visits import QueryTiles
-from jax_flashcute.kernels.config import SMEM_BYTES, BwdConfig, round_up
+from jax_flashcute.kernels.config.memory import SMEM_BYTES, round_up
+from jax_flashcute.kernels.config.sm90 import BwdConfig
 from jax_flashcute.kernels.elements import ElementFunctions, measures
 from jax_flashcute.kernels.extra.postprocess import Postprocess
 from jax_flashcute.kernels.extra.preprocess import Preprocess
@@ -165,6 +165,9 @@ class BackwardSm90(QueryTiles):
             self.has_low |= mask.low is not None
         self.functions = functions
         self.by_element = functions is not None and functions.by_element
+        self.has_pullback = self.by_element and not (
+            functions.keeps_gradients and not functions.summed_ranks
+        )
         # The heads of a group add to one bias: all of them visit a tile before any the next.
         self.heads_of_tile = group if self._heads_share_bias() else 1
         # Scores that are changed one by one are scaled there.
@@ -172,7 +175,6 @@ class BackwardSm90(QueryTiles):
         self.may_be_infinite = functions is not None and functions.may_be_infinite
         # A first run of the kernel may have to find how large addends are: it leaves no gradients.
         self.measures = measures(functions, config.deterministic)
-        self.is_measuring = False
         self.score_scale, self.element_scale = (1.0, scale) if changes_scores else (scale, 1.0)
         self.smem_h = config.padded_head_dim(head_dim)
         self.smem_hv = round_up(head_dim_v, 16)
@@ -317,9 +319,7 @@ class BackwardSm90(QueryTiles):
             "use_pdl": True,
         }
         if const_expr(self.measures):
-            first_run = copied(self)
-            first_run.is_measuring = True
-            first_run.kernel(*arguments).launch(**launch)
+            self.measuring().kernel(*arguments).launch(**launch)
         self.kernel(*arguments).launch(**launch)
         if const_expr(cfg.dq_pass is None):
             Postprocess(cfg, self.dtype, self.head_dim, self.scale).launch(
@@ -334,8 +334,15 @@ class BackwardSm90(QueryTiles):
                 self.group,
                 self.scale,
                 self.mask,
+                self.functions,
             ).launch(
-                stream, (mQ, mdO, mK, mV), (mQOffset, mQLengths, mKVLengths), mLSE2, mdPsum, mdQ
+                stream,
+                (mQ, mdO, mK, mV),
+                (mQOffset, mQLengths, mKVLengths),
+                mLSE2,
+                mdPsum,
+                mdQ,
+                mElements,
             )
 
     def shared_storage(self):
@@ -1149,7 +1156,7 @@ class BackwardSm90(QueryTiles):
         ``held``: that of ``Pullback``.
         """
         functions = self.functions
-        if not self.by_element or (functions.keeps_gradients and not functions.summed_ranks):
+        if not self.has_pullback:
             return None
         mElements, offset, array_lengths, sums, _ = elements
         derivatives = Elements(functions, mElements, differentiates=True)
@@ -1362,9 +1369,10 @@ class BackwardSm90(QueryTiles):
         mask: whether the row's interval holds each key.
         """
         mBounds, batch, (q_length, _), _ = bounds
+        compared = self.row_bounds.compared(mBounds)
         if self.row_bounds.compares_bounds:
-            return self.comparison_of_bounds(*mBounds[3:], batch, keys, q_length)
-        q_ids, kv_ids, *positions = self.row_bounds.compared(mBounds)
+            return self.comparison_of_bounds(*compared, batch, keys, q_length)
+        q_ids, kv_ids, *positions = compared
 
         def compare(m: Int32):
             # Read here and not once: scattered segments are rare, registers are too.

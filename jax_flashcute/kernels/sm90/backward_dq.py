@@ -6,6 +6,8 @@ does; the scores are computed once more, and dQ stays in registers:
     S = Q K^T      P = exp2(scale log2(e) S - LSE2)
     dP = dO V^T    dS = P (dP - dPsum)                  dQ += dS K
 
+Where scores are changed one by one, P is multiplied by their derivatives in the products at once.
+
 The products of a warpgroup follow each other as dQ of the last tile, S and dP of this one: P is
 computed while dP is, dS while the other warpgroup's products are.  A key tile is given back early,
 before it is needed again as the S of a warpgroup that is ahead.  Blocks begin before the kernel for
@@ -27,6 +29,7 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
+from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import (
     IntervalMask,
     UnionMask,
@@ -37,7 +40,7 @@ from jax_flashcute.kernels.common.intervals import (
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import TileOrder, section_size
-from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
+from jax_flashcute.kernels.common.softmax import LARGEST_SCORE, LOG2_E, exp2
 from jax_flashcute.kernels.common.tiles import (
     clear_rows,
     smem_layout,
@@ -45,12 +48,16 @@ from jax_flashcute.kernels.common.tiles import (
     tma_partition,
     transposed,
 )
-from jax_flashcute.kernels.config import DqConfig, round_up
+from jax_flashcute.kernels.config.memory import round_up
+from jax_flashcute.kernels.config.sm90 import DqConfig
+from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,
+    column_step,
     convert_pairs,
+    first_column,
     gemm,
     hide_outside,
     interval_words,
@@ -81,6 +88,7 @@ class QueryGradientSm90:
         group: int,
         scale: float,
         mask: IntervalMask | UnionMask,
+        functions: ElementFunctions | None = None,
     ):
         self.config = config
         self.dtype = dtype
@@ -89,18 +97,23 @@ class QueryGradientSm90:
         self.group = group
         self.scale = scale
         self.mask = mask
+        self.functions = functions
+        self.by_element = functions is not None and functions.by_element
+        changes_scores = functions is not None and functions.changes_scores
+        self.score_scale, self.element_scale = (1.0, scale) if changes_scores else (scale, 1.0)
         self.smem_h = round_up(head_dim, 16)
         self.smem_hv = round_up(head_dim_v, 16)
         self.consumer_threads = 128 * config.warpgroups
         self.consumer_warps = 4 * config.warpgroups
 
-    def launch(self, stream, operands, lengths, mLSE2, mdPsum, mdQ) -> None:
+    def launch(self, stream, operands, lengths, mLSE2, mdPsum, mdQ, mElements=()) -> None:
         """Launches it after a kernel that waits for what wrote LSE2 and dPsum.
 
         Args:
           operands: query, dO, key, value.
           lengths: offset, query lengths and key lengths; each may be None.
           mLSE2, mdPsum: (B, N, rows), padded beyond the query length.
+          mElements: arrays of ``functions``.
         """
         cfg = self.config
         mQ, mdO, mK, mV = operands
@@ -125,6 +138,7 @@ class QueryGradientSm90:
             mLSE2,
             mdPsum,
             mdQ,
+            mElements,
             m_blocks,
             section,
             q_length,
@@ -174,6 +188,7 @@ class QueryGradientSm90:
         mLSE2: cute.Tensor,
         mdPsum: cute.Tensor,
         mdQ: cute.Tensor,
+        mElements: tuple,
         m_blocks: Int32,
         section: Int32,
         q_length: Int32,
@@ -254,11 +269,11 @@ class QueryGradientSm90:
                 cute.arch.setmaxregister_increase(cfg.consumer_registers)
             self.consume(
                 (sQ, sdO, sK, sV),
-                (mLSE2, mdPsum, mdQ),
+                (mLSE2, mdPsum, mdQ, mElements),
                 (pipeline_k, pipeline_v, barriers),
                 place,
                 tiles,
-                (offset, queries, keys, q_length),
+                (offset, queries, keys, q_length, kv_length),
             )
         # Whatever comes after this kernel may use what the one before it writes.
         cute.arch.griddepcontrol_wait()
@@ -344,11 +359,11 @@ class QueryGradientSm90:
         """A consumer warpgroup: dQ of its slab."""
         cfg = self.config
         sQ, sdO, sK, sV = smem
-        mLSE2, mdPsum, mdQ = arrays
+        mLSE2, mdPsum, mdQ, mElements = arrays
         pipeline_k, pipeline_v, barriers = pipelines
         m_block, head, _, batch = place
         visits, nth, ranges = tiles
-        offset, queries, keys, q_length = lengths
+        offset, queries, keys, q_length, kv_length = lengths
         warps = self.consumer_warps
         thread = cute.arch.thread_idx()[0] % 128
         slab = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128) - 1
@@ -373,6 +388,9 @@ class QueryGradientSm90:
 
         if visits > 0:
             lse2, dpsum = self.statistics(mLSE2, mdPsum, (batch, head), first_token, q_length)
+            who = (thread, head, batch)
+            places = (first_token, offset, (q_length, kv_length))
+            weigh = self.weigh_step(mElements, scores, lse2, mask_tile, who, places)
             k_stage, k_phase, v_stage, v_phase = (Int32(0) for _ in range(4))
             cute.arch.mbarrier_wait(barriers, 0)
             pipeline_k.wait(k_stage, k_phase)
@@ -381,8 +399,7 @@ class QueryGradientSm90:
             pipeline_v.wait(v_stage, v_phase)
             gemm(mma_s, acc_P, tPrO, tPrV[None, None, None, v_stage], False)
             warpgroup.wait_group(1)
-            mask_tile(nth(visits - 1))
-            self.probabilities(scores, lse2)
+            weigh(nth(visits - 1))
             warpgroup.wait_group(0)
             pipeline_v.release(v_stage, warps)
             v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
@@ -399,8 +416,7 @@ class QueryGradientSm90:
                 warpgroup.wait_group(2)
                 pipeline_k.release(last_stage, warps)
                 warpgroup.wait_group(1)
-                mask_tile(nth(visits - 2 - i))
-                self.probabilities(scores, lse2)
+                weigh(nth(visits - 2 - i))
                 warpgroup.wait_group(0)
                 pipeline_v.release(v_stage, warps)
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
@@ -435,12 +451,69 @@ class QueryGradientSm90:
                 limits = self.mask.row_limits(position + row_in_slab(thread, r), keys)
                 hide_outside(scores, r, interval_words(limits, n * tile_n, thread, tile_n))
 
+    def weigh_step(self, mElements: tuple, scores: cute.Tensor, lse2, mask_tile, who, places):
+        """What makes P of the products of tile n, times derivatives, as a function of n.
+
+        Args:
+          who: thread, head and batch entry.
+          places: the slab's first row, the first row's position, lengths of the arrays.
+        """
+        functions = self.functions
+        if not self.by_element:
+
+            def weigh(n: Int32) -> None:
+                mask_tile(n)
+                self.probabilities(scores, lse2)
+
+            return weigh
+        thread, head, batch = who
+        first_token, *of_entry = places
+        differentiates = not functions.keeps_gradients
+        entries = [
+            Elements(functions, mElements, differentiates=d).of_entry(batch, *of_entry)
+            for d in (False, True)[: 1 + differentiates]
+        ]
+        tokens = [first_token + row_in_slab(thread, r) for r in range(ROWS_PER_THREAD)]
+        rows = [[each.queries(head, token) for token in tokens] for each in entries]
+
+        def weigh_changed(n: Int32) -> None:
+            if differentiates:
+                mask_tile(n)
+            first = n * self.config.tile_n + first_column(thread)
+            columns = [
+                each.along_keys(q, first, True) for each, q in zip(entries, rows, strict=True)
+            ]
+            for c in range(cute.size(scores, mode=[1])):
+                known = [column(column_step(c)) for column in columns]
+                for r in range(ROWS_PER_THREAD):
+                    product = scores[r, c]
+                    score = entries[0].element(known[0][r], product, self.element_scale)
+                    if differentiates:
+                        weight = self.probability(score, lse2[r])
+                        scale = self.element_scale
+                        weight, _ = entries[1].gradient(known[1][r], product, weight, scale)
+                        # Of a product that is hidden the score need not be.
+                        is_hidden = product == -Float32.inf
+                        score = select(is_hidden, Float32(0.0), weight)
+                    scores[r, c] = score
+            if not differentiates:
+                mask_tile(n)
+                self.probabilities(scores, lse2)
+
+        return weigh_changed
+
+    def probability(self, score: Float32, lse2: Float32) -> Float32:
+        if self.functions is not None and self.functions.may_be_infinite:
+            # Of rows beyond the last, whose LSE2 is infinite: infinity less it is NaN.
+            score = cute.arch.fmin(score, Float32(LARGEST_SCORE))
+        return exp2(score * (self.score_scale * LOG2_E) - lse2)
+
     @cute.jit
     def probabilities(self, scores: cute.Tensor, lse2):
         """exp2(scale log2(e) S - LSE2), in place."""
         for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
             for r in cutlass.range_constexpr(ROWS_PER_THREAD):
-                scores[r, c] = exp2(scores[r, c] * (self.scale * LOG2_E) - lse2[r])
+                scores[r, c] = self.probability(scores[r, c], lse2[r])
 
     @cute.jit
     def score_gradients(self, scores: cute.Tensor, dscores: cute.Tensor, dpsum):

@@ -10,18 +10,24 @@ and both compute dQ = dS K in chunks of 64 columns, the first the even ones.  Th
 the next tile before it waits for dS of this one.  The producer and the dQ warps are those of
 backward.py; there is a dQ warp for each warpgroup.
 
-    edge    producer   consumer   stages   full                                       empty
-    P       first      second     1        named barrier 8, 256 threads, first arrives  by dS
-    dS      second     both       1        named barrier 9, 256 threads                 by P
+Where scores are changed, the second goes from their gradients to those of the products, and sums
+those of arrays; it takes the products before P, where derivatives are functions of them.
+
+    edge      producer   consumer   full                                          empty
+    products  first      second     named barrier 10, 256 threads, first arrives  named barrier 11
+    P         first      second     named barrier 8, 256 threads, first arrives   by dS
+    dS        second     both       named barrier 9, 256 threads                  by P
 
 Where dQ has a pass of its own (backward_dq.py), neither computes it: dS stays in the registers of
 the second, and its barrier only says that P has been read.
 
-Both hold one tile: the first writes the next P after the second wrote dS, and so had read P; the
-second writes the next dS after it got the next P, which the first makes once its dQ is done.
+All of them hold one tile, products and P in the same place: the first writes there again after the
+second wrote dS, and so had read P; the second writes the next dS after it got the next P, which the
+first makes once its dQ is done.
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import cutlass
 import cutlass.cute as cute
@@ -29,6 +35,7 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 
 from jax_flashcute.kernels.common.tiles import transposed
+from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,
@@ -40,6 +47,8 @@ from jax_flashcute.kernels.sm90.fragments import (
 
 P_BARRIER = 8
 DS_BARRIER = 9
+PRODUCTS_BARRIER = 10
+READ_BARRIER = 11
 
 SMEM, RMEM = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
 K_MAJOR, MN_MAJOR = OperandMajorMode.K, OperandMajorMode.MN
@@ -52,6 +61,10 @@ class RoleConsumers:
         self.kernel = kernel
         self.config = kernel.config
         self.apart = kernel.config.dq_pass is not None
+        functions = kernel.functions
+        self.hands_products = kernel.has_pullback and functions.derivatives_read_score
+        # Where nothing is summed, derivatives are all there is to a pullback.
+        self.derives_early = kernel.has_pullback and not functions.summed_ranks
 
     @cute.jit
     def consume(
@@ -70,13 +83,14 @@ class RoleConsumers:
         if first:
             self.hold_values(smem, barriers, block, tiles, mask_step, elements)
         else:
-            self.hold_keys(smem, barriers, tiles[1])
-        sK, sV = smem[2], smem[3]
-        cute.arch.fence_view_async_shared()
-        self.kernel.meet()
-        self.kernel.store_gradients(
-            ((*dv_copy, sV, self.kernel.smem_hv), (*dk_copy, sK, self.kernel.smem_h)), block
-        )
+            self.hold_keys(smem, barriers, block, tiles, elements)
+        if const_expr(not self.kernel.is_measuring):
+            sK, sV = smem[2], smem[3]
+            cute.arch.fence_view_async_shared()
+            self.kernel.meet()
+            self.kernel.store_gradients(
+                ((*dv_copy, sV, self.kernel.smem_hv), (*dk_copy, sK, self.kernel.smem_h)), block
+            )
 
     # ---- the two roles -----------------------------------------------------------------------
 
@@ -115,6 +129,11 @@ class RoleConsumers:
                     count, tile_of = stretches[stretch]
                     for i in cutlass.range(count, unroll=1):
                         m = tile_of(i)
+                        if const_expr(self.hands_products):
+                            cute.autovec_copy(flat, tP)
+                            cute.arch.barrier_arrive(
+                                barrier_id=PRODUCTS_BARRIER, number_of_threads=256
+                            )
                         if const_expr(modify is not None):
                             modify(m, scores, stretch >= 1)
                         mask_tile(m, stretch == 1)
@@ -122,16 +141,19 @@ class RoleConsumers:
                         pipeline_q.release(q_stage, self.kernel.consumer_warps, lanes_read=True)
                         rP = cute.make_rmem_tensor(acc_S.layout, self.kernel.dtype)
                         convert_pairs(acc_S, rP)
+                        if const_expr(self.hands_products):
+                            cute.arch.barrier(barrier_id=READ_BARRIER, number_of_threads=256)
                         cute.autovec_copy(flat, tP)
                         cute.arch.barrier_arrive(barrier_id=P_BARRIER, number_of_threads=256)
                         pipeline_do.wait(do_stage, do_phase)
-                        gemm(
-                            mma_dv,
-                            acc_dV,
-                            as_operand_a(rP),
-                            tVrO[None, None, None, do_stage],
-                            True,
-                        )
+                        if const_expr(not self.kernel.is_measuring):
+                            gemm(
+                                mma_dv,
+                                acc_dV,
+                                as_operand_a(rP),
+                                tVrO[None, None, None, do_stage],
+                                True,
+                            )
                         # After the last tile its own S is computed once more, for nothing: a
                         # branch around a product would make ptxas wait for every one.
                         left -= 1
@@ -146,16 +168,19 @@ class RoleConsumers:
                         warpgroup.wait_group(0)
                         pipeline_do.release(do_stage, self.kernel.consumer_warps)
                         do_stage, do_phase = pipeline_do.advance(do_stage, do_phase)
-        # The second warpgroup reads V until it has written the last dS.
-        self.kernel.meet()
-        self.kernel.stage_gradient(acc_dV, mma_dv, sV[None, None, 0], thread, 1.0)
+        if const_expr(not self.kernel.is_measuring):
+            # The second warpgroup reads V until it has written the last dS.
+            self.kernel.meet()
+            self.kernel.stage_gradient(acc_dV, mma_dv, sV[None, None, 0], thread, 1.0)
 
     @cute.jit
-    def hold_keys(self, smem, barriers, steps: Int32):
+    def hold_keys(self, smem, barriers, block, tiles, elements):
         """The second warpgroup: dP, dS and dK."""
         cfg = self.config
         sQ, sdO, sK, sV, sdS, sdQ, _, sdPsum, sP = smem
         pipeline_q, pipeline_do, kv_full = barriers
+        n_block, kv_head, _ = block
+        visits, steps, _ = tiles
         thread = cute.arch.thread_idx()[0] % 128
         mma_s, tPrV, tPrO, acc_P = self.scores(sV, sdO)
         mma_dk, tKrQ, acc_dK = self.gradient(sQ, self.kernel.smem_h)
@@ -169,38 +194,106 @@ class RoleConsumers:
             tSsS = copy_ds.partition_D(
                 cute.local_tile(transposed(sdS)[None, None, 0], (64, cfg.tile_m), (0, 0))
             )
+        products = SimpleNamespace(
+            mma_s=mma_s,
+            tPrV=tPrV,
+            tPrO=tPrO,
+            acc_P=acc_P,
+            mma_dk=mma_dk,
+            tKrQ=tKrQ,
+            acc_dK=acc_dK,
+            tP=sP[None, thread, None],
+            tdPsum=tdPsum,
+            copy_ds=copy_ds,
+            tSsS=tSsS,
+            query_gradient=query_gradient,
+        )
 
-        q_stage, q_phase, do_stage, do_phase = (Int32(0) for _ in range(4))
+        # Stages and phases of Q and of dO.
+        state = tuple(Int32(0) for _ in range(4))
         if steps > 0:
             cute.arch.mbarrier_wait(kv_full, 0)
             cute.arch.mbarrier_wait(kv_full + 1, 0)
-            for _ in cutlass.range(steps, unroll=1):
-                pipeline_do.wait(do_stage, do_phase)
-                gemm(mma_s, acc_P, tPrV, tPrO[None, None, None, do_stage], False)
-                pipeline_q.wait(q_stage, q_phase)
-                cute.arch.barrier(barrier_id=P_BARRIER, number_of_threads=256)
-                warpgroup.wait_group(0)
-                self.score_gradients(acc_P, sP[None, thread, None], tdPsum, do_stage)
-                pipeline_do.release(do_stage, self.kernel.consumer_warps, lanes_read=True)
-                do_stage, do_phase = pipeline_do.advance(do_stage, do_phase)
-                rdS = cute.make_rmem_tensor(acc_P.layout, self.kernel.dtype)
-                convert_pairs(acc_P, rdS)
-                if const_expr(self.apart):
-                    # To arrive would do for the first, but orders no read before its next write.
-                    cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=256)
-                else:
-                    cute.copy(copy_ds, copy_ds.retile(rdS), tSsS)
-                gemm(mma_dk, acc_dK, as_operand_a(rdS), tKrQ[None, None, None, q_stage], True)
-                if const_expr(not self.apart):
-                    cute.arch.fence_view_async_shared()
-                    cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=256)
-                    query_gradient()
-                warpgroup.wait_group(0)
-                pipeline_q.release(q_stage, self.kernel.consumer_warps)
-                q_stage, q_phase = pipeline_q.advance(q_stage, q_phase)
-        # The first warpgroup reads K until its last dQ is done.
-        self.kernel.meet()
-        self.kernel.stage_gradient(acc_dK, mma_dk, sK[None, None, 0], thread, self.kernel.scale)
+            step = partial(self.keys_step, products, pipeline_q, pipeline_do)
+            if const_expr(not self.kernel.has_pullback):
+                for _ in cutlass.range(steps, unroll=1):
+                    state = step(state)
+            else:
+                pullback = self.kernel.pullback(elements, block, n_block * cfg.tile_n, thread, None)
+                start, add, finish = pullback.start, pullback.tile, pullback.finish
+                for g in cutlass.range(self.kernel.group, unroll=1):
+                    head = kv_head * self.kernel.group + g
+                    start()
+                    count, tile_of, _ = visits(g)
+                    for i in cutlass.range(count, unroll=1):
+                        state = step(state, partial(add, head, tile_of(i)))
+                    finish(head)
+        if const_expr(not self.kernel.is_measuring):
+            # The first warpgroup reads K until its last dQ is done.
+            self.kernel.meet()
+            self.kernel.stage_gradient(acc_dK, mma_dk, sK[None, None, 0], thread, self.kernel.scale)
+
+    def keys_step(self, products, pipeline_q, pipeline_do, state, differentiate=None):
+        """One query tile of the second warpgroup; returns the next state.
+
+        ``differentiate``: ``Pullback.tile`` of the products and the gradients of the scores.
+        """
+        c, warps = products, self.kernel.consumer_warps
+        q_stage, q_phase, do_stage, do_phase = state
+        pipeline_do.wait(do_stage, do_phase)
+        gemm(c.mma_s, c.acc_P, c.tPrV, c.tPrO[None, None, None, do_stage], False)
+        pipeline_q.wait(q_stage, q_phase)
+        raw = self.take_products(c) if self.hands_products else None
+        factors = None
+        if differentiate is not None and self.derives_early:
+            # While the first warpgroup makes P.
+            factors = rows_and_columns(cute.make_rmem_tensor(c.acc_P.layout, Float32))
+            factors.fill(1.0)
+            differentiate(raw, factors)
+        cute.arch.barrier(barrier_id=P_BARRIER, number_of_threads=256)
+        warpgroup.wait_group(0)
+        self.score_gradients(c.acc_P, c.tP, c.tdPsum, do_stage)
+        pipeline_do.release(do_stage, warps, lanes_read=True)
+        do_stage, do_phase = pipeline_do.advance(do_stage, do_phase)
+        if factors is not None:
+            self.multiply(rows_and_columns(c.acc_P), factors)
+        elif differentiate is not None:
+            differentiate(raw, rows_and_columns(c.acc_P))
+        if self.kernel.is_measuring:
+            cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=256)
+            pipeline_q.release(q_stage, warps)
+            return *pipeline_q.advance(q_stage, q_phase), do_stage, do_phase
+        rdS = cute.make_rmem_tensor(c.acc_P.layout, self.kernel.dtype)
+        convert_pairs(c.acc_P, rdS)
+        if self.apart:
+            # To arrive would do for the first, but orders no read before its next write.
+            cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=256)
+        else:
+            cute.copy(c.copy_ds, c.copy_ds.retile(rdS), c.tSsS)
+        gemm(c.mma_dk, c.acc_dK, as_operand_a(rdS), c.tKrQ[None, None, None, q_stage], True)
+        if not self.apart:
+            cute.arch.fence_view_async_shared()
+            cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=256)
+            c.query_gradient()
+        warpgroup.wait_group(0)
+        pipeline_q.release(q_stage, warps)
+        return *pipeline_q.advance(q_stage, q_phase), do_stage, do_phase
+
+    def multiply(self, dscores: cute.Tensor, factors: cute.Tensor) -> None:
+        """``factors`` may be infinite where a gradient is 0, as beyond the last row and key."""
+        for i in range(cute.size(dscores)):
+            gradient = dscores[i]
+            changed = gradient * factors[i]
+            dscores[i] = select(gradient != Float32(0.0), changed, Float32(0.0))
+
+    def take_products(self, c) -> cute.Tensor:
+        """Those of a tile, which P takes the place of, by row and column."""
+        kept = cute.make_rmem_tensor(c.acc_P.layout, Float32)
+        flat = cute.make_tensor(kept.iterator, cute.make_layout((4, cute.size(kept) // 4)))
+        cute.arch.barrier(barrier_id=PRODUCTS_BARRIER, number_of_threads=256)
+        cute.autovec_copy(c.tP, flat)
+        cute.arch.barrier(barrier_id=READ_BARRIER, number_of_threads=256)
+        return rows_and_columns(kept)
 
     # ---- operands and steps --------------------------------------------------------------------
 
@@ -241,7 +334,7 @@ class RoleConsumers:
 
     def query_gradients(self, sdS, sK: cute.Tensor, sdQ, thread: Int32, role: int):
         """A function that computes a role's part of dQ of a tile; nothing where a pass does."""
-        if self.apart:
+        if self.apart or self.kernel.is_measuring:
             return lambda: None
         operands = self.dq_operands(sdS, sK, role)
         return partial(self.query_gradient, operands, sdQ, thread, role)

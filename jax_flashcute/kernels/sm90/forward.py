@@ -57,8 +57,8 @@ from functools import partial
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
 from jax_flashcute.bounds import RowBounds
@@ -98,11 +98,12 @@ from jax_flashcute.kernels.common.tiles import (
     clear_rows,
     slab_tma_layout,
     smem_layout,
-    swizzle_width,
     tma_partition,
 )
 from jax_flashcute.kernels.common.visits import KeyTiles, work_fields
-from jax_flashcute.kernels.config import FwdConfig, busy_producer, round_up, shares_boxes
+from jax_flashcute.kernels.config.memory import round_up
+from jax_flashcute.kernels.config.pages import shares_boxes
+from jax_flashcute.kernels.config.sm90 import FwdConfig, busy_producer
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
 from jax_flashcute.kernels.primitives import select
@@ -122,14 +123,12 @@ from jax_flashcute.kernels.sm90.fragments import (
     gemm,
     hide_outside,
     interval_words,
-    lines_of_quads,
     own_bits,
-    rounded_row,
     row_in_slab,
     rows_and_columns,
-    store_lines,
     tiled_mma,
 )
+from jax_flashcute.kernels.sm90.output import SlabOutput, SlabRows
 
 TURN_BARRIER = 1
 TILE_STAGES = 2
@@ -194,8 +193,7 @@ class ForwardSm90(KeyTiles):
             *(config.tile_n, config.kv_stages),
             cluster=config.cluster,
             columns_first=True,
-            shares_boxes=page_size is not None
-            and shares_boxes(config, page_size, head_dim, head_dim_v),
+            shares_boxes=page_size is not None and shares_boxes(page_size, head_dim, head_dim_v),
         )
         self.copying_warps = self.kv_tiles.copying_warps
         # Of warps that load V by TMA.
@@ -221,6 +219,7 @@ class ForwardSm90(KeyTiles):
         # Where a warp's 16 rows are whole tokens, and of O as wide as of Q.
         self.stages_output = self.leads and not (split_kv or self.has_sinks)
         self.stages_output &= self.smem_h == self.smem_hv and 16 % self.heads_packed == 0
+        self.output = SlabOutput(self.dtype, head_dim_v, self.heads_packed, config, self.smem_hv)
 
     def added_terms(self, in_order: bool) -> AddedTerms | None:
         """What scores add, where that is done by a product; None for nothing."""
@@ -253,7 +252,7 @@ class ForwardSm90(KeyTiles):
         mBounds: tuple = (),  # arrays of ``bounds.key_bound_arrays``
         mLists: tuple = (),  # arrays of ``BlockMask.kernel_lists``
         mPacked: tuple = (),  # a mask in bits, (1|B, 1|N, 1|T, words) uint32
-        mGathered: tuple = (),  # arrays of ``config.gathered_shapes``, scratch
+        mGathered: tuple = (),  # arrays of ``config.pages.gathered_shapes``, scratch
     ):
         batch, q_length, kv_length, kv_heads = (
             mQ.shape[0],
@@ -286,8 +285,8 @@ class ForwardSm90(KeyTiles):
             tma_o = cpasync.make_tiled_tma_atom(
                 cpasync.CopyBulkTensorTileS2GOp(),
                 by_head(mO, self.head_dim_v, self.heads_packed),
-                self.warp_rows_layout(),
-                self.warp_box,
+                self.output.warp_rows(),
+                self.output.warp_box,
             )
 
         m_blocks = cute.ceil_div(q_length, self.tile_tokens)
@@ -352,15 +351,6 @@ class ForwardSm90(KeyTiles):
                 stream, (mQOffset, mQLengths, mKVLengths), kv_length, mOPartial, mLSEPartial, mO,
                 mLSE, mSinks,
             )  # fmt: skip
-
-    @property
-    def warp_box(self) -> tuple[int, int, int]:
-        """(heads, tokens, columns) of the rows of O that a warp stores."""
-        return self.heads_packed, 16 // self.heads_packed, self.smem_hv
-
-    def warp_rows_layout(self):
-        """Those rows in a slab, as TMA reads them."""
-        return slab_tma_layout(self.dtype, 64, self.smem_hv, *self.warp_box[:2])
 
     def shared_storage(self):
         cfg = self.config
@@ -893,7 +883,7 @@ class ForwardSm90(KeyTiles):
 
         who = (slab, thread)
 
-        finish = partial(self.finish_rows, softmax, row_scale, lse, mLSE)
+        finish = partial(self.output.finish, softmax, row_scale, lse, mLSE)
 
         if const_expr(self.takes_turns):
             # Warpgroup 0 goes first.
@@ -933,7 +923,7 @@ class ForwardSm90(KeyTiles):
             read_bits, hide_bits = self.packed_step(
                 mPacked, scores, thread, (batch, head, first_token, q_length)
             )
-            of_rows = (batch, head, first_token, queries, q_length, thread)
+            rows = SlabRows(batch, head, first_token, queries, q_length, thread, self.heads_packed)
             softmax.reset()
             pipeline_q.wait(q_stage, q_phase)
             lists = self.lists_of(mLists, fields, counts=fields[6:8])
@@ -981,7 +971,7 @@ class ForwardSm90(KeyTiles):
                 softmax.step(scores, row_scale, True, True, shifts)
                 convert_pairs(acc_S, rP)
                 if const_expr(self.stages_output):
-                    self.release_sent(pipeline_q, q_stage ^ 1, warps)
+                    self.output.release_sent(pipeline_q, q_stage ^ 1, warps)
 
                 accumulate = Boolean(False)
                 stretches = self.stretches(fields, lists, kv_length)
@@ -1039,14 +1029,14 @@ class ForwardSm90(KeyTiles):
                 pipeline_v.wait(v_stage, v_phase)
                 gemm(mma_pv, acc_O, tOrP, tOrV[None, None, None, v_stage], accumulate)
                 if const_expr(self.stages_output):
-                    finish(*of_rows)
+                    finish(rows)
                 warpgroup.wait_group(0)
                 pipeline_v.release(v_stage, warps)
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
             else:
                 acc_O.fill(0.0)
                 if const_expr(self.stages_output):
-                    finish(*of_rows)
+                    finish(rows)
                 if const_expr(self.leads):
                     # A phase for each tile of work, as of Q: none can be two ahead of another.
                     if slab == 0:
@@ -1055,7 +1045,7 @@ class ForwardSm90(KeyTiles):
                     else:
                         cute.arch.mbarrier_wait(lead_barrier + q_stage, q_phase)
                 if const_expr(self.stages_output):
-                    self.release_sent(pipeline_q, q_stage ^ 1, warps)
+                    self.output.release_sent(pipeline_q, q_stage ^ 1, warps)
                 else:
                     pipeline_q.release(q_stage, warps)
 
@@ -1063,10 +1053,10 @@ class ForwardSm90(KeyTiles):
             q_stage, q_phase = pipeline_q.advance(q_stage, q_phase)
 
             if const_expr(self.stages_output):
-                tile = (m_block, head, batch)
-                valid = queries if const_expr(has_query_lengths) else None
-                self.stage_output(acc_O, row_scale, mma_pv, sQ, own_stage, tile, valid, who)
-                self.send_output(*o_copy, sQ, own_stage, tile, slab)
+                own_slab = own_stage * cfg.warpgroups + slab
+                target = (m_block * cfg.warpgroups + slab, head, batch)
+                self.output.stage(acc_O, row_scale, mma_pv, sQ, own_slab, rows, has_query_lengths)
+                self.output.send(*o_copy, sQ, own_slab, target)
             else:
                 # Rows at or beyond the query length are as good as empty.
                 sinks = None
@@ -1077,15 +1067,15 @@ class ForwardSm90(KeyTiles):
                         is_whole = fields[self.own_field + 1] == 1
                         sinks = [select(is_whole, sink, Float32(-Float32.inf)) for sink in sinks]
                 softmax.finish(row_scale, lse, sinks)
-                rows = (out, row_scale, lse)
+                found = (out, row_scale, lse)
                 if const_expr(self.split_kv):
                     split, splits = fields[self.own_field :]
                     if splits > 1:
-                        self.store_partial(*rows, mOPartial, mLSEPartial, split, *of_rows)
+                        self.output.store_part(*found, mOPartial, mLSEPartial, split, rows)
                     else:
-                        self.store_slab(*rows, mO, mLSE, *of_rows)
+                        self.output.store(*found, mO, mLSE, rows)
                 else:
-                    self.store_slab(*rows, mO, mLSE, *of_rows)
+                    self.output.store(*found, mO, mLSE, rows)
 
             fields = self.take_work(work, pipeline_tile, t_stage, t_phase, warps)
         if const_expr(self.stages_output):
@@ -1290,176 +1280,3 @@ class ForwardSm90(KeyTiles):
             following = slab + 1
             following = Int32(0) if following == self.config.warpgroups else following
             cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + following, number_of_threads=256)
-
-    @cute.jit
-    def store_slab(
-        self,
-        out: cute.Tensor,
-        row_scale: cute.Tensor,
-        lse: cute.Tensor,
-        mO: cute.Tensor,
-        mLSE: cute.Tensor,
-        batch: Int32,
-        head: Int32,
-        first_token: Int32,
-        queries: Int32,
-        q_length: Int32,
-        thread: Int32,
-    ):
-        """Stores a slab's rows of O and LSE."""
-        for r in cutlass.range_constexpr(ROWS_PER_THREAD):
-            row = row_in_slab(thread, r)
-            token = first_token + row // self.heads_packed
-            is_valid = token < queries
-            words = rounded_row(out, r, row_scale[r], self.dtype)
-            words = [select(is_valid, word, Uint32(0)) for word in words]
-            lines = lines_of_quads(words, thread)
-            in_slab = row < self.slab_tokens * self.heads_packed
-            if in_slab and token < q_length:
-                q_head = head * self.heads_packed + row % self.heads_packed
-                if thread % 4 == 0:
-                    mLSE[batch, token, q_head] = lse[r] if is_valid else -Float32.inf
-                start = cute.crd2idx((batch, token, q_head, 0), mO.layout)
-                store_lines(lines, mO.iterator + start, self.head_dim_v, thread)
-
-    def finish_rows(
-        self,
-        softmax: OnlineSoftmax,
-        row_scale: cute.Tensor,
-        lse: cute.Tensor,
-        mLSE: cute.Tensor,
-        batch: Int32,
-        head: Int32,
-        first_token: Int32,
-        queries: Int32,
-        q_length: Int32,
-        thread: Int32,
-    ) -> None:
-        """The last factor of a slab's rows of O, and their LSE, stored.
-
-        Without branches, ahead of which the compiler would wait for the product that this runs
-        beside.
-        """
-        softmax.finish(row_scale, lse)
-        for r in range(ROWS_PER_THREAD):
-            token = first_token + row_in_slab(thread, r) // self.heads_packed
-            row = (batch, token, self.query_head(head, thread, r))
-            target = mLSE.iterator + cute.crd2idx(row, mLSE.layout)
-            value = select(token < queries, lse[r], Float32(-Float32.inf))
-            cute.arch.inline_ptx(
-                "st.global.f32 [{$r0}], {$r1};",
-                read_only_args=[target.toint(), value],
-                predicate=(thread % 4 == 0) & (token < q_length),
-            )
-
-    def stage_output(
-        self,
-        acc_O: cute.Tensor,
-        row_scale: cute.Tensor,
-        mma: cute.TiledMma,
-        sQ: cute.Tensor,
-        stage: Int32,
-        tile: tuple,
-        queries: Int32 | None,
-        who: tuple,
-    ) -> None:
-        """Leaves a slab's rows of O in shared memory, each warp where its own queries were.
-
-        ``tile``: (m_block, head, batch); ``queries``: how many are valid, None for all.
-        """
-        slab, thread = who
-        index = tile[0] * self.config.warpgroups + slab
-        out, rounded = rows_and_columns(acc_O), cute.make_rmem_tensor(acc_O.layout, self.dtype)
-        words = cute.recast_tensor(rounded, Uint32)
-        for r in range(ROWS_PER_THREAD):
-            row = rounded_row(out, r, row_scale[r], self.dtype)
-            if queries is not None:
-                token = index * self.slab_tokens + row_in_slab(thread, r) // self.heads_packed
-                row = [select(token < queries, word, Uint32(0)) for word in row]
-            for j, word in enumerate(row):
-                words[ROWS_PER_THREAD * j + r] = word
-        copy = cute.make_tiled_copy_C(
-            cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), mma
-        ).get_slice(thread)
-        target = copy.partition_D(sQ)[None, None, None, stage * self.config.warpgroups + slab]
-        cute.copy(copy, copy.retile(rounded), target)
-
-    @cute.jit
-    def send_output(
-        self,
-        tma_o: cute.CopyAtom,
-        gO: cute.Tensor,
-        sQ: cute.Tensor,
-        stage: Int32,
-        tile: tuple,
-        slab: Int32,
-    ):
-        """Begins to store what ``stage_output`` left; each warp its own rows."""
-        m_block, head, batch = tile
-        warps = 4
-        warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % warps
-        part = self.warp_rows_layout()
-        rows = 16 * swizzle_width(self.dtype, self.smem_hv)
-        slabs = self.config.warpgroups * self.config.q_stages
-        sO = cute.make_tensor(
-            sQ.iterator,
-            cute.append(
-                part.outer, cute.make_layout((warps, slabs), stride=(rows, 64 * self.smem_hv))
-            ),
-        )  # (heads, tokens, columns, (warps, slabs))
-        gO_part = cute.local_tile(
-            gO[None, None, None, head, batch], self.warp_box, (0, None, 0)
-        )  # (heads, tokens, columns, parts)
-        tOsO, tOgO = tma_partition(tma_o, sO, gO_part)
-        source = tOsO[None, (warp_index, stage * self.config.warpgroups + slab)]
-        target = tOgO[None, (m_block * self.config.warpgroups + slab) * warps + warp_index]
-        # TMA reads what the threads have written.
-        cute.arch.fence_view_async_shared()
-        cute.arch.sync_warp()
-        cute.copy(tma_o, source, target)
-        cute.arch.cp_async_bulk_commit_group()
-
-    def release_sent(self, pipeline_q: TmaPipeline, stage: Int32, warps: int) -> None:
-        """Gives back a query tile from where O has left."""
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
-        pipeline_q.release(stage, warps, lanes_read=True)
-
-    @cute.jit
-    def store_partial(
-        self,
-        out: cute.Tensor,
-        row_scale: cute.Tensor,
-        lse: cute.Tensor,
-        mOPartial: cute.Tensor,
-        mLSEPartial: cute.Tensor,
-        split: Int32,
-        batch: Int32,
-        head: Int32,
-        first_token: Int32,
-        queries: Int32,
-        q_length: Int32,
-        thread: Int32,
-    ):
-        """Stores a slab's rows of one part in float32, each normalised by its own LSE.
-
-        O of a row whose LSE is -inf is never read, so what a padded row holds there is no matter.
-        """
-        for r in cutlass.range_constexpr(ROWS_PER_THREAD):
-            row = row_in_slab(thread, r)
-            token = first_token + row // self.heads_packed
-            in_slab = row < self.slab_tokens * self.heads_packed
-            if in_slab and token < q_length:
-                q_head = head * self.heads_packed + row % self.heads_packed
-                if thread % 4 == 0:
-                    is_valid = token < queries
-                    mLSEPartial[split, batch, token, q_head] = lse[r] if is_valid else -Float32.inf
-                start = cute.crd2idx((split, batch, token, q_head, 0), mOPartial.layout)
-                for j in cutlass.range_constexpr(self.head_dim_v // 8):
-                    target = cute.make_tensor(
-                        (mOPartial.iterator + (start + 8 * j + 2 * (thread % 4))).align(8),
-                        cute.make_layout(2),
-                    )
-                    pair = cute.make_rmem_tensor(2, Float32)
-                    for i in cutlass.range_constexpr(2):
-                        pair[i] = out[r, 2 * j + i] * row_scale[r]
-                    cute.autovec_copy(pair, target)

@@ -1,0 +1,1 @@
+"""How kernels are tiled, by architecture and head_dims."""
