@@ -4,7 +4,7 @@ A pass is ``fwd`` or ``bwd``; the backward pass is the gradient of all three inp
 saved residuals.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -40,7 +40,8 @@ class Case:
     """One attention call: query (B, T, N, H), key (B, S, K, H), value (B, S, K, Hv).
 
     ``kv_lengths``: keys of each batch entry, where they differ; ``page_size``: keys and values lie
-    in pages of so many, in random order.  A causal mask aligns queries and keys at their ends.
+    in pages of so many, in random order unless ``in_order``.  A causal mask aligns queries and keys
+    at their ends.
     """
 
     name: str
@@ -55,13 +56,16 @@ class Case:
     dtype: str = "bfloat16"
     kv_lengths: tuple[int, ...] | None = None
     page_size: int | None = None
+    in_order: bool = False
 
     def page_table(self) -> np.ndarray:
         """(B, pages of an entry) int32: every page of the batch once."""
         if self.page_size is None:
             raise ValueError(f"{self.name} has no pages")
         pages = self.seqlen_k // self.page_size
-        order = np.random.default_rng(0).permutation(self.batch * pages)
+        order = np.arange(self.batch * pages)
+        if not self.in_order:
+            order = np.random.default_rng(0).permutation(order)
         return order.reshape(self.batch, pages).astype(np.int32)
 
     @property
@@ -108,6 +112,7 @@ class Case:
         mask = "causal" if self.causal else "full"
         mask += " skewed" if self.kv_lengths else ""
         mask += f" pages of {self.page_size}" if self.page_size else ""
+        mask += " in order" if self.in_order else ""
         mask += "" if self.kept is None else f" {self.kept:.0%} of tiles"
         mask += "" if self.documents is None else f" {len(self.documents)} documents"
         mask += " lists" if self.name == BUILDING else ""
@@ -247,6 +252,11 @@ PAGED = tuple(
     for page_size in (None, *PAGE_SIZES)
 )
 
+# The same decode from pages that follow each other in memory: what is left of the price of pages
+# is the kernel's, and what goes is that of reading memory in random pieces.
+PAGED_ORDER = tuple(case for case in PAGED if case.seqlen_q == 1)
+PAGED_ORDER += tuple(replace(case, in_order=True) for case in PAGED_ORDER if case.page_size)
+
 # From 4K to 1M tokens; the dense forward beside it is a case of its own, of the same lengths.
 NSA = tuple(
     square(name, 128, 1, 2**log2, 32, 8, causal=True)
@@ -294,6 +304,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "dense": DENSE,
     "decode": DECODE,
     "paged": PAGED,
+    "paged_order": PAGED_ORDER,
     "nsa": NSA,
     "nsa_group_16": NSA_GROUP_16,
     "sparse": SPARSE,

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ def test_flops_follow_the_convention() -> None:
     prefill = Case("paged8", 4, 2048, 8192, 32, 8, 128, 128, causal=True, page_size=8)
     assert prefill.flops("fwd") == 4 * 4 * 32 * 2048 * (8192 - 1024) * 128
     assert sorted(prefill.page_table().ravel()) == list(range(4 * 1024))
+    assert list(replace(prefill, in_order=True).page_table().ravel()) == list(range(4 * 1024))
 
 
 def test_decode_counts_bytes() -> None:
