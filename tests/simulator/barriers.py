@@ -3,15 +3,8 @@
 import numpy as np
 
 from . import registers as R
-from .machine import (
-    BLOCK,
-    SPLIT,
-    YIELD,
-    Mbarrier,
-    MbarrierWait,
-    NamedBarrier,
-    RegisterWait,
-)
+from .block import Mbarrier, MbarrierWait, NamedBarrier, RegisterWait
+from .machine import BLOCK, SPLIT, YIELD
 from .memory_access import (
     addresses,
     check_shared,
@@ -40,8 +33,7 @@ def _bar(asm, st):
         operation = next(p for p in parts if p in ("popc", "and", "or"))
         kind = "u32" if operation == "popc" else "pred"
         out = asm.destination(operands.pop(0), kind)
-        negate = operands[-1].startswith("!")
-        vote = asm.source(operands.pop().lstrip("!"), "pred")
+        negate, vote = asm.predicate(operands.pop())
     index = asm.source(operands[0], "u32")
     count = asm.source(operands[1], "u32") if len(operands) > 1 else None
     aligned = parts[0] == "bar" or "aligned" in parts

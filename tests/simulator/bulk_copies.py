@@ -8,21 +8,14 @@ that.  Ordering is checked at issue, with the clocks of that moment.
 import functools
 import re
 
-import ml_dtypes
 import numpy as np
 
 from . import barriers
 from .memory_access import addresses, check_shared, shared_target, use_global
+from .number_types import dtype_of
 from .program import PARAMETER_WINDOW, FormError, effect, instruction, integer
 from .tensor_map import TensorMap, decode
 from .trace import source as trace_source
-
-_REDUCTIONS = {
-    "f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32),
-    "f64": np.dtype(np.float64), "u32": np.dtype(np.uint32), "s32": np.dtype(np.int32),
-    "u64": np.dtype(np.uint64), "s64": np.dtype(np.int64), "b32": np.dtype(np.uint32),
-    "b64": np.dtype(np.uint64),
-}  # fmt: skip
 
 
 class BulkGroups:
@@ -374,7 +367,7 @@ def _bulk_copy(asm, st, reduction):
     length = asm.source(st.operands[2], "u32")
     signals = any(p.startswith("mbarrier") for p in parts)
     barrier = _scalar(asm, st.operands[3]) if signals else None
-    dtype = _REDUCTIONS[parts[-1]] if reduction else np.dtype(np.uint8)
+    dtype = dtype_of(parts[-1]) if reduction else np.dtype(np.uint8)
 
     def run(block, g, m):
         for t in _threads(g, m):

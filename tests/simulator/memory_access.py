@@ -2,10 +2,10 @@
 
 import re
 
-import ml_dtypes
 import numpy as np
 
 from . import registers as R
+from .number_types import UNSIGNED, dtype_of, elements, width_of
 from .program import (
     CLUSTER_SHIFT,
     CONSTANT_WINDOW,
@@ -19,8 +19,6 @@ from .program import (
     put,
 )
 
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 _SPACES = ("global", "shared", "local", "param", "const")
 
 
@@ -168,7 +166,7 @@ def _generic_space(block, a, statement):
 
 def load(block, g, m, space, a, dtype, count, statement, pc):
     """Elements (n, count) of ``dtype`` at addresses (n,) of a space."""
-    width = np.dtype(dtype).itemsize
+    width = dtype.itemsize
     size = width * count
     if space == "generic":
         space, a = _generic_space(block, a, statement)
@@ -212,7 +210,7 @@ def _local_index(block, g, m, a, width, count):
 
 
 def _local(block, g, m, a, dtype, count):
-    width = np.dtype(dtype).itemsize
+    width = dtype.itemsize
     flat = block.local.reshape(-1).view(dtype)
     return flat[_local_index(block, g, m, a, width, count)]
 
@@ -274,15 +272,15 @@ def _ld(asm, st):
     kind = st.parts[-1]
     count = _vector_count(st.parts)
     space, _ = space_of(st.parts[1:])
-    width = int(kind.lstrip("bfus")) // 8
+    width = width_of(kind)
     names = asm.vector(st.operands[0])
     if len(names) != count:
         raise FormError("vector of another length")
-    if width == 16:
+    if width == 128:
         raise FormError("128-bit elements")
     outs = [None if n == "_" else asm.register_row(n, write=True) for n in names]
     signed = kind[0] == "s"
-    dtype = (_SIGNED if signed else _UNSIGNED)[width]
+    dtype = dtype_of(kind) if signed else np.dtype(UNSIGNED[width])
     if space == "param":
         found = re.match(r"^\[\s*([\w$]+)\s*(?:\+\s*(\d+))?\s*\]$", st.operands[1])
         if found and found[1] in asm.kernel.parameters:
@@ -292,8 +290,8 @@ def _ld(asm, st):
                 data = block.parameters.view(dtype)
                 for i, out in enumerate(outs):
                     if out:
-                        value = data[offset // width + i]
-                        put(g.v[out[0]][out[1]], _extend(value, out[0], signed), m)
+                        value = data[offset // dtype.itemsize + i]
+                        put(g.v[out[0]][out[1]], R.extended(value, out[0], signed=signed), m)
 
             return effect(load_parameter)
     address = addresses(asm, st.operands[1])
@@ -303,21 +301,13 @@ def _ld(asm, st):
         for i, out in enumerate(outs):
             if out:
                 row = g.v[out[0]][out[1]]
-                value = _extend(values[:, i], out[0], signed)
+                value = R.extended(values[:, i], out[0], signed=signed)
                 if m is None:
                     row[...] = value
                 else:
                     row[m] = value
 
     return effect(run)
-
-
-def _extend(value, view, signed):
-    """Extend a loaded value to its register's width."""
-    unsigned = {R.U16: np.uint16, R.U32: np.uint32, R.U64: np.uint64, R.P: np.bool_}[view]
-    if not signed:
-        return value.astype(unsigned)
-    return value.astype({R.U16: np.int16, R.U32: np.int32, R.U64: np.int64}[view]).view(unsigned)
 
 
 @instruction("st")
@@ -327,22 +317,21 @@ def _st(asm, st):
     kind = st.parts[-1]
     count = _vector_count(st.parts)
     space, _ = space_of(st.parts[1:])
-    width = int(kind.lstrip("bfus")) // 8
+    width = width_of(kind)
     names = asm.vector(st.operands[1])
     if len(names) != count:
         raise FormError("vector of another length")
-    dtype = _UNSIGNED[width]
     rows = []
     for name in names:
         if asm.statement.register(name):
             rows.append(asm.register_row(name, read=True))
         else:
-            rows.append(asm.source(name, "b16" if width == 1 else f"b{8 * width}"))
+            rows.append(asm.source(name, f"b{width}"))
     address = addresses(asm, st.operands[0])
 
     def run(block, g, m):
         a = address(g, m)
-        values = np.empty((len(a), count), dtype)
+        values = np.empty((len(a), count), UNSIGNED[width])
         for i, (view, row) in enumerate(rows):
             column = g.v[view][row]
             values[:, i] = column if m is None else column[m]
@@ -381,13 +370,6 @@ def _combine(operation, kind):
     raise FormError(f"atomic {operation}")
 
 
-_ATOMIC_TYPES = {
-    "f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32),
-    "f64": np.dtype(np.float64), "f16x2": np.dtype(np.float16),
-    "bf16x2": np.dtype(ml_dtypes.bfloat16),
-}  # fmt: skip
-
-
 @instruction("atom", "red")
 def _atomic(asm, st):
     parts, kind = st.parts, st.parts[-1]
@@ -402,13 +384,8 @@ def _atomic(asm, st):
     returns = parts[0] == "atom"
     operands = st.operands[1:] if returns else st.operands
     address = addresses(asm, operands[0])
-    packed = kind.endswith("x2")
-    if kind in _ATOMIC_TYPES:
-        dtype = _ATOMIC_TYPES[kind]
-    else:
-        width = int(kind.lstrip("bfus")) // 8
-        dtype = np.dtype((_SIGNED if kind[0] == "s" else _UNSIGNED)[width])
-    lanes = 2 if packed else 1  # elements in a register
+    dtype = dtype_of(kind)
+    _, lanes = elements(kind)
 
     def rows_of(text):
         rows = []
@@ -489,7 +466,7 @@ def _atomic(asm, st):
                     continue
                 piece = np.ascontiguousarray(old[:, i * lanes : (i + 1) * lanes])
                 row = g.v[out[0]][out[1]]
-                value = piece.view(_UNSIGNED[dtype.itemsize * lanes])[:, 0]
+                value = piece.view(UNSIGNED[8 * dtype.itemsize * lanes])[:, 0]
                 if m is None:
                     row[...] = value
                 else:
@@ -584,12 +561,7 @@ def _createpolicy(asm, st):
 def _mapa(asm, st):
     """mapa: the address in another block's shared memory that corresponds to one's own."""
     kind = st.parts[-1]
-    text = st.operands[1]
-    if asm.statement.register(text) is None:
-        value = asm.symbol(text)
-        source = (R.VIEW[kind], asm.constant_row(R.VIEW_CLASS[R.VIEW[kind]], value, value))
-    else:
-        source = asm.source(text, kind)
+    source = asm.source(st.operands[1], kind)
     rank = asm.source(st.operands[2], "u32")
     out = asm.destination(st.operands[0], kind)
 

@@ -65,18 +65,28 @@ class Run:
     first: int
 
 
-_INSTRUCTIONS: dict[str, Callable] = {}
+_INSTRUCTIONS: dict[str, list[tuple[Callable[[str], bool] | None, Callable]]] = {}
 
 
-def instruction(*names):
-    """Register the compiler of the opcodes whose first part is one of ``names``."""
+def instruction(*names, types: Callable[[str], bool] | None = None):
+    """Register the compiler of the opcodes whose first part is one of ``names``.
+
+    ``types`` says of their last part whether they are meant: integers and floats share names.
+    """
 
     def add(function):
         for name in names:
-            _INSTRUCTIONS[name] = function
+            _INSTRUCTIONS.setdefault(name, []).append((types, function))
         return function
 
     return add
+
+
+def _compiler(parts: list[str]) -> Callable:
+    for types, compiler in _INSTRUCTIONS.get(parts[0], ()):
+        if types is None or types(parts[-1]):
+            return compiler
+    raise FormError("unknown opcode")
 
 
 def effect(function, *, converge: bool = False):
@@ -283,6 +293,14 @@ class Program:
             return R.U64, register.index, offset
         raise FormError(f"address in {base}")
 
+    def predicate(self, text: str) -> tuple[bool, tuple[int, int]]:
+        """(negated, (view, row)) of a source predicate, ``p`` or ``!p``."""
+        return text.startswith("!"), self.source(text.lstrip("!"), "pred")
+
+    def pair(self, text: str) -> list[str]:
+        """The destinations of ``d|p``, or the operand itself."""
+        return [part.strip() for part in text.split("|")]
+
     def vector(self, text: str) -> list[str]:
         """The elements of ``{a, b}``, or the operand itself."""
         if text.startswith("{"):
@@ -315,10 +333,7 @@ class Program:
                 return Operation(
                     BRANCH_TABLE, index, statement, guard, self._reads, 0, targets=targets
                 )
-            compiler = _INSTRUCTIONS.get(name)
-            if compiler is None:
-                raise FormError("unknown opcode")
-            function = compiler(self, statement)
+            function = _compiler(statement.parts)(self, statement)
         except FormError as error:
             raise PtxError(f"{statement.where()}: {error}") from None
         except (KeyError, IndexError, ValueError) as error:

@@ -24,10 +24,17 @@ VIEW = {
     "b64": U64, "u64": U64, "s64": S64, "f64": F64, "f32x2": U64,
     "b8": U16, "u8": U16, "s8": S16,
 }  # fmt: skip
+_SIGNED = {U16: S16, U32: S32, U64: S64}
 DTYPE = {name: np.dtype(_DTYPES[view]) for name, view in VIEW.items()}
 VIEW_CLASS = {view: kind for kind, views in _CLASS_VIEWS.items() for view in views}
 
 Frame = list
+
+
+def extended(values, view: int, *, signed: bool):
+    """Values of a type as narrow as a register or narrower, extended to its unsigned view."""
+    raw = _DTYPES[view]
+    return values.astype(_DTYPES[_SIGNED[view]]).view(raw) if signed else values.astype(raw)
 
 
 class RegisterFile:

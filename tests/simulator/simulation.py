@@ -6,10 +6,15 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from . import (  # noqa: F401  (each registers its instructions)
-    arithmetic,
     barriers,
+    bit_operations,
     bulk_copies,
+    comparisons,
+    conversions,
+    float_arithmetic,
+    integer_arithmetic,
     memory_access,
+    moves,
     tensor_memory,
     warp_operations,
     warpgroup_mma,

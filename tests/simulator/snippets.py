@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 
 from .findings import FindingLog, SimulationError
 from .memory import GlobalMemory
@@ -94,6 +95,35 @@ def execute(
         block.data[: array.nbytes].copy().view(array.dtype).reshape(array.shape)
         for block, array in zip(held, arrays, strict=True)
     ]
+
+
+LANES = np.arange(32)
+MBARRIER = """
+  mov.u32 %r1, smem;
+  setp.eq.u32 %p7, %tid, 0;
+  @%p7 mbarrier.init.shared.b64 [%r1], {count};
+  @%p7 fence.mbarrier_init.release.cluster;
+  bar.sync 0;
+"""
+"""Initialises the one at the start of shared memory, ``%r1``; ``%p7`` is the first thread's."""
+STORE_WORD = """
+  mul.wide.u32 %rd60, %tid, 4;
+  add.s64 %rd60, %rd60, %a0;
+  st.global.b32 [%rd60], %r0;
+"""
+
+
+def per_thread(body: str, *arrays: np.ndarray, threads: int = 32, **how) -> np.ndarray:
+    """Run ``body``, which leaves a word in %r0, and return it for every thread."""
+    words = np.zeros(threads, np.uint32)
+    return execute(body + STORE_WORD, words, *arrays, threads=threads, **how)[0]
+
+
+def findings(body: str, *arrays: np.ndarray, **how) -> list[str]:
+    """The kinds of finding that a program raises."""
+    with pytest.raises(SimulationError) as raised:
+        execute(body, *arrays, **how)
+    return [f.kind for f in raised.value.findings]
 
 
 _PREFIX = {1: "%h", 2: "%h", 4: "%r", 8: "%rd"}

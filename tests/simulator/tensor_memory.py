@@ -9,25 +9,25 @@ cell for each 32 lanes of a column.
 
 import re
 
-import ml_dtypes
 import numpy as np
 
 from . import barriers
 from .memory_access import addresses, check_shared, shared_target
+from .number_types import FLOATS, raw_dtype
 from .ordering import ALWAYS, TENSOR_ACCESSES
 from .program import SHARED_BASE, FormError, effect, instruction
-from .warpgroup_mma import operand_addresses, to_single
+from .warpgroup_mma import DEPTH_BYTES, as_operand, operand_addresses
 
 LANES, COLUMNS = 128, 512
 _POISON = np.uint32(0x7FF5CACE)
 # Descriptor field "swizzle mode".
 _SWIZZLE = {0: 0, 2: 128, 4: 64, 6: 32}
+# Instruction descriptor fields "atype" and "btype".
 _FORMATS = {
-    "f16": {0: np.dtype(np.float16), 1: np.dtype(ml_dtypes.bfloat16)},
-    "tf32": {2: np.dtype(np.float32)},
-    "f8f6f4": {0: np.dtype(ml_dtypes.float8_e4m3fn), 1: np.dtype(ml_dtypes.float8_e5m2)},
+    "f16": {0: FLOATS["f16"], 1: FLOATS["bf16"]},
+    "tf32": {2: FLOATS["tf32"]},
+    "f8f6f4": {0: FLOATS["e4m3"], 1: FLOATS["e5m2"]},
 }
-_DEPTH = {"f16": 16, "tf32": 8, "f8f6f4": 32}
 
 
 class TensorMemory:
@@ -341,7 +341,6 @@ def _mma(asm, st):
     if len(rest) != 1:
         raise FormError("tcgen05.mma with a scale")
     enable = asm.source(rest[0], "pred")
-    depth = _DEPTH[kind]
 
     def run(block, g, m):
         threads = np.flatnonzero(g.active() if m is None else m).tolist()
@@ -352,7 +351,7 @@ def _mma(asm, st):
             bits = value(form)
             shape = ((bits >> 24 & 31) * 16, (bits >> 17 & 63) * 8)
             _issue(
-                block, g, t, kind, blocks, depth, shape, bits,
+                block, g, t, kind, blocks, shape, bits,
                 value(d[:2]) + d[2],
                 value(a[:2]) + a[2] if from_tensor else value(a), from_tensor, value(b),
                 bool(value(enable)), st,
@@ -361,9 +360,7 @@ def _mma(asm, st):
     return effect(run)
 
 
-def _issue(
-    block, g, t, kind, blocks, depth, shape, bits, d, a, from_tensor, b, adds, st
-):  # fmt: skip
+def _issue(block, g, t, kind, blocks, shape, bits, d, a, from_tensor, b, adds, st):
     machine = block.machine
     rows, columns = shape
     if (bits >> 4 & 3) != 1 or bits >> 13 & 3:
@@ -378,6 +375,7 @@ def _issue(
         )
     group = _group(block, blocks, st)
     column = d & 0xFFFF
+    depth = DEPTH_BYTES // a_type.itemsize
     held = rows // blocks
     if held == 64 and from_tensor:
         raise FormError("tcgen05.mma of a pair with M = 128 and A in tensor memory")
@@ -396,9 +394,8 @@ def _issue(
         )
         b_matrix = _Shared(member, b_fields, b_type, st)
         if from_tensor:
-            per = 4 // a_type.itemsize
-            _check_columns(member, memory, a & 0xFFFF, depth // per, st)
-            a_matrix = _Tensor(memory, a & 0xFFFF, depth // per, a_type)
+            _check_columns(member, memory, a & 0xFFFF, DEPTH_BYTES // 4, st)
+            a_matrix = _Tensor(memory, a & 0xFFFF, DEPTH_BYTES // 4, a_type)
         else:
             fields = (*_descriptor(a), held, depth, a_type.itemsize, bool(bits >> 15 & 1))
             a_matrix = _Shared(member, fields, a_type, st)
@@ -460,11 +457,10 @@ class _Shared:
         self.cells = np.unique(where >> 2) + block.cell_base
 
     def bits(self):
-        raw = {1: np.uint8, 2: np.uint16, 4: np.uint32}[self.dtype.itemsize]
-        return self.block.shared.view(raw)[self.index]
+        return self.block.shared.view(raw_dtype(self.dtype))[self.index]
 
     def read(self):
-        return to_single(self.bits(), self.dtype)
+        return as_operand(self.bits(), self.dtype)
 
 
 class _Tensor:
@@ -474,8 +470,7 @@ class _Tensor:
 
     def read(self):
         words = np.ascontiguousarray(self.memory.data[:, self.column : self.column + self.columns])
-        raw = {1: np.uint8, 2: np.uint16, 4: np.uint32}[self.dtype.itemsize]
-        return to_single(words.view(raw), self.dtype)
+        return as_operand(words.view(raw_dtype(self.dtype)), self.dtype)
 
 
 # ---- copies from shared memory

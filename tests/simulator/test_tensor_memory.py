@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tests.simulator import SimulationError
+from tests.simulator.operands import core_matrices
 from tests.simulator.snippets import execute
 
 BF16 = ml_dtypes.bfloat16
@@ -70,12 +71,6 @@ STEPS = {
     "fence": "tcgen05.fence::after_thread_sync;",
     "dealloc": "@%p6 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r10, 64;",
 }
-
-
-def core_matrices(x):
-    """Rows x 16 of bf16 as 8x8 core matrices, the two along K next to each other."""
-    rows = x.shape[0]
-    return np.ascontiguousarray(x.reshape(rows // 8, 8, 2, 8).swapaxes(1, 2)).reshape(-1)
 
 
 def product(timing="late", **changes):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from tests.simulator import SimulationError
+from tests.simulator.operands import core_matrices
 from tests.simulator.ptx import PtxError
 from tests.simulator.snippets import execute
-from tests.simulator.test_tensor_memory import HIGH, core_matrices
+from tests.simulator.test_tensor_memory import HIGH
 
 BF16 = ml_dtypes.bfloat16
 ROWS = 128

@@ -17,7 +17,7 @@ def _member_mask(asm, text):
 def _shfl(asm, st):
     """shfl.sync: PTX ISA "shfl.sync"; c packs a clamp value and a segment mask."""
     mode = st.parts[2]
-    names = [x.strip() for x in st.operands[0].split("|")]
+    names = asm.pair(st.operands[0])
     out = asm.destination(names[0], "b32")
     valid = asm.destination(names[1], "pred") if len(names) > 1 else None
     value, lane_operand, packed = (asm.source(x, "b32") for x in st.operands[1:4])
@@ -61,7 +61,7 @@ def _shfl(asm, st):
 
 @instruction("elect")
 def _elect(asm, st):
-    names = [x.strip() for x in st.operands[0].split("|")]
+    names = asm.pair(st.operands[0])
     lane_out = asm.destination(names[0], "b32")
     leader_out = asm.destination(names[1], "pred")
 
@@ -86,9 +86,7 @@ def _elect(asm, st):
 def _vote(asm, st):
     mode = next(p for p in st.parts if p in ("all", "any", "uni", "ballot"))
     out = asm.destination(st.operands[0], "b32" if mode == "ballot" else "pred")
-    text = st.operands[1]
-    negate = text.startswith("!")
-    source = asm.source(text.lstrip("!"), "pred")
+    negate, source = asm.predicate(st.operands[1])
 
     def run(block, g, m):
         active = _warps(g.active() if m is None else m, g)
@@ -109,7 +107,7 @@ def _vote(asm, st):
 @instruction("match")
 def _match(asm, st):
     mode, kind = st.parts[1], st.parts[-1]
-    names = [x.strip() for x in st.operands[0].split("|")]
+    names = asm.pair(st.operands[0])
     out = asm.destination(names[0], "b32")
     every = asm.destination(names[1], "pred") if len(names) > 1 else None
     source = asm.source(st.operands[1], kind)

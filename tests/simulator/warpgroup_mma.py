@@ -8,19 +8,17 @@ shared memory are read at the latest moment the program allows, or at issue, as 
 import functools
 import re
 
-import ml_dtypes
 import numpy as np
 
 from . import registers as R
 from .machine import SPLIT
 from .memory_access import uniform
+from .number_types import FLOATS, raw_dtype, to_single
 from .program import SHARED_BASE, FormError, effect, instruction, integer
 
-_OPERANDS = {
-    "f16": (np.dtype(np.float16), 16), "bf16": (np.dtype(ml_dtypes.bfloat16), 16),
-    "tf32": (np.dtype(np.float32), 8), "e4m3": (np.dtype(ml_dtypes.float8_e4m3fn), 32),
-    "e5m2": (np.dtype(ml_dtypes.float8_e5m2), 32),
-}  # fmt: skip
+DEPTH_BYTES = 32
+"""Of a row of an operand that one instruction takes."""
+_OPERANDS = ("f16", "bf16", "tf32", "e4m3", "e5m2")
 # Descriptor field "layout type": 0 none, 1 128-byte, 2 64-byte, 3 32-byte swizzle.
 _SWIZZLE = {0: 0, 1: 128, 2: 64, 3: 32}
 _POISON = np.uint32(0x7FF5CACE)  # a NaN
@@ -76,19 +74,15 @@ class SharedOperand:
         self.index, self.cells, self.by_warp, self.low, self.high = _operand_index(*fields)
 
     def read(self) -> np.ndarray:
-        return to_single(self.block.shared.view(_RAW[self.dtype.itemsize])[self.index], self.dtype)
+        raw = self.block.shared.view(raw_dtype(self.dtype))
+        return as_operand(raw[self.index], self.dtype)
 
 
-_RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32}
-
-
-def to_single(raw, dtype) -> np.ndarray:
+def as_operand(raw, dtype) -> np.ndarray:
     """Raw matrix elements as float32."""
-    if dtype == ml_dtypes.bfloat16:
-        return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if dtype.itemsize == 4:  # tf32: the low 13 bits are ignored
         return (raw & np.uint32(0xFFFFE000)).view(np.float32)
-    return raw.view(dtype).astype(np.float32)
+    return to_single(raw, dtype)
 
 
 def hopper_descriptor(value: int):
@@ -169,9 +163,9 @@ def _a_fragment(raw, dtype) -> np.ndarray:
     lanes = raw.shape[1]
     per = 4 // dtype.itemsize
     x = np.ascontiguousarray(raw.reshape(2, 2, lanes // 32, 8, 4, 1))  # k half, row half
-    x = x.view(_RAW[dtype.itemsize]).reshape(2, 2, lanes // 32, 8, 4, per)
+    x = x.view(raw_dtype(dtype)).reshape(2, 2, lanes // 32, 8, 4, per)
     x = x.transpose(2, 1, 3, 0, 4, 5).reshape(lanes // 2, 8 * per)
-    return to_single(np.ascontiguousarray(x), dtype)
+    return as_operand(np.ascontiguousarray(x), dtype)
 
 
 @instruction("wgmma")
@@ -198,8 +192,8 @@ def _mma(asm, st):
     into, a_name, b_name = st.parts[-3:]
     if "sp" in st.parts or into != "f32" or a_name not in _OPERANDS or b_name not in _OPERANDS:
         raise FormError("wgmma of these types")
-    a_type, b_type = _OPERANDS[a_name][0], _OPERANDS[b_name][0]
-    if _OPERANDS[a_name][1] != k:
+    a_type, b_type = FLOATS[a_name], FLOATS[b_name]
+    if k * a_type.itemsize != DEPTH_BYTES:
         raise FormError("wgmma depth")
     d = [asm.register_row(x, write=True)[1] for x in asm.vector(st.operands[0])]
     if len(d) != n // 2:
