@@ -19,9 +19,9 @@ batch dimension.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jax_flashcute import dispatch
 from jax_flashcute.dispatch import Direction, Implementation, ServedBy
-from jax_flashcute.promotion import of_any_rank
+from jax_flashcute.promotion import of_any_rank, own_sharding
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 
 LAYOUTS: Mapping[str, str] = {
@@ -89,14 +89,41 @@ def backward(
     return _bind("bwd", spec, implementation, operands, residuals, cotangents)
 
 
-def refuse_sharded_types(name: str, arrays: Any) -> None:
-    """Refuse, in words, arrays whose types are sharded, for what explicit meshes do not serve."""
-    partitions = [jax.typeof(x).sharding.spec for x in jax.tree.leaves(arrays)]
-    if any(axes is not None for partition in partitions for axes in partition):
-        raise NotImplementedError(
-            f"{name} does not take arrays whose types are sharded, as those of explicit meshes "
-            "are: call it inside a jax.shard_map"
-        )
+def with_automatic_axes(
+    function: Callable[..., jax.Array], query: jax.Array, *others: Any
+) -> jax.Array:
+    """``function(query, *others)``, computed as on an automatic mesh if it is on an explicit one.
+
+    There the result's type has the sharding of the query's batch and heads.
+
+    Args:
+      function: gives (B, T, N, Hv) of arrays (B, T, N, H) and trees of arrays.
+
+    Raises:
+      NotImplementedError: the query's length or head_dim is sharded.
+    """
+    sharding = own_sharding(query)
+    if sharding is None:
+        return function(query, *others)
+    batch, length, heads, head_dim = sharding.spec
+    for letter, entry in (("t", length), ("h", head_dim)):
+        if entry is not None:
+            raise _only_batch_and_heads(letter, "query", axes_of(entry))
+    out = NamedSharding(sharding.mesh, PartitionSpec(batch, None, heads))
+    automatic = cast(Callable[..., jax.Array], jax.sharding.auto_axes(function, out_sharding=out))
+    return automatic(query, *others)
+
+
+def axes_of(entry: str | tuple[str, ...] | None) -> Axes:
+    """The mesh axes of an entry of a partition spec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _only_batch_and_heads(letter: str, name: str, over: Axes) -> NotImplementedError:
+    return NotImplementedError(
+        f"the {_NAMES[letter]} of {name} is sharded over the mesh axis {', '.join(over)}: only "
+        "batch and heads can be sharded; reshard it first"
+    )
 
 
 @dataclass(frozen=True)
@@ -249,14 +276,11 @@ class _Sharding:
         axes: dict[str, Axes] = {}
         for (name, array), spec in zip(_named(one.tree.unflatten(arrays)), specs, strict=True):
             for letter, size, entry in zip(layouts[name], array.shape, spec, strict=False):
-                over = (entry,) if isinstance(entry, str) else tuple(entry or ())
+                over = axes_of(entry)
                 if not over:
                     continue
                 if letter in _NAMES:
-                    raise NotImplementedError(
-                        f"the {_NAMES[letter]} of {name} is sharded over the mesh axis "
-                        f"{', '.join(over)}: only batch and heads can be sharded; reshard it first"
-                    )
+                    raise _only_batch_and_heads(letter, name, over)
                 if size == sizes[letter]:
                     axes.setdefault(letter, over)
         axes["n"] = axes.get("n", axes.get("k", ()))

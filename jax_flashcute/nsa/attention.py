@@ -17,7 +17,7 @@ from jax_flashcute.nsa.gating import gate, weighted_sum
 from jax_flashcute.nsa.packing import Packing, Tiling, of_lengths, of_packing, pack, whole
 from jax_flashcute.nsa.selection import select_blocks, to_block_mask
 from jax_flashcute.promotion import of_any_rank
-from jax_flashcute.sharding import refuse_sharded_types
+from jax_flashcute.sharding import with_automatic_axes
 
 
 @of_any_rank
@@ -82,22 +82,47 @@ def native_sparse_attention(
         raise ValueError(f"config must be an NSAConfig or None; got {config!r}")
     B, T, _, H = _check(query, key, value, gates, gate_weights, key_weight, value_weight)
     lengths = _lengths(key_value_seq_lengths, B, T)
-    refuse_sharded_types("native_sparse_attention", (query, key, value))
-    scale = 1 / math.sqrt(H) if scale is None else scale
-    is_causal = given.flag("is_causal", is_causal)
     if B == 0 or T == 0:
         return jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype)
-    weights = (gate_weights, key_weight, value_weight)
-    attend = functools.partial(_attend, config, scale, is_causal, implementation, weights)
     if segment_ids is not None:
-        ids = _segment_ids(segment_ids, B, T, lengths)
-        packing = pack(ids, _most_segments(max_segments), config)
+        segment_ids = _segment_ids(segment_ids, B, T, lengths)
+        max_segments = _most_segments(max_segments)
+    elif max_segments is not None:
+        raise ValueError("max_segments is for segment_ids, which are missing")
+    scale = 1 / math.sqrt(H) if scale is None else scale
+    is_causal = given.flag("is_causal", is_causal)
+    function = functools.partial(
+        _of_sequences, config, scale, is_causal, implementation, max_segments
+    )
+    weights = (gate_weights, key_weight, value_weight)
+    arrays = (key, value, gates, weights, segment_ids, lengths)
+    return with_automatic_axes(function, query, *arrays)
+
+
+def _of_sequences(
+    config: NSAConfig,
+    scale: float,
+    is_causal: bool,
+    implementation: Implementation,
+    max_segments: int | None,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    gates: jax.Array | None,
+    weights: tuple[jax.Array | None, ...],
+    ids: jax.Array | None,
+    lengths: jax.Array | None,
+) -> jax.Array:
+    """``native_sparse_attention`` of arguments that are complete; ``ids``: of segments."""
+    T = query.shape[1]
+    attend = functools.partial(_attend, config, scale, is_causal, implementation, weights)
+    if ids is not None:
+        assert max_segments is not None
+        packing = pack(ids, max_segments, config)
         query, key, value = (packing.aligned(x) for x in (query, key, value))
         gates = None if gates is None else packing.aligned(gates)
         out = attend(query, key, value, gates, of_packing(config, packing), packing=packing)
         return packing.packed(out)
-    if max_segments is not None:
-        raise ValueError("max_segments is for segment_ids, which are missing")
     if lengths is None:
         return attend(query, key, value, gates, whole(config, T, T))
     is_row = (jnp.arange(T) < lengths[:, None])[..., None, None]

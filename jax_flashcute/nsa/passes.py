@@ -30,7 +30,7 @@ from jax_flashcute.dispatch import Implementation, ServedBy
 from jax_flashcute.kernels import nsa
 from jax_flashcute.kernels.nsa import NSAKernelKey
 from jax_flashcute.promotion import of_any_rank
-from jax_flashcute.sharding import axes_left_to_xla, without_mesh
+from jax_flashcute.sharding import axes_left_to_xla, axes_of, without_mesh
 
 Axes = tuple[str, ...]
 
@@ -189,7 +189,7 @@ class _Sharding:
         axes: dict[str, Axes] = {}
         for letters, array, spec in zip(one.inputs, arrays, specs, strict=False):
             for letter, size, entry in zip(letters, array.shape, spec, strict=False):
-                over = (entry,) if isinstance(entry, str) else tuple(entry or ())
+                over = axes_of(entry)
                 if over and letter not in one.local:
                     raise NotImplementedError(
                         f"dimension {letters.index(letter)} of an array {array.shape} is sharded "

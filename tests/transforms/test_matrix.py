@@ -44,7 +44,6 @@ class Feature:
     attend: Callable[[dict, str | None], jax.Array]
     more: Callable[[], dict[str, jax.Array]] = dict
     derivatives: str | None = None  # what is raised in their place
-    explicit_mesh: str | None = None  # likewise
 
 
 def dense(arrays: dict, implementation: str | None, **options) -> jax.Array:
@@ -103,10 +102,7 @@ FEATURES = {
         },
         NO_DERIVATIVES,
     ),
-    "NSA": Feature(
-        sparse,
-        explicit_mesh="native_sparse_attention does not take arrays whose types are sharded",
-    ),
+    "NSA": Feature(sparse),
 }
 
 
@@ -343,8 +339,6 @@ def test_cell(feature: str, transform: str, outcome: list) -> None:
     cell = transforms(feature)[transform]
     attend = functools.partial(FEATURES[feature].attend, implementation=None)
     error = FEATURES[feature].derivatives if cell.derivatives else None
-    if transform == "explicit mesh":
-        error = FEATURES[feature].explicit_mesh
     if error is not None:
         with pytest.raises(NotImplementedError, match=error):
             cell.apply(attend, inputs(feature))

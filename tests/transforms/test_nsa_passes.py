@@ -14,7 +14,7 @@ from jax_flashcute.ffi.compile import CompiledKernel
 from jax_flashcute.ffi.runtime import CALL_TARGET
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.nsa import KERNELS
-from jax_flashcute.nsa import compress_kv, gate
+from jax_flashcute.nsa import NSAConfig, compress_kv, gate, native_sparse_attention
 from tests.compare import cotangent
 
 P = PartitionSpec
@@ -119,14 +119,60 @@ def test_rows_may_be_sharded_in_the_gates() -> None:
     assert_equal(jax.jit(functools.partial(run, gated))(placed), wanted)
 
 
-def test_a_sharded_length_is_refused() -> None:
+def test_the_whole_on_an_explicit_mesh() -> None:
+    """What comes with the queries may lie elsewhere."""
+    config = NSAConfig(block=8, num_selected=2, window=6, query_tile=8)
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, key, value, weights = (
+        jax.random.normal(k, shape)
+        for k, shape in zip(
+            keys, [(2, 24, 4, 8), (2, 24, 2, 8), (2, 24, 2, 8), (4, 3, 8)], strict=True
+        )
+    )
+    ids = np.asarray([[0] * 10 + [1] * 14, [2] * 20 + [-1] * 4], np.int32)
+
+    def out_and_gradients(query, key, value, weights):
+        def attend(query, key, value, weights):
+            out = native_sparse_attention(
+                *(query, key, value),
+                gate_weights=weights,
+                segment_ids=ids,
+                max_segments=2,
+                config=config,
+            )
+            return jnp.sum(jnp.sin(out)), out
+
+        gradient = jax.grad(attend, argnums=(0, 1, 2, 3), has_aux=True)
+        return gradient(query, key, value, weights)
+
+    expected = out_and_gradients(query, key, value, weights)
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "model"), (AxisType.Explicit,) * 2, devices=jax.devices("cpu")[:4]
+    )
+    specs = (P("data", None, "model"), P("data", None, "model"), P(None, None, "model"), P())
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip((query, key, value, weights), specs, strict=True)
+    ]
+    with jax.set_mesh(mesh):
+        found = out_and_gradients(*placed)
+    assert found[1].sharding.spec[:3] == ("data", None, "model")
+    for given, gradient in zip(placed, found[0], strict=True):
+        assert jax.typeof(gradient).sharding == jax.typeof(given).sharding
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "call", [lambda x: compress_kv(x, x, 4), lambda x: native_sparse_attention(x, x, x)]
+)
+def test_a_sharded_length_is_refused(call) -> None:
     mesh = jax.make_mesh((2,), ("rows",), (AxisType.Explicit,), devices=jax.devices("cpu")[:2])
-    key = jax.device_put(jnp.ones((1, 8, 2, 8)), NamedSharding(mesh, P(None, "rows")))
+    array = jax.device_put(jnp.ones((1, 8, 2, 8)), NamedSharding(mesh, P(None, "rows")))
     with (
         jax.set_mesh(mesh),
         pytest.raises(NotImplementedError, match="only batch and heads can be sharded"),
     ):
-        compress_kv(key, key, 4)
+        call(array)
 
 
 @pytest.mark.parametrize("mapped", [("query", "outputs", "key", "value"), ("weights", "key")])
