@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from jax_flashcute.kernels.primitives import select
+from jax_flashcute.kernels.common.numbers import select
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from jax_flashcute.kernels.common.numbers import bits_of, float_of, select, tanh
+
 SCALAR_DTYPES = {
     "bool": "bool",
     "int8": "signed",
@@ -238,40 +240,6 @@ def _math(name: str) -> Rule:
     return _plain(function)
 
 
-def select(condition: Any, yes: Any, no: Any) -> Any:
-    """``yes`` where ``condition`` holds, without a branch."""
-    from cutlass._mlir.dialects import arith
-
-    return type(yes)(arith.select(condition.ir_value(), yes.ir_value(), no.ir_value()))
-
-
-def bits_of(value: Any) -> Any:
-    """The bits of a Float32 as an Int32."""
-    from cutlass import Int32
-    from cutlass._mlir.dialects import llvm
-
-    return Int32(llvm.bitcast(Int32.mlir_type, value.ir_value()))
-
-
-def float_of(bits: Any) -> Any:
-    """The Float32 of an Int32's bits."""
-    from cutlass import Float32
-    from cutlass._mlir.dialects import llvm
-
-    return Float32(llvm.bitcast(Float32.mlir_type, bits.ir_value()))
-
-
-def store_float_if(pointer: Any, value: Any, where: Any) -> None:
-    """Stores a Float32 to global memory where a condition holds, without a branch."""
-    from cutlass import cute
-
-    cute.arch.inline_ptx(
-        "st.global.f32 [{$r0}], {$r1};",
-        read_only_args=[pointer.toint(), value],
-        predicate=where,
-    )
-
-
 def _arith(name: str, x: Any, *others: Any) -> Any:
     from cutlass._mlir.dialects import arith
 
@@ -485,20 +453,6 @@ def _integer_pow(equation: Equation, x):
         return _exact(_div(kind, type(x)(1), found) if exponent < 0 else found, dtype)
 
     return mapped(power, x)
-
-
-def tanh(x: Any) -> Any:
-    """To float32's precision, from one exponential and one reciprocal."""
-    import cutlass.cute as cute
-    from cutlass import Float32
-
-    # Around 0 the difference cancels; its series is short there.
-    large = Float32(1.0) - Float32(2.0) * cute.arch.rcp_approx(
-        Float32(1.0) + cute.math.exp2(x * (2 * math.log2(math.e)), fastmath=True)
-    )
-    xx = x * x
-    small = x * (Float32(1.0) + xx * (xx * (2 / 15 - 17 / 315 * xx) - 1 / 3))
-    return select(cute.math.absf(x) < Float32(0.14), small, large)
 
 
 def _round(equation: Equation, x):

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from jax_flashcute.kernels.primitives import RULES, Equation, mapped, select
+from jax_flashcute.kernels.common.numbers import select
+from jax_flashcute.kernels.primitives import RULES, Equation, mapped
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,10 @@ from jax import lax
 
 from jax_flashcute import masks
 from jax_flashcute.ffi.compile import ArrayType
+from jax_flashcute.kernels.common.numbers import bits_of
 from jax_flashcute.kernels.elements import INDICES
 from jax_flashcute.kernels.lower_jaxpr import Derivative, ElementProgram, derivative
-from jax_flashcute.kernels.primitives import arrays_as_views, bits_of, numbered_view
+from jax_flashcute.kernels.primitives import arrays_as_views, numbered_view
 from tests.simulator import simulate
 from tests.simulator.compiled import compile_to_simulate
 

@@ -14,13 +14,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32
 
+from jax_flashcute.kernels.common.numbers import bits_of, float_of, select
 from jax_flashcute.kernels.elements import (
     SHIFTS,
     SUM_BITS,
     ElementFunctions,
     in_fixed_point,
 )
-from jax_flashcute.kernels.primitives import bits_of, float_of, select
 
 
 class FixedPointSums:

@@ -12,10 +12,10 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32, const_expr
 
+from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.scheduler import TileOrder
 from jax_flashcute.kernels.common.traced import Traced
 from jax_flashcute.kernels.config.pages import UNIT_KEYS
-from jax_flashcute.kernels.primitives import select
 
 CLEARING_THREADS = 256
 

@@ -12,7 +12,7 @@ from cutlass import Boolean, Int32, Uint32, const_expr
 
 from jax_flashcute import analysis
 from jax_flashcute.analysis import Interval, Linear, evaluate
-from jax_flashcute.kernels.primitives import select
+from jax_flashcute.kernels.common.numbers import select
 
 
 class IntervalMask:

@@ -9,7 +9,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64
 
-from jax_flashcute.kernels.primitives import select
+from jax_flashcute.kernels.common.numbers import select
 
 
 def row_of(array: cute.Tensor, batch: Int32, head: Int32, row: Int32) -> cute.Tensor:

@@ -10,8 +10,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from jax_flashcute.kernels.common.numbers import bits_of, float_of, select
 from jax_flashcute.kernels.common.traced import Traced
-from jax_flashcute.kernels.primitives import bits_of, float_of, select
 
 LN2 = math.log(2.0)
 LOG2_E = math.log2(math.e)

@@ -13,9 +13,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
+from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.traced import Traced
 from jax_flashcute.kernels.config.splits import MIN_SPLIT_TILES
-from jax_flashcute.kernels.primitives import select
 
 MIN_PART_SHIFT = MIN_SPLIT_TILES.bit_length() - 1
 PART_SHIFTS = (20, *(MIN_PART_SHIFT + i for i in reversed(range(5))))

@@ -15,8 +15,8 @@ from cutlass import Int32, const_expr
 from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels.common.intervals import IntervalMask, UnionMask, tiles_of
 from jax_flashcute.kernels.common.lists import TileLists
+from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.splits import splits_of_entry
-from jax_flashcute.kernels.primitives import select
 
 
 def work_fields(mask: IntervalMask | UnionMask) -> int:

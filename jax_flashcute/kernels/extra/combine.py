@@ -14,9 +14,9 @@ from cutlass.memory import SmemAllocator
 
 from jax_flashcute.kernels.common.elements import sink_of
 from jax_flashcute.kernels.common.lengths import entry_lengths
+from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.softmax import LN2, LOG2_E, exp2
 from jax_flashcute.kernels.common.tiles import round_pair
-from jax_flashcute.kernels.primitives import select
 
 WARPS = 4
 """Of a block: a row each, or all of one row where there may be many parts."""

@@ -10,6 +10,7 @@ from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.fixed_point import sums_in_memory
 from jax_flashcute.kernels.common.intervals import is_full as is_full_tile
 from jax_flashcute.kernels.common.intervals import limit_words, within
+from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.packed import PackedMask, transposed_bits
 from jax_flashcute.kernels.common.softmax import LARGEST_SCORE, LOG2_E, exp2
 from jax_flashcute.kernels.common.tiles import (
@@ -19,7 +20,6 @@ from jax_flashcute.kernels.common.tiles import (
     store_pairs,
     tma_partition,
 )
-from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm100.gradient_sums import Pullback
 from jax_flashcute.kernels.sm100.tensor_memory import (
     ROWS,

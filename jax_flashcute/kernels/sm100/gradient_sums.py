@@ -29,7 +29,7 @@ from jax_flashcute.kernels.common.gradient_sums import (
     sums_of,
     total_of,
 )
-from jax_flashcute.kernels.primitives import select
+from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.spans import Span
 
 LANES = (16, 8, 4, 2, 1)

@@ -52,6 +52,7 @@ from jax_flashcute.kernels.common.intervals import (
 )
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.lists import TileLists
+from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.scheduler import TileOrder, section_size
 from jax_flashcute.kernels.common.tiles import smem_layout, tile_tma
 from jax_flashcute.kernels.common.visits import QueryTiles, tile_fields
@@ -59,7 +60,6 @@ from jax_flashcute.kernels.config.memory import round_up
 from jax_flashcute.kernels.config.sm100 import BwdConfigSm100, PassConfigSm100
 from jax_flashcute.kernels.elements import ElementFunctions, measures
 from jax_flashcute.kernels.extra.preprocess import Preprocess
-from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm100.backward_load import KEY_BARRIERS
 from jax_flashcute.kernels.sm100.passes_gradients import PassWarpgroups
 from jax_flashcute.kernels.sm100.passes_load import PassLoadWarp

@@ -6,10 +6,10 @@ from cutlass import Boolean, Float32, Int32, const_expr
 
 from jax_flashcute.kernels.common.elements import Elements
 from jax_flashcute.kernels.common.intervals import limit_words, within
+from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
 from jax_flashcute.kernels.common.tiles import CHUNK, chunks, round_pairs
-from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm100.pipeline import take_work
 from jax_flashcute.kernels.sm100.tensor_memory import (
     compared_word,

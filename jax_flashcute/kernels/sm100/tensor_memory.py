@@ -11,8 +11,8 @@ from cutlass import Float32, Int32, Uint32
 from cutlass._mlir.dialects import nvvm
 from cutlass.cute.nvgpu import OperandMajorMode, tcgen05
 
+from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.tiles import chunks
-from jax_flashcute.kernels.primitives import select
 
 ROWS = 128
 COLUMNS = 512

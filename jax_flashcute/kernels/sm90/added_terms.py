@@ -37,13 +37,13 @@ from cutlass.memory import SmemAllocator
 
 from jax_flashcute.kernels.affine import Affine
 from jax_flashcute.kernels.common.elements import EntryElements
+from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.softmax import LOG2_E, OnlineSoftmax
 from jax_flashcute.kernels.common.tiles import round_pairs, smem_layout, store_pairs
 from jax_flashcute.kernels.common.traced import Traced
 from jax_flashcute.kernels.config.memory import SMEM_BYTES, round_up
 from jax_flashcute.kernels.config.sm90 import FwdConfig
 from jax_flashcute.kernels.elements import ElementFunctions, program_of
-from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     column_step,

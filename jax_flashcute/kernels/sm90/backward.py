@@ -53,6 +53,7 @@ from jax_flashcute.kernels.common.intervals import (
 )
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.lists import row_of
+from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import section_size
@@ -78,7 +79,6 @@ from jax_flashcute.kernels.config.sm90 import BwdConfig
 from jax_flashcute.kernels.elements import ElementFunctions, measures
 from jax_flashcute.kernels.extra.postprocess import Postprocess
 from jax_flashcute.kernels.extra.preprocess import Preprocess
-from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm90.backward_dq import QueryGradientSm90
 from jax_flashcute.kernels.sm90.backward_roles import RoleConsumers
 from jax_flashcute.kernels.sm90.distance_terms import DistanceTerms, adds_by_distance, distances

@@ -38,6 +38,7 @@ from jax_flashcute.kernels.common.intervals import (
     tiles_of,
 )
 from jax_flashcute.kernels.common.lengths import entry_lengths
+from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import TileOrder, section_size
 from jax_flashcute.kernels.common.softmax import LARGEST_SCORE, LOG2_E, exp2
@@ -51,7 +52,6 @@ from jax_flashcute.kernels.common.tiles import (
 from jax_flashcute.kernels.config.memory import round_up
 from jax_flashcute.kernels.config.sm90 import DqConfig
 from jax_flashcute.kernels.elements import ElementFunctions
-from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     as_operand_a,

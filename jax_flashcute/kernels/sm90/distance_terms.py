@@ -11,11 +11,11 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
 from jax_flashcute.kernels.common.elements import EntryElements
+from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.softmax import LOG2_E
 from jax_flashcute.kernels.common.traced import Traced
 from jax_flashcute.kernels.config.memory import round_up
 from jax_flashcute.kernels.elements import ElementFunctions, program_of
-from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     column_step,

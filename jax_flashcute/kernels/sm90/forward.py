@@ -71,6 +71,7 @@ from jax_flashcute.kernels.common.intervals import (
     within,
 )
 from jax_flashcute.kernels.common.lengths import entry_lengths
+from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.paging import (
     begin_stage,
@@ -106,7 +107,6 @@ from jax_flashcute.kernels.config.pages import shares_boxes
 from jax_flashcute.kernels.config.sm90 import FwdConfig, busy_producer
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
-from jax_flashcute.kernels.primitives import select
 from jax_flashcute.kernels.sm90.added_terms import (
     AddedTerms,
     KeyTerms,

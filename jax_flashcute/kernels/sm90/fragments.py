@@ -13,8 +13,8 @@ from cutlass import Float32, Int32, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from jax_flashcute.kernels.common.intervals import low_bits
+from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.tiles import round_pair
-from jax_flashcute.kernels.primitives import select
 
 ROWS_PER_THREAD = 2
 

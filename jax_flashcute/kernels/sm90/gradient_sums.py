@@ -30,7 +30,7 @@ from jax_flashcute.kernels.common.gradient_sums import (
     over_lanes,
     sums_of,
 )
-from jax_flashcute.kernels.primitives import select
+from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     column_step,

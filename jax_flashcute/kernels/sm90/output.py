@@ -11,12 +11,12 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 from cutlass.cute.nvgpu import warp
 
+from jax_flashcute.kernels.common.numbers import select, store_float_if
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
 from jax_flashcute.kernels.common.tiles import slab_tma_layout, swizzle_width, tma_partition
 from jax_flashcute.kernels.common.traced import Traced
 from jax_flashcute.kernels.config.sm90 import FwdConfig
-from jax_flashcute.kernels.primitives import select, store_float_if
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     lines_of_quads,
