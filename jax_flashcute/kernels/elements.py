@@ -5,9 +5,9 @@ import functools
 from collections.abc import Sequence
 
 from jax_flashcute.analysis import POSITION_LIMIT
-from jax_flashcute.kernels.factors import FLOATS
-from jax_flashcute.kernels.lower_jaxpr import Derivative, ElementProgram, derivative
-from jax_flashcute.kernels.primitives import SCALAR_DTYPES
+from jax_flashcute.kernels.lowering.factors import FLOATS
+from jax_flashcute.kernels.lowering.program import Derivative, ElementProgram, derivative
+from jax_flashcute.kernels.lowering.scalars import SCALAR_DTYPES
 from jax_flashcute.masks import TracedFunction
 from jax_flashcute.spec import AttentionSpec, Operands
 

@@ -19,8 +19,8 @@ from jax_flashcute import masks
 from jax_flashcute.ffi.compile import ArrayType
 from jax_flashcute.kernels.common.numbers import bits_of
 from jax_flashcute.kernels.elements import INDICES
-from jax_flashcute.kernels.lower_jaxpr import Derivative, ElementProgram, derivative
-from jax_flashcute.kernels.primitives import arrays_as_views, numbered_view
+from jax_flashcute.kernels.lowering.program import Derivative, ElementProgram, derivative
+from jax_flashcute.kernels.lowering.scalars import arrays_as_views, numbered_view
 from tests.simulator import simulate
 from tests.simulator.compiled import compile_to_simulate
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from jax_flashcute import masks, scores
 from jax_flashcute.kernels import elements
-from jax_flashcute.kernels.affine import AFFINE_RULES, Affine
 from jax_flashcute.kernels.elements import INDICES, ElementArray, ElementFunctions
-from jax_flashcute.kernels.lower_jaxpr import ElementProgram
+from jax_flashcute.kernels.lowering.affine import AFFINE_RULES, Affine
+from jax_flashcute.kernels.lowering.program import ElementProgram
 from tests.unit.test_analysis import GRID, INDEX, random_mask, random_number
 
 PROGRAMS = 400

@@ -13,11 +13,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint8
 
-from jax_flashcute.kernels.affine import Affine
 from jax_flashcute.kernels.common.numbers import select, tanh
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
 from jax_flashcute.kernels.elements import ElementArray, ElementFunctions, derivative_of, program_of
-from jax_flashcute.kernels.primitives import arrays_as_views, convert, numbered_view
+from jax_flashcute.kernels.lowering.affine import Affine
+from jax_flashcute.kernels.lowering.scalars import arrays_as_views, convert, numbered_view
 
 
 def capped(score: Float32, scale: float, cap: float) -> Float32:

@@ -19,7 +19,7 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from jax_flashcute.kernels.common.elements import EntryElements
 from jax_flashcute.kernels.common.fixed_point import FixedPointSums
 from jax_flashcute.kernels.common.numbers import select, store_float_if
-from jax_flashcute.kernels.spans import Span
+from jax_flashcute.kernels.lowering.spans import Span
 
 
 class FloatSums:

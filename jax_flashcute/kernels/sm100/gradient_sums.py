@@ -30,7 +30,7 @@ from jax_flashcute.kernels.common.gradient_sums import (
     total_of,
 )
 from jax_flashcute.kernels.common.numbers import select
-from jax_flashcute.kernels.spans import Span
+from jax_flashcute.kernels.lowering.spans import Span
 
 LANES = (16, 8, 4, 2, 1)
 """How far apart lanes are that exchange sums."""

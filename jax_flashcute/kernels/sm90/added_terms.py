@@ -35,7 +35,6 @@ from cutlass import BFloat16, Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.memory import SmemAllocator
 
-from jax_flashcute.kernels.affine import Affine
 from jax_flashcute.kernels.common.elements import EntryElements
 from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.softmax import LOG2_E, OnlineSoftmax
@@ -44,6 +43,8 @@ from jax_flashcute.kernels.common.traced import Traced
 from jax_flashcute.kernels.config.memory import SMEM_BYTES, round_up
 from jax_flashcute.kernels.config.sm90 import FwdConfig
 from jax_flashcute.kernels.elements import ElementFunctions, program_of
+from jax_flashcute.kernels.lowering.affine import Affine
+from jax_flashcute.kernels.lowering.spans import Span
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     column_step,
@@ -52,7 +53,6 @@ from jax_flashcute.kernels.sm90.fragments import (
     row_in_slab,
     tiled_mma,
 )
-from jax_flashcute.kernels.spans import Span
 
 COLUMNS = 16
 """Of X and of Y: those of one matrix product."""

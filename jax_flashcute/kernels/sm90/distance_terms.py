@@ -16,13 +16,13 @@ from jax_flashcute.kernels.common.softmax import LOG2_E
 from jax_flashcute.kernels.common.traced import Traced
 from jax_flashcute.kernels.config.memory import round_up
 from jax_flashcute.kernels.elements import ElementFunctions, program_of
+from jax_flashcute.kernels.lowering.spans import Span
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     column_step,
     first_column,
 )
 from jax_flashcute.kernels.sm90.gradient_sums import SLAB_KEYS, Pullback
-from jax_flashcute.kernels.spans import Span
 
 ROWS_PER_WARP = 16
 

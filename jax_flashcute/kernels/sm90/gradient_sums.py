@@ -31,13 +31,13 @@ from jax_flashcute.kernels.common.gradient_sums import (
     sums_of,
 )
 from jax_flashcute.kernels.common.numbers import select
+from jax_flashcute.kernels.lowering.spans import Span
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     column_step,
     first_column,
     row_in_slab,
 )
-from jax_flashcute.kernels.spans import Span
 
 SLAB_KEYS = 64
 """Of a warpgroup."""

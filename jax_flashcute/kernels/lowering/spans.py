@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jax_flashcute.kernels.common.numbers import select
-from jax_flashcute.kernels.primitives import RULES, Equation, mapped
+from jax_flashcute.kernels.lowering.scalars import RULES, Equation, mapped
 
 
 @dataclasses.dataclass(frozen=True)

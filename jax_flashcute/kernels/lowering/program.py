@@ -22,10 +22,10 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from jax_flashcute.analysis import POSITION_LIMIT
-from jax_flashcute.kernels import factors
-from jax_flashcute.kernels.affine import AFFINE_RULES, SIGNED_RULES, Affine
-from jax_flashcute.kernels.limits import INDEX_LIMITS, LIMIT_RULES, Limits, holds
-from jax_flashcute.kernels.primitives import (
+from jax_flashcute.kernels.lowering import factors
+from jax_flashcute.kernels.lowering.affine import AFFINE_RULES, SIGNED_RULES, Affine
+from jax_flashcute.kernels.lowering.limits import INDEX_LIMITS, LIMIT_RULES, Limits, holds
+from jax_flashcute.kernels.lowering.scalars import (
     RULES,
     SCALAR_DTYPES,
     VIEWS,
@@ -35,7 +35,7 @@ from jax_flashcute.kernels.primitives import (
     evaluate,
     number_type,
 )
-from jax_flashcute.kernels.spans import (
+from jax_flashcute.kernels.lowering.spans import (
     BOUNDING,
     OVERFLOWING,
     SAME_ELEMENTS,

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from jax_flashcute.kernels.limits import Limits
-from jax_flashcute.kernels.primitives import Equation
-from jax_flashcute.kernels.spans import SAME_ELEMENTS
+from jax_flashcute.kernels.lowering.limits import Limits
+from jax_flashcute.kernels.lowering.scalars import Equation
+from jax_flashcute.kernels.lowering.spans import SAME_ELEMENTS
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
