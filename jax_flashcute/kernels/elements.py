@@ -5,9 +5,10 @@ import functools
 from collections.abc import Sequence
 
 from jax_flashcute.analysis import POSITION_LIMIT
-from jax_flashcute.kernels.lowering.factors import FLOATS
-from jax_flashcute.kernels.lowering.program import Derivative, ElementProgram, derivative
-from jax_flashcute.kernels.lowering.scalars import SCALAR_DTYPES
+from jax_flashcute.kernels.lowering.derivative import Derivative, derivative
+from jax_flashcute.kernels.lowering.inlining import flat_program
+from jax_flashcute.kernels.lowering.program import ElementProgram
+from jax_flashcute.kernels.lowering.values import FLOATS, SCALAR_DTYPES
 from jax_flashcute.masks import TracedFunction
 from jax_flashcute.spec import AttentionSpec, Operands
 
@@ -212,7 +213,7 @@ def derivative_of(function: TracedFunction, keys: int = POSITION_LIMIT) -> Deriv
 def program_of(function: TracedFunction, keys: int = POSITION_LIMIT) -> ElementProgram:
     """The program of a mask or of a score, for so many keys at most."""
     inputs = len(function.jaxpr.invars)
-    return ElementProgram(function.jaxpr, ("score", *INDICES)[-inputs:], keys)
+    return ElementProgram(flat_program(function.jaxpr, ("score", *INDICES)[-inputs:]), keys)
 
 
 def _most_keys(functions: Sequence[TracedFunction | None], keys: int) -> int:

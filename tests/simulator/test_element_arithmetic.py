@@ -19,8 +19,10 @@ from jax_flashcute import masks
 from jax_flashcute.ffi.compile import ArrayType
 from jax_flashcute.kernels.common.numbers import bits_of
 from jax_flashcute.kernels.elements import INDICES
-from jax_flashcute.kernels.lowering.program import Derivative, ElementProgram, derivative
-from jax_flashcute.kernels.lowering.scalars import arrays_as_views, numbered_view
+from jax_flashcute.kernels.lowering.derivative import Derivative, derivative
+from jax_flashcute.kernels.lowering.inlining import flat_program
+from jax_flashcute.kernels.lowering.program import ElementProgram
+from jax_flashcute.kernels.lowering.values import arrays_as_views, numbered_view
 from tests.simulator import simulate
 from tests.simulator.compiled import compile_to_simulate
 
@@ -200,7 +202,7 @@ def test_functions(arch: str) -> None:
 def simulated(arch: str) -> dict[str, np.ndarray]:
     """Each function's results as a kernel has them."""
     traced = {name: jax.make_jaxpr(function)(*SHAPES) for name, function in FUNCTIONS.items()}
-    programs = [ElementProgram(closed.jaxpr, ARGUMENTS) for closed in traced.values()]
+    programs = [ElementProgram(flat_program(closed.jaxpr, ARGUMENTS)) for closed in traced.values()]
     assert not any(program.unsupported() for program in programs)
     arrays = [ArrayType(d, (1, 1)) for d in (cutlass.Float32, cutlass.Int32, cutlass.Int32)]
     text = f"functions of {COUNT} numbers: {list(map(str, traced.values()))}"

@@ -11,6 +11,8 @@ from jax_flashcute import masks, scores
 from jax_flashcute.kernels import elements
 from jax_flashcute.kernels.elements import INDICES, ElementArray, ElementFunctions
 from jax_flashcute.kernels.lowering.affine import AFFINE_RULES, Affine
+from jax_flashcute.kernels.lowering.inlining import flat_program
+from jax_flashcute.kernels.lowering.limits import limits_of
 from jax_flashcute.kernels.lowering.program import ElementProgram
 from tests.unit.test_analysis import GRID, INDEX, random_mask, random_number
 
@@ -20,11 +22,11 @@ INDEX_ARRAYS = [x.astype(np.int32) for x in GRID]
 
 def program_of(function) -> tuple[ElementProgram, str]:
     closed = jax.make_jaxpr(lambda *i: jnp.asarray(function(jnp, *i)))(*[INDEX] * 4)
-    return ElementProgram(closed.jaxpr, INDICES), str(closed)
+    return ElementProgram(flat_program(closed.jaxpr, INDICES)), str(closed)
 
 
 def limits_of_result(program: ElementProgram):
-    return program._limits_of(program._results[0], program._limits)
+    return limits_of(program.result(0), program._limits)
 
 
 def test_limits_hold_for_random_programs() -> None:
@@ -57,7 +59,7 @@ def test_an_index_below_the_length_needs_no_bounds() -> None:
     array = jnp.zeros(10)
     closed = jax.make_jaxpr(lambda b, h, q, kv: array[kv] + array[q])(*[INDEX] * 4)
     for keys, inside in ((10, 1), (11, 0)):
-        program = ElementProgram(closed.jaxpr, INDICES, keys)
+        program = ElementProgram(flat_program(closed.jaxpr, INDICES), keys)
         found = [e.params["inside"] for e in program._equations if e.primitive == "dynamic_slice"]
         assert sorted(found) == [False, bool(inside)]
 

@@ -17,7 +17,8 @@ from jax_flashcute.kernels.common.numbers import select, tanh
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
 from jax_flashcute.kernels.elements import ElementArray, ElementFunctions, derivative_of, program_of
 from jax_flashcute.kernels.lowering.affine import Affine
-from jax_flashcute.kernels.lowering.scalars import arrays_as_views, convert, numbered_view
+from jax_flashcute.kernels.lowering.scalars import convert
+from jax_flashcute.kernels.lowering.values import arrays_as_views, numbered_view
 
 
 def capped(score: Float32, scale: float, cap: float) -> Float32:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from jax_flashcute.kernels.lowering.equations import Equation
 from jax_flashcute.kernels.lowering.limits import Limits
-from jax_flashcute.kernels.lowering.scalars import Equation
-from jax_flashcute.kernels.lowering.spans import SAME_ELEMENTS
-
-FLOATS = ("float16", "bfloat16", "float32", "float64")
+from jax_flashcute.kernels.lowering.values import FLOATS
+from jax_flashcute.kernels.lowering.vectors import SAME_ELEMENTS
 
 
 def largest(

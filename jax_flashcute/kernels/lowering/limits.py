@@ -1,10 +1,12 @@
 """The least and the greatest that an integer of an element program can be, before it runs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from jax_flashcute.analysis import POSITION_LIMIT
+from jax_flashcute.kernels.lowering.equations import Equation
+from jax_flashcute.kernels.lowering.vectors import SAME_ELEMENTS
 
 Limits = tuple[int, int]
 
@@ -58,9 +60,29 @@ LIMIT_RULES: dict[str, Callable[..., Limits | None]] = {
     "ge": _decided(lambda x, y: x[0] >= y[1], lambda x, y: x[1] < y[0]),
     "select_n": lambda which, *cases: _hull(*cases[which[0] : which[1] + 1]),
     "convert_element_type": lambda x: x,
-    **dict.fromkeys(
-        ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "concatenate", "stack", "copy"),
-        lambda *parts: _hull(*parts),
-    ),
+    **dict.fromkeys(SAME_ELEMENTS, lambda *parts: _hull(*parts)),
 }
 """Limits of a result from those of its inputs; arithmetic that may leave its dtype has none."""
+
+
+def limits_of_values(
+    equations: Sequence[Equation], of_inputs: Mapping[int, Limits]
+) -> dict[int, Limits]:
+    """The least and the greatest of each integer and boolean about which that is known."""
+    limits = dict(of_inputs)
+    for equation in equations:
+        given = [limits_of(x, limits) for x in equation.inputs]
+        rule = LIMIT_RULES.get(equation.primitive)
+        found = rule(*given) if rule is not None and None not in given else None
+        if found is not None and holds(equation.dtypes[-1], found):
+            limits[equation.output] = found
+    return limits
+
+
+def limits_of(source: int | np.ndarray, limits: Mapping[int, Limits]) -> Limits | None:
+    """Those of a value by its number, or of a constant."""
+    if isinstance(source, int):
+        return limits.get(source)
+    if source.dtype.kind in "iub" and source.size:
+        return int(source.min()), int(source.max())
+    return None

@@ -1,171 +1,52 @@
-"""Masks and scores as element programs: a jaxpr of scalars, lowered to CuTe expressions.
+"""Masks and scores as element programs: what they depend on, and their values in a kernel.
 
-A program is a flat list of equations, calls inlined, and of a ``cond`` all branches, among whose
-results it chooses.  ``unsupported`` says, without a compiler, what cannot be lowered and where the
-user wrote it.  A kernel evaluates a program in steps: what depends on the head or the row alone is
-computed when these are known, once, and the rest for each element.
+``unsupported`` says, without a compiler, what cannot be lowered and where the user wrote it.  A
+kernel evaluates a program in steps: what depends on the head or the row alone is computed when
+these are known, once, and the rest for each element.
 
 Along the columns of a tile an index is ``Affine``: a base and a step.  What is affine in it is
 computed once a tile, and each column adds a constant.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from jax_flashcute.analysis import POSITION_LIMIT
 from jax_flashcute.kernels.lowering import factors
 from jax_flashcute.kernels.lowering.affine import AFFINE_RULES, SIGNED_RULES, Affine
-from jax_flashcute.kernels.lowering.limits import INDEX_LIMITS, LIMIT_RULES, Limits, holds
-from jax_flashcute.kernels.lowering.scalars import (
-    RULES,
-    SCALAR_DTYPES,
-    VIEWS,
-    Equation,
-    View,
-    as_number,
-    evaluate,
-    number_type,
-)
-from jax_flashcute.kernels.lowering.spans import (
-    BOUNDING,
-    OVERFLOWING,
-    SAME_ELEMENTS,
-    SPAN_RULES,
-    Span,
-    span_of,
-)
-
-LARGEST_VECTOR = 16
-"""Elements of a value that is no view of an array."""
+from jax_flashcute.kernels.lowering.equations import Equation, FlatProgram, needed_for
+from jax_flashcute.kernels.lowering.limits import INDEX_LIMITS, limits_of, limits_of_values
+from jax_flashcute.kernels.lowering.pruning import needed_equations, without_decided
+from jax_flashcute.kernels.lowering.rules import evaluate, why_not
+from jax_flashcute.kernels.lowering.spans import BOUNDING, OVERFLOWING, SPAN_RULES, Span, span_of
+from jax_flashcute.kernels.lowering.values import SCALAR_DTYPES, View, as_number, number_type
+from jax_flashcute.kernels.lowering.vectors import SAME_ELEMENTS
 
 
 class ElementProgram:
     """Scalar functions of named arguments, and of the arrays that they close over."""
 
-    def __init__(
-        self,
-        jaxpr: Jaxpr,
-        arguments: Sequence[str],
-        keys: int = POSITION_LIMIT,
-        keeps_signs: bool = False,
-    ):
-        """``jaxpr``: its last inputs are the arguments; constants and inputs before are arrays.
-
-        ``keys``: ``kv_idx`` is below it; ``keeps_signs``: none of ``bends`` changes its sign over
-        the columns of a tile, nor is 0.
+    def __init__(self, flat: FlatProgram, keys: int = POSITION_LIMIT, keeps_signs: bool = False):
+        """``keys``: ``kv_idx`` is below it; ``keeps_signs``: none of ``bends`` changes its sign
+        over the columns of a tile, nor is 0.
         """
-        self._given = (jaxpr, arguments, keys)
+        self._given = (flat, keys)
         self._affine_rules = SIGNED_RULES if keeps_signs else AFFINE_RULES
-        variables = [*jaxpr.constvars, *jaxpr.invars]
-        arrays = variables[: len(variables) - len(arguments)]
-        self.arguments = tuple(arguments)
-        self.array_types = tuple((str(v.aval.dtype), v.aval.shape) for v in arrays)
-        self.result_dtypes = tuple(str(v.aval.dtype) for v in jaxpr.outvars)
-        self._equations: list[Equation] = []
-        self._effects: list[str] = []
-        self._count = 0
-        self._arrays = tuple(self._new_value() for _ in arrays)
-        self._inputs = {name: self._new_value() for name in arguments}
-        numbers = [*self._arrays, *self._inputs.values()]
-        constants = numbers[: len(jaxpr.constvars)]
-        self._results = self._inline(jaxpr, constants, numbers[len(constants) :])
-        self._equations = self._needed()
-        self._limits = self._limits_of_values(INDEX_LIMITS | {"kv_idx": (0, keys - 1)})
-        self._equations = self._without_decided()
+        self.arguments = tuple(flat.inputs)
+        self.array_types = flat.array_types
+        self.result_dtypes = flat.result_dtypes
+        self._effects = flat.effects
+        self._arrays, self._inputs = flat.arrays, flat.inputs
+        equations = needed_equations(flat.equations, flat.results)
+        of_indices = INDEX_LIMITS | {"kv_idx": (0, keys - 1)}
+        of_inputs = {n: of_indices[name] for name, n in flat.inputs.items() if name in of_indices}
+        self._limits = limits_of_values(equations, of_inputs)
+        self._equations, self._results = without_decided(equations, flat.results, self._limits)
         self._continuous = self._reaching_result_continuously()
-
-    def _new_value(self) -> int:
-        self._count += 1
-        return self._count - 1
-
-    def _inline(
-        self, jaxpr: Jaxpr, constants: Sequence[Any], inputs: Sequence[Any], caller: str = ""
-    ) -> list[Any]:
-        """Appends the equations of ``jaxpr`` and of all that it calls; returns its results.
-
-        ``caller``: the user's line, where the equations are JAX's own.
-        """
-        values: dict[Var, Any] = dict(zip(jaxpr.constvars, constants, strict=True))
-        values.update(zip(jaxpr.invars, inputs, strict=True))
-
-        def read(atom):
-            return np.asarray(atom.val) if isinstance(atom, Literal) else values[atom]
-
-        for equation in jaxpr.eqns:
-            given = [read(atom) for atom in equation.invars]
-            source = source_info_util.summarize(equation.source_info).strip() or caller
-            inner = _inner_program(equation)
-            if inner is not None:
-                results = self._inline_closed(inner, given, source)
-            elif equation.primitive.name == "cond":
-                results = self._inline_branches(equation, given, source)
-            else:
-                results = self._append(equation, given, source)
-                if equation.effects:
-                    self._effects.append(f"{equation.primitive.name} has side effects, at {source}")
-            values.update(zip(equation.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def _inline_closed(self, program: ClosedJaxpr, inputs: Sequence[Any], source: str) -> list[Any]:
-        constants = [np.asarray(c) for c in program.consts]
-        return self._inline(program.jaxpr, constants, inputs, source)
-
-    def _inline_branches(self, equation, inputs: Sequence[Any], source: str) -> list[Any]:
-        """The results of a ``cond``; what has side effects is refused in any branch."""
-        index, *operands = inputs
-        dtype = str(equation.invars[0].aval.dtype)
-        found = [self._inline_closed(b, operands, source) for b in equation.params["branches"]]
-        for made in self._equations if len(found) == 2 and isinstance(index, int) else ():
-            if made.output == index and made.primitive == "convert_element_type":
-                if made.dtypes[0] == "bool":
-                    (index,), dtype = made.inputs, "bool"
-        results = []
-        for result, *cases in zip(equation.outvars, *found, strict=True):
-            dtypes = (dtype, *[str(result.aval.dtype)] * (len(cases) + 1))
-            shapes = ((), *[result.aval.shape] * (len(cases) + 1))
-            chosen = (index, *cases), self._new_value(), dtypes, shapes, source
-            self._equations.append(Equation("select_n", {}, *chosen))
-            results.append(self._equations[-1].output)
-        return results
-
-    def _append(self, equation, inputs: Sequence[Any], source: str) -> list[int]:
-        """An equation for each result, of which ``params["result"]`` is the place."""
-        for place, result in enumerate(equation.outvars):
-            atoms = [*equation.invars, result]
-            self._equations.append(
-                Equation(
-                    equation.primitive.name,
-                    {**equation.params, "result": place},
-                    tuple(inputs),
-                    self._new_value(),
-                    tuple(str(a.aval.dtype) for a in atoms),
-                    tuple(a.aval.shape for a in atoms),
-                    source,
-                )
-            )
-        return [e.output for e in self._equations[len(self._equations) - len(equation.outvars) :]]
-
-    def _needed(self) -> list[Equation]:
-        """The equations that the results depend on."""
-        needed = self._computed_results()
-        kept = []
-        for equation in reversed(self._equations):
-            if equation.output in needed:
-                kept.append(equation)
-                needed.update(equation.inputs_known)
-        return kept[::-1]
-
-    def _computed_results(self) -> set[int]:
-        return {x for x in self._results if isinstance(x, int)}
 
     @property
     def is_identity(self) -> bool:
@@ -206,10 +87,7 @@ class ElementProgram:
 
     def arguments_of(self, value: int | np.ndarray) -> frozenset[str]:
         """The arguments that a value is a function of."""
-        needed = {value} if isinstance(value, int) else set()
-        for equation in reversed(self._equations):
-            if equation.output in needed:
-                needed.update(equation.inputs_known)
+        needed = needed_for([value], self._equations)
         return frozenset(name for name, number in self._inputs.items() if number in needed)
 
     def addends(self) -> list[tuple[int | np.ndarray, bool]] | None:
@@ -291,10 +169,7 @@ class ElementProgram:
         """
         if not isinstance(value, int) or not self.between_bends.is_affine(value):
             return []
-        needed, found = {value}, []
-        for equation in reversed(self._equations):
-            if equation.output in needed:
-                needed.update(equation.inputs_known)
+        needed, found = needed_for([value], self._equations), []
         ranging = {self._inputs["kv_idx"]}
         for equation in self._equations:
             if equation.output not in needed or not ranging & set(equation.inputs_known):
@@ -395,12 +270,12 @@ class ElementProgram:
             elif 0 in shape:
                 reasons.append(f"it closes over an empty array, of shape {shape}")
         for equation in self._equations:
-            why = _why_not(equation)
+            why = why_not(equation)
             if why is not None:
                 reasons.append(f"{why}, at {equation.source}")
         return list(dict.fromkeys(reasons))
 
-    def start(self, arrays: Sequence["View"]) -> dict[int, Any]:
+    def start(self, arrays: Sequence[View]) -> dict[int, Any]:
         """The values that are known before any argument is."""
         return self._completed(dict(zip(self._arrays, arrays, strict=True)))
 
@@ -441,60 +316,8 @@ class ElementProgram:
                 known[equation.output] = evaluate(equation, known)
         return known
 
-    # ---- what is known of values beforehand ------------------------------------------------------
-
-    def _limits_of_values(self, of_inputs: Mapping[str, Limits]) -> dict[int, Limits]:
-        """The least and the greatest of each integer and boolean about which that is known."""
-        numbers = self._inputs.items()
-        limits = {number: of_inputs[name] for name, number in numbers if name in of_inputs}
-        for equation in self._equations:
-            given = [self._limits_of(x, limits) for x in equation.inputs]
-            rule = LIMIT_RULES.get(equation.primitive)
-            found = rule(*given) if rule is not None and None not in given else None
-            if found is not None and holds(equation.dtypes[-1], found):
-                limits[equation.output] = found
-        return limits
-
-    @staticmethod
-    def _limits_of(source: int | np.ndarray, limits: Mapping[int, Limits]) -> Limits | None:
-        if isinstance(source, int):
-            return limits.get(source)
-        if source.dtype.kind in "iub" and source.size:
-            return int(source.min()), int(source.max())
-        return None
-
-    def _without_decided(self) -> list[Equation]:
-        """The equations without choices that always fall the same way, and bounds never met."""
-        same: dict[int, int | np.ndarray] = {}
-        kept = []
-        for equation in self._equations:
-            inputs = tuple(same.get(x, x) if isinstance(x, int) else x for x in equation.inputs)
-            equation = dataclasses.replace(equation, inputs=inputs)
-            if equation.primitive == "select_n":
-                limits = self._limits_of(inputs[0], self._limits)
-                if limits is not None and limits[0] == limits[1]:
-                    same[equation.output] = inputs[1 + limits[0]]
-                    continue
-            inside = self._is_inside(equation)
-            kept.append(dataclasses.replace(equation, params={**equation.params, "inside": inside}))
-        self._results = [same.get(x, x) if isinstance(x, int) else x for x in self._results]
-        self._equations = kept
-        return self._needed()
-
-    def _is_inside(self, equation: Equation) -> bool:
-        """Whether the indices of a gather or a slice always lie within the array."""
-        if equation.primitive not in ("gather", "dynamic_slice"):
-            return False
-        if not all(isinstance(length, int) for length in equation.shapes[0]):
-            return False  # of symbolic shape, which is refused in words
-        sizes, indices = equation.params["slice_sizes"], equation.inputs[1:]
-        lasts = [length - size for length, size in zip(equation.shapes[0], sizes, strict=True)]
-        if equation.primitive == "gather":
-            axes = equation.params["dimension_numbers"].start_index_map
-            lasts = [min((lasts[axis] for axis in axes), default=0)]
-        limits = [self._limits_of(x, self._limits) for x in indices]
-        pairs = zip(limits, lasts, strict=True)
-        return all(found is not None and 0 <= found[0] and found[1] <= n for found, n in pairs)
+    def _computed_results(self) -> set[int]:
+        return {x for x in self._results if isinstance(x, int)}
 
     def _reaching_result_continuously(self) -> set[int]:
         """Values that go into the results by sums and products alone.
@@ -510,7 +333,7 @@ class ElementProgram:
             (reaching if passes else elsewhere).update(equation.inputs_known)
         return reaching - elsewhere
 
-    def _affine(self, equation: Equation, known: Mapping[int, Any]) -> "Affine | None":
+    def _affine(self, equation: Equation, known: Mapping[int, Any]) -> Affine | None:
         """What an operation makes of ``Affine`` inputs; None where that is not ``Affine``."""
         affine = {i for i in equation.inputs_known if isinstance(known[i], Affine)}
         if not self._keeps_affine(equation, affine):
@@ -530,234 +353,10 @@ class ElementProgram:
             return False
         if name == "convert_element_type":
             # Exact up to 2**24, and rounded once beyond, as the sum would be.
-            limits = self._limits_of(equation.inputs[0], self._limits)
+            limits = limits_of(equation.inputs[0], self._limits)
             return limits is not None and max(map(abs, limits)) <= 2 * POSITION_LIMIT
         if name == "mul" and all(isinstance(x, int) and x in affine for x in equation.inputs):
             return False
         is_float = result == "float32"
         is_rounded = is_float and equation.output not in self._continuous
         return name in self._affine_rules and not is_rounded
-
-
-@dataclasses.dataclass(frozen=True)
-class Derivative:
-    """The transposed derivative of a score.
-
-    Attributes:
-      program: of ``("cotangent", *arguments)``, of the arrays of the score, and of an int32 array
-        of the shape of each of ``numbered`` that holds its elements' numbers.  Its results: the
-        cotangent of the score that was given, from that of the result; then, for each element that
-        is read from an array of floats, its number, negative for none, and its cotangent.
-      numbered: the arrays of floats, by their places among the score's.
-      reads: of each element that is read, the array, likewise.
-    """
-
-    program: ElementProgram
-    numbered: tuple[int, ...]
-    reads: tuple[int, ...]
-
-    def cotangents(self) -> list[tuple[int, int]]:
-        """Of each read that has a gradient: the array, and the place of its number in results."""
-        places = [(array, 1 + 2 * i) for i, array in enumerate(self.reads)]
-        return [(array, at) for array, at in places if not self.program.is_zero(at + 1)]
-
-
-def derivative(jaxpr: Jaxpr, arguments: Sequence[str], keys: int = POSITION_LIMIT) -> Derivative:
-    """The transposed derivative of a score in its first argument and in its arrays of floats.
-
-    Raises:
-      NotImplementedError: it does more with such an array than to read single elements.
-    """
-    arrays = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.constvars]
-    floats = [i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
-    reads: list[int] = []
-
-    def pulled_back(arrays, numbers, cotangent, score, *indices):
-        numbers = {i: (i, x) for i, x in zip(floats, numbers, strict=True)}
-        numbers = [numbers.get(i) for i in range(len(arrays))]
-        found = []
-
-        def of(score, read):
-            given = [(x, n) for x, n in zip(arrays, numbers, strict=True)]
-            given += [(x, None) for x in (score, *indices)]
-            return _with_reads(jaxpr, given, read)[0][0]
-
-        def noted(value, number):
-            found.append((value.reshape(()), number))
-            return value
-
-        of(score, noted)
-
-        def of_reads(score, values):
-            rest = iter(values)
-            return of(score, lambda value, _: next(rest).reshape(value.shape))
-
-        result, pull = jax.vjp(of_reads, score, [value for value, _ in found])
-        d_score, d_values = pull(cotangent.astype(result.dtype))
-        reads[:] = [array for _, (array, _) in found]
-        pairs = zip(found, d_values, strict=True)
-        return d_score, [(number.reshape(()), d) for (_, (_, number)), d in pairs]
-
-    given = [jax.ShapeDtypeStruct((), v.aval.dtype) for v in jaxpr.invars]
-    numbers = [jax.ShapeDtypeStruct(arrays[i].shape, jnp.int32) for i in floats]
-    closed = jax.make_jaxpr(pulled_back)(arrays, numbers, given[0], *given)
-    if closed.consts:
-        raise NotImplementedError("it closes over arrays of its own")
-    program = ElementProgram(closed.jaxpr, ("cotangent", *arguments), keys)
-    return Derivative(program, tuple(floats), tuple(reads))
-
-
-def _with_reads(jaxpr: Jaxpr, given: Sequence[tuple], read: Callable) -> list[tuple]:
-    """Evaluates a jaxpr, each element that is read from some arrays replaced.
-
-    Args:
-      given: for each constant and input its value, and for those arrays ``(name, numbers of the
-        elements)``, else None.
-      read: of a value of one element and its ``(name, number)``: what to put in its place.
-
-    Returns:
-      The results, likewise.
-    """
-
-    def replaced(value, number):
-        if number is None or math.prod(value.shape) != 1:
-            return value, number
-        return read(value, number), None
-
-    variables = [*jaxpr.constvars, *jaxpr.invars]
-    # An array of one element may yet be indexed, out of its bounds too.
-    known = {
-        v: replaced(*pair) if jnp.ndim(pair[0]) == 0 else pair
-        for v, pair in zip(variables, given, strict=True)
-    }
-
-    def of(atom):
-        return (atom.val, None) if isinstance(atom, Literal) else known[atom]
-
-    for equation in jaxpr.eqns:
-        inputs = [of(atom) for atom in equation.invars]
-        values = [value for value, _ in inputs]
-        if all(number is None for _, number in inputs):
-            results = [(x, None) for x in _bound(equation, values, equation.params)]
-        elif equation.primitive.name in PLAIN_CALLS:
-            inner = _inner_program(equation)
-            assert inner is not None
-            constants = [(x, None) for x in inner.consts]
-            results = _with_reads(inner.jaxpr, [*constants, *inputs], read)
-        elif equation.primitive.name == "cond":
-            results = _cond_with_reads(equation, inputs, read)
-        elif equation.primitive.name in VIEWS and all(number is None for _, number in inputs[1:]):
-            name, numbers = inputs[0][1] or (None, None)
-            # Beyond the array there is no element: the least integer.
-            params = equation.params
-            params = params | {"fill_value": None} if "fill_value" in params else params
-            (value,) = _bound(equation, values, equation.params)
-            (number,) = _bound(equation, [numbers, *values[1:]], params)
-            results = [replaced(value, (name, number))]
-        elif all(number is None or math.prod(value.shape) == 1 for value, number in inputs):
-            values = [replaced(*pair)[0] for pair in inputs]
-            results = [(x, None) for x in _bound(equation, values, equation.params)]
-        else:
-            raise _as_a_whole(equation)
-        known.update(zip(equation.outvars, results, strict=True))
-    return [of(atom) for atom in jaxpr.outvars]
-
-
-def _cond_with_reads(equation, inputs: Sequence[tuple], read: Callable) -> list[tuple]:
-    """The results of a ``cond``, as of ``_with_reads``.
-
-    What any branch reads is read before; the cotangent of what is not chosen is 0.
-    """
-
-    def of_branch(branch, read):
-        constants = [(x, None) for x in branch.consts]
-        return _with_reads(branch.jaxpr, [*constants, *inputs[1:]], read)
-
-    def chosen(branch, values):
-        rest = iter(values)
-        results = []
-        for value, number in of_branch(branch, lambda value, _: next(rest).reshape(value.shape)):
-            if number is not None:
-                raise _as_a_whole(equation)
-            results.append(value)
-        return results
-
-    choices = []
-    for branch in equation.params["branches"]:
-        values: list[Any] = []
-
-        def kept(value, number, values=values):
-            values.append(read(value, number))
-            return values[-1]
-
-        of_branch(branch, kept)
-        choices.append(functools.partial(chosen, branch, values))
-    return [(x, None) for x in jax.lax.switch(inputs[0][0], choices)]
-
-
-def _as_a_whole(equation) -> NotImplementedError:
-    return NotImplementedError(
-        f"{equation.primitive.name} of an array of floats as a whole, at "
-        f"{source_info_util.summarize(equation.source_info).strip()}"
-    )
-
-
-def _bound(equation, values: Sequence[Any], params: Mapping[str, Any]) -> Sequence[Any]:
-    """The results of an equation's primitive, of other values."""
-    params = equation.primitive.get_bind_params(dict(params))
-    results = equation.primitive.bind(*values, **params)
-    return results if equation.primitive.multiple_results else [results]
-
-
-PLAIN_CALLS = ("jit", "closed_call", "core_call", "checkpoint", "remat2")
-"""Primitives whose derivative is that of the program they call."""
-
-CALLS = (*PLAIN_CALLS, "custom_jvp_call", "custom_vjp_call")
-"""Primitives that are replaced by the program they call."""
-
-
-def _inner_program(equation) -> ClosedJaxpr | None:
-    """The program that an equation calls, to be inlined."""
-    if equation.primitive.name in CALLS:
-        for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-            inner = equation.params.get(name)
-            if isinstance(inner, ClosedJaxpr):
-                return inner
-            if isinstance(inner, Jaxpr):
-                return ClosedJaxpr(inner, ())
-    return None
-
-
-def _why_not(equation: Equation) -> str | None:
-    """Why an equation cannot be lowered; None where it can."""
-    name = equation.primitive
-    if name not in RULES:
-        return f"the primitive {name} has no rule"
-    for dtype in equation.dtypes:
-        if dtype not in SCALAR_DTYPES:
-            return f"{name} on {dtype}"
-    *inputs, result = equation.shapes
-    if name == "bitcast_convert_type" and not {"float32", "int32", "uint32"}.issuperset(
-        equation.dtypes
-    ):
-        return f"{name} of {' to '.join(equation.dtypes)}"
-    if name == "gather" and not _gather_is_plain(equation):
-        return "a gather of more than one element at each index"
-    sizes = [math.prod(shape) for shape in (() if name in VIEWS else inputs)]
-    sizes += [] if name in VIEWS and name != "gather" else [math.prod(result)]
-    if any(size > LARGEST_VECTOR for size in sizes):
-        return f"{name} on more than {LARGEST_VECTOR} elements, {inputs} -> {result}"
-    kinds = {SCALAR_DTYPES[dtype] for dtype in equation.dtypes}
-    if kinds == {"bool"} and name in ("add", "sub", "mul", "div", "rem", "neg"):
-        return f"{name} of booleans"
-    return None
-
-
-def _gather_is_plain(equation: Equation) -> bool:
-    numbers = equation.params["dimension_numbers"]
-    rank = len(equation.shapes[0])
-    return (
-        all(size == 1 for size in equation.params["slice_sizes"])
-        and tuple(numbers.collapsed_slice_dims) == tuple(range(rank))
-        and not numbers.operand_batching_dims
-    )

@@ -5,7 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 from jax_flashcute.kernels.common.numbers import select
-from jax_flashcute.kernels.lowering.scalars import RULES, Equation, mapped
+from jax_flashcute.kernels.lowering.equations import Equation
+from jax_flashcute.kernels.lowering.rules import RULES
+from jax_flashcute.kernels.lowering.values import mapped
+from jax_flashcute.kernels.lowering.vectors import SAME_ELEMENTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +86,6 @@ SPAN_RULES: dict[str, Callable[..., Span]] = {
     "select_n": _choice,
 }
 """What each primitive makes of numbers between bounds."""
-
-SAME_ELEMENTS = frozenset(
-    ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "concatenate", "stack", "copy")
-)
-"""Primitives whose results are their operands' elements in another shape."""
 
 OVERFLOWING = frozenset(("mul", "neg", "abs"))
 """Primitives of integers that follow bounds where they do not overflow."""
