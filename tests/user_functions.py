@@ -17,6 +17,17 @@ def _array(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
+@jax.custom_jvp
+def without_rule(x):
+    """``x``, whose derivative no kernel computes."""
+    return x
+
+
+@without_rule.defjvp
+def _(primals, tangents):
+    return primals[0], jax.lax.lgamma(primals[0]) * tangents[0]
+
+
 def _integers(seed: int, high: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).integers(0, high, shape), jnp.int32)
 
@@ -144,12 +155,31 @@ def by_score(case: Case):
     return score_mod
 
 
+def decays(case: Case):
+    """What a head makes of the distance's decays at a few rates."""
+    weights, rates = _array(19, case.q_heads, 4), jnp.exp(_array(20, 4)) / 30
+    return lambda score, b, h, q, kv: score + weights[h] @ jnp.exp(-rates * jnp.abs(q - kv))
+
+
+def low_rank(case: Case):
+    """A bias that is a product of matrices, with rows beyond the end; and a mean."""
+    left = _array(21, case.batch, case.seqlen_q, 4)
+    right = _array(22, case.seqlen_k, 4)
+
+    def score_mod(score, b, h, q, kv):
+        row = right.at[kv + h].get(mode="fill", fill_value=0.25)
+        return score * jnp.mean(row) + left[b, q] @ row
+
+    return score_mod
+
+
 SCORES = {
     f.__name__: f
     for f in (
         *(alibi, alibi_of_numbers, soft_cap, soft_cap_and_bias, relative_bias, t5_buckets),
         *(key_bias, query_temperature, two_dimensional_bias, bias_with_fill, squared, gated),
         *(hidden_by_score, distance_decay, half_precision, by_distance, by_score),
+        *(decays, low_rank),
     )
 }
 

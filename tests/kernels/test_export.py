@@ -13,6 +13,7 @@ from jax_flashcute import flash_attention, plan
 from jax_flashcute.export import EXPORT_CHECKS
 from jax_flashcute.ffi import store
 from jax_flashcute.ffi.runtime import CALL_TARGET
+from tests.user_functions import without_rule
 
 N, K, H = 4, 2, 64
 
@@ -114,14 +115,13 @@ def test_gradients_on_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_100a")
     bias = jax.ShapeDtypeStruct((1, 1, 1, 500), jnp.float32)
 
-    def gradients(head_dim, of, implementation=None, *, as_a_whole=False, deterministic=False):
+    def gradients(head_dim, of, implementation=None, *, has_rule=True, deterministic=False):
         how = {"implementation": implementation, "deterministic": deterministic}
 
         def loss(query, key, value, bias):
             given = {"bias": bias}
-            if as_a_whole:
-                few = bias[0, 0, 0, :6]
-                given = {"score_mod": lambda score, b, h, q, kv: score + few.sum()}
+            if not has_rule:
+                given = {"score_mod": lambda score, b, h, q, kv: without_rule(score)}
             out, _ = attend(query, key, value, **given, **how)
             return jnp.sum(out)
 
@@ -133,9 +133,9 @@ def test_gradients_on_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
     for head_dim, deterministic in ((64, False), (256, True)):
         program = gradients(head_dim, (0, 3), "cute", deterministic=deterministic)
         assert calls(program) == [CALL_TARGET] * 2
-    assert calls(gradients(64, (0, 3), as_a_whole=True)) == [CALL_TARGET]
-    with pytest.raises(NotImplementedError, match="as a whole"):
-        gradients(64, (0, 3), "cute", as_a_whole=True)
+    assert calls(gradients(64, 0, has_rule=False)) == [CALL_TARGET]
+    with pytest.raises(NotImplementedError, match="the primitive lgamma has no rule"):
+        gradients(64, 0, "cute", has_rule=False)
 
 
 def test_a_symbolic_offset() -> None:

@@ -148,7 +148,7 @@ OF_NUMBERS = (
 )
 """Scores that close over no array of floats."""
 QUICK = {
-    *("t5_buckets", "key_bias", "bias_with_fill", "gated", "hidden_by_score"),
+    *("t5_buckets", "key_bias", "bias_with_fill", "gated", "hidden_by_score", "low_rank"),
 }
 
 

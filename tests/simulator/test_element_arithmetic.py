@@ -140,13 +140,21 @@ def of_rows(x, y, i, j):
     return lax.cumsum(jnp.stack([jnp.stack([i, j]), jnp.stack([j, i])], axis=1), axis=1)[1, 1]
 
 
+def of_slices(x, y, i, j):
+    """Rows of a matrix, of which some are beyond it, and a product with one."""
+    matrix = jnp.arange(12, dtype=jnp.int32).reshape(4, 3) * i
+    rows = matrix.at[jnp.stack([j % 7, i % 3])].get(mode="fill", fill_value=-1)
+    columns = jnp.take(matrix, jnp.stack([i % 3, j % 5]), axis=1, mode="clip")
+    return jnp.sum(rows @ jnp.stack([i, j, 1])) + (rows @ columns[:3])[1, 0]
+
+
 EXACT = {
     **{
         f"{function.__name__} {dtype}": lambda x, y, i, j, f=function, d=dtype: f(i.astype(d))
         for function in (lax.population_count, lax.clz)
         for dtype in ("int8", "uint8", "int16", "uint16", "int32", "uint32")
     },
-    **{f.__name__: f for f in (pieces, chosen, selected, of_rows)},
+    **{f.__name__: f for f in (pieces, chosen, selected, of_rows, of_slices)},
     "derivative": lambda *given: jax.grad(of_which)(*given),
     "argmax": of_floats(jnp.argmax),
     "argmin": of_floats(jnp.argmin),
@@ -304,14 +312,29 @@ def of_branches(table, keys):
     return score_mod
 
 
-def test_gradients_of_what_branches_read() -> None:
+def of_vectors(table, keys):
+    """Rows, columns and stretches of arrays, as elements of vectors and matrices."""
+
+    def score_mod(score, b, h, q, kv):
+        column, features = table[:, kv], jnp.cos(keys[:4] * (q - kv))
+        stretch = jax.lax.dynamic_slice(keys, (kv % 38,), (3,))
+        matrix = jnp.take(table, jnp.stack([q, kv + 20]), axis=1, mode="fill", fill_value=0.5)
+        mixed = jnp.stack([score, 2.0]) @ (matrix * stretch[:, None]).T
+        either = jax.lax.cond(kv > q, lambda: keys[2:5], lambda: table[:, q])
+        return mixed @ jax.nn.softmax(column / 9) + features @ table[h, 3:7] + jnp.sum(either)
+
+    return score_mod
+
+
+@pytest.mark.parametrize("function", [of_branches, of_vectors])
+def test_gradients_of_what_is_read(function) -> None:
     rng = np.random.default_rng(0)
     sizes = (HEADS, KEYS), (KEYS,)
     table, keys = (jnp.asarray(rng.standard_normal(x) * 9, jnp.float32) for x in sizes)
     floats = rng.standard_normal((2, COUNT)).astype(np.float32)
     floats[0, ::2] = 0.5
     indices = rng.integers(0, [[1], [HEADS], [KEYS], [KEYS]], (4, COUNT)).astype(np.int32)
-    traced, arrays = masks.trace_score(of_branches(table, keys), jnp.float32)
+    traced, arrays = masks.trace_score(function(table, keys), jnp.float32)
     assert [x.shape[1:] for x in arrays] == [table.shape, keys.shape]
     of = derivative(traced.jaxpr, ("score", *INDICES))
     types = [(cutlass.Float32, 2), (cutlass.Int32, 2), (cutlass.Float32, 3), (cutlass.Float32, 2)]
@@ -322,10 +345,12 @@ def test_gradients_of_what_branches_read() -> None:
     (found,) = simulate(kernel, *given, outputs=[(shape, np.int32)])
     sums = [np.zeros((COUNT, x.size), np.float32) for x in arrays]
     for array, place in of.cotangents():
-        np.add.at(sums[array], (np.arange(COUNT), found[place]), found[place + 1].view(np.float32))
+        (there,) = np.nonzero(found[place] >= 0)
+        elements, values = found[place, there], found[place + 1, there].view(np.float32)
+        np.add.at(sums[array], (there, elements), values)
 
     def changed(score, table, keys, *indices):
-        return of_branches(table, keys)(score, *indices)
+        return function(table, keys)(score, *indices)
 
     gradient = jax.vmap(jax.grad(changed, (0, 1, 2)), (0, None, None, 0, 0, 0, 0))
     want, *of_arrays = jax.jit(gradient)(floats[0], table, keys, *indices)

@@ -124,8 +124,11 @@ SMALL_TILES = FwdConfig(2, 64, 2, takes_turns=False)
 SMALL = sized(64, group=3, kv_heads=2, seqlen_q=70, seqlen_k=140, batch=2, offset=True)
 
 
+LONG = ("by_score", "decays")
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "by_score")) for n in SCORES]
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in SCORES]
 )
 def test_score(name: str):
     check(SMALL, score_mod=SCORES[name](SMALL), config=SMALL_TILES)

@@ -514,7 +514,7 @@ def test_deterministic_gradients_of_arrays_on_blackwell(H: int) -> None:
 
 
 def test_an_array_of_floats_is_read_by_element() -> None:
-    table = jnp.ones(6)
+    table = jnp.ones(20)
     whole = trace_score(lambda score, b, h, q, kv: score + table.sum(), jnp.float32)
     single = trace_score(lambda score, b, h, q, kv: score * table[h] + table[q], jnp.float32)
     one = jnp.ones(1)
@@ -523,5 +523,5 @@ def test_an_array_of_floats_is_read_by_element() -> None:
         operands = dataclasses.replace(shapes(), score_mod_arrays=arrays)
         spec = dataclasses.replace(SPEC, score_mod=function)
         reasons = registry.reasons_against(spec, operands, "bwd", "sm_90a")
-        assert [r for r in reasons if "of an array of floats as a whole, at" in r] == reasons
+        assert all("of an array of floats as a whole, at" in r or "than 16" in r for r in reasons)
         assert served == (not reasons)

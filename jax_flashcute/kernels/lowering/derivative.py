@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Jaxpr, Literal
 
 from jax_flashcute.analysis import POSITION_LIMIT
@@ -18,6 +19,7 @@ from jax_flashcute.kernels.lowering.inlining import (
     source_of,
 )
 from jax_flashcute.kernels.lowering.program import ElementProgram
+from jax_flashcute.kernels.lowering.rules import LARGEST_VECTOR
 from jax_flashcute.kernels.lowering.vectors import VIEWS
 
 
@@ -136,11 +138,9 @@ def _with_reads(jaxpr: Jaxpr, given: Sequence[tuple], read: Callable) -> list[tu
             (value,) = _bound(equation, values, equation.params)
             (number,) = _bound(equation, [numbers, *values[1:]], params)
             results = [replaced(value, (name, number))]
-        elif all(number is None or math.prod(value.shape) == 1 for value, number in inputs):
-            values = [replaced(*pair)[0] for pair in inputs]
-            results = [(x, None) for x in _bound(equation, values, equation.params)]
         else:
-            raise _as_a_whole(equation)
+            values = [_one_by_one(equation, *pair, read) for pair in inputs]
+            results = [(x, None) for x in _bound(equation, values, equation.params)]
         known.update(zip(equation.outvars, results, strict=True))
     return [of(atom) for atom in jaxpr.outvars]
 
@@ -153,16 +153,12 @@ def _cond_with_reads(equation, inputs: Sequence[tuple], read: Callable) -> list[
 
     def of_branch(branch, read):
         constants = [(x, None) for x in branch.consts]
-        return _with_reads(branch.jaxpr, [*constants, *inputs[1:]], read)
+        results = _with_reads(branch.jaxpr, [*constants, *inputs[1:]], read)
+        return [_one_by_one(equation, *pair, read) for pair in results]
 
     def chosen(branch, values):
         rest = iter(values)
-        results = []
-        for value, number in of_branch(branch, lambda value, _: next(rest).reshape(value.shape)):
-            if number is not None:
-                raise _as_a_whole(equation)
-            results.append(value)
-        return results
+        return of_branch(branch, lambda value, _: next(rest).reshape(value.shape))
 
     choices = []
     for branch in equation.params["branches"]:
@@ -177,10 +173,21 @@ def _cond_with_reads(equation, inputs: Sequence[tuple], read: Callable) -> list[
     return [(x, None) for x in jax.lax.switch(inputs[0][0], choices)]
 
 
-def _as_a_whole(equation) -> NotImplementedError:
-    return NotImplementedError(
-        f"{equation.primitive.name} of an array of floats as a whole, at {source_of(equation)}"
-    )
+def _one_by_one(equation, value, number, read: Callable):
+    """A value that an equation takes, each of its elements replaced if it is of such an array.
+
+    Raises:
+      NotImplementedError: it has too many.
+    """
+    if number is None:
+        return value
+    if math.prod(value.shape) > LARGEST_VECTOR:
+        raise NotImplementedError(
+            f"{equation.primitive.name} of an array of floats as a whole, at {source_of(equation)}"
+        )
+    name, numbers = number
+    found = [read(value[i], (name, numbers[i])) for i in np.ndindex(*value.shape)]
+    return jnp.stack(found).reshape(value.shape)
 
 
 def _bound(equation, values: Sequence[Any], params: Mapping[str, Any]) -> Sequence[Any]:

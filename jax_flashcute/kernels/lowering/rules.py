@@ -44,8 +44,8 @@ def why_not(equation: Equation) -> str | None:
         equation.dtypes
     ):
         return f"{name} of {' to '.join(equation.dtypes)}"
-    if name == "gather" and not _gather_is_plain(equation):
-        return "a gather of more than one element at each index"
+    if name == "gather" and equation.params["dimension_numbers"].operand_batching_dims:
+        return "a gather along dimensions of a batch"
     sizes = [math.prod(shape) for shape in (() if name in VIEWS else inputs)]
     sizes += [] if name in VIEWS and name != "gather" else [math.prod(result)]
     if any(size > LARGEST_VECTOR for size in sizes):
@@ -54,13 +54,3 @@ def why_not(equation: Equation) -> str | None:
     if kinds == {"bool"} and name in ("add", "sub", "mul", "div", "rem", "neg"):
         return f"{name} of booleans"
     return None
-
-
-def _gather_is_plain(equation: Equation) -> bool:
-    numbers = equation.params["dimension_numbers"]
-    rank = len(equation.shapes[0])
-    return (
-        all(size == 1 for size in equation.params["slice_sizes"])
-        and tuple(numbers.collapsed_slice_dims) == tuple(range(rank))
-        and not numbers.operand_batching_dims
-    )

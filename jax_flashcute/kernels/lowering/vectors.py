@@ -147,19 +147,21 @@ def _bounded(index, dtype: str, last: int):
 
 
 def _gather(equation: Equation, x, indices):
+    """Of each index a slice, which ends where the array does at the latest."""
     import cutlass
 
     numbers, mode = equation.params["dimension_numbers"], str(equation.params["mode"])
+    sizes, shape = equation.params["slice_sizes"], equation.shapes[-1]
     if not isinstance(x, View):
         x = _view_of_numbers(array_of(x))
     index_dtype, dtype = equation.dtypes[1], equation.dtypes[-1]
     fill = constant(np.asarray(_fill_value(equation.params["fill_value"], dtype)), dtype)
-    indices = array_of(indices)
-    found = np.empty(indices.shape[:-1], object)
-    for place in np.ndindex(*found.shape):
+    indices, steps = array_of(indices), _steps_of_slice(x, sizes, numbers.collapsed_slice_dims)
+    slices = np.empty((*indices.shape[:-1], *steps.shape), object)
+    for place in np.ndindex(*indices.shape[:-1]):
         offset, inside = x.offset, None
         for i, axis in enumerate(numbers.start_index_map):
-            index, last = indices[(*place, i)], x.shape[axis] - 1
+            index, last = indices[(*place, i)], x.shape[axis] - sizes[axis]
             if equation.params["inside"]:
                 offset = offset + cutlass.Int32(index) * x.strides[axis]
                 continue
@@ -167,10 +169,46 @@ def _gather(equation: Equation, x, indices):
             offset = offset + near * x.strides[axis]
             hit = near == type(near)(index)
             inside = hit if inside is None else arith_op("andi", inside, hit)
-        value = x.load(offset)
-        if "FILL" in mode and inside is not None:
-            value = select(inside, value, fill)
-        found[place] = value
+        for element, step in np.ndenumerate(steps):
+            value = x.load(offset + int(step))
+            if "FILL" in mode and inside is not None:
+                value = select(inside, value, fill)
+            slices[(*place, *element)] = value
+    # Dimensions of indices and of slices may stand in any order.
+    of_slices = numbers.offset_dims
+    of_indices = [axis for axis in range(len(shape)) if axis not in of_slices]
+    return unwrapped(slices.transpose(np.argsort([*of_indices, *of_slices])))
+
+
+def _steps_of_slice(x: View, sizes, collapsed) -> np.ndarray:
+    """How far each element of a slice lies behind its first, without the dimensions that go."""
+    kept = [axis for axis in range(len(sizes)) if axis not in collapsed]
+    steps = np.zeros([sizes[axis] for axis in kept], int)
+    for place, axis in enumerate(kept):
+        along = np.arange(sizes[axis]) * x.strides[axis]
+        steps += along.reshape([-1 if i == place else 1 for i in range(len(kept))])
+    return steps
+
+
+def _dot_general(equation: Equation, x, y):
+    """Products of short vectors and matrices, each sum rounded once."""
+    ((of_x, of_y), (batch_x, batch_y)), dtype = (
+        equation.params["dimension_numbers"],
+        equation.dtypes[-1],
+    )
+
+    def flat(array, contracted, batch):
+        rest = [a for a in range(array.ndim) if a not in (*contracted, *batch)]
+        moved = array.transpose(*batch, *rest, *contracted)
+        shape = [array.shape[a] for a in batch], [array.shape[a] for a in rest]
+        return moved.reshape(*(math.prod(s) for s in shape), -1)
+
+    x, y = flat(array_of(x), of_x, batch_x), flat(array_of(y), of_y, batch_y)
+    found = np.empty((x.shape[0], x.shape[1], y.shape[1]), object)
+    for batch, row, column in np.ndindex(*found.shape):
+        pairs = zip(x[batch, row], y[batch, column], strict=True)
+        total = functools.reduce(lambda a, b: a + b, [a * b for a, b in pairs])
+        found[batch, row, column] = exact(total, dtype)
     return unwrapped(found.reshape(equation.shapes[-1]))
 
 
@@ -280,6 +318,7 @@ VECTOR_RULES: dict[str, Rule] = {
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
     "gather": _gather,
+    "dot_general": _dot_general,
     "iota": _iota,
     "reduce_sum": _reduce(lambda kind, a, b: a + b),
     "reduce_prod": _reduce(lambda kind, a, b: a * b),
