@@ -27,9 +27,9 @@ serve: $(VENV)/.installed-demo
 	test -e $(MODEL) || $(BIN)/python examples/train_byte_lm.py --save $(MODEL)
 	$(BIN)/python examples/serve.py --model $(MODEL) $(ARGS)
 
-# XLA's programs run once or twice each: it takes longer to optimise them than to run them.
+# On a CPU, XLA's programs run once or twice each: optimising them takes longer than running them.
 test: lint
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(if $(CUDA),,JAX_DISABLE_MOST_OPTIMIZATIONS=1) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
