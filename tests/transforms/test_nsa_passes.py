@@ -143,7 +143,7 @@ def test_the_whole_on_an_explicit_mesh() -> None:
             return jnp.sum(jnp.sin(out)), out
 
         gradient = jax.grad(attend, argnums=(0, 1, 2, 3), has_aux=True)
-        return gradient(query, key, value, weights)
+        return jax.jit(gradient)(query, key, value, weights)
 
     expected = out_and_gradients(query, key, value, weights)
     mesh = jax.make_mesh(
