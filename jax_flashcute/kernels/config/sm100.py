@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from jax_flashcute.kernels.config.memory import SMEM_BYTES, round_up
+from jax_flashcute.kernels.config.memory import lacks_registers, lacks_smem, round_up
 
 ROWS_SM100 = 128
 """Query rows of one matrix product on Blackwell."""
@@ -63,9 +63,7 @@ class FwdConfigSm100:
             reasons.append(f"tile_n must be a multiple of 32 from 32 to 128, got {self.tile_n}")
         if self.kv_stages < 1:
             reasons.append(f"kv_stages must be at least 1, got {self.kv_stages}")
-        smem = self.smem_bytes(head_dim, head_dim_v) + 2048
-        if smem > SMEM_BYTES:
-            reasons.append(f"shared memory: {smem} bytes needed, {SMEM_BYTES} available")
+        reasons += lacks_smem(self.smem_bytes(head_dim, head_dim_v) + 2048)
         columns = self.query_tiles * (self.tile_n + round_up(head_dim_v, 16))
         if columns > 512:
             reasons.append(f"tensor memory: {columns} columns needed, 512 available")
@@ -74,8 +72,7 @@ class FwdConfigSm100:
             + self.correction_registers
             + self.other_registers
         )
-        if registers > 65536:
-            reasons.append(f"registers: {registers} needed, 65536 available")
+        reasons += lacks_registers(registers)
         return reasons
 
 
@@ -190,9 +187,7 @@ class PassConfigSm100:
                 f"the pass for the gradient of {self.target} needs {least[0]} and {least[1]} "
                 f"stages at least, got {self.first_stages} and {self.second_stages}"
             )
-        smem = self.smem_bytes(head_dim, head_dim_v) + 1024
-        if smem > SMEM_BYTES:
-            reasons.append(f"shared memory: {smem} bytes needed, {SMEM_BYTES} available")
+        reasons += lacks_smem(self.smem_bytes(head_dim, head_dim_v) + 1024)
         columns = self.columns(head_dim, head_dim_v)
         if columns > 512:
             reasons.append(f"tensor memory: {columns} columns needed, 512 available")
@@ -307,14 +302,11 @@ class BwdConfigSm100:
         columns = self.columns(head_dim, head_dim_v)
         if columns > 512:
             reasons.append(f"tensor memory: {columns} columns needed, 512 available")
-        smem = self.smem_bytes(head_dim, head_dim_v) + 1024
-        if smem > SMEM_BYTES:
-            reasons.append(f"shared memory: {smem} bytes needed, {SMEM_BYTES} available")
+        reasons += lacks_smem(self.smem_bytes(head_dim, head_dim_v) + 1024)
         registers = 128 * (
             2 * self.gradient_registers + self.reduce_registers + self.other_registers
         )
-        if registers > 65536:
-            reasons.append(f"registers: {registers} needed, 65536 available")
+        reasons += lacks_registers(registers)
         return reasons
 
 

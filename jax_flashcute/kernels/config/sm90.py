@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from jax_flashcute.kernels.config.memory import SMEM_BYTES, round_up
+from jax_flashcute.kernels.config.memory import lacks_registers, lacks_smem, round_up
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,9 @@ class FwdConfig:
             reasons.append(f"kv_stages must be at least 1, got {self.kv_stages}")
         if self.cluster not in (1, 2):
             reasons.append(f"cluster must be 1 or 2, got {self.cluster}")
-        smem = self.smem_bytes(head_dim, head_dim_v) + 1024
-        if smem > SMEM_BYTES:
-            reasons.append(f"shared memory: {smem} bytes needed, {SMEM_BYTES} available")
+        reasons += lacks_smem(self.smem_bytes(head_dim, head_dim_v) + 1024)
         registers = 128 * (self.warpgroups * self.consumer_registers + self.producer_registers)
-        if registers > 65536:
-            reasons.append(f"registers: {registers} needed, 65536 available")
+        reasons += lacks_registers(registers)
         # The accumulators of S and O, and P in 16 bits, live in registers together.
         accumulators = (self.tile_n * 3 // 2 + round_up(head_dim_v, 16)) // 2
         if accumulators + 24 > self.consumer_registers:
@@ -198,9 +195,7 @@ class DqConfig:
                 "dQ needs k_stages of at least 2 and v_stages of at least 1, "
                 f"got {self.k_stages} and {self.v_stages}"
             )
-        smem = self.smem_bytes(head_dim, head_dim_v) + 1024
-        if smem > SMEM_BYTES:
-            reasons.append(f"shared memory for dQ: {smem} bytes needed, {SMEM_BYTES} available")
+        reasons += lacks_smem(self.smem_bytes(head_dim, head_dim_v) + 1024, "shared memory for dQ")
         # dQ, S and dP in float32 and dS in 16 bits.
         accumulators = round_up(head_dim, 16) // 2 + self.tile_n + self.tile_n // 4
         if accumulators + 24 > self.consumer_registers:
@@ -324,12 +319,9 @@ class BwdConfig:
             reasons.append(f"dq_split=columns needs head_dim to divide into 64s, got {head_dim}")
         if max(h, hv) > 256:
             reasons.append(f"head_dims must be at most 256, got {head_dim} and {head_dim_v}")
-        smem = self.smem_bytes(head_dim, head_dim_v) + 1024
-        if smem > SMEM_BYTES:
-            reasons.append(f"shared memory: {smem} bytes needed, {SMEM_BYTES} available")
+        reasons += lacks_smem(self.smem_bytes(head_dim, head_dim_v) + 1024)
         registers = 128 * (self.warpgroups * self.consumer_registers + self.producer_registers)
-        if registers > 65536:
-            reasons.append(f"registers: {registers} needed, 65536 available")
+        reasons += lacks_registers(registers)
         dq = 0 if self.dq_pass else self.dq_part_shape(head_dim)[1] // 2
         if self.by_role:
             # dK or dV, the next S, dQ and the 16-bit P or dS live in registers together.

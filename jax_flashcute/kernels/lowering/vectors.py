@@ -156,8 +156,10 @@ def _gather(equation: Equation, x, indices):
         x = _view_of_numbers(array_of(x))
     index_dtype, dtype = equation.dtypes[1], equation.dtypes[-1]
     fill = constant(np.asarray(_fill_value(equation.params["fill_value"], dtype)), dtype)
-    indices, steps = array_of(indices), _steps_of_slice(x, sizes, numbers.collapsed_slice_dims)
-    slices = np.empty((*indices.shape[:-1], *steps.shape), object)
+    indices = array_of(indices)
+    kept = [axis for axis in range(len(sizes)) if axis not in numbers.collapsed_slice_dims]
+    of_one, strides = (tuple(of[axis] for axis in kept) for of in (sizes, x.strides))
+    slices = np.empty((*indices.shape[:-1], *of_one), object)
     for place in np.ndindex(*indices.shape[:-1]):
         offset, inside = x.offset, None
         for i, axis in enumerate(numbers.start_index_map):
@@ -169,25 +171,14 @@ def _gather(equation: Equation, x, indices):
             offset = offset + near * x.strides[axis]
             hit = near == type(near)(index)
             inside = hit if inside is None else arith_op("andi", inside, hit)
-        for element, step in np.ndenumerate(steps):
-            value = x.load(offset + int(step))
-            if "FILL" in mode and inside is not None:
-                value = select(inside, value, fill)
-            slices[(*place, *element)] = value
+        found = View(x.load, offset, of_one, strides).elements()
+        if "FILL" in mode and inside is not None:
+            found = mapped(select, inside, found, fill)
+        slices[place] = found
     # Dimensions of indices and of slices may stand in any order.
     of_slices = numbers.offset_dims
     of_indices = [axis for axis in range(len(shape)) if axis not in of_slices]
     return unwrapped(slices.transpose(np.argsort([*of_indices, *of_slices])))
-
-
-def _steps_of_slice(x: View, sizes, collapsed) -> np.ndarray:
-    """How far each element of a slice lies behind its first, without the dimensions that go."""
-    kept = [axis for axis in range(len(sizes)) if axis not in collapsed]
-    steps = np.zeros([sizes[axis] for axis in kept], int)
-    for place, axis in enumerate(kept):
-        along = np.arange(sizes[axis]) * x.strides[axis]
-        steps += along.reshape([-1 if i == place else 1 for i in range(len(kept))])
-    return steps
 
 
 def _dot_general(equation: Equation, x, y):
