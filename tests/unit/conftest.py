@@ -4,6 +4,13 @@ from collections.abc import Iterator
 
 import jax
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Whether a run passes depends on the code alone: neither on how busy the machine is nor on luck.
+settings.register_profile(
+    "unit", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("unit")
 
 
 @pytest.fixture(autouse=True)

@@ -163,7 +163,7 @@ class Sequences(RuleBasedStateMachine):
 
 
 TestSequences = Sequences.TestCase
-TestSequences.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+TestSequences.settings = settings(max_examples=25, stateful_step_count=20)
 
 
 def copies_of(compiled, shape: tuple[int, ...]) -> list[str]:
