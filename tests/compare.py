@@ -3,10 +3,10 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_flashcute import flash_attention
+from tests.arrays import random
 from tests.cases import Case, differentiable
 
 
@@ -32,8 +32,7 @@ def out_lse_and_gradients(case: Case, arrays: dict, implementation: str | None) 
 
 def cotangent(like, seed: int):
     """A fixed random array of the shape and dtype of ``like``."""
-    array = np.random.default_rng(seed).standard_normal(like.shape)
-    return jnp.asarray(array, like.dtype)
+    return random(seed, *like.shape, dtype=like.dtype)
 
 
 def assert_close(actual: dict, expected: dict, tolerance: float) -> None:

@@ -10,11 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashcute import masks
+from tests.arrays import random
 from tests.cases import Case
-
-
-def _array(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 @jax.custom_jvp
@@ -49,17 +46,17 @@ def soft_cap(case: Case):
 
 
 def soft_cap_and_bias(case: Case):
-    bias = _array(0, case.q_heads)
+    bias = random(0, case.q_heads)
     return lambda score, b, h, q, kv: 3 * jnp.tanh(score / 3) + bias[h]
 
 
 def relative_bias(case: Case):
-    table = _array(1, case.q_heads, 65)
+    table = random(1, case.q_heads, 65)
     return lambda score, b, h, q, kv: score + table[h, jnp.clip(kv - q, -32, 32) + 32]
 
 
 def t5_buckets(case: Case):
-    table = _array(2, 32, case.q_heads)
+    table = random(2, 32, case.q_heads)
 
     def score_mod(score, b, h, q, kv):
         distance = jnp.maximum(q - kv, 0)
@@ -71,22 +68,22 @@ def t5_buckets(case: Case):
 
 
 def key_bias(case: Case):
-    bias = _array(3, case.batch, case.seqlen_k, dtype=jnp.bfloat16)
+    bias = random(3, case.batch, case.seqlen_k, dtype=jnp.bfloat16)
     return lambda score, b, h, q, kv: score + bias[b, kv]
 
 
 def query_temperature(case: Case):
-    temperature = jnp.exp(_array(4, case.seqlen_q + case.seqlen_k) / 4)
+    temperature = jnp.exp(random(4, case.seqlen_q + case.seqlen_k) / 4)
     return lambda score, b, h, q, kv: score * temperature[jnp.maximum(q, 0)]
 
 
 def two_dimensional_bias(case: Case):
-    bias = _array(5, case.seqlen_q, case.seqlen_k)
+    bias = random(5, case.seqlen_q, case.seqlen_k)
     return lambda score, b, h, q, kv: score + bias[q, kv]
 
 
 def bias_with_fill(case: Case):
-    bias = _array(6, 20)
+    bias = random(6, 20)
     return lambda score, b, h, q, kv: score + bias.at[kv].get(mode="fill", fill_value=-1.0)
 
 
@@ -122,13 +119,13 @@ def distance_decay(case: Case):
 
 
 def half_precision(case: Case):
-    bias = _array(7, case.q_heads, dtype=jnp.bfloat16)
+    bias = random(7, case.q_heads, dtype=jnp.bfloat16)
     return lambda score, b, h, q, kv: (score.astype(jnp.bfloat16) + bias[h]) * 2
 
 
 def by_distance(case: Case):
     """One of several functions, as ``lax.switch`` and ``lax.cond`` choose it, with its array."""
-    near, far = _array(15, case.q_heads, 21), _array(16, case.batch, case.seqlen_k)
+    near, far = random(15, case.q_heads, 21), random(16, case.batch, case.seqlen_k)
 
     def score_mod(score, b, h, q, kv):
         distance = jnp.abs(q - kv)
@@ -144,7 +141,7 @@ def by_distance(case: Case):
 
 def by_score(case: Case):
     """Pieces of the score, and the largest of some numbers."""
-    slopes = _array(17, case.q_heads)
+    slopes = random(17, case.q_heads)
 
     def score_mod(score, b, h, q, kv):
         pieces = [lambda x: -0.5 - x, lambda x: x / 2, jax.lax.erfc]
@@ -157,14 +154,14 @@ def by_score(case: Case):
 
 def decays(case: Case):
     """What a head makes of the distance's decays at a few rates."""
-    weights, rates = _array(19, case.q_heads, 4), jnp.exp(_array(20, 4)) / 30
+    weights, rates = random(19, case.q_heads, 4), jnp.exp(random(20, 4)) / 30
     return lambda score, b, h, q, kv: score + weights[h] @ jnp.exp(-rates * jnp.abs(q - kv))
 
 
 def low_rank(case: Case):
     """A bias that is a product of matrices, with rows beyond the end; and a mean."""
-    left = _array(21, case.batch, case.seqlen_q, 4)
-    right = _array(22, case.seqlen_k, 4)
+    left = random(21, case.batch, case.seqlen_q, 4)
+    right = random(22, case.seqlen_k, 4)
 
     def score_mod(score, b, h, q, kv):
         row = right.at[kv + h].get(mode="fill", fill_value=0.25)
@@ -225,7 +222,7 @@ def from_bits(case: Case):
 
 
 def boolean_table(case: Case):
-    table = _array(11, case.batch, case.seqlen_k) > 0
+    table = random(11, case.batch, case.seqlen_k) > 0
     return lambda b, h, q, kv: table[b, kv] | (q == kv)
 
 

@@ -8,7 +8,10 @@ import pytest
 
 from tests.simulator.snippets import evaluate
 
-RANDOM = np.random.default_rng(7)
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    return np.random.default_rng(7)
 
 
 def test_fma_rounds_once():
@@ -109,8 +112,8 @@ def test_saturation_to_the_unit_interval():
         ("tanh.approx.f32", np.tanh, 2**-11),
     ],
 )
-def test_approximations_stay_within_the_documented_error(name, function, error):
-    x = np.abs(RANDOM.standard_normal(64).astype(np.float32)) * 8 + np.float32(0.01)
+def test_approximations_stay_within_the_documented_error(name, function, error, random):
+    x = np.abs(random.standard_normal(64).astype(np.float32)) * 8 + np.float32(0.01)
     got = evaluate(f"{name} d, a", x, out=np.float32).astype(np.float64)
     np.testing.assert_allclose(got, function(x.astype(np.float64)), rtol=error * 1.01)
 
@@ -130,14 +133,14 @@ def test_special_values_of_approximations():
         np.testing.assert_array_equal(got, np.array(expected, np.float32), name)
 
 
-def test_packed_pairs():
+def test_packed_pairs(random):
     """add.f32x2 and fma.f16x2 work on each half; the lower half is the first element."""
-    a, b = (RANDOM.standard_normal((8, 2)).astype(np.float32) for _ in range(2))
+    a, b = (random.standard_normal((8, 2)).astype(np.float32) for _ in range(2))
     got = evaluate(
         "add.rn.f32x2 d, a, b", a.view(np.uint64)[:, 0], b.view(np.uint64)[:, 0], out=np.uint64
     )
     np.testing.assert_array_equal(got.view(np.float32).reshape(-1, 2), a + b)
-    h, k, c = (RANDOM.standard_normal((8, 2)).astype(np.float16) for _ in range(3))
+    h, k, c = (random.standard_normal((8, 2)).astype(np.float16) for _ in range(3))
     got = evaluate(
         "fma.rn.f16x2 d, a, b, c",
         *(x.view(np.uint32)[:, 0] for x in (h, k, c)),
@@ -147,10 +150,10 @@ def test_packed_pairs():
     np.testing.assert_array_equal(got, exact.astype(np.float16).reshape(-1))
 
 
-def test_mixed_precision():
+def test_mixed_precision(random):
     """fma.f32.abtype, add.f32.atype: half operands are widened, the addend is single."""
-    a, b = (RANDOM.standard_normal(8).astype(ml_dtypes.bfloat16) for _ in range(2))
-    c = RANDOM.standard_normal(8).astype(np.float32)
+    a, b = (random.standard_normal(8).astype(ml_dtypes.bfloat16) for _ in range(2))
+    c = random.standard_normal(8).astype(np.float32)
     raw = [x.view(np.uint16) for x in (a, b)]
     got = evaluate("fma.rn.f32.bf16 d, a, b, c", *raw, c, out=np.float32)
     exact = a.astype(np.float64) * b.astype(np.float64) + c
@@ -163,9 +166,9 @@ HALVES = [("f16", np.float16), ("bf16", ml_dtypes.bfloat16)]
 
 
 @pytest.mark.parametrize(("kind", "dtype"), HALVES)
-def test_single_halves(kind, dtype):
+def test_single_halves(kind, dtype, random):
     """add.f16 and its like: one number a register, the result rounded to half precision."""
-    a, b = (RANDOM.standard_normal(16).astype(dtype) for _ in range(2))
+    a, b = (random.standard_normal(16).astype(dtype) for _ in range(2))
     raw = [x.view(np.uint16) for x in (a, b)]
     for name, expected in (
         ("add", a + b), ("sub", a - b), ("mul", a * b), ("max", np.maximum(a, b)),

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_flashcute import flash_attention, make_block_mask, masks, paged_attention
 from jax_flashcute.export import EXPORT_CHECKS, register_call_target
 from jax_flashcute.nsa import NSAConfig, native_sparse_attention
+from tests.arrays import random
 from tests.compare import assert_close, cotangent
 
 B, T, N, K = 2, 24, 4, 2
@@ -31,10 +31,6 @@ BATCHED = ("query", "key", "value", "segment_ids", "page_table", "kv_lengths")
 @functools.cache
 def on_gpu() -> bool:
     return jax.default_backend() == "gpu"
-
-
-def random(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 @dataclass(frozen=True)

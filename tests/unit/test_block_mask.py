@@ -20,6 +20,7 @@ from jax_flashcute.kernels.config.sm90 import (
     forward_config,
 )
 from jax_flashcute.tile_kinds import FULL, PARTIAL
+from tests.arrays import random
 from tests.compare import assert_close, cotangent
 
 B, N = 2, 6
@@ -136,10 +137,6 @@ def test_from_lists() -> None:
     # Without full tiles their lists have no width.
     made = BlockMask.from_indices(made.partial_counts, made.partial_indices, **sizes)
     assert np.all(made.kinds() == PARTIAL * (np.asarray(expected) == PARTIAL))
-
-
-def random(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def inputs(t: int, s: int, kv_heads: int = 2) -> dict:

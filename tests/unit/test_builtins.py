@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from jax_flashcute import flash_attention, masks, scores, xla
+from tests.arrays import random
 from tests.compare import assert_close
-from tests.unit.test_masks import B, K, N, random, results
+from tests.unit.test_masks import B, K, N, results
 
 SHAPES = [(37, 53), (70, 70), (65, 31)]
 H = 8

@@ -8,10 +8,7 @@ import numpy as np
 import pytest
 
 from jax_flashcute import dot_product_attention
-
-
-def random(seed: int, *shape: int, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+from tests.arrays import random
 
 
 def inputs(dtype=jnp.float32):

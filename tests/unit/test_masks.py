@@ -10,6 +10,7 @@ import pytest
 
 from jax_flashcute import analysis, api, explain, flash_attention, masks, xla
 from jax_flashcute.kernels import registry
+from tests.arrays import random
 from tests.compare import assert_close, cotangent
 from tests.user_functions import without_rule
 
@@ -20,10 +21,6 @@ B, T, S, N, K, H = 2, 70, 150, 4, 2, 8
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of at most 64, so that short sequences have several."""
     monkeypatch.setattr(xla, "_TILE_ELEMENTS_CPU", 1)
-
-
-def random(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def inputs(t: int = T, s: int = S) -> dict:

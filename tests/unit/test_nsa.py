@@ -19,13 +19,10 @@ from jax_flashcute.nsa import (
     to_block_mask,
 )
 from jax_flashcute.nsa.packing import of_packing, pack
+from tests.arrays import random
 from tests.nsa_cases import Case, check_future, check_ties
 
 SMALL = NSAConfig(block=8, num_selected=3, window=10, query_tile=16)
-
-
-def random(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def inputs(length: int, kv_heads: int, group: int, head_dim: int, batch: int = 2) -> dict:

@@ -15,6 +15,7 @@ from jax_flashcute.segments import (
     segments_of_boundaries,
     segments_of_ids,
 )
+from tests.arrays import random
 from tests.compare import assert_close, cotangent
 
 B, N, K, H = 2, 6, 2, 8
@@ -75,10 +76,6 @@ def test_boundaries_say_what_their_ids_say() -> None:
         np.testing.assert_array_equal(positions, jnp.where(ids >= 0, expected, 0))
     assert not jnp.any(want.kv_scattered)
     assert not jnp.any(want.q_scattered)
-
-
-def random(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def inputs(t: int, s: int, batch: int = B) -> dict:
