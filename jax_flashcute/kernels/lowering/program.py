@@ -24,7 +24,7 @@ from jax_flashcute.kernels.lowering.pruning import needed_equations, without_dec
 from jax_flashcute.kernels.lowering.rules import evaluate, why_not
 from jax_flashcute.kernels.lowering.spans import BOUNDING, OVERFLOWING, SPAN_RULES, Span, span_of
 from jax_flashcute.kernels.lowering.values import SCALAR_DTYPES, View, as_number, number_type
-from jax_flashcute.kernels.lowering.vectors import SAME_ELEMENTS
+from jax_flashcute.kernels.lowering.vectors import READS, SAME_ELEMENTS
 
 
 class ElementProgram:
@@ -207,8 +207,7 @@ class ElementProgram:
         return sorted(indices.get(value, set())) if is_read and is_bounded else []
 
     def _is_read(self, equation: Equation, ranging: Collection[int]) -> bool:
-        reads = equation.primitive in ("gather", "dynamic_slice")
-        return reads and equation.inputs[0] not in ranging
+        return equation.primitive in READS and equation.inputs[0] not in ranging
 
     def _keeps_bounds(self, equation: Equation, ranging: Collection[int]) -> bool:
         """Whether an operation makes a ``Span`` of inputs of which some are."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from jax_flashcute.kernels.lowering.equations import Equation, needed_for
 from jax_flashcute.kernels.lowering.limits import Limits, limits_of
+from jax_flashcute.kernels.lowering.vectors import READS
 
 
 def needed_equations(
@@ -44,7 +45,7 @@ def without_decided(
 
 def _is_inside(equation: Equation, limits: Mapping[int, Limits]) -> bool:
     """Whether the indices of a gather or a slice always lie within the array."""
-    if equation.primitive not in ("gather", "dynamic_slice"):
+    if equation.primitive not in READS:
         return False
     if not all(isinstance(length, int) for length in equation.shapes[0]):
         return False  # of symbolic shape, which is refused in words

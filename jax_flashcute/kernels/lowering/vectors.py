@@ -183,10 +183,8 @@ def _gather(equation: Equation, x, indices):
 
 def _dot_general(equation: Equation, x, y):
     """Products of short vectors and matrices, each sum rounded once."""
-    ((of_x, of_y), (batch_x, batch_y)), dtype = (
-        equation.params["dimension_numbers"],
-        equation.dtypes[-1],
-    )
+    (of_x, of_y), (batch_x, batch_y) = equation.params["dimension_numbers"]
+    dtype = equation.dtypes[-1]
 
     def flat(array, contracted, batch):
         rest = [a for a in range(array.ndim) if a not in (*contracted, *batch)]
@@ -285,6 +283,9 @@ def _copy(equation: Equation, x):
 
 VIEWS = frozenset(("dynamic_slice", "squeeze", "reshape", "slice", "gather", "expand_dims", "copy"))
 """Primitives that take an array as it is, without reading it."""
+
+READS = frozenset(("dynamic_slice", "gather"))
+"""Primitives that take elements at indices that are operands."""
 
 SAME_ELEMENTS = frozenset(
     ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "concatenate", "stack", "copy")
