@@ -22,8 +22,9 @@ shared memory.  Which tiles it differs in is known before the first, and these h
 own: a branch between a product and its softmax would keep the two from running side by side.  What
 is affine while no sign changes, as a multiple of |q - kv| is, is so in the other tiles.
 
-Each warpgroup writes X for itself at each tile of work; a warp beside the one that loads keys
-writes Y into a stage that belongs to theirs.
+Each warpgroup writes X for itself at each tile of work; two warps beside the one that loads keys
+write Y into a stage that belongs to theirs, half of it each: they share the issue slots and the
+conversions of warps whose softmax others wait for.
 """
 
 import math
@@ -36,9 +37,9 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.memory import SmemAllocator
 
 from jax_flashcute.kernels.common.elements import EntryElements
-from jax_flashcute.kernels.common.numbers import select
+from jax_flashcute.kernels.common.numbers import float_of, select
 from jax_flashcute.kernels.common.softmax import LOG2_E, OnlineSoftmax
-from jax_flashcute.kernels.common.tiles import round_pairs, smem_layout, store_pairs
+from jax_flashcute.kernels.common.tiles import round_pair, round_pairs, smem_layout, store_pairs
 from jax_flashcute.kernels.common.traced import Traced
 from jax_flashcute.kernels.config.memory import SMEM_BYTES, round_up
 from jax_flashcute.kernels.config.sm90 import FwdConfig
@@ -56,6 +57,8 @@ from jax_flashcute.kernels.sm90.fragments import (
 
 COLUMNS = 16
 """Of X and of Y: those of one matrix product."""
+KEY_WARPS = 2
+"""That write Y, where warps beside those that load keys do."""
 SCALES = (2.0**-20, 2.0**20)
 """Scales of a call between which raw products are no worse units than scaled ones."""
 LARGEST = 2.0**126
@@ -206,21 +209,33 @@ class Terms(Traced):
 
 
 class KeyTerms(Terms):
-    """Y of each tile of keys, by a warp beside the one that loads them."""
+    """Y of each tile of keys, by warps beside the one that loads them."""
 
-    def __init__(self, plan: AddedTerms, entry: EntryElements, head: Int32, reference: Int32):
-        """``reference``: the key from which distances are counted, near those of the rows."""
+    def __init__(
+        self,
+        plan: AddedTerms,
+        entry: EntryElements,
+        head: Int32,
+        reference: Int32,
+        warp: Int32,
+    ):
+        """
+        Args:
+          reference: the key from which distances are counted, near those of the rows.
+          warp: which of ``KEY_WARPS``; every so many 32 keys of a tile are its own.
+        """
         super().__init__(plan, entry, head)
         self.reference = reference
+        self.first = 32 * warp + cute.arch.lane_idx()
 
     def read(self, n: Int32) -> list[Float32]:
         """The terms of this lane's keys of a tile, on their way from memory."""
         found = []
-        for first in range(0, self.plan.config.tile_n, 32):
+        for step in range(0, self.plan.config.tile_n, 32 * KEY_WARPS):
             if "key" not in self.plan.kinds:
                 found.append(Float32(0.0))
                 continue
-            key = n * self.plan.config.tile_n + first + cute.arch.lane_idx()
+            key = n * self.plan.config.tile_n + step + self.first
             known = self.entry.both(self.of_head, self.entry.keys(key))
             found.append(self._raw(self._of_program(known, "key") + self._of_bias(known, "key")))
         return found
@@ -228,20 +243,33 @@ class KeyTerms(Terms):
     @cute.jit
     def write(self, terms: list, sY: cute.Tensor, n: Int32, stage: Int32):
         """Writes Y of tile n from ``read``."""
-        tile_n = self.plan.config.tile_n
+        tile_n, is_half = self.plan.config.tile_n, not self.plan.by_position
         for i in cutlass.range_constexpr(len(terms)):
-            column = cute.arch.lane_idx() + 32 * i
-            place = column
+            column = self.first + 32 * KEY_WARPS * i
+            numbers = (*_thrice(1.0), *thirds(terms[i]))
             if const_expr(self.plan.by_position):
                 place = n * tile_n + column - self.reference
-            numbers = (*thirds(Float32(place)) * 3, *_thrice(1.0), *thirds(terms[i]))
-            if const_expr(tile_n % 32 == 0):
-                _store_row(sY[None, None, stage], column, numbers)
+                numbers = (*thirds(Float32(place)) * 3, *numbers)
+            else:
+                # Of the second half of a row; the first one is zeros.
+                numbers = (Float32(0.0), *numbers)
+            if const_expr(tile_n % (32 * KEY_WARPS) == 0):
+                _store_row(sY[None, None, stage], column, numbers, is_half)
             else:
                 if column < tile_n:
-                    _store_row(sY[None, None, stage], column, numbers)
+                    _store_row(sY[None, None, stage], column, numbers, is_half)
         cute.arch.fence_view_async_shared()
         cute.arch.sync_warp()
+
+
+@cute.jit
+def clear_terms(plan: cutlass.Constexpr[AddedTerms], sY: cute.Tensor, warp: Int32):
+    """Zeros in all stages of Y: where ``KeyTerms`` writes nothing X is 0, but 0 * NaN is not."""
+    for stage in cutlass.range_constexpr(plan.y_stages):
+        for step in cutlass.range_constexpr(0, plan.config.tile_n, 32 * KEY_WARPS):
+            column = step + 32 * warp + cute.arch.lane_idx()
+            if column < plan.config.tile_n:
+                _store_row(sY[None, None, stage], column, ())
 
 
 class WarpgroupTerms(Terms):
@@ -619,15 +647,17 @@ def _before(end: Int32):
 
 def thirds(x: Float32) -> tuple[Float32, Float32, Float32]:
     """Three bfloat16 numbers of which x is the sum, save for bits below 2**-133."""
-    # Of a number known while tracing, the DSL rounds nothing: it is one of the kernel's first.
-    x = Float32(x.ir_value())
-    high = Float32(BFloat16(x))
+    high = _rounded(x)
     rest = x - high
-    # Infinity less itself is no number.
-    is_finite = cute.math.absf(x) < Float32(Float32.inf)
-    rest = select(is_finite | (x != x), rest, Float32(0.0))
-    middle = Float32(BFloat16(rest))
+    # Infinity less itself is no number, and NaN is one of the three already.
+    rest = select(rest == rest, rest, Float32(0.0))
+    middle = _rounded(rest)
     return high, middle, rest - middle
+
+
+def _rounded(x: Float32) -> Float32:
+    """The nearest bfloat16 number: half of a pair, as a single one takes the unit of exponentials."""
+    return float_of(round_pair(BFloat16, Float32(0.0), x))
 
 
 def _thrice(x) -> tuple[Float32, Float32, Float32]:
@@ -635,10 +665,12 @@ def _thrice(x) -> tuple[Float32, Float32, Float32]:
 
 
 @cute.jit
-def _store_row(tile: cute.Tensor, row: Int32, numbers: tuple):
-    """Stores numbers, then zeros, as a row of X or Y."""
-    values = cute.make_rmem_tensor(COLUMNS, Float32)
+def _store_row(
+    tile: cute.Tensor, row: Int32, numbers: tuple, is_half: cutlass.Constexpr[bool] = False
+):
+    """Stores numbers, then zeros, as a row of X or Y, or as the second half of one."""
+    values = cute.make_rmem_tensor(COLUMNS // 2 if is_half else COLUMNS, Float32)
     values.fill(0.0)
     for i in cutlass.range_constexpr(len(numbers)):
         values[i] = numbers[i]
-    store_pairs(tile, row, 0, round_pairs(BFloat16, values))
+    store_pairs(tile, row, int(is_half), round_pairs(BFloat16, values))

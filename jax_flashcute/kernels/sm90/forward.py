@@ -44,7 +44,7 @@ has been read, in the next tile of work; in the first one the second query tile 
 held.
 
 "terms" are what a score adds (added_terms.py), where it does.  Where some of it follows from the
-key alone, one warp more arrives at k and takes a tile.
+key alone, two warps more arrive at k and take a tile.
 
 Counts are arrivals; "+ tx" means that the barrier also waits for the copies' bytes; W is the
 number of consumer warpgroups, of four warps each.  In a cluster k and v are empty after twice as
@@ -108,10 +108,12 @@ from jax_flashcute.kernels.config.sm90 import FwdConfig, busy_producer
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
 from jax_flashcute.kernels.sm90.added_terms import (
+    KEY_WARPS,
     AddedTerms,
     KeyTerms,
     NoTerms,
     WarpgroupTerms,
+    clear_terms,
 )
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
@@ -430,6 +432,7 @@ class ForwardSm90(KeyTiles):
         term_operands: tuple = () if self.added is None else self.added.allocate(allocator)
         h_bytes, hv_bytes = self.smem_h * 2, self.smem_hv * 2
         slab_rows = self.heads_packed * self.slab_tokens
+        key_warps = KEY_WARPS if self.has_key_terms else 0
         pipeline_q = TmaPipeline(
             "q",
             storage.q_barriers.data_ptr(),
@@ -445,7 +448,7 @@ class ForwardSm90(KeyTiles):
             self.consumer_warps,
             self.copying_warps,
             cfg.cluster,
-            also_filling=int(self.has_key_terms),
+            also_filling=key_warps,
         )
         pipeline_v = TmaPipeline(
             "v",
@@ -457,7 +460,7 @@ class ForwardSm90(KeyTiles):
             cfg.cluster,
         )
         # One of those that copy K draws the tiles of work.
-        following_warps = max(2 * self.copying_warps - 1, 0) + self.has_key_terms
+        following_warps = max(2 * self.copying_warps - 1, 0) + key_warps
         pipeline_tile = TmaPipeline(
             "tile",
             storage.tile_barriers.data_ptr(),
@@ -534,9 +537,10 @@ class ForwardSm90(KeyTiles):
             elif const_expr(gathering is not None):
                 gathering.gather(lengths)
             elif const_expr(self.has_key_terms):
-                if warp_index == 1:
+                if warp_index <= KEY_WARPS:
                     place = (mElements, (q_length, kv_length))
-                    self.write_key_terms(term_operands[1], *place, pipelines, work)
+                    warp = warp_index - 1
+                    self.write_key_terms(term_operands[1], *place, pipelines, work, warp)
             elif const_expr(following_warps):
                 _, pipeline_k, pipeline_v, pipeline_tile = pipelines
                 for copies_v in cutlass.range_constexpr(2):
@@ -777,10 +781,12 @@ class ForwardSm90(KeyTiles):
         array_lengths: tuple,
         pipelines,
         work: cute.Tensor,
+        warp: Int32,
     ):
-        """A warp beside the producer: what scores add by key, for each tile of keys."""
+        """A warp beside the producer: what scores add by key, for its part of each tile of keys."""
         _, pipeline_k, _, pipeline_tile = pipelines
-        take = partial(self.take_work, work, pipeline_tile, warps=1, role="key terms")
+        take = partial(self.take_work, work, pipeline_tile, warps=KEY_WARPS, role="key terms")
+        clear_terms(self.added, sY, warp)
         stage, phase, t_stage, t_phase = (Int32(0) for _ in range(4))
         fields = take(t_stage, t_phase)
         while fields[0] >= 0:
@@ -788,7 +794,8 @@ class ForwardSm90(KeyTiles):
             m_block, head, batch, offset = fields[:4]
             elements = Elements(self.functions, mElements)
             of_entry = elements.of_entry(batch, offset, array_lengths)
-            terms = KeyTerms(self.added, of_entry, head, m_block * self.tile_tokens + offset)
+            reference = m_block * self.tile_tokens + offset
+            terms = KeyTerms(self.added, of_entry, head, reference, warp)
             visits, nth = self.key_order(fields, None)
             for i in cutlass.range(visits, unroll=1):
                 found = terms.read(nth(i))
