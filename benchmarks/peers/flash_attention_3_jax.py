@@ -36,10 +36,11 @@ def build(case: Case, pass_: Pass) -> Step:
 def _cached(case: Case, num_splits: int) -> Step:
     from flash_attn3_jax import flash_mha_with_kvcache
 
-    lengths = jnp.asarray(case.kv_lengths or [case.seqlen_k] * case.batch, jnp.int32)
-    table = None if case.page_size is None else jnp.asarray(case.page_table())
+    integers = (jnp.asarray(case.kv_lengths or [case.seqlen_k] * case.batch, jnp.int32),)
+    if case.page_size is not None:
+        integers += (jnp.asarray(case.page_table()),)
 
-    def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    def attention(query: jax.Array, key: jax.Array, value: jax.Array, lengths, table=None):
         return flash_mha_with_kvcache(
             query,
             key,
@@ -51,5 +52,9 @@ def _cached(case: Case, num_splits: int) -> Step:
         )
 
     return jax_step(
-        attention, case, "fwd", takes_all=case.is_decode, takes_pages=True, aligns_ends=True
+        *(attention, case, "fwd"),
+        integers=integers,
+        takes_all=case.is_decode,
+        takes_pages=True,
+        aligns_ends=True,
     )

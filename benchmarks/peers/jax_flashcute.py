@@ -30,26 +30,18 @@ def build(case: Case, pass_: Pass) -> Step:
     if case.is_nsa:
         return nsa.build(case, pass_, implementation)
     if case.page_size is not None:
-        table = jnp.asarray(case.page_table())
+        paged = functools.partial(
+            paged_attention, is_causal=case.causal, implementation=implementation
+        )
         lengths = jnp.full((case.batch,), case.seqlen_k, jnp.int32)
-
-        def paged(query: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> jax.Array:
-            return paged_attention(
-                *(query, k_pages, v_pages, table, lengths),
-                is_causal=case.causal,
-                implementation=implementation,
-            )
-
-        return jax_step(paged, case, pass_, takes_pages=True, aligns_ends=True)
+        integers = jnp.asarray(case.page_table()), lengths
+        return jax_step(paged, case, pass_, integers=integers, takes_pages=True, aligns_ends=True)
     attention = functools.partial(
         flash_attention,
         is_causal=case.causal,
         q_offset=case.seqlen_k - case.seqlen_q if case.causal else 0,
         implementation=implementation,
     )
-    if case.kv_lengths is not None:
-        lengths = jnp.asarray(case.kv_lengths, jnp.int32)
-        attention = functools.partial(attention, key_value_seq_lengths=lengths)
     if case.has_function:
         attention = functools.partial(
             attention,
@@ -71,7 +63,12 @@ def build(case: Case, pass_: Pass) -> Step:
         ends = jnp.cumsum(jnp.asarray((0, *case.documents), jnp.int32))
         # In the timed step: what the boundaries become is a part of it.
         attention = functools.partial(attention, cu_seqlens_q=ends)
-    return jax_step(attention, case, pass_, takes_all=True, aligns_ends=True)
+    integers = () if case.kv_lengths is None else (jnp.asarray(case.kv_lengths, jnp.int32),)
+
+    def step(query: jax.Array, key: jax.Array, value: jax.Array, lengths=None) -> jax.Array:
+        return attention(query, key, value, key_value_seq_lengths=lengths)
+
+    return jax_step(step, case, pass_, integers=integers, takes_all=True, aligns_ends=True)
 
 
 def _building(case: Case, pass_: Pass) -> Step:

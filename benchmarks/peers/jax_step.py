@@ -17,17 +17,20 @@ def no_gpu() -> str | None:
 
 
 def jax_step(
-    attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    attention: Callable[..., jax.Array],
     case: Case,
     pass_: Pass,
     dtype: str | None = None,
     *,
+    integers: tuple[jax.Array, ...] = (),
     takes_all: bool = False,
     takes_pages: bool = False,
     aligns_ends: bool = False,
 ) -> Step:
     """One jitted pass of an attention function over random normal inputs.
 
+    ``integers``: lengths and page tables, which it is given after (query, key, value): as constants
+    of the program XLA would write some of them in each call.
     ``takes_all``: the function observes lengths, lists, documents and functions; others refuse.
     ``takes_pages``: likewise ``case.page_size``; it is given (num_pages, page_size, K, H).
     ``aligns_ends``: its causal mask aligns queries and keys at their ends.
@@ -62,8 +65,11 @@ def jax_step(
     query, key, value, out_gradient = normal()
     if pass_ == "fwd":
         forward = jax.jit(attention)
-        return Step(lambda: forward(query, key, value), jax.block_until_ready, dtype)
+        return Step(lambda: forward(query, key, value, *integers), jax.block_until_ready, dtype)
 
-    _, vjp = jax.jit(lambda q, k, v: jax.vjp(attention, q, k, v))(query, key, value)
+    def linearized(*main):
+        return jax.vjp(lambda *main: attention(*main, *integers), *main)
+
+    _, vjp = jax.jit(linearized)(query, key, value)
     backward = jax.jit(lambda vjp, gradient: vjp(gradient))
     return Step(lambda: backward(vjp, out_gradient), jax.block_until_ready, dtype)

@@ -46,6 +46,13 @@ OPERANDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Where a score multiplies arrays XLA rounds these to TF32 else; kernels do not."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def case_of(shape: str, **features) -> Case:
     sizes = SHAPES[shape]
     return Case(head_dim_v=sizes["head_dim"], **(sizes | features))

@@ -656,7 +656,7 @@ def thirds(x: Float32) -> tuple[Float32, Float32, Float32]:
 
 
 def _rounded(x: Float32) -> Float32:
-    """The nearest bfloat16 number: half of a pair, as a single one takes the unit of exponentials."""
+    """The nearest bfloat16 number, as half of a pair: one alone takes the exponentials' unit."""
     return float_of(round_pair(BFloat16, Float32(0.0), x))
 
 
