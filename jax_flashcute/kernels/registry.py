@@ -377,11 +377,12 @@ def kernel_key(
     if direction == "fwd":
         config = _existing(_forward_config(arch, operands))
         pack_gqa = packing_pays(query.shape[1], group, config)
-        plain = functions is None and packed is None and not has_lists
+        in_ranges = packed is None and not has_lists
+        plain = in_ranges and functions is None
         if row_bounds is not None and plain and isinstance(config, FwdConfig):
             # Tiles of fewer positions visit fewer keys that only some of their rows see.
             pack_gqa |= group > 1 and config.slab_rows % group == 0
-        adds = functions is not None and not functions.hides and packed is None and not has_lists
+        adds = in_ranges and functions is not None and not functions.hides
         adds = adds and functions.added_kinds(pack_gqa) is not None
         if (plain or adds) and not is_paged(operands) and isinstance(config, FwdConfig):
             config = staggered(config)

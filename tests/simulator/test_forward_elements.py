@@ -102,6 +102,7 @@ CASES = {
     "soft_cap": sized(64, soft_cap=1.5, causal=True),
     "bias_everything": sized(64, bias="bnts", kv_heads=2, **EVERYTHING),
     "bias_keys": sized(64, bias="bs", batch=2),
+    "bias_keys_in_tiles_of_112": sized(192, 128, bias="bs", batch=2, lengths=True),
     "bias_heads_packed": sized(64, bias="n", group=3, seqlen_q=7),
     "mask": sized(64, mask="nts", group=3, kv_heads=2),
     "mask_keys_packed": sized(64, mask="bts", batch=2, group=7, seqlen_q=5, seqlen_k=140),
@@ -172,11 +173,14 @@ ADDED_CASES = {
 SLOW_ADDED_CASES = {"256": sized(256, bias="ns", seqlen_k=200, mask="ts")}
 
 
-@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_terms_that_tiles_have_in_common(packed: bool):
+@pytest.mark.parametrize(
+    ("head_dim", "packed"),
+    [(64, False), (128, False), pytest.param(64, True, marks=pytest.mark.slow)],
+)
+def test_terms_that_tiles_have_in_common(head_dim: int, packed: bool):
     """Distances are clipped in most tiles, and not in all."""
     shape = {"group": 7, "seqlen_q": 5} if packed else {"seqlen_q": 260}
-    case = sized(64, seqlen_k=700, **shape, **EVERYTHING)
+    case = sized(head_dim, seqlen_k=700, **shape, **EVERYTHING)
     key = check(case, None, SCORES["relative_bias"](case), num_sms=5, warps="adversarial")
     assert key.elements.added_kinds(key.pack_gqa) == {"tile"}
 

@@ -104,7 +104,8 @@ def forward_config(head_dim: int, head_dim_v: int) -> FwdConfig:
 def staggered(config: FwdConfig) -> FwdConfig:
     """A forward configuration with two query tiles, where two warpgroups do not take turns.
 
-    Measured for head_dim 128, without lists, pages and scores; docs/lab-notebook.md.
+    Measured for head_dim 128, without lists, pages and what is done to single scores;
+    docs/lab-notebook.md.
     """
     if config.warpgroups != 2 or config.takes_turns:
         return config
