@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 
 from jax_flashcute.nsa import NSAConfig, compress_kv, gate
+from tests.arrays import random
 from tests.kernels.gpu_cases import BF16, FP16, UNIT_ROUNDOFF
 from tests.nsa_cases import CASES, Case, check, check_future, check_ties
 
 pytestmark = pytest.mark.gpu
-
-
-def random(seed: int, dtype: str, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def assert_rounded(actual, exact, dtype: str, magnitude: float = 1.0) -> None:
@@ -38,9 +35,9 @@ def in_float64(function, *arrays):
 )
 def test_gates(shape: tuple[int, ...], dtype: str) -> None:
     B, T, N, H, Hv = shape
-    query, weights = random(0, dtype, B, T, N, H), random(1, "float32", N, 3, H) / H**0.5
-    outputs = [random(2 + i, dtype, B, T, N, Hv) for i in range(3)]
-    d_out = random(5, dtype, B, T, N, Hv)
+    query, weights = random(0, B, T, N, H, dtype=dtype), random(1, N, 3, H) / H**0.5
+    outputs = [random(2 + i, B, T, N, Hv, dtype=dtype) for i in range(3)]
+    d_out = random(5, B, T, N, Hv, dtype=dtype)
 
     def run(implementation, query, weights, d_out, *outputs):
         def gated(query, weights, *outputs):
@@ -73,9 +70,11 @@ def test_gates(shape: tuple[int, ...], dtype: str) -> None:
 )
 def test_compression(shape: tuple[int, ...], dtype: str) -> None:
     B, S, K, H, Hv, block = shape
-    key, value = random(0, dtype, B, S, K, H), random(1, dtype, B, S, K, Hv)
+    key, value = random(0, B, S, K, H, dtype=dtype), random(1, B, S, K, Hv, dtype=dtype)
     blocks = -(-S // block)
-    d_key, d_value = random(2, dtype, B, blocks, K, H), random(3, dtype, B, blocks, K, Hv)
+    d_key, d_value = (
+        random(seed, B, blocks, K, width, dtype=dtype) for seed, width in ((2, H), (3, Hv))
+    )
 
     def run(implementation, key, value, d_key, d_value):
         compress = functools.partial(compress_kv, block=block, implementation=implementation)
@@ -90,7 +89,7 @@ def test_compression(shape: tuple[int, ...], dtype: str) -> None:
 
 
 def test_counts_hide_what_is_not_a_number() -> None:
-    key = random(0, BF16, 2, 150, 2, 64)
+    key = random(0, 2, 150, 2, 64, dtype=BF16)
     counts = jnp.asarray([[64, 3, 0], [10, 64, 22]])
     is_counted = jnp.arange(150) % 64 < jnp.repeat(counts, 64, axis=1)[:, :150]
     given = jnp.where(is_counted[..., None, None], key, jnp.nan)
@@ -112,7 +111,7 @@ def test_beyond_two_to_the_31_elements() -> None:
         return [jax.random.normal(k, (1, T, N, H), BF16) for k in keys]
 
     query, *outputs = fill(0)
-    weights = random(1, "float32", N, 3, H) / H**0.5
+    weights = random(1, N, 3, H) / H**0.5
     out = jax.jit(functools.partial(gate, implementation="cute"))(query, outputs, weights)
     last = slice(T - 9, T)
     exact = in_float64(
