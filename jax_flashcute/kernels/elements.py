@@ -136,6 +136,10 @@ class ElementFunctions:
         known = frozenset(kind for kind in kinds if kind is not None)
         return None if None in kinds else known
 
+    def only_adds(self, heads_share_rows: bool) -> bool:
+        """Whether all that is done to scores is to add what ``added_kinds`` knows."""
+        return not self.hides and self.added_kinds(heads_share_rows) is not None
+
     @property
     def keeps_gradients(self) -> bool:
         """Whether the gradient of the changed score is that of the scaled one."""

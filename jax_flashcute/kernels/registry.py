@@ -382,10 +382,9 @@ def kernel_key(
         if row_bounds is not None and plain and isinstance(config, FwdConfig):
             # Tiles of fewer positions visit fewer keys that only some of their rows see.
             pack_gqa |= group > 1 and config.slab_rows % group == 0
-        adds = in_ranges and functions is not None and not functions.hides
-        adds = adds and functions.added_kinds(pack_gqa) is not None
-        if (plain or adds) and not is_paged(operands) and isinstance(config, FwdConfig):
-            config = staggered(config)
+        if in_ranges and not is_paged(operands) and isinstance(config, FwdConfig):
+            if functions is None or functions.only_adds(pack_gqa):
+                config = staggered(config)
         pack_gqa = pack_gqa and _may_pack(operands, group, config)
         # Bounds from arrays and lists are not tried yet.
         may_split = operands.segment_ids is None and not has_lists

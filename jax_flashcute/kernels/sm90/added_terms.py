@@ -23,8 +23,8 @@ own: a branch between a product and its softmax would keep the two from running 
 is affine while no sign changes, as a multiple of |q - kv| is, is so in the other tiles.
 
 Each warpgroup writes X for itself at each tile of work; two warps beside the one that loads keys
-write Y into a stage that belongs to theirs, half of it each: they share the issue slots and the
-conversions of warps whose softmax others wait for.
+write Y into a stage that belongs to theirs, half of it each: what they issue delays the softmax of
+warps that run on the same part of the multiprocessor, for which others wait.
 """
 
 import math
@@ -59,6 +59,8 @@ COLUMNS = 16
 """Of X and of Y: those of one matrix product."""
 KEY_WARPS = 2
 """That write Y, where warps beside those that load keys do."""
+KEYS_AT_ONCE = 32 * KEY_WARPS
+"""Keys of a tile whose rows of Y these write together, a lane each."""
 SCALES = (2.0**-20, 2.0**20)
 """Scales of a call between which raw products are no worse units than scaled ones."""
 LARGEST = 2.0**126
@@ -208,6 +210,11 @@ class Terms(Traced):
         return select((size > Float32(largest)) & is_finite, bound, raw)
 
 
+def own_key(warp: Int32) -> Int32:
+    """This lane's among ``KEYS_AT_ONCE``."""
+    return 32 * warp + cute.arch.lane_idx()
+
+
 class KeyTerms(Terms):
     """Y of each tile of keys, by warps beside the one that loads them."""
 
@@ -222,16 +229,16 @@ class KeyTerms(Terms):
         """
         Args:
           reference: the key from which distances are counted, near those of the rows.
-          warp: which of ``KEY_WARPS``; every so many 32 keys of a tile are its own.
+          warp: which of ``KEY_WARPS``.
         """
         super().__init__(plan, entry, head)
         self.reference = reference
-        self.first = 32 * warp + cute.arch.lane_idx()
+        self.first = own_key(warp)
 
     def read(self, n: Int32) -> list[Float32]:
         """The terms of this lane's keys of a tile, on their way from memory."""
         found = []
-        for step in range(0, self.plan.config.tile_n, 32 * KEY_WARPS):
+        for step in range(0, self.plan.config.tile_n, KEYS_AT_ONCE):
             if "key" not in self.plan.kinds:
                 found.append(Float32(0.0))
                 continue
@@ -245,7 +252,7 @@ class KeyTerms(Terms):
         """Writes Y of tile n from ``read``."""
         tile_n, is_half = self.plan.config.tile_n, not self.plan.by_position
         for i in cutlass.range_constexpr(len(terms)):
-            column = self.first + 32 * KEY_WARPS * i
+            column = self.first + KEYS_AT_ONCE * i
             numbers = (*_thrice(1.0), *thirds(terms[i]))
             if const_expr(self.plan.by_position):
                 place = n * tile_n + column - self.reference
@@ -253,7 +260,7 @@ class KeyTerms(Terms):
             else:
                 # Of the second half of a row; the first one is zeros.
                 numbers = (Float32(0.0), *numbers)
-            if const_expr(tile_n % (32 * KEY_WARPS) == 0):
+            if const_expr(tile_n % KEYS_AT_ONCE == 0):
                 _store_row(sY[None, None, stage], column, numbers, is_half)
             else:
                 if column < tile_n:
@@ -266,8 +273,8 @@ class KeyTerms(Terms):
 def clear_terms(plan: cutlass.Constexpr[AddedTerms], sY: cute.Tensor, warp: Int32):
     """Zeros in all stages of Y: where ``KeyTerms`` writes nothing X is 0, but 0 * NaN is not."""
     for stage in cutlass.range_constexpr(plan.y_stages):
-        for step in cutlass.range_constexpr(0, plan.config.tile_n, 32 * KEY_WARPS):
-            column = step + 32 * warp + cute.arch.lane_idx()
+        for step in cutlass.range_constexpr(0, plan.config.tile_n, KEYS_AT_ONCE):
+            column = step + own_key(warp)
             if column < plan.config.tile_n:
                 _store_row(sY[None, None, stage], column, ())
 
