@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jax_flashcute.arguments import (
 )
 from jax_flashcute.dispatch import Implementation
 from jax_flashcute.kernels import masking, registry
+from jax_flashcute.kernels.key import Direction
 from jax_flashcute.spec import AttentionSpec, Operands
 
 
@@ -50,6 +52,8 @@ class Explanation:
         without pages.
       lists: whether that kernel visits tiles by lists: ``"given"``, ``"made from mask_mod in the
         call"``, or ``"none"`` and why not.
+      bits: which arguments kernels take as words of bits that are made in the call, and in which
+        pass where not in both, such as ``"mask: as bits, packed in the call"``.
       backward_blocks: how blocks of the backward kernel share its work on Blackwell: ``"in pairs,
         which share products"``, ``"each alone"`` and why where others pair, or ``"a kernel for each
         gradient"``; None on Hopper, and where no kernel serves the backward pass.
@@ -67,6 +71,7 @@ class Explanation:
     splits: int | None = None
     page_copies: str | None = None
     lists: str = "none"
+    bits: tuple[str, ...] = ()
     backward_blocks: str | None = None
 
     def __str__(self) -> str:
@@ -93,6 +98,7 @@ class Explanation:
             lines.append(f"pages: loaded by {self.page_copies}")
         if self.lists != "none":
             lines.append(f"lists of tiles: {self.lists}")
+        lines.extend(self.bits)
         if self.backward_blocks is not None:
             lines.append(f"blocks of the backward: {self.backward_blocks}")
         lines.extend(self.loads)
@@ -290,6 +296,7 @@ def _explanation(
         splits=None if key is None else registry.splits_of(key, operands),
         page_copies=None if key is None else registry.page_copies(key),
         lists="none" if key is None else _lists(spec, operands, target.arch),
+        bits=tuple(_bits(spec, operands, target.arch, reasons)),
         backward_blocks=blocks,
     )
 
@@ -302,6 +309,20 @@ def _lists(spec: AttentionSpec, operands: Operands, arch: str) -> str:
     if not reasons:
         return "made from mask_mod in the call"
     return f"none, for {' and '.join(reasons)}" if spec.may_make_lists else "none"
+
+
+def _bits(
+    spec: AttentionSpec, operands: Operands, arch: str, reasons: dict[str, tuple[str, ...]]
+) -> Iterator[str]:
+    """``Explanation.bits``; ``reasons``: why no kernel serves a direction."""
+    names: dict[Direction, str] = {"fwd": "forward", "bwd": "backward"}
+    packs = partial(registry.packs_mask, spec, operands, arch=arch)
+    passes = [
+        name for direction, name in names.items() if not reasons[direction] and packs(direction)
+    ]
+    if passes:
+        where = "" if len(passes) == len(names) else f" in the {passes[0]}"
+        yield f"mask: as bits{where}, packed in the call"
 
 
 def _loads(spec: AttentionSpec) -> Iterator[str]:

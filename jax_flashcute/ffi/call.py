@@ -35,6 +35,7 @@ from jax_flashcute.kernels.registry import list_tile, scratch_shapes
 from jax_flashcute.recording import plans
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 from jax_flashcute.tile_kinds import HIDDEN, Tiling, classify, coarser
+from jax_flashcute.visibility import packed_words
 
 EXPORT_CHECKS = (jax.export.DisabledSafetyCheck.custom_call(CALL_TARGET),)
 """For ``jax.export.export(..., disabled_checks=EXPORT_CHECKS)``: the call target is stable."""
@@ -177,8 +178,20 @@ def other_inputs(key: KernelKey, spec: AttentionSpec, operands: Operands) -> lis
         if key.visits_both_ways:
             bounds += key.row_bounds.beside(of_keys(*key.tile[::-1]))
     given = [x for x in given if x is not None]
-    words = [] if operands.packed_mask is None else [operands.packed_mask]
-    return [*given, *elements, *bounds, *_visits(key, spec, operands, bounds), *words]
+    visits = _visits(key, spec, operands, bounds)
+    return [*given, *elements, *bounds, *visits, *_words(key, operands)]
+
+
+def _words(key: KernelKey, operands: Operands) -> list[jax.Array]:
+    """The mask in bits that a kernel takes: as it was given, or packed here."""
+    if key.packed_mask is None:
+        return []
+    if operands.packed_mask is not None:
+        return [operands.packed_mask]
+    if operands.mask is None:
+        raise ValueError("words are made of a mask; got none")
+    # XLA would evaluate a mask that is a constant of the program while it compiles: for minutes.
+    return [packed_words(lax.optimization_barrier(operands.mask))]
 
 
 def _visits(

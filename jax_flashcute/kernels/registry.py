@@ -95,6 +95,12 @@ LEAST_HEADS_FOR_A_LIST = 4
 each element of the mask is evaluated once."""
 
 
+LEAST_SCORES_FOR_WORDS = 2**24
+"""Scores of a call within its window, over all heads, from which its ``mask`` is packed into words
+in it.  On an H200 bytes take 0.7 ps a score longer than words (32 heads of 8,192 by 8,192,
+head_dim 128): 12 us of so many, where one more kernel in a call takes a few."""
+
+
 class Shaped(Protocol):
     """An array, or anything with its shape and dtype."""
 
@@ -123,10 +129,9 @@ def reasons_against_making_lists(
     S = operands.kv_length
     if not all(isinstance(size, int) for size in (B, T, N, S)):
         return [*reasons, "a dimension is known at run time only"]
-    left, right = window((window_interval(*spec.reach),)) or (None, None)
-    keys = S if left is None or right is None else min(S, left + right + 1)
-    if B * N * T * keys < LEAST_SCORES_FOR_LISTS:
-        reasons.append(f"{B * N * T * keys:,} scores are fewer than {LEAST_SCORES_FOR_LISTS:,}")
+    scores = _scores(spec, operands)
+    if scores < LEAST_SCORES_FOR_LISTS:
+        reasons.append(f"{scores:,} scores are fewer than {LEAST_SCORES_FOR_LISTS:,}")
     per_batch = mask_mod.reads(0) or any(a.shape[0] != 1 for a in operands.mask_mod_arrays)
     per_batch = per_batch or operands.q_offset is not None
     lists = (B if per_batch else 1) * (N if mask_mod.reads(1) else 1)
@@ -138,6 +143,39 @@ def reasons_against_making_lists(
     if config is not None and T <= config.slab_rows:
         reasons.append("queries are so few that their keys may be divided among blocks")
     return reasons
+
+
+def _scores(spec: AttentionSpec, operands: Operands) -> int:
+    """Scores of a call within its window, over all heads; its dimensions must be numbers."""
+    (B, T, N, _), S = operands.query.shape, operands.kv_length
+    left, right = window((window_interval(*spec.reach),)) or (None, None)
+    keys = S if left is None or right is None else min(S, left + right + 1)
+    return B * N * T * keys
+
+
+def packs_mask(spec: AttentionSpec, operands: Operands, direction: Direction, arch: str) -> bool:
+    """Whether a kernel takes the call's ``mask`` as words of bits, which are made in the call.
+
+    By shapes alone.  Not where other masks skip tiles at run time, for all of it is packed; nor
+    where queries are so few that their keys may be divided among blocks, which wait for keys.
+    """
+    mask = operands.mask
+    others = (operands.packed_mask, operands.block_mask, operands.segment_ids, spec.mask_mod)
+    # Blackwell's forward spills registers where it takes words at head_dim 128.
+    if mask is None or any(x is not None for x in others) or arch in BLACKWELL:
+        return False
+    B, T, N, _ = operands.query.shape
+    sizes = (B, T, N, operands.kv_length, *mask.shape)
+    if is_paged(operands) or not all(isinstance(size, int) for size in sizes):
+        return False
+    if direction == "bwd":
+        config = _backward_config(arch, spec, operands)
+        if isinstance(config, BwdConfig) and config.dq_pass is not None:
+            return False  # which knows no words
+    few = _existing(_forward_config(arch, operands)).slab_rows
+    scores = _scores(spec, operands)
+    is_large = scores >= max(LEAST_SCORES_FOR_WORDS, math.prod(mask.shape))
+    return mask.shape[3] > 1 and T > few and is_large
 
 
 def list_tile(spec: AttentionSpec, operands: Operands, arch: str | None) -> tuple[int, int]:
@@ -363,6 +401,10 @@ def kernel_key(
     present = operands.present()
     makes_lists = not reasons_against_making_lists(spec, operands, arch)
     has_lists = operands.block_mask is not None or makes_lists
+    words = full_axes("bnt", operands.packed_mask) if operands.packed_mask is not None else None
+    if packs_mask(spec, operands, direction, arch):
+        words = full_axes("bnt", operands.mask)
+        operands = dataclasses.replace(operands, mask=None)
     functions = element_functions(without_intervals(spec, operands), operands)
     config: FwdConfig | FwdConfigSm100 | BwdConfig | BwdConfigSm100
     split_kv = False
@@ -370,14 +412,14 @@ def kernel_key(
     row_bounds = RowBounds.of(operands.segment_ids)
     if rows_of(spec, operands) is not None:
         row_bounds = RowBounds(False, False, compares_bounds=direction == "bwd")
-    union, packed = union_of(spec, operands), operands.packed_mask
+    union = union_of(spec, operands)
     if row_bounds is not None and union:
         # Within segments these, too, are computed before the kernel.
         row_bounds, union = dataclasses.replace(row_bounds, intervals=len(union)), ()
     if direction == "fwd":
         config = _existing(_forward_config(arch, operands))
         pack_gqa = packing_pays(query.shape[1], group, config)
-        in_ranges = packed is None and not has_lists
+        in_ranges = words is None and not has_lists
         plain = in_ranges and functions is None
         if row_bounds is not None and plain and isinstance(config, FwdConfig):
             # Tiles of fewer positions visit fewer keys that only some of their rows see.
@@ -436,7 +478,7 @@ def kernel_key(
         row_bounds=row_bounds,
         has_lists=has_lists,
         union=union,
-        packed_mask=None if packed is None else full_axes("bnt", packed),
+        packed_mask=words,
     )
 
 

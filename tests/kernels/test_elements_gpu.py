@@ -14,6 +14,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from jax_flashcute import explain, flash_attention, masks
+from jax_flashcute.kernels import registry
 from jax_flashcute.spec import LEAST_LSE
 from tests.cases import Case
 from tests.user_functions import INTERVALS, MASKS, SCORES
@@ -222,6 +223,16 @@ def test_packed_masks(shape: str, full: str) -> None:
     rows = tuple(length if axis in full else 1 for axis, length in lengths)
     words = np.random.default_rng(3).integers(0, 2**32, (*rows, -(-case.seqlen_k // 32)), np.uint32)
     check(case, packed_mask=jnp.asarray(words))
+
+
+@pytest.mark.parametrize("full", ["bnts", "ts", "ns"])
+@pytest.mark.parametrize("shape", ["64", "128", "256"])
+def test_masks_packed_in_the_call(monkeypatch: pytest.MonkeyPatch, shape: str, full: str) -> None:
+    monkeypatch.setattr(registry, "LEAST_SCORES_FOR_WORDS", 1)
+    case = case_of(shape, mask=full)
+    arrays = case.arrays(jnp.bfloat16)
+    assert explain(**case.static, **arrays).bits[0].startswith("mask: as bits")
+    check(case)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,4 +1,7 @@
-"""Masks in bits, forward and backward on Hopper, in simulation, against the reference."""
+"""Masks in bits, given or packed in the call, forward and backward on Hopper, in simulation.
+
+Against the reference.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,4 +59,52 @@ def test_words(direction: str, name: str) -> None:
     lengths, arguments = CASES[name]
     spec, operands = call_of(lengths, **arguments)
     assert not registry.reasons_against(spec, operands, direction, "sm_90a")
+    {"fwd": check_forward, "bwd": check_backward}[direction](spec, operands)
+
+
+def bits(*shape: int) -> jnp.ndarray:
+    return jnp.asarray(rng.random(shape) < 0.5)
+
+
+PACKED = {
+    "groups": (
+        (2, 150, 301),
+        {
+            "mask": bits(2, 6, 150, 301).at[:, :, 7].set(False), "is_causal": True,
+            "heads": (6, 2), "q_offset": jnp.array([150, 9]),
+            "key_value_seq_lengths": jnp.array([301, 133]),
+            "query_seq_lengths": jnp.array([150, 70]),
+        },
+    ),
+    "keys_of_heads": ((2, 129, 97), {"mask": bits(1, 2, 1, 97), "heads": (2, 1), "head_dim": 128}),
+    "packed_heads": ((1, 65, 270), {"mask": bits(1, 7, 65, 270), "heads": (7, 1)}),
+    # What scores add is added by the product, and the backward of this head_dim keeps the booleans.
+    "192_added": (
+        (1, 70, 250),
+        {
+            "mask": bits(1, 1, 70, 250), "head_dim": 192,
+            "score_mod": lambda score, b, h, q, kv: score - 0.125 * (q - kv),
+        },
+    ),
+}  # fmt: skip
+SLOW_PACKED = {(d, n) for d in ("fwd", "bwd") for n in PACKED if n != "groups"}
+
+
+@pytest.mark.parametrize(
+    ("direction", "name"),
+    [
+        pytest.param(direction, name, marks=[pytest.mark.slow] * ((direction, name) in SLOW_PACKED))
+        for direction in ("fwd", "bwd")
+        for name in PACKED
+    ],
+)
+def test_booleans_packed_in_the_call(
+    monkeypatch: pytest.MonkeyPatch, direction: str, name: str
+) -> None:
+    monkeypatch.setattr(registry, "LEAST_SCORES_FOR_WORDS", 1)
+    lengths, arguments = PACKED[name]
+    spec, operands = call_of(lengths, **arguments)
+    key = registry.kernel_key(spec, operands, direction, "sm_90a", 132)
+    of_elements = key.elements is not None and key.elements.mask is not None
+    assert (key.packed_mask is None) == of_elements == ((direction, name) == ("bwd", "192_added"))
     {"fwd": check_forward, "bwd": check_backward}[direction](spec, operands)
