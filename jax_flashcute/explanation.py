@@ -50,6 +50,8 @@ class Explanation:
       page_copies: how that kernel loads pages: ``"TMA"``, ``"asynchronous copies"``, or ``"TMA,
         once gathered"`` into arrays that the call takes beside the pages; None
         without pages.
+      bias: how that kernel, Hopper's, reads a bias over queries and keys: ``"TMA, to shared
+        memory"`` or ``"loads of each thread"``; None without one.
       lists: whether that kernel visits tiles by lists: ``"given"``, ``"made from mask_mod in the
         call"``, or ``"none"`` and why not.
       bits: which arguments kernels take as words of bits that are made in the call, and in which
@@ -70,6 +72,7 @@ class Explanation:
     loads: tuple[str, ...]
     splits: int | None = None
     page_copies: str | None = None
+    bias: str | None = None
     lists: str = "none"
     bits: tuple[str, ...] = ()
     backward_blocks: str | None = None
@@ -96,6 +99,8 @@ class Explanation:
             lines.append(f"keys of a row: divided into {self.splits} parts at most")
         if self.page_copies is not None:
             lines.append(f"pages: loaded by {self.page_copies}")
+        if self.bias is not None:
+            lines.append(f"bias over queries and keys: read by {self.bias}")
         if self.lists != "none":
             lines.append(f"lists of tiles: {self.lists}")
         lines.extend(self.bits)
@@ -295,6 +300,7 @@ def _explanation(
         loads=tuple(_loads(spec)),
         splits=None if key is None else registry.splits_of(key, operands),
         page_copies=None if key is None else registry.page_copies(key),
+        bias=None if key is None else registry.bias_copies(key),
         lists="none" if key is None else _lists(spec, operands, target.arch),
         bits=tuple(_bits(spec, operands, target.arch, reasons)),
         backward_blocks=blocks,

@@ -33,6 +33,7 @@ from jax_flashcute.kernels.config.sm90 import (
     forward_config,
     in_parts,
     staggered,
+    staging_bias,
 )
 from jax_flashcute.kernels.config.sm100 import (
     BwdConfigSm100,
@@ -350,10 +351,14 @@ def _are_shared(blocks: BlockMask) -> bool:
     return all(x.shape[1] == 1 for x in (blocks.partial_counts, blocks.full_counts))
 
 
-def _in_pairs(config: FwdConfig, spec: AttentionSpec, operands: Operands) -> FwdConfig:
-    """The configuration with lists for an even group: two heads that share lists load together."""
+def _in_pairs(
+    config: FwdConfig, spec: AttentionSpec, operands: Operands, has_lists: bool
+) -> FwdConfig:
+    """The configuration for an even group: two heads that visit the same tiles load together."""
     blocks = operands.block_mask
-    if blocks is None:
+    if not has_lists:
+        are_shared = True
+    elif blocks is None:
         # Lists made of the mask.
         are_shared = spec.mask_mod is not None and not spec.mask_mod.reads(1)
     else:
@@ -384,6 +389,17 @@ def _gathering_pays(operands: Operands, config: FwdConfig, pack_gqa: bool) -> bo
     *arrays, _ = gathered_shapes(config.tile_n, *sizes)
     gathered_bytes = 2 * sum(map(math.prod, arrays))
     return visits >= LEAST_GATHERED_VISITS and gathered_bytes <= MOST_GATHERED_BYTES
+
+
+def _staged_itemsize(bias: Shaped | None) -> int:
+    """Bytes of a number of a bias whose tiles TMA can bring to shared memory; 0 where it cannot.
+
+    It varies along queries and keys, and its rows begin at multiples of 16 bytes.
+    """
+    if bias is None or not {"t", "s"} <= set(full_axes("bnts", bias)):
+        return 0
+    itemsize, keys = bias.dtype.itemsize, bias.shape[3]
+    return itemsize if isinstance(keys, int) and keys * itemsize % 16 == 0 else 0
 
 
 def _main(operands: Operands) -> tuple[Shaped, Shaped, Shaped]:
@@ -447,8 +463,12 @@ def kernel_key(
             by_position = plain and not split_kv and not union and interval.low is None
             if by_position and _gathering_pays(operands, config, pack_gqa):
                 config = gathering(config)
-        if isinstance(config, FwdConfig) and has_lists and not (pack_gqa or group % 2):
-            config = _in_pairs(config, spec, operands)
+        if isinstance(config, FwdConfig) and not (pack_gqa or split_kv or is_paged(operands)):
+            itemsize = _staged_itemsize(operands.bias)
+            config = staging_bias(config, itemsize, *dims) if itemsize else config
+        if isinstance(config, FwdConfig) and not (pack_gqa or group % 2):
+            if has_lists or config.bias_stages:
+                config = _in_pairs(config, spec, operands, has_lists)
     else:
         config, pack_gqa, num_sms = _existing(_backward_config(arch, spec, operands)), False, 0
         if has_lists and group > 1 and isinstance(config, BwdConfig):
@@ -551,6 +571,14 @@ def page_copies(key: KernelKey) -> str | None:
             return "TMA, once gathered"
         by_tma |= shares_boxes(key.page_size, key.head_dim, key.head_dim_v)
     return "TMA" if by_tma else "asynchronous copies"
+
+
+def bias_copies(key: KernelKey) -> str | None:
+    """How Hopper's forward reads a bias over queries and keys; None where there is none."""
+    bias = None if key.elements is None else key.elements.bias
+    if bias is None or not {"t", "s"} <= set(bias.full) or not isinstance(key.config, FwdConfig):
+        return None
+    return "TMA, to shared memory" if key.config.bias_stages else "loads of each thread"
 
 
 def tile_counts(

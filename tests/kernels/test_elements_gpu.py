@@ -59,7 +59,9 @@ def case_of(shape: str, **features) -> Case:
     return Case(head_dim_v=sizes["head_dim"], **(sizes | features))
 
 
-def check(case: Case, *, score_mod=None, calls: int = 1, **functions) -> None:
+def check(
+    case: Case, *, score_mod=None, calls: int = 1, bias_dtype: str = "float32", **functions
+) -> None:
     """The output, the LSE and the gradients of everything that has one.
 
     ``calls``: of the backward, whose results must be the same bit for bit.
@@ -67,6 +69,8 @@ def check(case: Case, *, score_mod=None, calls: int = 1, **functions) -> None:
     arrays = case.arrays(jnp.bfloat16)
     main = {n: arrays.pop(n) for n in ("query", "key", "value")}
     main |= {n: arrays.pop(n) for n in ("bias", "sinks") if n in arrays}
+    if "bias" in main:
+        main["bias"] = main["bias"].astype(bias_dtype)
     call = case.static | arrays | functions | main
     explained = explain(**call, score_mod=score_mod)
     traced, closed_over = None, ()
@@ -98,7 +102,8 @@ def check(case: Case, *, score_mod=None, calls: int = 1, **functions) -> None:
     expected, of_arrays_expected = pull_wide((d_out.astype(jnp.float32), d_lse))
     for name, gradient in gradients.items():
         if name == "bias":
-            close(name, gradient, expected[name], OF_SUMS, least)
+            tolerance = OF_SUMS if bias_dtype == "float32" else OF_ROUNDED_SUMS
+            close(name, gradient, expected[name], tolerance, least)
         else:
             close(name, gradient, expected[name])
     for name, gradient in of_arrays.items():
@@ -154,6 +159,30 @@ KINDS = ["".join(x) for n in range(5) for x in itertools.combinations("bnts", n)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_bias(kind: str) -> None:
     check(case_of("128" if "n" in kind else "64", bias=kind))
+
+
+STAGED = {
+    "64": ((64, 64), {"bias": "bnts", "group": 3, **FEATURES}, "bfloat16"),
+    "64_float32": ((64, 64), {"bias": "ts", "group": 4, "causal": True}, "float32"),
+    "72_40": ((72, 40), {"bias": "bts", "window": (200, 30)}, "float16"),
+    "128": ((128, 128), {"bias": "nts", "group": 2, "causal": True}, "bfloat16"),
+    "128_float32": ((128, 128), {"bias": "bts", "group": 2, "soft_cap": 2.0}, "float32"),
+    "128_documents": ((128, 128), {"bias": "ts", "group": 3, "mask": "bs"}, "float32"),
+    "192_128": ((192, 128), {"bias": "nts", "group": 2}, "bfloat16"),
+    "256": ((256, 256), {"bias": "bts", "group": 2, "sinks": True}, "float32"),
+}
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_bias_in_shared_memory(name: str) -> None:
+    (head_dim, head_dim_v), features, dtype = STAGED[name]
+    sizes = {"batch": 3, "seqlen_q": 1111, "seqlen_k": 1456, "kv_heads": 2}
+    case = Case(head_dim=head_dim, head_dim_v=head_dim_v, **sizes, **features)
+    mask_mod = MASKS["documents"](case) if "documents" in name else None
+    arrays = case.arrays(jnp.bfloat16)
+    arrays["bias"] = arrays["bias"].astype(dtype)
+    assert explain(**case.static, **arrays, mask_mod=mask_mod).bias == "TMA, to shared memory"
+    check(case, mask_mod=mask_mod, bias_dtype=dtype)
 
 
 OF_SCORES = ("alibi", "relative_bias", "t5_buckets", "key_bias", "query_temperature")

@@ -152,6 +152,26 @@ def test_code(call: Call) -> None:
     assert found.count("UTMASTG" if by_tma else "STG.E.128") > 0
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(64, "bfloat16"), (128, "float32"), (128, "bfloat16"), (256, "float32"), (256, "float16")],
+)
+def test_a_bias_over_queries_and_keys_comes_by_tma(head_dim: int, dtype: str) -> None:
+    """Nothing is spilled, and no thread reads global memory."""
+    operands = shapes(Call(head_dim, head_dim, "full", group=2))
+    bias = jax.ShapeDtypeStruct((1, 1, LENGTH, LENGTH), jnp.dtype(dtype))
+    operands = dataclasses.replace(operands, bias=bias)
+    key = registry.kernel_key(SPECS["full"], operands, "fwd", ARCH, NUM_SMS)
+    assert (key.config.bias_stages, key.config.cluster) == (1, 2)
+    kernel = compile_key(key)
+    found = main_report(kernel)
+    assert (found.spill_loads, found.spill_stores, found.stack_bytes) == (0, 0, 0)
+    assert found.count("LDG") == 0
+    assert found.count("UTMALDG") >= 4
+    assert kernel.ptx is not None
+    assert found.count("WARPGROUP.DEPBAR") == kernel.ptx.count("wgmma.wait_group")
+
+
 @pytest.mark.skipif(shutil.which("cc") is None, reason="recording a launch needs a C compiler")
 @pytest.mark.parametrize("call", CALLS)
 def test_launch(call: Call) -> None:

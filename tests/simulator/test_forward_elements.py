@@ -17,7 +17,7 @@ from jax_flashcute.kernels.key import KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.cases import Case
 from tests.simulator import simulate
-from tests.simulator.test_forward_features import NUM_SMS, compiled, sized
+from tests.simulator.test_forward_features import FIRST_KEYS, NUM_SMS, compiled, sized
 from tests.user_functions import MASKS, SCORES
 
 
@@ -61,6 +61,7 @@ def check(
     arch: str = "sm_90a",
     config: FwdConfig | FwdConfigSm100 | None = None,
     num_sms: int = NUM_SMS,
+    bias_dtype: str = "float32",
     **how,
 ) -> KernelKey:
     """Simulate the kernel that a call gets and compare with the dense reference.
@@ -69,6 +70,8 @@ def check(
       config: instead of the configuration that a call gets.
     """
     spec, operands = operands_of(case, dtype, mask_mod, score_mod)
+    if operands.bias is not None:
+        operands = dataclasses.replace(operands, bias=operands.bias.astype(bias_dtype))
     assert not registry.reasons_against(spec, operands, "fwd", arch)
     key = registry.kernel_key(spec, operands, "fwd", arch, num_sms)
     # Some masks turn out to be one interval of keys, which is none of single scores.
@@ -117,6 +120,34 @@ CASES = {
 @pytest.mark.parametrize("case", [pytest.param(c, id=n) for n, c in CASES.items()])
 def test_operand(case: Case):
     check(case)
+
+
+PAIRS = {"seqlen_q": 250, "seqlen_k": 456}
+STAGED = {
+    "64": (sized(64, bias="bnts", group=3, **EVERYTHING), "float32"),
+    "64_union": (sized(64, bias="ts", mask_mod=FIRST_KEYS, seqlen_k=504), "float16"),
+    "128_pairs": (sized(128, bias="nts", group=2, causal=True, **PAIRS), "float32"),
+    "128_pairs_that_share": (sized(128, bias="bts", group=4, batch=2, **PAIRS), "bfloat16"),
+    "192_128": (sized(192, 128, bias="ts", lengths=True, batch=2, **PAIRS), "bfloat16"),
+    "256": (sized(256, bias="bts", window=(90, 20), soft_cap=2.0, mask="bs"), "float32"),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "bias_dtype"), [pytest.param(*call, id=name) for name, call in STAGED.items()]
+)
+def test_bias_in_shared_memory(case: Case, bias_dtype: str):
+    """Over queries and keys, with tiles of keys and of work that follow each other."""
+    how = {"timing": "shuffled", "warps": "adversarial"}
+    key = check(case, case.mask_mod, bias_dtype=bias_dtype, num_sms=4, **how)
+    assert key.config.bias_stages == 1
+    assert key.config.cluster == (2 if case.group % 2 == 0 else 1)
+
+
+@pytest.mark.parametrize("seqlen_k", [302, 301])
+def test_bias_whose_rows_tma_cannot_read(seqlen_k: int):
+    key = check(sized(64, bias="ts", seqlen_k=seqlen_k))
+    assert key.config.bias_stages == 0
 
 
 # Code for each element of a tile is most of a compile: a function that users write is tried with

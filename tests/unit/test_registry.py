@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_flashcute import masks
+from jax_flashcute import explain, masks, plan
 from jax_flashcute.analysis import Interval, evaluate
 from jax_flashcute.kernels import masking, registry
 from jax_flashcute.kernels.config.memory import SMEM_BYTES, round_up
@@ -525,3 +525,32 @@ def test_an_array_of_floats_is_read_by_element() -> None:
         reasons = registry.reasons_against(spec, operands, "bwd", "sm_90a")
         assert all("of an array of floats as a whole, at" in r or "than 16" in r for r in reasons)
         assert served == (not reasons)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "group", "stages", "cluster"),
+    [
+        ((1, 1, 512, 512), "float32", 2, 1, 2),
+        ((2, 6, 512, 512), "bfloat16", 3, 1, 1),
+        ((1, 1, 512, 512), "bfloat16", 2, 1, 2),
+        ((1, 1, 512, 516), "float32", 2, 1, 2),
+        ((1, 1, 512, 516), "bfloat16", 2, 0, 1),
+        ((1, 1, 512, 513), "float32", 2, 0, 1),
+        ((1, 1, 1, 512), "float32", 2, 0, 1),
+    ],
+)
+def test_a_bias_over_queries_and_keys(
+    monkeypatch: pytest.MonkeyPatch, shape, dtype: str, group: int, stages: int, cluster: int
+) -> None:
+    """It comes by TMA where its rows begin at multiples of 16 bytes."""
+    monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_90a")
+    query = jax.ShapeDtypeStruct((2, 512, 2 * group, 128), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((2, shape[3], 2, 128), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    found = registry.kernel_key(
+        SPEC, Operands(query, key, key, bias=bias), "fwd", "sm_90a", num_sms=132
+    )
+    assert (found.config.bias_stages, found.config.cluster) == (stages, cluster)
+    told = explain(query, key, key, bias=bias).bias
+    ways = ("TMA, to shared memory", "loads of each thread")
+    assert told == (None if shape[2] == 1 else ways[0 if stages else 1])

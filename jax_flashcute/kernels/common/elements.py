@@ -195,7 +195,13 @@ class EntryElements:
         return tile, [self.both(query, tile) for query in queries]
 
     def element(
-        self, known: dict[str, Any], score: Float32, scale: float, *, is_full: bool = False
+        self,
+        known: dict[str, Any],
+        score: Float32,
+        scale: float,
+        *,
+        is_full: bool = False,
+        bias: Float32 | None = None,
     ) -> Float32:
         """The score of a query and a key, times ``scale``; -inf where it is hidden.
 
@@ -204,6 +210,7 @@ class EntryElements:
           score: the product, not scaled.
           scale: of the call; 1 where what follows scales scores that are hidden or not changed.
           is_full: the tile is listed as one that ``mask_mod`` hides nothing of.
+          bias: that of the score; None: it is read from its array.
         """
         functions, programs = self.elements.functions, self.elements.programs
         if self.elements.only_hides:
@@ -215,7 +222,9 @@ class EntryElements:
         else:
             score = capped(self.modified(known, score * scale), 1.0, functions.soft_cap)
         if functions.bias is not None and not self.elements.only_hides:
-            score = score + Float32(self.load(self.elements.bias, functions.bias, known))
+            if bias is None:
+                bias = Float32(self.load(self.elements.bias, functions.bias, known))
+            score = score + bias
         if functions.mask is not None:
             byte = self.load(self.elements.mask, functions.mask, known)
             score = select(byte != Uint8(0), score, Float32(-math.inf))

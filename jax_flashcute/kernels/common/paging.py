@@ -17,6 +17,7 @@ from jax_flashcute.kernels.common.tiles import (
     clear_rows,
     slab_tma_layout,
     smem_layout,
+    swizzle_bits,
     swizzle_width,
     tma_partition,
 )
@@ -623,11 +624,6 @@ class CopiedTiles(PartsOfTiles):
             else:
                 if row + own_row < rows:
                     copy_line(*copied)
-
-
-def swizzle_bits(row, atom: int):
-    """What the swizzle of atoms of so many columns flips in the offset of a row's bytes."""
-    return row * (2 * atom) // 128 % (atom // 8) * 16
 
 
 def copy_line(target: Int32, source: Int64, size: Int32 | None) -> None:

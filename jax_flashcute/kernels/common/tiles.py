@@ -46,6 +46,11 @@ def swizzle_width(dtype, columns: int) -> int:
     raise ValueError(f"columns must be a multiple of 8, got {columns}")
 
 
+def swizzle_bits(row, atom: int):
+    """What the swizzle of atoms of so many columns flips in the offset of a row's bytes."""
+    return row * (2 * atom) // 128 % (atom // 8) * 16
+
+
 def by_head(x: cute.Tensor, width: int, packed: int) -> cute.Tensor:
     """(B, T, heads, width) as (packed, T, width, heads / packed, B)."""
     b, t, heads = x.shape[0], x.shape[1], x.shape[2]

@@ -33,6 +33,7 @@ them up (extra/combine.py); where a row has one part alone, the output is writte
     terms    warpgroup w          warpgroup w                named barrier 4 + w, 128 threads
     draw     first of a cluster   second one's producer      1          1         1
     lead     warpgroup 0          the others                 q_stages   4         -
+    bias[w]  TMA, warp w + 1      warpgroup w                bias_stages  1 + tx  4
 
 "lead" comes with two query tiles in shared memory: the others' first product of a tile of work is
 issued once warpgroup 0 has its own.  In step, all would do at once what no product runs beside: the
@@ -42,6 +43,9 @@ There, too, rows are finished beside the last product, and O leaves through shar
 writes its rows where their queries were, for TMA to store.  A query tile is given back once that
 has been read, in the next tile of work; in the first one the second query tile is, which begins as
 held.
+
+"bias" is one over queries and keys, in shared memory (staged_bias.py); warps that load it take a
+tile.
 
 "terms" are what a score adds (added_terms.py), where it does.  Where some of it follows from the
 key alone, two warps more arrive at k and take a tile.
@@ -131,6 +135,7 @@ from jax_flashcute.kernels.sm90.fragments import (
     tiled_mma,
 )
 from jax_flashcute.kernels.sm90.output import SlabOutput, SlabRows
+from jax_flashcute.kernels.sm90.staged_bias import BiasTile, StagedBias
 
 TURN_BARRIER = 1
 TILE_STAGES = 2
@@ -208,6 +213,9 @@ class ForwardSm90(KeyTiles):
         self.changes_scores = functions is not None and functions.changes_scores
         self.changes_scores &= self.added is None
         self.by_element = self.changes_scores or (functions is not None and functions.hides)
+        self.staged_bias = None
+        if config.bias_stages and functions is not None and functions.bias is not None:
+            self.staged_bias = StagedBias(functions.bias, config)
         self.has_sinks = functions is not None and functions.sinks
         self.has_mask_mod = functions is not None and functions.mask_mod is not None
         self.smem_h = round_up(head_dim, 16)
@@ -282,6 +290,9 @@ class ForwardSm90(KeyTiles):
         tma_k = self.kv_tiles.source(self.dtype, k_tensor, self.smem_h)
         tma_v = self.kv_tiles.source(self.dtype, v_tensor, self.smem_hv)
 
+        tma_b: tuple = (None, None)
+        if const_expr(self.staged_bias is not None):
+            tma_b = self.staged_bias.source(Elements(self.functions, mElements).bias)
         tma_o: tuple = (None, None)
         if const_expr(self.stages_output):
             tma_o = cpasync.make_tiled_tma_atom(
@@ -316,6 +327,7 @@ class ForwardSm90(KeyTiles):
             *tma_q,
             *tma_k,
             *tma_v,
+            *tma_b,
             *tma_o,
             mQOffset,
             mQLengths,
@@ -359,6 +371,7 @@ class ForwardSm90(KeyTiles):
         kv_words, work_fields = 2 * cfg.kv_stages, self.work_fields
         q_words, leads = 2 * cfg.q_stages, cfg.q_stages * self.leads
         draws = int(cfg.cluster > 1)
+        bias_words = 0 if self.staged_bias is None else self.staged_bias.barriers
 
         def aligned(elements):
             return cute.struct.Align[cute.struct.MemRange[self.dtype, elements], 1024]
@@ -370,6 +383,7 @@ class ForwardSm90(KeyTiles):
             v_barriers: cute.struct.MemRange[Int64, kv_words]
             tile_barriers: cute.struct.MemRange[Int64, 2 * TILE_STAGES]
             tail_barriers: cute.struct.MemRange[Int64, self.tail_barriers]
+            bias_barriers: cute.struct.MemRange[Int64, bias_words]
             lead_barrier: cute.struct.MemRange[Int64, leads]
             draw_barriers: cute.struct.MemRange[Int64, draws * 2]
             draw_slot: cute.struct.MemRange[Int32, draws]
@@ -402,6 +416,8 @@ class ForwardSm90(KeyTiles):
         gK: cute.Tensor,
         tma_v: cute.CopyAtom | None,
         gV: cute.Tensor,
+        tma_b: cute.CopyAtom | None,
+        gB: cute.Tensor | None,
         tma_o: cute.CopyAtom | None,
         gO: cute.Tensor | None,
         mQOffset: cute.Tensor | None,
@@ -430,6 +446,13 @@ class ForwardSm90(KeyTiles):
         allocator = SmemAllocator()
         storage = allocator.allocate(self.shared_storage())
         term_operands: tuple = () if self.added is None else self.added.allocate(allocator)
+        bias, sB, bias_pipelines = self.staged_bias, None, []
+        if const_expr(bias is not None):
+            sB = bias.allocate(allocator, Elements(self.functions, mElements).bias.element_type)
+            bias_pipeline = partial(
+                bias.pipeline, storage.bias_barriers.data_ptr(), sB.element_type
+            )
+            bias_pipelines = [bias_pipeline(slab) for slab in range(cfg.warpgroups)]
         h_bytes, hv_bytes = self.smem_h * 2, self.smem_hv * 2
         slab_rows = self.heads_packed * self.slab_tokens
         key_warps = KEY_WARPS if self.has_key_terms else 0
@@ -460,7 +483,7 @@ class ForwardSm90(KeyTiles):
             cfg.cluster,
         )
         # One of those that copy K draws the tiles of work.
-        following_warps = max(2 * self.copying_warps - 1, 0) + key_warps
+        following_warps = max(2 * self.copying_warps - 1, 0) + key_warps + len(bias_pipelines)
         pipeline_tile = TmaPipeline(
             "tile",
             storage.tile_barriers.data_ptr(),
@@ -473,11 +496,11 @@ class ForwardSm90(KeyTiles):
         if const_expr(cfg.cluster > 1):
             pair = PairDraw(storage.draw_barriers.data_ptr(), storage.draw_slot.data_ptr())
         if warp_index == 0:
-            for atom in (tma_q, tma_k, tma_v, tma_o):
+            for atom in (tma_q, tma_k, tma_v, tma_b, tma_o):
                 if const_expr(atom is not None):
                     cpasync.prefetch_descriptor(atom)
             with cute.arch.elect_one():
-                for pipeline in pipelines:
+                for pipeline in (*pipelines, *bias_pipelines):
                     pipeline.init()
                 for warp in range(self.tail_barriers):
                     cute.arch.mbarrier_init(storage.tail_barriers.data_ptr() + warp, 1)
@@ -541,6 +564,11 @@ class ForwardSm90(KeyTiles):
                     place = (mElements, (q_length, kv_length))
                     warp = warp_index - 1
                     self.write_key_terms(term_operands[1], *place, pipelines, work, warp)
+            elif const_expr(bias is not None):
+                if warp_index <= cfg.warpgroups:
+                    slab = warp_index - 1
+                    pipelines_b = (bias_pipeline(slab), pipeline_tile)
+                    self.load_bias((tma_b, gB, sB), pipelines_b, work, mLists, slab)
             elif const_expr(following_warps):
                 _, pipeline_k, pipeline_v, pipeline_tile = pipelines
                 for copies_v in cutlass.range_constexpr(2):
@@ -583,6 +611,7 @@ class ForwardSm90(KeyTiles):
                 sK,
                 sV,
                 term_operands,
+                (sB, storage.bias_barriers.data_ptr()),
                 (tma_o, gO),
                 mO,
                 mLSE,
@@ -806,6 +835,34 @@ class ForwardSm90(KeyTiles):
             fields = take(t_stage, t_phase)
 
     @cute.jit
+    def load_bias(
+        self,
+        copy: tuple,
+        pipelines: tuple,
+        work: cute.Tensor,
+        mLists: tuple,
+        slab: Int32,
+    ):
+        """A warp beside the producer: a warpgroup's rows of the bias, for each tile of keys."""
+        pipeline, pipeline_tile = pipelines
+        warps = self.config.warpgroups
+        take = partial(self.take_work, work, pipeline_tile, warps=warps, role="bias")
+        stage, phase, t_stage, t_phase = (Int32(0) for _ in range(4))
+        fields = take(t_stage, t_phase)
+        while fields[0] >= 0:
+            t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
+            lists = self.lists_of(mLists, fields, counts=fields[6:8])
+            visits, nth = self.key_order(fields, lists)
+            load = self.staged_bias.loader(copy, fields[:3], slab)
+            for i in cutlass.range(visits, unroll=1):
+                n = nth(i)
+                pipeline.acquire(stage, phase)
+                pipeline.expect(stage)
+                load(n, stage, pipeline.full + stage)
+                stage, phase = pipeline.advance(stage, phase)
+            fields = take(t_stage, t_phase)
+
+    @cute.jit
     def write_work(self, slot: cute.Tensor, fields: tuple):
         """Leaves a tile's coordinates and ranges for the consumers; one warp."""
         if cute.arch.lane_idx() == 0:
@@ -837,6 +894,7 @@ class ForwardSm90(KeyTiles):
         sK: cute.Tensor,
         sV: cute.Tensor,
         term_operands: tuple,
+        bias_stages: tuple,
         o_copy: tuple,
         mO: cute.Tensor,
         mLSE: cute.Tensor,
@@ -889,6 +947,12 @@ class ForwardSm90(KeyTiles):
         lse = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
 
         who = (slab, thread)
+        bias_tile = pipeline_b = None
+        if const_expr(self.staged_bias is not None):
+            sB, bias_barriers = bias_stages
+            bias_tile = BiasTile(self.staged_bias, sB, slab, thread)
+            pipeline_b = self.staged_bias.pipeline(bias_barriers, sB.element_type, slab)
+        b_stage, b_phase = Int32(0), Int32(0)
 
         finish = partial(self.output.finish, softmax, row_scale, lse, mLSE)
 
@@ -919,7 +983,8 @@ class ForwardSm90(KeyTiles):
             if const_expr(self.union is not None):
                 mask_tile = partial(self.unless_full, self.ranges_of(fields), mask_tile)
             modify = self.element_step(
-                mElements, scores, thread, (batch, offset, array_lengths, first_token, head)
+                *(mElements, scores, thread, bias_tile),
+                (batch, offset, array_lengths, first_token, head),
             )
             terms = self.terms_step(
                 mElements,
@@ -966,13 +1031,18 @@ class ForwardSm90(KeyTiles):
                         with cute.arch.elect_one():
                             cute.arch.mbarrier_arrive(lead_barrier + q_stage)
                 terms.vary(scores, n, varies, True, terms.of_first)
+                if const_expr(pipeline_b is not None):
+                    pipeline_b.wait(b_stage, b_phase)
                 if const_expr(lists is None or not self.has_mask_mod):
-                    modify(n, True)
+                    modify(n, b_stage, True)
                 else:
                     if lists.partial_count > 0:
-                        modify(n, True)
+                        modify(n, b_stage, True)
                     else:
-                        modify(n, True, is_full=True)
+                        modify(n, b_stage, True, is_full=True)
+                if const_expr(pipeline_b is not None):
+                    pipeline_b.release(b_stage, 4, lanes_read=True)
+                    b_stage, b_phase = pipeline_b.advance(b_stage, b_phase)
                 hide_bits(n, bits)
                 mask_tile(n)
                 softmax.step(scores, row_scale, True, True, shifts)
@@ -1014,7 +1084,12 @@ class ForwardSm90(KeyTiles):
                         pipeline_k.release(k_stage, warps)
                         k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                         terms.vary(scores, n, varies, is_masked, is_varying)
-                        modify(n, is_masked, is_full=stretch >= 1)
+                        if const_expr(pipeline_b is not None):
+                            pipeline_b.wait(b_stage, b_phase)
+                        modify(n, b_stage, is_masked, is_full=stretch >= 1)
+                        if const_expr(pipeline_b is not None):
+                            pipeline_b.release(b_stage, 4, lanes_read=True)
+                            b_stage, b_phase = pipeline_b.advance(b_stage, b_phase)
                         hide_bits(n, bits)
                         if const_expr(is_masked):
                             mask_tile(n)
@@ -1117,24 +1192,36 @@ class ForwardSm90(KeyTiles):
         ]
         return of_entry, queries
 
-    def element_step(self, mElements: tuple, scores: cute.Tensor, thread: Int32, place):
+    def element_step(
+        self,
+        mElements: tuple,
+        scores: cute.Tensor,
+        thread: Int32,
+        bias_tile: BiasTile | None,
+        place,
+    ):
         """What is done to each score of a tile: a function of the tile's number.
 
-        Its second argument says whether some of the tile's keys may lie beyond the last one.
+        Its second argument is the stage of the bias, its third says whether some of the tile's keys
+        may lie beyond the last one.
         """
         if not self.by_element:
-            return lambda n, may_be_beyond, is_full=False: None
+            return lambda n, b_stage, may_be_beyond, is_full=False: None
         only_hides = self.added is not None
         elements, queries = self.elements_of(mElements, thread, place, only_hides)
         scale = self.scale if self.changes_scores else 1.0
 
-        def modify(n: Int32, may_be_beyond: bool, is_full: bool = False) -> None:
+        def modify(n: Int32, b_stage: Int32, may_be_beyond: bool, is_full: bool = False) -> None:
             is_full = is_full and self.has_lists
+            biases = None if bias_tile is None else bias_tile.columns(b_stage)
             first = n * self.config.tile_n + first_column(thread)
             column = elements.along_keys(queries, first, may_be_beyond)
             for c in range(cute.size(scores, mode=[1])):
+                bias = [None] * ROWS_PER_THREAD if biases is None else next(biases)
                 for r, known in enumerate(column(column_step(c))):
-                    scores[r, c] = elements.element(known, scores[r, c], scale, is_full=is_full)
+                    scores[r, c] = elements.element(
+                        *(known, scores[r, c], scale), is_full=is_full, bias=bias[r]
+                    )
 
         return modify
 

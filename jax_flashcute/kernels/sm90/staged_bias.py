@@ -1,0 +1,161 @@
+"""A bias over queries and keys in shared memory, in the Hopper forward.
+
+Its tiles come by TMA, as K's do, ahead of the product that they are added to: one warp beside the
+producer loads those of each warpgroup's rows, at that warpgroup's pace.
+
+A thread reads two adjacent columns at once, its own, from rows whose swizzle is that of a matrix
+product's operand.
+"""
+
+from collections.abc import Iterator
+
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int16, Int32, Int64, Uint32
+from cutlass.cute.nvgpu import cpasync
+from cutlass.memory import SmemAllocator
+
+from jax_flashcute.kernels.common.numbers import float_of
+from jax_flashcute.kernels.common.pipeline import TmaPipeline
+from jax_flashcute.kernels.common.tiles import (
+    smem_layout,
+    swizzle_bits,
+    swizzle_width,
+    tma_partition,
+)
+from jax_flashcute.kernels.common.traced import Traced
+from jax_flashcute.kernels.config.sm90 import FwdConfig
+from jax_flashcute.kernels.elements import ElementArray
+from jax_flashcute.kernels.sm90.fragments import (
+    ROWS_PER_THREAD,
+    column_step,
+    first_column,
+    row_in_slab,
+)
+
+ROWS = 64
+"""Of a slab."""
+
+
+class StagedBias:
+    """How tiles of a (1|B, 1|N, T, S) bias are staged; no traced values."""
+
+    def __init__(self, array: ElementArray, config: FwdConfig):
+        self.array = array
+        self.config = config
+        # Heads that blocks of a cluster work on have one bias: each block loads a part for all.
+        self.blocks = 1 if "n" in array.full else config.cluster
+
+    @property
+    def barriers(self) -> int:
+        """Words of 64 bits for those of all warpgroups."""
+        return 2 * self.config.bias_stages * self.config.warpgroups
+
+    def layout(self, dtype):
+        """Tiles in shared memory, (rows, keys, stage); stages of a warpgroup follow each other."""
+        stages = self.config.bias_stages * self.config.warpgroups
+        return smem_layout(dtype, ROWS, self.config.tile_n, stages)
+
+    def source(self, bias: cute.Tensor):
+        """The TMA copy of a slab's rows of a tile, and what it reads: (T, S, 1|N, 1|B)."""
+        batch, heads, rows, keys = (bias.shape[axis] for axis in range(4))
+        row = Int64(keys)
+        view = cute.make_layout(
+            (rows, keys, heads, batch), stride=(row, 1, row * rows, row * rows * heads)
+        )
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        if self.blocks > 1:
+            load = cpasync.CopyBulkTensorTileG2SMulticastOp()
+        return cpasync.make_tiled_tma_atom(
+            load,
+            cute.make_tensor(bias.iterator, view),
+            smem_layout(bias.element_type, ROWS, self.config.tile_n),
+            (ROWS, self.config.tile_n),
+            self.blocks,
+        )
+
+    def allocate(self, allocator: SmemAllocator, dtype) -> cute.Tensor:
+        layout = self.layout(dtype)
+        return allocator.allocate_tensor(dtype, layout.outer, 1024, swizzle=layout.inner)
+
+    def pipeline(self, barriers: cute.Pointer, dtype, slab: Int32 | int) -> TmaPipeline:
+        """Of a warpgroup's stages; ``barriers``: pointer to those of all."""
+        stages, tile_n = self.config.bias_stages, self.config.tile_n
+        tile_bytes = ROWS * tile_n * dtype.width // 8
+        barriers = barriers + 2 * stages * slab
+        return TmaPipeline("bias", barriers, stages, tile_bytes, 4, blocks=self.blocks)
+
+    def loader(self, copy: tuple, place: tuple, slab: Int32):
+        """A function (n, stage, barrier) that starts the copy of a warpgroup's part of tile n.
+
+        Args:
+          copy: of ``source``, and the tensor of ``allocate``.
+          place: the tile of query rows, the head and the batch entry.
+        """
+        atom, gB, sB = copy
+        m_block, head, batch = place
+        head = head if "n" in self.array.full else 0
+        batch = batch if "b" in self.array.full else 0
+        tiles = cute.local_tile(
+            gB[None, None, head, batch],
+            (ROWS, self.config.tile_n),
+            (m_block * self.config.warpgroups + slab, None),
+        )
+        rank, to_all = 0, {}
+        if self.blocks > 1:
+            rank = cute.arch.block_idx_in_cluster()
+            to_all = {"mcast_mask": Int16(2**self.blocks - 1)}
+        target, source = tma_partition(atom, sB, tiles, rank, self.blocks)
+        first = slab * self.config.bias_stages
+
+        def load(n: Int32, stage: Int32, barrier) -> None:
+            cute.copy(
+                atom, source[None, n], target[None, first + stage], tma_bar_ptr=barrier, **to_all
+            )
+
+        return load
+
+
+class BiasTile(Traced):
+    """What a thread reads of its warpgroup's tiles: its own columns, two adjacent ones at once."""
+
+    def __init__(self, plan: StagedBias, sB: cute.Tensor, slab: Int32, thread: Int32):
+        """``sB``: of ``StagedBias.allocate``."""
+        self.tile_n = plan.config.tile_n
+        self.dtype = sB.element_type
+        self.first_stage = slab * plan.config.bias_stages
+        itemsize = self.dtype.width // 8
+        self.atom = atom = swizzle_width(self.dtype, self.tile_n)
+        self.start = cute.recast_ptr(
+            sB.iterator, swizzle_=cute.make_swizzle(0, 4, 3), dtype=self.dtype
+        )
+        # Rows of a thread are 8 apart, which the swizzle does not tell from each other.
+        row = row_in_slab(thread, 0)
+        flipped = swizzle_bits(row, atom * itemsize // 2) // itemsize
+        self.places = [
+            row * atom + ((first_column(thread) + i) ^ flipped) for i in range(0, atom, 8)
+        ]
+
+    def columns(self, stage: Int32) -> Iterator[list[Float32]]:
+        """Of each of the thread's columns, in order, the numbers of its rows."""
+        tile, atom = self.start + (self.first_stage + stage) * (ROWS * self.tile_n), self.atom
+        for c in range(0, self.tile_n // 4, 2):
+            column = column_step(c)
+            place = tile + (self.places[column % atom // 8] + column // atom * (ROWS * atom))
+            pairs = [_pair(place + 8 * r * atom) for r in range(ROWS_PER_THREAD)]
+            yield from map(list, zip(*pairs, strict=True))
+
+
+def _pair(place: cute.Pointer) -> list[Float32]:
+    """Two adjacent numbers, from shared memory."""
+    dtype = place.dtype
+    is_half = dtype == BFloat16
+    read_as, count = (Uint32, 1) if is_half else (dtype, 2)
+    address = cute.make_ptr(
+        read_as, place.toint(), cute.AddressSpace.smem, assumed_align=dtype.width // 4
+    )
+    pair = cute.make_rmem_tensor(count, read_as)
+    cute.autovec_copy(cute.make_tensor(address, cute.make_layout(count)), pair)
+    if is_half:
+        # The upper halves of their float32: one operation each, where a conversion takes two.
+        return [float_of(pair[0] << Uint32(16)), float_of(pair[0] & Uint32(0xFFFF0000))]
+    return [Float32(pair[0]), Float32(pair[1])]
