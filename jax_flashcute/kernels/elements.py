@@ -348,13 +348,15 @@ def _has_positions(operands: Operands) -> bool:
 
 
 def _element_array(array) -> ElementArray | None:
-    return None if array is None else ElementArray(str(array.dtype), full_axes("bnts", array))
+    if array is None:
+        return None
+    return ElementArray(str(array.dtype), full_axes("bnts", array.shape))
 
 
-def full_axes(letters: str, array) -> str:
-    """Those of an array's axes, by letter, that are not of length 1."""
+def full_axes(letters: str, shape: Sequence) -> str:
+    """Those of a shape's axes, by letter, that are not of length 1."""
     return "".join(
         letter
-        for letter, length in zip(letters, array.shape, strict=False)
+        for letter, length in zip(letters, shape, strict=False)
         if not (isinstance(length, int) and length == 1)
     )
