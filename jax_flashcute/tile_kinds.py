@@ -1,7 +1,8 @@
 """Which tiles of a mask hold something: every tile classified by all of its elements.
 
 A mask that reduces to intervals of keys is classified by its rows' bounds; of any other, every
-element is evaluated and counted.  Nothing is sampled, and memory is O(tiles).
+element is evaluated and counted, or first kept as a bit.  Nothing is sampled, and memory is that of
+the tiles and of those bits.
 """
 
 import functools
