@@ -427,7 +427,7 @@ def _staged_itemsize(bias: Shaped | None) -> int:
 
     It varies along queries and keys, and its rows begin at multiples of 16 bytes.
     """
-    if bias is None or not {"t", "s"} <= set(full_axes("bnts", bias)):
+    if bias is None or not {"t", "s"} <= set(full_axes("bnts", bias.shape)):
         return 0
     itemsize, keys = bias.dtype.itemsize, bias.shape[3]
     return itemsize if isinstance(keys, int) and keys * itemsize % 16 == 0 else 0

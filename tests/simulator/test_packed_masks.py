@@ -78,6 +78,14 @@ PACKED = {
     ),
     "keys_of_heads": ((2, 129, 97), {"mask": bits(1, 2, 1, 97), "heads": (2, 1), "head_dim": 128}),
     "packed_heads": ((1, 65, 270), {"mask": bits(1, 7, 65, 270), "heads": (7, 1)}),
+    # A bias whose tiles come to shared memory.
+    "staged_bias": (
+        (1, 140, 256),
+        {
+            "mask": bits(1, 1, 140, 256), "heads": (2, 2),
+            "bias": jnp.asarray(rng.random((1, 1, 140, 256)), jnp.float32),
+        },
+    ),
     # What scores add is added by the product, and the backward of this head_dim keeps the booleans.
     "192_added": (
         (1, 70, 250),
