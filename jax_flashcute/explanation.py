@@ -44,7 +44,8 @@ class Explanation:
         ``{"tile_m", "tile_n", "full", "partial", "skipped"}``, counted for one head; None where
         there is none, or where offsets or lengths known at run time alone decide.
       loads: the arrays that ``mask_mod`` and ``score_mod`` read, and how: ``"uniform"`` once a row,
-        ``"contiguous"`` along the keys, or ``"gather"``.
+        ``"contiguous"`` along the keys, with how many adjacent elements, from a key that is a
+        multiple of their number on, lie aligned to as many, or ``"gather"``.
       splits: parts into which the forward kernel divides the keys of a row at most, Hopper's where
         there is no GPU; shorter sequences have fewer.  None where no kernel serves the call.
       page_copies: how that kernel loads pages: ``"TMA"``, ``"asynchronous copies"``, or ``"TMA,
@@ -339,4 +340,5 @@ def _loads(spec: AttentionSpec) -> Iterator[str]:
         if function is not None:
             for load in analysis.loads(analysis.analyse(function.jaxpr)):
                 shape = ", ".join(str(size) for size in load.shape)
-                yield f"{name} reads {load.dtype}[{shape}]: {load.kind}"
+                aligned = f", {load.width} aligned" if load.width > 1 else ""
+                yield f"{name} reads {load.dtype}[{shape}]: {load.kind}{aligned}"

@@ -21,7 +21,15 @@ from jax_flashcute.analysis.integers import (
     trend,
 )
 from jax_flashcute.analysis.key_sets import Guard, Interval, KeySet, intersection
-from jax_flashcute.analysis.programs import Program, analyse, key_set, loads
+from jax_flashcute.analysis.programs import (
+    Program,
+    Step,
+    analyse,
+    key_set,
+    load_of,
+    loads,
+    understand,
+)
 from jax_flashcute.analysis.windows import (
     RowInterval,
     rising_interval,
@@ -43,17 +51,20 @@ __all__ = [
     "Program",
     "Quotient",
     "RowInterval",
+    "Step",
     "analyse",
     "depends_on",
     "evaluate",
     "first_reaching",
     "intersection",
     "key_set",
+    "load_of",
     "loads",
     "rising_interval",
     "rising_union",
     "row_interval",
     "trend",
+    "understand",
     "window",
     "window_interval",
 ]

@@ -81,8 +81,9 @@ class Program:
     stacked: dict[int, tuple[int, ...]] = field(default_factory=dict)
     choices: dict[int, list[KeySet | None]] = field(default_factory=dict)
 
-    def new(self, aval) -> int:
-        self.types.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+    def new(self, shape: Sequence[Any], dtype: Any) -> int:
+        """The number of one value more."""
+        self.types.append(jax.ShapeDtypeStruct(shape, dtype))
         return len(self.types) - 1
 
     def evaluate(self, wanted: Sequence[int], arrays, arguments) -> list[Any]:
@@ -119,16 +120,23 @@ class Program:
 def analyse(jaxpr: Jaxpr) -> Program:
     """Flatten and understand a traced mask (b, h, q, kv) or score (score, b, h, q, kv)."""
     program = Program()
-    arrays = [program.new(v.aval) for v in jaxpr.constvars]
-    arguments = [program.new(v.aval) for v in jaxpr.invars]
+    arrays = [_new(program, v.aval) for v in jaxpr.constvars]
+    arguments = [_new(program, v.aval) for v in jaxpr.invars]
     program.arrays, program.arguments = len(arrays), range(len(arrays), len(program.types))
     environment = dict(zip(jaxpr.constvars, arrays, strict=True))
     environment |= dict(zip(jaxpr.invars, arguments, strict=True))
     (program.result,) = _flatten(program, jaxpr, environment)
-    varying = {arguments[-1]}
-    if len(arguments) > len(_INDICES):
-        varying.add(arguments[0])
-    for name, value in zip(_INDICES, arguments[-4:], strict=True):
+    understand(program)
+    return program
+
+
+def understand(program: Program) -> None:
+    """Fills in what is known of the values of a flattened program, of which (b, h, q, kv) are the
+    last arguments.
+    """
+    *others, kv = program.arguments
+    varying = {kv, *others[: 1 - len(_INDICES)]}
+    for name, value in zip(_INDICES, program.arguments[-len(_INDICES) :], strict=True):
         program.integers[value] = Linear.of(Index(name))
     for step in program.steps:
         if varying & set(step.inputs):
@@ -138,13 +146,16 @@ def analyse(jaxpr: Jaxpr) -> Program:
         _know_constant(program, value, constant)
     for step in program.steps:
         _understand(program, step)
-    return program
+
+
+def _new(program: Program, aval) -> int:
+    return program.new(aval.shape, aval.dtype)
 
 
 def _flatten(program: Program, jaxpr: Jaxpr, environment: dict) -> list[int]:
     def read(variable) -> int:
         if isinstance(variable, JaxprLiteral):
-            value = program.new(variable.aval)
+            value = _new(program, variable.aval)
             program.constants[value] = np.asarray(variable.val, program.types[value].dtype)
             return value
         return environment[variable]
@@ -160,11 +171,11 @@ def _flatten(program: Program, jaxpr: Jaxpr, environment: dict) -> list[int]:
             found = [_flatten_closed(program, b, inputs[1:]) for b in equation.params["branches"]]
             outputs = []
             for cases in zip(*found, strict=True):
-                outputs.append(program.new(program.types[cases[0]]))
+                outputs.append(_new(program, program.types[cases[0]]))
                 given = (inputs[0], *cases)
                 program.steps.append(Step("select_n", _select_n, given, (outputs[-1],), {}))
         else:
-            outputs = [program.new(v.aval) for v in equation.outvars]
+            outputs = [_new(program, v.aval) for v in equation.outvars]
             function = _runner(equation)
             step = Step(known or name, function, tuple(inputs), tuple(outputs), equation.params)
             program.steps.append(step)
@@ -175,7 +186,7 @@ def _flatten(program: Program, jaxpr: Jaxpr, environment: dict) -> list[int]:
 def _flatten_closed(program: Program, inner: ClosedJaxpr, inputs: Sequence[int]) -> list[int]:
     nested = dict(zip(inner.jaxpr.invars, inputs, strict=True))
     for variable, constant in zip(inner.jaxpr.constvars, inner.consts, strict=True):
-        value = program.new(variable.aval)
+        value = _new(program, variable.aval)
         program.constants[value] = constant
         nested[variable] = value
     return _flatten(program, inner.jaxpr, nested)
@@ -401,31 +412,54 @@ class Load:
       shape, dtype: the array's.
       kind: ``"uniform"`` (kv does not move it), ``"contiguous"`` (the next key reads the next
         element of the last axis), or ``"gather"``.
+      width: of a contiguous one, the largest power of two such that, for each key that is a
+        multiple of it, this key's element lies at a multiple of it, in memory and in the last axis;
+        no larger than ``LOAD_BYTES`` have elements.  1 of other kinds.
     """
 
     array: int
     shape: tuple[int, ...]
     dtype: str
     kind: Literal["uniform", "contiguous", "gather"]
+    width: int = 1
+
+
+LOAD_BYTES = 16
+"""What one instruction loads at most."""
 
 
 def loads(program: Program) -> list[Load]:
     """Every read of a closed-over array, in program order.  An array read whole is not listed."""
-    found = []
-    for step in program.steps:
-        if step.name not in ("dynamic_slice", "gather") or step.inputs[0] >= program.arrays:
-            continue
-        array, *indices = step.inputs
-        shape = program.types[array].shape
-        kind = "gather"
-        if not any(program.depends_on_kv[i] for i in indices):
-            kind = "uniform"
-        elif step.name == "dynamic_slice":
-            *others, last = indices
-            strides = dict(integer(program, last).terms).get(KV)
-            rest = integer(program, last) - Linear.of(KV) * (strides or 0)
-            outer = any(program.depends_on_kv[i] for i in others)
-            if strides == 1 and not outer and not depends_on(rest, "kv"):
-                kind = "contiguous"
-        found.append(Load(array, shape, str(program.types[array].dtype), kind))
-    return found
+    found = [load_of(program, step) for step in program.steps]
+    return [load for load in found if load is not None]
+
+
+def load_of(program: Program, step: Step) -> Load | None:
+    """What a step reads of a closed-over array; None where it does not."""
+    if step.name not in ("dynamic_slice", "gather") or step.inputs[0] >= program.arrays:
+        return None
+    array, *indices = step.inputs
+    kind, width = "gather", 1
+    if not any(program.depends_on_kv[i] for i in indices):
+        kind = "uniform"
+    elif step.name == "dynamic_slice":
+        *others, last = indices
+        strides = dict(integer(program, last).terms).get(KV)
+        rest = integer(program, last) - Linear.of(KV) * (strides or 0)
+        outer = any(program.depends_on_kv[i] for i in others)
+        if strides == 1 and not outer and not depends_on(rest, "kv"):
+            kind, width = "contiguous", _aligned_width(rest, program.types[array])
+    return Load(array, program.types[array].shape, str(program.types[array].dtype), kind, width)
+
+
+def _aligned_width(rest: Linear, array) -> int:
+    """The width of a load of an array at the index ``kv + rest`` of its last axis."""
+    length = array.shape[-1]
+    if not isinstance(length, int):
+        return 1
+    # Rows, and arrays of batch entries, begin at multiples of the last axis.
+    numbers = [length, rest.constant, *(coefficient for _, coefficient in rest.terms)]
+    width = max(1, LOAD_BYTES // np.dtype(array.dtype).itemsize)
+    while any(number % width for number in numbers):
+        width //= 2
+    return width

@@ -27,10 +27,13 @@ class ElementArray:
     Attributes:
       dtype: its dtype's name.
       full: which of batch, heads, rows and keys it varies along, of "bnts".
+      in_pairs: it varies along rows and keys, and keys are even in number: pairs of them are
+        aligned.
     """
 
     dtype: str
     full: str
+    in_pairs: bool = False
 
     @property
     def has_all_axes(self) -> bool:
@@ -266,11 +269,17 @@ def without_sinks(
 ) -> ElementFunctions | None:
     """What the backward kernel does: sinks are in the LSE, and their gradient needs no kernel.
 
+    It reads no pairs of keys.
+
     ``constants``: of the call.
     """
     if functions is None or not functions.by_element:
         return None
-    functions = dataclasses.replace(functions, sinks=False)
+    arrays = {
+        name: None if array is None else dataclasses.replace(array, in_pairs=False)
+        for name, array in (("bias", functions.bias), ("mask", functions.mask))
+    }
+    functions = dataclasses.replace(functions, sinks=False, **arrays)
     # Kernels differ by names of what is there alone.
     kept = [] if functions.bias is None else ["bias"]
     if constants and functions.score_mod is not None:
@@ -350,7 +359,10 @@ def _has_positions(operands: Operands) -> bool:
 def _element_array(array) -> ElementArray | None:
     if array is None:
         return None
-    return ElementArray(str(array.dtype), full_axes("bnts", array.shape))
+    full, keys = full_axes("bnts", array.shape), array.shape[-1]
+    is_even = isinstance(keys, int) and keys % 2 == 0
+    # By keys alone there is less to load, and lengths that grow should compile one kernel.
+    return ElementArray(str(array.dtype), full, {"t", "s"} <= set(full) and is_even)
 
 
 def full_axes(letters: str, shape: Sequence) -> str:

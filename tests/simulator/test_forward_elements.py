@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flashcute import masks, reference
+from jax_flashcute import analysis, masks, reference
 from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config.sm90 import FwdConfig
@@ -169,6 +169,63 @@ def test_score(name: str):
 @pytest.mark.parametrize("name", MASKS)
 def test_mask(name: str):
     check(SMALL, mask_mod=MASKS[name](SMALL), config=SMALL_TILES)
+
+
+def table_of_scores(case: Case, dtype: str, keys: int, index):
+    """A score that adds elements of (1, T, keys), and of the same in one row, as ``index`` has it.
+
+    Beyond arrays, indices are those of the last key.
+    """
+    rng = np.random.default_rng(keys)
+    table = jnp.asarray(rng.standard_normal((case.q_heads, case.seqlen_q, keys)), dtype)
+    flat = table[0].reshape(-1)
+
+    def score_mod(score, b, h, q, kv):
+        row = jnp.clip(q, 0, case.seqlen_q - 1)
+        found = flat[row * keys + kv] if index is None else table[h, row, index(kv)]
+        return score + found.astype(jnp.float32)
+
+    return score_mod
+
+
+SQUARE = {"seqlen_q": 70, "seqlen_k": 140}
+TABLES = {
+    "even": (sized(64, **SQUARE), "float32", 140, lambda kv: kv, 4),
+    "even_of_halves": (sized(64, **SQUARE), "bfloat16", 140, lambda kv: kv, 4),
+    "odd_keys": (sized(64, seqlen_q=70, seqlen_k=139), "float32", 142, lambda kv: kv, 2),
+    "odd_rows": (sized(64, seqlen_q=70, seqlen_k=139), "bfloat16", 139, lambda kv: kv, 1),
+    "next": (sized(64, group=2, batch=2, **SQUARE), "float32", 144, lambda kv: kv + 1, 1),
+    "next_pair": (sized(64, group=2, causal=True, **SQUARE), "float32", 140, lambda kv: kv + 2, 2),
+    "flat": (sized(64, lengths=True, batch=2, **SQUARE), "float32", 140, None, 4),
+    "short": (sized(64, **SQUARE), "bfloat16", 96, lambda kv: jnp.maximum(kv, 0), 8),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_table_of_scores(name: str):
+    """Read in pairs where it is proven that they are aligned, and within arrays everywhere."""
+    case, dtype, keys, index, width = TABLES[name]
+    key = check(case, None, table_of_scores(case, dtype, keys, index), config=SMALL_TILES)
+    program = analysis.analyse(key.elements.score_mod.jaxpr)
+    assert analysis.loads(program)[-1].width == width
+
+
+@pytest.mark.parametrize("keys", [140, 139])
+def test_table_of_booleans(keys: int):
+    case = sized(64, seqlen_q=70, seqlen_k=keys, batch=2)
+    rng = np.random.default_rng(keys)
+    table = jnp.asarray(rng.random((case.seqlen_q, keys)) < 0.7)
+    ids = jnp.asarray(rng.integers(0, 3, keys), jnp.int32)
+    check(case, lambda b, h, q, kv: table[q, kv] | (ids[q] == ids[kv]), config=SMALL_TILES)
+
+
+@pytest.mark.parametrize("keys", [140, 139])
+def test_arrays_by_key(keys: int):
+    """A bias and a mask in pairs where keys are even in number, and one by one elsewhere."""
+    case = sized(64, seqlen_q=70, seqlen_k=keys, batch=2, bias="bts", mask="ts", lengths=True)
+    key = check(case, config=SMALL_TILES)
+    pairs = [array.in_pairs for array in (key.elements.bias, key.elements.mask)]
+    assert pairs == [keys % 2 == 0] * 2
 
 
 PACKED = sized(64, group=7, kv_heads=2, seqlen_q=5, seqlen_k=300, **EVERYTHING)

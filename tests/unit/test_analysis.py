@@ -3,6 +3,7 @@
 ``JAX_FLASHCUTE_FUZZ=20000 pytest tests/unit/test_analysis.py`` runs the full count of programs.
 """
 
+import collections
 import functools
 import os
 
@@ -13,6 +14,8 @@ import pytest
 
 from jax_flashcute import analysis
 from jax_flashcute.analysis import POSITION_LIMIT, Guard, Linear
+from jax_flashcute.kernels.lowering.columns import aligned_widths
+from jax_flashcute.kernels.lowering.inlining import flat_program
 
 PROGRAMS = int(os.environ.get("JAX_FLASHCUTE_FUZZ", "800"))
 CHUNK = 400
@@ -385,3 +388,72 @@ def test_positions_of_negative_numbers_are_not_contiguous() -> None:
     row = jnp.zeros(50)
     program = analysed(lambda b, h, q, kv: row[kv - 3] > 0)
     assert [load.kind for load in analysis.loads(program)] == ["gather"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "index", "width"),
+    [
+        ("float32", (3, 48), lambda h, q, kv: (h, kv), 4),
+        ("bfloat16", (3, 48), lambda h, q, kv: (h, kv), 8),
+        ("bool", (3, 48), lambda h, q, kv: (h, kv), 16),
+        ("float32", (3, 50), lambda h, q, kv: (h, kv), 2),
+        ("float32", (3, 49), lambda h, q, kv: (h, kv), 1),
+        ("float32", (49,), lambda h, q, kv: (kv,), 1),
+        ("float32", (48,), lambda h, q, kv: (kv + 1,), 1),
+        ("float32", (48,), lambda h, q, kv: (kv + 2,), 2),
+        ("float32", (48,), lambda h, q, kv: (jnp.clip(q, 0, 5) * 6 + kv,), 2),
+        ("float32", (48,), lambda h, q, kv: (jnp.clip(q, 0, 5) * 8 + kv,), 4),
+        ("float32", (48,), lambda h, q, kv: (h + kv,), 1),
+        ("float32", (48,), lambda h, q, kv: (2 * kv,), 1),
+        ("float32", (48,), lambda h, q, kv: (h,), 1),
+    ],
+)
+def test_how_many_elements_are_aligned(dtype: str, shape, index, width: int) -> None:
+    table = jnp.zeros(shape, dtype)
+    program = analysed(lambda b, h, q, kv: table[index(h, q, kv)] > 0)
+    assert [load.width for load in analysis.loads(program)] == [width]
+
+
+@pytest.mark.parametrize("first", range(0, PROGRAMS, CHUNK))
+def test_random_loads(first: int) -> None:
+    """Kinds and widths of loads, as the analysis has them and as a kernel does."""
+    found = collections.Counter()
+    for seed in range(first, min(first + CHUNK, PROGRAMS)):
+        rng = np.random.default_rng((5, seed))
+        length = int(rng.choice([1, 2, 3, 4, 6, 8, 12, 16, 20, 48, 50, 64]))
+        dtype = str(rng.choice(["bool", "int8", "bfloat16", "float32"]))
+        other, depth = random_number(rng, int(rng.integers(0, 3))), int(rng.integers(0, 3))
+        factor, added = (int(rng.choice(x)) for x in ((0, 1, 2, 3, 4, 8, 16), (0, 1, 2, 4, 6, 8)))
+        scaled = random_number(rng, depth) if depth == 2 else other
+
+        def index(m, b, h, q, kv, parts=(other, scaled, factor, added, depth)):
+            other, scaled, factor, added, depth = parts
+            near = m.clip(scaled(m, b, h, q, kv), np.int32(-9), np.int32(300))
+            return (other(m, b, h, q, kv) if depth == 1 else kv) + near * factor + np.int32(added)
+
+        table = jnp.zeros((2, length), dtype)
+
+        def read(b, h, q, kv, table=table, index=index):
+            start = jnp.int32(0), jnp.asarray(index(jnp, b, h, q, kv), jnp.int32)
+            sliced = jax.lax.dynamic_slice(table, start, (1, 1), allow_negative_indices=False)
+            return sliced[0, 0] > 0
+
+        jaxpr = jax.make_jaxpr(read)(*[INDEX] * 4).jaxpr
+        load = analysis.loads(analysis.analyse(jaxpr))[-1]
+        places = np.broadcast_to(index(np, *(x.astype(np.int32) for x in GRID)), GRID[0].shape)
+        keys = np.broadcast_to(GRID[3], places.shape)
+        if load.kind == "uniform":
+            assert (places == places[..., :1]).all(), seed
+        if load.kind == "contiguous":
+            wide = places.astype(np.int64)
+            assert (np.diff(wide) == np.diff(keys)).all(), seed
+            assert not (wide[keys % load.width == 0] % load.width).any(), seed
+            assert length % load.width == 0
+            assert load.width * table.dtype.itemsize <= 16
+        flat = flat_program(jaxpr, ("b", "h", "q_idx", "kv_idx"))
+        widths = aligned_widths(flat, flat.equations)
+        # Without what analysis knows of jnp's functions, a kernel may prove less.
+        assert set(widths.values()) <= ({1, load.width} if load.kind != "uniform" else {1}), seed
+        found[load.kind, load.width, *widths.values()] += 1
+    assert sum(n for (kind, width, *_), n in found.items() if width > 1) > CHUNK // 20
+    assert sum(n for (kind, width, *of), n in found.items() if of == [width] != [1]) > CHUNK // 20

@@ -110,10 +110,10 @@ def test_explain_says_what_is_read_and_how() -> None:
     assert explanation.tiles is None
     assert explanation.loads == (
         "mask_mod reads int32[500]: uniform",
-        "mask_mod reads int32[500]: contiguous",
+        "mask_mod reads int32[500]: contiguous, 4 aligned",
         "score_mod reads float32[2]: uniform",
     )
-    assert "mask_mod reads int32[500]: contiguous" in str(explanation)
+    assert "mask_mod reads int32[500]: contiguous, 4 aligned" in str(explanation)
     text = str(explained(500, 500, is_causal=True))
     assert "in a head:" in text
     assert explained(500, 500, is_causal=True, q_offset=jnp.asarray(3)).tiles is None

@@ -17,8 +17,9 @@ from jax_flashcute.kernels.common.numbers import select, tanh
 from jax_flashcute.kernels.common.softmax import LOG2_E, exp2
 from jax_flashcute.kernels.elements import ElementArray, ElementFunctions, derivative_of, program_of
 from jax_flashcute.kernels.lowering.affine import Affine
+from jax_flashcute.kernels.lowering.columns import ColumnReads
 from jax_flashcute.kernels.lowering.scalars import convert
-from jax_flashcute.kernels.lowering.values import arrays_as_views, numbered_view
+from jax_flashcute.kernels.lowering.values import aligned_elements, arrays_as_views, numbered_view
 
 
 def capped(score: Float32, scale: float, cap: float) -> Float32:
@@ -162,37 +163,106 @@ class EntryElements:
         """What is known of one of a tile's columns."""
         programs = self.elements.programs.items()
         found = {name: program.at_column(known[name], column) for name, program in programs}
-        return known | found | {"column": column}
+        reads = {n: x.at(column) for n, x in known.items() if isinstance(x, ColumnReads)}
+        return known | found | reads | {"column": column}
 
     def along_keys(
-        self, queries: list[dict[str, Any]], first: Int32, may_be_beyond: bool
+        self, queries: list[dict[str, Any]], first: Int32, may_be_beyond: bool, adjacent: int = 1
     ) -> Callable[[int], list[dict[str, Any]]]:
         """A function of a column: what is known of its key with each query.
+
+        What it reads for adjacent columns at once is read where the first of them is asked for: no
+        branch may lie between.
 
         Args:
           queries: of ``queries``.
           first: the key of column 0.
           may_be_beyond: a column's key may lie beyond the last one.
+          adjacent: ``first`` is a multiple of this power of two, and columns come in runs of so
+            many, each from a multiple of it on.
         """
 
         def bounded(column: int):
             key = self.keys(first + column)
             return [self.both(query, key) for query in queries]
 
-        if may_be_beyond or self.elements.positions is not None:
+        is_read = adjacent > 1 and self._reads_by_key
+        if self.elements.positions is not None or (may_be_beyond and not is_read):
             return bounded
-        tile, rows = self.along(queries, first)
+        tile, rows = self.along(queries, first, adjacent)
 
         def stepped(column: int):
             key = self.at_column(tile, column)
             return [self.both(self.at_column(row, column), key) for row in rows]
 
-        return stepped
+        keys = Int32(self.kv_length) - first
 
-    def along(self, queries: list[dict[str, Any]], first: Int32):
-        """What is known of all columns of a tile at once: of their keys, and with each query."""
-        tile = self.known_of(key=Affine(first, Int32(1)))
-        return tile, [self.both(query, tile) for query in queries]
+        def bounded_but_for_reads(column: int):
+            key = self.keys(first + column)
+            pairs = zip(queries, rows, strict=True)
+            return [
+                self.both(self.with_reads(query, row, column, lambda c: keys > c), key)
+                for query, row in pairs
+            ]
+
+        return bounded_but_for_reads if may_be_beyond else stepped
+
+    def along(self, queries: list[dict[str, Any]], first: Int32, adjacent: int = 1):
+        """What is known of all columns of a tile at once: of their keys, and with each query.
+
+        ``adjacent``: that of ``along_keys``.
+        """
+        tile = self.known_of(key=Affine(first, Int32(1), adjacent))
+        rows = [self.both(query, tile) for query in queries]
+        if adjacent > 1:
+            rows = [row | self._reads_of(row) for row in rows]
+        return tile, rows
+
+    def with_reads(
+        self,
+        query: dict[str, Any],
+        row: dict[str, Any],
+        column: int,
+        where: Callable[[int], Boolean],
+    ) -> dict[str, Any]:
+        """``query`` with what is read of arrays for one of a tile's columns.
+
+        Args:
+          query, row: of one query, what is known of it, and what with all columns.
+          where: of ``ColumnReads.at``.
+        """
+        found = {
+            name: query[name] | program.reads_at_column(row[name], column, where)
+            for name, program in self.elements.programs.items()
+        }
+        reads = {name: row[name].at(column, where) for name in self._arrays_by_key()}
+        return query | found | reads
+
+    def _arrays_by_key(self) -> dict[str, ElementArray]:
+        """The bias and the mask, as far as ``element`` reads them for each key."""
+        functions = self.elements.functions
+        bias = None if self.elements.only_hides else functions.bias
+        arrays = {"bias": bias, "mask": functions.mask}
+        return {name: a for name, a in arrays.items() if a is not None and "s" in a.full}
+
+    @property
+    def _reads_by_key(self) -> bool:
+        programs = self.elements.programs.values()
+        return bool(self._arrays_by_key()) or any(program.reads_by_key for program in programs)
+
+    def _reads_of(self, row: dict[str, Any]) -> dict[str, ColumnReads]:
+        """What a row of a tile reads of the bias and the mask."""
+
+        def reads(name: str, array: ElementArray) -> ColumnReads:
+            tensor, width = getattr(self.elements, name), 2 if array.in_pairs else 1
+
+            def read(column: int, where) -> list:
+                place = self.place(tensor, array, row | {"column": column})
+                return aligned_elements(tensor.iterator + place, width, where)
+
+            return ColumnReads(width, read)
+
+        return {name: reads(name, array) for name, array in self._arrays_by_key().items()}
 
     def element(
         self,
@@ -223,10 +293,10 @@ class EntryElements:
             score = capped(self.modified(known, score * scale), 1.0, functions.soft_cap)
         if functions.bias is not None and not self.elements.only_hides:
             if bias is None:
-                bias = Float32(self.load(self.elements.bias, functions.bias, known))
+                bias = Float32(self.of_element("bias", functions.bias, known))
             score = score + bias
         if functions.mask is not None:
-            byte = self.load(self.elements.mask, functions.mask, known)
+            byte = self.of_element("mask", functions.mask, known)
             score = select(byte != Uint8(0), score, Float32(-math.inf))
         if "mask_mod" in programs and not is_full:
             seen = programs["mask_mod"].value(known["mask_mod"])
@@ -273,6 +343,12 @@ class EntryElements:
     def reads_score(self) -> bool:
         """Whether ``gradient`` is a function of the score too."""
         return self.elements.functions.derivatives_read_score
+
+    def of_element(self, name: str, array: ElementArray, known: dict[str, Any]):
+        """That of the bias or of the mask; ``known``: of ``both``."""
+        if name in known:
+            return known[name]
+        return self.load(getattr(self.elements, name), array, known)
 
     def load(self, tensor: cute.Tensor, array: ElementArray, known: dict[str, Any]):
         """An element of a (1|B, 1|N, 1|T, 1|S) array; ``known``: of ``both``."""

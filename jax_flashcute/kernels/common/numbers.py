@@ -1,4 +1,4 @@
-"""Operations on single numbers: choices and stores without a branch, bits of floats, tanh.
+"""Operations on single numbers: choices, loads and stores without a branch, bits of floats, tanh.
 
 Each imports the compiler when it is called: what a kernel will do with scores is found out without.
 """
@@ -53,3 +53,32 @@ def store_float_if(pointer: Any, value: Any, where: Any) -> None:
         read_only_args=[pointer.toint(), value],
         predicate=where,
     )
+
+
+def load_words_if(pointer: Any, size: int, where: Any) -> list[Any]:
+    """1, 2, 4, 8 or 16 aligned bytes of global memory as Uint32s, where a condition holds, else 0.
+
+    Without a branch, and of memory that the kernel does not write: the load may move.
+    """
+    from cutlass import Uint32
+    from cutlass._mlir import ir
+    from cutlass._mlir.dialects import llvm
+
+    words = range(max(1, size // 4))
+    kind = {1: "u8", 2: "u16", 4: "b32", 8: "v2.b32", 16: "v4.b32"}[size]
+    registers = ", ".join(f"${i}" for i in words)
+    target = registers if len(words) == 1 else f"{{{registers}}}"
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in words)
+    types = [Uint32.mlir_type for _ in words]
+    found = llvm.inline_asm(
+        types[0] if len(words) == 1 else llvm.StructType.get_literal(types),
+        [pointer.toint().ir_value(), where.ir_value()],
+        f"{zeros} @${len(words) + 1} ld.global.{kind} {target}, [${len(words)}];",
+        ",".join(["=r" for _ in words] + ["l", "b"]),
+        has_side_effects=False,
+    )
+    if len(words) == 1:
+        return [Uint32(found)]
+    return [
+        Uint32(llvm.extractvalue(types[0], found, ir.DenseI64ArrayAttr.get([i]))) for i in words
+    ]

@@ -13,10 +13,13 @@ class Affine:
 
     Attributes:
       base, step: CuTe numbers of one type, Int32 or Float32.
+      adjacent: of the keys of a tile, how many adjacent columns a thread has from each column on
+        that is a multiple of it; ``base`` is one too.
     """
 
     base: Any
     step: Any
+    adjacent: int = 1
 
     def at(self, column: int) -> Any:
         """The number of a column."""

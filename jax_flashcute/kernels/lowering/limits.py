@@ -26,6 +26,11 @@ def holds(dtype: str, limits: Limits) -> bool:
     )
 
 
+def is_within(limits: Limits | None, last: int) -> bool:
+    """Whether an index that has these limits, if any are known, lies within 0..last."""
+    return limits is not None and 0 <= limits[0] and limits[1] <= last
+
+
 def _corners(combine: Callable[[int, int], int]) -> Callable[..., Limits]:
     """Limits of what is monotone in each operand."""
 

@@ -5,12 +5,13 @@ kernel evaluates a program in steps: what depends on the head or the row alone i
 these are known, once, and the rest for each element.
 
 Along the columns of a tile an index is ``Affine``: a base and a step.  What is affine in it is
-computed once a tile, and each column adds a constant.
+computed once a tile, and each column adds a constant.  What is read at such an index is
+``ColumnReads``, where it is proven that elements of adjacent columns lie aligned to as many.
 """
 
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,22 @@ import numpy as np
 from jax_flashcute.analysis import POSITION_LIMIT
 from jax_flashcute.kernels.lowering import factors
 from jax_flashcute.kernels.lowering.affine import AFFINE_RULES, SIGNED_RULES, Affine
+from jax_flashcute.kernels.lowering.columns import ColumnReads, aligned_widths, read_along
 from jax_flashcute.kernels.lowering.equations import Equation, FlatProgram, needed_for
-from jax_flashcute.kernels.lowering.limits import INDEX_LIMITS, limits_of, limits_of_values
+from jax_flashcute.kernels.lowering.limits import (
+    INDEX_LIMITS,
+    is_within,
+    limits_of,
+    limits_of_values,
+)
 from jax_flashcute.kernels.lowering.pruning import needed_equations, without_decided
 from jax_flashcute.kernels.lowering.rules import evaluate, why_not
 from jax_flashcute.kernels.lowering.spans import BOUNDING, OVERFLOWING, SPAN_RULES, Span, span_of
 from jax_flashcute.kernels.lowering.values import SCALAR_DTYPES, View, as_number, number_type
-from jax_flashcute.kernels.lowering.vectors import READS, SAME_ELEMENTS
+from jax_flashcute.kernels.lowering.vectors import READS, SAME_ELEMENTS, bounded
+
+ALONG_COLUMNS = Affine, ColumnReads
+"""What differs from column to column of a tile, and is computed for all of them at once."""
 
 
 class ElementProgram:
@@ -284,13 +294,13 @@ class ElementProgram:
         return self._completed({**known, **added})
 
     def at_column(self, known: Mapping[int, Any], column: int) -> dict[int, Any]:
-        """``known`` for one column of the tile: nothing is ``Affine`` any more."""
+        """``known`` for one column of the tile: nothing is of ``ALONG_COLUMNS`` any more."""
         wanted = {i for e in self._equations if e.output not in known for i in e.inputs_known}
         wanted |= self._computed_results()
         at = {
-            number: value.at(column) if isinstance(value, Affine) else value
+            number: value.at(column) if isinstance(value, ALONG_COLUMNS) else value
             for number, value in known.items()
-            if number in wanted or not isinstance(value, Affine)
+            if number in wanted or not isinstance(value, ALONG_COLUMNS)
         }
         return self._completed(at)
 
@@ -307,8 +317,8 @@ class ElementProgram:
         for equation in self._equations:
             if equation.output in known or not all(i in known for i in equation.inputs_known):
                 continue
-            if any(isinstance(known[i], Affine) for i in equation.inputs_known):
-                value = self._affine(equation, known)
+            if any(isinstance(known[i], ALONG_COLUMNS) for i in equation.inputs_known):
+                value = self._along_columns(equation, known)
                 if value is not None:
                     known[equation.output] = value
             else:
@@ -331,6 +341,50 @@ class ElementProgram:
             passes = passes and equation.output in reaching - elsewhere
             (reaching if passes else elsewhere).update(equation.inputs_known)
         return reaching - elsewhere
+
+    @functools.cached_property
+    def _widths(self) -> dict[int, int]:
+        return aligned_widths(self._given[0], self._equations)
+
+    @property
+    def reads_by_key(self) -> bool:
+        """Whether an array is read at indices that depend on ``kv_idx``."""
+        return bool(self._widths)
+
+    def reads_at_column(
+        self, known: Mapping[int, Any], column: int, where: Callable[[int], Any]
+    ) -> dict[int, Any]:
+        """What ``ColumnReads`` read for one column of the tile; ``where``: as there."""
+        reads = {number: x for number, x in known.items() if isinstance(x, ColumnReads)}
+        return {number: x.at(column, where) for number, x in reads.items()}
+
+    def _along_columns(
+        self, equation: Equation, known: Mapping[int, Any]
+    ) -> Affine | ColumnReads | None:
+        """What an operation makes of inputs of ``ALONG_COLUMNS``; None where that is none."""
+        given = [known[i] for i in equation.inputs_known]
+        if any(isinstance(x, ColumnReads) for x in given):
+            return None
+        if equation.primitive in READS:
+            return self._read_along(equation, known)
+        return self._affine(equation, known)
+
+    def _read_along(self, equation: Equation, known: Mapping[int, Any]) -> ColumnReads | None:
+        width, adjacent = self._widths.get(equation.output), known[self._inputs["kv_idx"]].adjacent
+        if width is None or adjacent == 1 or math.prod(equation.shapes[-1]) > 1:
+            return None
+        starts, are_inside = [], []
+        along = equation.inputs[1:], equation.dtypes[1:-1], equation.shapes[0]
+        for source, dtype, length in zip(*along, strict=True):
+            start = as_number(source, known, dtype)
+            are_inside.append(is_within(limits_of(source, self._limits), length - 1))
+            if not are_inside[-1] and not isinstance(start, Affine):
+                start = bounded(start, dtype, length - 1)
+            starts.append(start)
+        if [isinstance(x, Affine) for x in starts].index(True) < len(starts) - 1:
+            return None
+        width, view = min(width, adjacent), known[equation.inputs[0]]
+        return read_along(view, starts, width, are_inside[-1], equation.shapes[-1])
 
     def _affine(self, equation: Equation, known: Mapping[int, Any]) -> Affine | None:
         """What an operation makes of ``Affine`` inputs; None where that is not ``Affine``."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jax_flashcute.kernels.lowering.equations import Equation, needed_for
-from jax_flashcute.kernels.lowering.limits import Limits, limits_of
+from jax_flashcute.kernels.lowering.limits import Limits, is_within, limits_of
 from jax_flashcute.kernels.lowering.vectors import READS
 
 
@@ -55,4 +55,4 @@ def _is_inside(equation: Equation, limits: Mapping[int, Limits]) -> bool:
         axes = equation.params["dimension_numbers"].start_index_map
         lasts = [min((lasts[axis] for axis in axes), default=0)]
     pairs = zip([limits_of(x, limits) for x in indices], lasts, strict=True)
-    return all(found is not None and 0 <= found[0] and found[1] <= n for found, n in pairs)
+    return all(is_within(*pair) for pair in pairs)

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from jax_flashcute.kernels.common.numbers import load_words_if
+
 SCALAR_DTYPES = {
     "bool": "bool",
     "int8": "signed",
@@ -44,12 +46,15 @@ class View:
       load: reads the element at an Int32 offset, as a CuTe number.
       offset: of the first element.
       shape, strides: in elements.
+      load_aligned: reads so many elements from an Int32 offset that is a multiple of their number,
+        a power of two, where a Boolean or None holds; itself None of what is in no memory.
     """
 
     load: Callable[[Any], Any]
     offset: Any
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    load_aligned: Callable[[Any, int, Any], list] | None = None
 
     def elements(self) -> Any:
         """All elements, read: a number, or a numpy array of numbers."""
@@ -150,8 +155,8 @@ def arrays_as_views(
     for tensor, (dtype, shape) in zip(tensors, array_types, strict=True):
         batch = cutlass.min(entry, cutlass.Int32(tensor.shape[0]) - cutlass.Int32(1))
         base = tensor.iterator + cutlass.Int64(batch) * math.prod(shape)
-        load = functools.partial(_load, base, dtype)
-        views.append(View(load, cutlass.Int32(0), shape, row_major(shape)))
+        load, aligned = (functools.partial(f, base, dtype) for f in (_load, _load_aligned))
+        views.append(View(load, cutlass.Int32(0), shape, row_major(shape), aligned))
     return views
 
 
@@ -163,10 +168,45 @@ def numbered_view(shape: Sequence[int]) -> View:
 
 
 def _load(base: Any, dtype: str, offset: Any) -> Any:
-    import cutlass
     import cutlass.cute as cute
 
     element = cute.make_tensor(base + offset, cute.make_layout(1))[0]
+    return _number(element, dtype)
+
+
+def _load_aligned(base: Any, dtype: str, offset: Any, count: int, where: Any) -> list:
+    return [_number(element, dtype) for element in aligned_elements(base + offset, count, where)]
+
+
+def _number(element: Any, dtype: str) -> Any:
+    import cutlass
+
     if dtype == "bool":
         return element != cutlass.Uint8(0)
     return number_type(dtype)(element)
+
+
+def aligned_elements(pointer: Any, count: int, where: Any = None) -> list:
+    """So many elements of global memory, at a multiple of their number, by one load.
+
+    They have 16 bytes at most, to which arrays are aligned.  Zeros, and nothing is read, where
+    ``where``, a Boolean or None, is False.
+    """
+    from cutlass import Uint32, cute
+
+    element = pointer.dtype
+    size = count * element.width // 8
+    if where is None:
+        address, space = pointer.toint(), cute.AddressSpace.gmem
+        place = cute.make_ptr(element, address, space, assumed_align=size)
+        loaded = cute.make_rmem_tensor(count, element)
+        cute.autovec_copy(cute.make_tensor(place, cute.make_layout(count)), loaded)
+        return [loaded[i] for i in range(count)]
+    # Behind a predicate, not at another address: offsets of columns stay constants.
+    loaded = load_words_if(pointer, size, where)
+    words = cute.make_rmem_tensor(len(loaded), Uint32)
+    for i, word in enumerate(loaded):
+        words[i] = word
+    elements = cute.recast_ptr(words.iterator, dtype=element)
+    loaded = cute.make_tensor(elements, cute.make_layout(count))
+    return [loaded[i] for i in range(count)]

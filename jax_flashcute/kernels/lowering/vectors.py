@@ -102,7 +102,7 @@ def _dynamic_slice(equation: Equation, x, *starts):
         if equation.params["inside"]:
             start = cutlass.Int32(start)
         else:
-            start = _bounded(start, dtype, x.shape[axis] - sizes[axis])
+            start = bounded(start, dtype, x.shape[axis] - sizes[axis])
         offset = offset + start * x.strides[axis]
     return dataclasses.replace(x, offset=offset, shape=tuple(sizes))
 
@@ -111,7 +111,7 @@ def _dynamic_update_slice(equation: Equation, x, update, *starts):
     found, update = array_of(x).copy(), array_of(update)
     dtypes = equation.dtypes[2:-1]
     room = [n - m for n, m in zip(found.shape, update.shape, strict=True)]
-    starts = [_bounded(i, *of) for i, *of in zip(starts, dtypes, room, strict=True)]
+    starts = [bounded(i, *of) for i, *of in zip(starts, dtypes, room, strict=True)]
     for shift in np.ndindex(*(n + 1 for n in room)):
         here = functools.reduce(
             lambda a, b: a & b, (start == i for start, i in zip(starts, shift, strict=True))
@@ -137,7 +137,7 @@ def _view_of_numbers(array: np.ndarray) -> View:
     return View(load, cutlass.Int32(0), array.shape, row_major(array.shape))
 
 
-def _bounded(index, dtype: str, last: int):
+def bounded(index, dtype: str, last: int):
     """An index as Int32 within 0..last."""
     import cutlass
 
@@ -167,7 +167,7 @@ def _gather(equation: Equation, x, indices):
             if equation.params["inside"]:
                 offset = offset + cutlass.Int32(index) * x.strides[axis]
                 continue
-            near = _bounded(index, index_dtype, last)
+            near = bounded(index, index_dtype, last)
             offset = offset + near * x.strides[axis]
             hit = near == type(near)(index)
             inside = hit if inside is None else arith_op("andi", inside, hit)

@@ -47,6 +47,7 @@ from jax_flashcute.kernels.elements import ElementFunctions, program_of
 from jax_flashcute.kernels.lowering.affine import Affine
 from jax_flashcute.kernels.lowering.spans import Span
 from jax_flashcute.kernels.sm90.fragments import (
+    ADJACENT_COLUMNS,
     ROWS_PER_THREAD,
     column_step,
     first_column,
@@ -488,7 +489,7 @@ class WarpgroupTerms(Terms):
 
     def _add_to_each(self, scores: cute.Tensor, n: Int32, may_be_beyond: bool) -> None:
         first = n * self.plan.config.tile_n + first_column(self.thread)
-        column = self.entry.along_keys(self.queries, first, may_be_beyond)
+        column = self.entry.along_keys(self.queries, first, may_be_beyond, ADJACENT_COLUMNS)
         inverse = Float32(1.0 / self.plan.scale)
         for c in range(cute.size(scores, mode=[1])):
             for r, known in enumerate(column(column_step(c))):

@@ -120,6 +120,7 @@ from jax_flashcute.kernels.sm90.added_terms import (
     clear_terms,
 )
 from jax_flashcute.kernels.sm90.fragments import (
+    ADJACENT_COLUMNS,
     ROWS_PER_THREAD,
     as_operand_a,
     column_step,
@@ -1219,7 +1220,7 @@ class ForwardSm90(KeyTiles):
             is_full = is_full and self.has_lists
             biases = None if bias_tile is None else bias_tile.columns(b_stage)
             first = n * self.config.tile_n + first_column(thread)
-            column = elements.along_keys(queries, first, may_be_beyond)
+            column = elements.along_keys(queries, first, may_be_beyond, ADJACENT_COLUMNS)
             for c in range(cute.size(scores, mode=[1])):
                 bias = [None] * ROWS_PER_THREAD if biases is None else next(biases)
                 for r, known in enumerate(column(column_step(c))):

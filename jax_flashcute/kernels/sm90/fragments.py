@@ -17,6 +17,8 @@ from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.tiles import round_pair
 
 ROWS_PER_THREAD = 2
+ADJACENT_COLUMNS = 2
+"""Of a thread, from an even one on."""
 
 
 def tiled_mma(
