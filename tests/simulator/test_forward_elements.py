@@ -188,6 +188,13 @@ def table_of_scores(case: Case, dtype: str, keys: int, index):
     return score_mod
 
 
+def table_of_booleans(case: Case):
+    rng = np.random.default_rng(case.seqlen_k)
+    table = jnp.asarray(rng.random((case.seqlen_q, case.seqlen_k)) < 0.7)
+    ids = jnp.asarray(rng.integers(0, 3, case.seqlen_k), jnp.int32)
+    return lambda b, h, q, kv: table[q, kv] | (ids[q] == ids[kv])
+
+
 SQUARE = {"seqlen_q": 70, "seqlen_k": 140}
 TABLES = {
     "even": (sized(64, **SQUARE), "float32", 140, lambda kv: kv, 4),
@@ -213,10 +220,7 @@ def test_table_of_scores(name: str):
 @pytest.mark.parametrize("keys", [140, 139])
 def test_table_of_booleans(keys: int):
     case = sized(64, seqlen_q=70, seqlen_k=keys, batch=2)
-    rng = np.random.default_rng(keys)
-    table = jnp.asarray(rng.random((case.seqlen_q, keys)) < 0.7)
-    ids = jnp.asarray(rng.integers(0, 3, keys), jnp.int32)
-    check(case, lambda b, h, q, kv: table[q, kv] | (ids[q] == ids[kv]), config=SMALL_TILES)
+    check(case, table_of_booleans(case), config=SMALL_TILES)
 
 
 @pytest.mark.parametrize("keys", [140, 139])

@@ -5,7 +5,15 @@ import dataclasses
 import pytest
 
 from jax_flashcute.kernels.config.sm100 import FwdConfigSm100
-from tests.simulator.test_forward_elements import CASES, EVERYTHING, SMALL, check
+from tests.simulator.test_forward_elements import (
+    CASES,
+    EVERYTHING,
+    SMALL,
+    TABLES,
+    check,
+    table_of_booleans,
+    table_of_scores,
+)
 from tests.simulator.test_forward_features import sized
 from tests.user_functions import MASKS, SCORES
 
@@ -30,6 +38,20 @@ def test_operands_together():
 
 def test_functions_together():
     together(dataclasses.replace(PACKED, sinks=True))
+
+
+@pytest.mark.parametrize("name", ["even", "next_pair", "short"])
+def test_table_of_scores(name: str):
+    """Up to 16 bytes at once."""
+    case, dtype, keys, index, _ = TABLES[name]
+    score_mod = table_of_scores(case, dtype, keys, index)
+    check(case, None, score_mod, config=SMALL_TILES, arch=ARCH)
+
+
+@pytest.mark.parametrize("keys", [144, 140])
+def test_table_of_booleans(keys: int):
+    case = sized(64, seqlen_q=70, seqlen_k=keys, batch=2, bias="ts")
+    check(case, table_of_booleans(case), config=SMALL_TILES, arch=ARCH)
 
 
 @pytest.mark.slow

@@ -250,7 +250,7 @@ class SoftmaxWarpgroups:
         queries = [elements.queries(head, token)]
 
         def modify(scores: cute.Tensor, first: Int32, may_be_beyond: bool, is_full: bool) -> None:
-            column = elements.along_keys(queries, first, may_be_beyond)
+            column = elements.along_keys(queries, first, may_be_beyond, CHUNK)
             for c in range(cute.size(scores)):
                 (known,) = column(c)
                 scores[c] = elements.element(known, scores[c], self.kernel.scale, is_full=is_full)
