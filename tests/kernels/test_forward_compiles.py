@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jax_flashcute import masks
 from jax_flashcute.ffi.compile import ArrayType, CompiledKernel, compile_kernel
 from jax_flashcute.ffi.resources import ResourceReport, find_tools, report
 from jax_flashcute.kernels import registry
@@ -233,3 +234,42 @@ def test_a_configuration_that_spills_is_seen() -> None:
     assert found.spill_stores > 0
     assert found.spill_loads > 0
     assert found.stack_bytes + found.local_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "keys", "dtype", "opcode", "bytes_a_load"),
+    [
+        ("sm_90a", LENGTH, "float32", "LDG.E.64", 8),
+        ("sm_90a", LENGTH, "bfloat16", "LDG.E", 4),
+        ("sm_90a", LENGTH + 1, "bfloat16", "LDG.E.U16", 2),
+        ("sm_100a", LENGTH, "bfloat16", "LDG.E.128", 16),
+    ],
+)
+def test_what_lies_along_keys_is_read_at_once(
+    arch: str, keys: int, dtype: str, opcode: str, bytes_a_load: int
+) -> None:
+    """A table by query and key, in a kernel that reads nothing else from threads."""
+    table = jnp.zeros((LENGTH, keys), dtype)
+
+    def score_mod(score, b, h, q, kv):
+        return score + table[q, kv].astype(jnp.float32)
+
+    traced, arrays = masks.trace_score(score_mod, jnp.float32)
+    kv = jax.ShapeDtypeStruct((BATCH, keys, KV_HEADS, 128), jnp.bfloat16)
+    operands = Operands(
+        query=jax.ShapeDtypeStruct((BATCH, LENGTH, KV_HEADS, 128), jnp.bfloat16),
+        key=kv,
+        value=kv,
+        batch_index=jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+        score_mod_arrays=arrays,
+    )
+    spec = AttentionSpec(0.125, score_mod=traced)
+    kernel = compile_key(registry.kernel_key(spec, operands, "fwd", arch, NUM_SMS))
+    found = main_report(kernel)
+    assert (found.spill_loads, found.spill_stores) == (0, 0)
+    loads = {name: n for name, n in found.opcodes.items() if name.startswith("LDG")}
+    assert max(loads, key=loads.__getitem__) == opcode, loads
+    # Blackwell's threads have a row of 32 columns at once; Hopper's two rows of 32.
+    columns = 64 if arch == "sm_90a" else 32
+    per_tile = columns * table.dtype.itemsize // bytes_a_load
+    assert loads[opcode] % per_tile == 0
