@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 
-MASKS = ("causal_lambda", "window256", "prefix512", "documents", "compress4", "compress64")
-SCORES = ("identity_score", "alibi", "relative_bias", "kv_bias")
+MASKS = (
+    *("causal_lambda", "window256", "prefix512", "documents", "compress4", "compress64"),
+    "scattered",
+)
+SCORES = ("identity_score", "alibi", "relative_bias", "kv_bias", "pair_bias")
 COMPRESS = {"compress4": 4, "compress64": 64}
 REACH = 128
 """Distances at which the relative bias stops to differ."""
@@ -36,6 +39,8 @@ def mask_mod(name: str, seqlen: int, library: Any) -> Callable[..., Any] | None:
         case "compress4" | "compress64":
             factor = COMPRESS[name]
             return lambda b, h, q, kv: kv <= q // factor
+        case "scattered":
+            return lambda b, h, q, kv: ((q ^ kv) & 3) != 3
     return None
 
 
@@ -65,6 +70,9 @@ def score_mod(name: str, seqlen: int, heads: int, library: Any) -> Callable[...,
         case "kv_bias":
             bias = library.asarray(rng.standard_normal(seqlen, np.float32))
             return lambda score, b, h, q, kv: score + bias[kv]
+        case "pair_bias":
+            pairs = library.asarray(rng.standard_normal((seqlen, seqlen), np.float32))
+            return lambda score, b, h, q, kv: score + pairs[q, kv]
     return None
 
 
