@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 from jax_flashcute.analysis import POSITION_LIMIT
 from jax_flashcute.kernels.lowering.derivative import Derivative, derivative
@@ -13,6 +14,9 @@ from jax_flashcute.masks import TracedFunction
 from jax_flashcute.spec import AttentionSpec, Operands
 
 INDICES = ("b", "h", "q_idx", "kv_idx")
+
+FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of a number in an array, by dtype."""
 
 SUM_BITS = 61
 """Sums in fixed point are below 2 to its power."""
@@ -68,6 +72,7 @@ class ElementFunctions:
     ``keys``: there are at most so many, which saves looking up arrays of that length with care.
     ``constants``: of ``"bias"`` and ``"score_mod_arrays"`` those that have no gradients.
     ``positions``: the functions read positions from arrays, not from the numbers of rows and keys.
+    ``table``: the bias is this one of the score's arrays, and there is no score.
     """
 
     score_mod: TracedFunction | None = None
@@ -79,6 +84,7 @@ class ElementFunctions:
     keys: int = POSITION_LIMIT
     positions: bool = False
     constants: tuple[str, ...] = ()
+    table: int | None = None
 
     @property
     def changes_scores(self) -> bool:
@@ -219,8 +225,13 @@ def derivative_of(function: TracedFunction, keys: int = POSITION_LIMIT) -> Deriv
 @functools.cache
 def program_of(function: TracedFunction, keys: int = POSITION_LIMIT) -> ElementProgram:
     """The program of a mask or of a score, for so many keys at most."""
+    return _program(function, keys)
+
+
+def _program(function: TracedFunction, keys: int, **known: Any) -> ElementProgram:
     inputs = len(function.jaxpr.invars)
-    return ElementProgram(flat_program(function.jaxpr, ("score", *INDICES)[-inputs:]), keys)
+    flat = flat_program(function.jaxpr, ("score", *INDICES)[-inputs:])
+    return ElementProgram(flat, keys, **known)
 
 
 def _most_keys(functions: Sequence[TracedFunction | None], keys: int) -> int:
@@ -236,12 +247,16 @@ def element_functions(spec: AttentionSpec, operands: Operands) -> ElementFunctio
     score_mod = spec.score_mod
     if score_mod is not None and program_of(score_mod).is_identity:
         score_mod = None
+    bias, mask = (
+        None if array is None else _element_array(str(array.dtype), array.shape)
+        for array in (operands.bias, operands.mask)
+    )
     found = ElementFunctions(
         score_mod,
         spec.mask_mod,
         spec.logits_soft_cap,
-        _element_array(operands.bias),
-        _element_array(operands.mask),
+        bias,
+        mask,
         operands.sinks is not None,
         _most_keys((spec.mask_mod, score_mod), operands.kv_length),
         _has_positions(operands) and not (spec.mask_mod is None and score_mod is None),
@@ -300,6 +315,35 @@ def with_elements_of_scores(functions: ElementFunctions | None, batch) -> Elemen
     return dataclasses.replace(functions, bias=dataclasses.replace(functions.bias, full="bnts"))
 
 
+def with_table_as_bias(functions: ElementFunctions, operands: Operands) -> ElementFunctions:
+    """A score that only adds elements of an array of queries and keys, as that bias.
+
+    The array is (T, S) or (N, T, S), in its own order, of a floating dtype.  Where a score does
+    anything else, or queries have positions that are not their numbers, the same functions.
+    """
+    if functions.score_mod is None or functions.soft_cap is not None or functions.bias is not None:
+        return functions
+    (_, T, N, _), S = operands.query.shape, operands.kv_length
+    has_numbers = operands.q_offset is None and not functions.positions
+    if not has_numbers or not all(isinstance(size, int) for size in (T, N, S)):
+        return functions
+    found = _program(functions.score_mod, S, counts={"h": N, "q_idx": T}).added_element()
+    if found is None:
+        return functions
+    number, indices = found
+    table, axes = operands.score_mod_arrays[number], {"h": N, "q_idx": T, "kv_idx": S}
+    is_whole = table.shape[1:] == tuple(axes.get(name) for name in indices)
+    if not is_whole or indices not in (["q_idx", "kv_idx"], ["h", "q_idx", "kv_idx"]):
+        return functions
+    bias = _element_array(str(table.dtype), _four_axes(table.shape))
+    return dataclasses.replace(functions, score_mod=None, bias=bias, table=number)
+
+
+def _four_axes(shape: tuple) -> tuple:
+    """That of a (1|B, T, S) or (1|B, N, T, S) array as (1|B, 1|N, T, S)."""
+    return (*shape[:-2], *(1,) * (4 - len(shape)), *shape[-2:])
+
+
 def element_operands(functions: ElementFunctions, operands: Operands) -> list:
     """The arrays of ``ElementFunctions.array_types``."""
     arrays = []
@@ -311,7 +355,10 @@ def element_operands(functions: ElementFunctions, operands: Operands) -> list:
         arrays += operands.mask_mod_arrays
     if functions.score_mod is not None:
         arrays += operands.score_mod_arrays
-    if functions.bias is not None:
+    if functions.table is not None:
+        table = operands.score_mod_arrays[functions.table]
+        arrays.append(table.reshape(_four_axes(table.shape)))
+    elif functions.bias is not None:
         arrays.append(operands.bias)
     if functions.mask is not None:
         arrays.append(operands.mask)
@@ -356,13 +403,17 @@ def _has_positions(operands: Operands) -> bool:
     return operands.segment_ids is not None and operands.segment_ids.q_positions is not None
 
 
-def _element_array(array) -> ElementArray | None:
-    if array is None:
-        return None
-    full, keys = full_axes("bnts", array.shape), array.shape[-1]
+def _element_array(dtype: str, shape: Sequence) -> ElementArray:
+    full, keys = full_axes("bnts", shape), shape[-1]
     is_even = isinstance(keys, int) and keys % 2 == 0
     # By keys alone there is less to load, and lengths that grow should compile one kernel.
-    return ElementArray(str(array.dtype), full, {"t", "s"} <= set(full) and is_even)
+    found = ElementArray(dtype, full)
+    return dataclasses.replace(found, in_pairs=is_over_pairs(found) and is_even)
+
+
+def is_over_pairs(array: ElementArray | None) -> bool:
+    """Whether there is an array, and it varies along queries and keys."""
+    return array is not None and {"t", "s"} <= set(array.full)
 
 
 def full_axes(letters: str, shape: Sequence) -> str:

@@ -46,13 +46,17 @@ from jax_flashcute.kernels.config.sm100 import (
 from jax_flashcute.kernels.config.splits import batch_invariant_splits, most_splits
 from jax_flashcute.kernels.config.workspace import workspace_shapes
 from jax_flashcute.kernels.elements import (
+    FLOAT_BYTES,
+    ElementFunctions,
     element_functions,
     full_axes,
     in_fixed_point,
+    is_over_pairs,
     reasons_against_elements,
     reasons_against_gradients,
     summed_arrays,
     with_elements_of_scores,
+    with_table_as_bias,
     without_sinks,
 )
 from jax_flashcute.kernels.key import OPTIONAL_OPERANDS, AnyKey, Direction, KernelKey
@@ -422,15 +426,22 @@ def _gathering_pays(operands: Operands, config: FwdConfig, pack_gqa: bool) -> bo
     return visits >= LEAST_GATHERED_VISITS and gathered_bytes <= MOST_GATHERED_BYTES
 
 
-def _staged_itemsize(bias: Shaped | None) -> int:
-    """Bytes of a number of a bias whose tiles TMA can bring to shared memory; 0 where it cannot.
+def _staging_bias(
+    config: FwdConfig, functions: ElementFunctions | None, operands: Operands
+) -> tuple[FwdConfig, ElementFunctions | None]:
+    """With a bias over queries and keys in shared memory, where TMA can bring it and there is room.
 
-    It varies along queries and keys, and its rows begin at multiples of 16 bytes.
+    Its rows begin at multiples of 16 bytes.  So may an array that a score adds elements of.
     """
-    if bias is None or not {"t", "s"} <= set(full_axes("bnts", bias.shape)):
-        return 0
-    itemsize, keys = bias.dtype.itemsize, bias.shape[3]
-    return itemsize if isinstance(keys, int) and keys * itemsize % 16 == 0 else 0
+    if functions is None:
+        return config, functions
+    found, keys = with_table_as_bias(functions, operands), operands.kv_length
+    itemsize = 0 if found.bias is None else FLOAT_BYTES.get(found.bias.dtype, 0)
+    is_aligned = isinstance(keys, int) and keys * itemsize % 16 == 0
+    if not (itemsize and is_aligned and is_over_pairs(found.bias)):
+        return config, functions
+    staging = staging_bias(config, itemsize, operands.query.shape[3], operands.value.shape[3])
+    return staging, found if staging.bias_stages else functions
 
 
 def _main(operands: Operands) -> tuple[Shaped, Shaped, Shaped]:
@@ -501,8 +512,7 @@ def kernel_key(
             if by_position and _gathering_pays(operands, config, pack_gqa):
                 config = gathering(config)
         if isinstance(config, FwdConfig) and not (pack_gqa or split_kv or is_paged(operands)):
-            itemsize = _staged_itemsize(operands.bias)
-            config = staging_bias(config, itemsize, *dims) if itemsize else config
+            config, functions = _staging_bias(config, functions, operands)
         if isinstance(config, FwdConfig) and not (pack_gqa or group % 2):
             if has_lists or config.bias_stages:
                 config = _in_pairs(config, spec, operands, has_lists)
@@ -614,7 +624,7 @@ def page_copies(key: KernelKey) -> str | None:
 def bias_copies(key: KernelKey) -> str | None:
     """How Hopper's forward reads a bias over queries and keys; None where there is none."""
     bias = None if key.elements is None else key.elements.bias
-    if bias is None or not {"t", "s"} <= set(bias.full) or not isinstance(key.config, FwdConfig):
+    if not (is_over_pairs(bias) and isinstance(key.config, FwdConfig)):
         return None
     return "TMA, to shared memory" if key.config.bias_stages else "loads of each thread"
 

@@ -185,6 +185,18 @@ def test_bias_in_shared_memory(name: str) -> None:
     check(case, mask_mod=mask_mod, bias_dtype=dtype)
 
 
+@pytest.mark.parametrize(("axes", "group"), [("ts", 2), ("nts", 3)])
+def test_table_of_queries_and_keys(axes: str, group: int) -> None:
+    sizes = {"batch": 2, "seqlen_q": 1111, "seqlen_k": 1456, "kv_heads": 2, "group": group}
+    case = Case(head_dim=128, head_dim_v=128, causal=True, **sizes)
+    shape = (case.q_heads,) * ("n" in axes) + (case.seqlen_q, case.seqlen_k)
+    table = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    if axes == "ts":
+        check(case, score_mod=lambda score, b, h, q, kv: score + table[q, kv])
+    else:
+        check(case, score_mod=lambda score, b, h, q, kv: score + table[h, q, kv])
+
+
 OF_SCORES = ("alibi", "relative_bias", "t5_buckets", "key_bias", "query_temperature")
 
 

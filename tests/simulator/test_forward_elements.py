@@ -144,6 +144,20 @@ def test_bias_in_shared_memory(case: Case, bias_dtype: str):
     assert key.config.cluster == (2 if case.group % 2 == 0 else 1)
 
 
+@pytest.mark.parametrize("axes", ["ts", "nts"])
+def test_table_of_queries_and_keys(axes: str):
+    """A score that adds its elements and nothing else is served as a bias."""
+    sizes = {"seqlen_q": 380, "seqlen_k": 456, "group": 3, "kv_heads": 2, "batch": 2}
+    case = sized(64, lengths=True, causal=True, **sizes)
+    shape = (case.q_heads,) * ("n" in axes) + (case.seqlen_q, case.seqlen_k)
+    table = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.bfloat16)
+    if axes == "ts":
+        key = check(case, None, lambda score, b, h, q, kv: score + table[q, kv])
+    else:
+        key = check(case, None, lambda score, b, h, q, kv: table[h, q, kv] + score)
+    assert (key.config.bias_stages, key.elements.table) == (1, 0)
+
+
 @pytest.mark.parametrize("seqlen_k", [302, 301])
 def test_bias_whose_rows_tma_cannot_read(seqlen_k: int):
     key = check(sized(64, bias="ts", seqlen_k=seqlen_k))

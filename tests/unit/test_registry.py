@@ -554,3 +554,46 @@ def test_a_bias_over_queries_and_keys(
     told = explain(query, key, key, bias=bias).bias
     ways = ("TMA, to shared memory", "loads of each thread")
     assert told == (None if shape[2] == 1 else ways[0 if stages else 1])
+
+
+ROWS, KEYS, HEADS = 512, 400, 4
+TABLE = jnp.zeros((ROWS, KEYS))
+OF_HEADS = jnp.zeros((HEADS, ROWS, KEYS), jnp.bfloat16)
+OF_MORE_ROWS = jnp.zeros((ROWS + 1, KEYS))
+
+
+@pytest.mark.parametrize(
+    ("score_mod", "full"),
+    [
+        (lambda score, b, h, q, kv: score + TABLE[q, kv], "ts"),
+        (lambda score, b, h, q, kv: OF_HEADS[h, q, kv] + score, "nts"),
+        (lambda score, b, h, q, kv: score - TABLE[q, kv], None),
+        (lambda score, b, h, q, kv: score + 2 * TABLE[q, kv], None),
+        (lambda score, b, h, q, kv: score + TABLE[q - 1, kv], None),
+        (lambda score, b, h, q, kv: score + TABLE[q, kv] + TABLE[0, kv], None),
+        (lambda score, b, h, q, kv: score + TABLE.T[kv, q], None),
+        (lambda score, b, h, q, kv: score + OF_MORE_ROWS[q, kv], None),
+        (lambda score, b, h, q, kv: score + TABLE[q, kv].astype(jnp.bfloat16), None),
+    ],
+)
+@pytest.mark.parametrize("feature", [None, "q_offset", "logits_soft_cap"])
+def test_a_score_that_is_a_bias(score_mod, full: str | None, feature: str | None) -> None:
+    """Where the array is one of rows and keys, and adding its elements is all that is done."""
+    traced, arrays = trace_score(score_mod, jnp.float32)
+    query = jax.ShapeDtypeStruct((2, ROWS, HEADS, 128), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((2, KEYS, 2, 128), jnp.bfloat16)
+    integers = jax.ShapeDtypeStruct((2,), jnp.int32)
+    operands = Operands(query, key, key, batch_index=integers, score_mod_arrays=arrays)
+    spec = dataclasses.replace(SPEC, score_mod=traced)
+    if feature == "q_offset":
+        operands = dataclasses.replace(operands, q_offset=integers)
+    elif feature is not None:
+        spec = dataclasses.replace(spec, logits_soft_cap=5.0)
+    found = registry.kernel_key(spec, operands, "fwd", "sm_90a", num_sms=132)
+    is_bias = full is not None and feature is None
+    assert (found.elements.table is not None) == (found.config.bias_stages > 0) == is_bias
+    if is_bias:
+        assert found.elements.bias.full == full
+        assert found.elements.score_mod is None
+    backward = registry.kernel_key(spec, operands, "bwd", "sm_90a", num_sms=132)
+    assert backward.elements.score_mod is not None

@@ -30,8 +30,16 @@ from jax_flashcute.kernels.lowering.limits import (
 from jax_flashcute.kernels.lowering.pruning import needed_equations, without_decided
 from jax_flashcute.kernels.lowering.rules import evaluate, why_not
 from jax_flashcute.kernels.lowering.spans import BOUNDING, OVERFLOWING, SPAN_RULES, Span, span_of
-from jax_flashcute.kernels.lowering.values import SCALAR_DTYPES, View, as_number, number_type
+from jax_flashcute.kernels.lowering.values import (
+    FLOATS,
+    SCALAR_DTYPES,
+    View,
+    as_number,
+    number_type,
+)
 from jax_flashcute.kernels.lowering.vectors import READS, SAME_ELEMENTS, bounded
+
+CONVERSION = "convert_element_type"
 
 ALONG_COLUMNS = Affine, ColumnReads
 """What differs from column to column of a tile, and is computed for all of them at once."""
@@ -40,9 +48,16 @@ ALONG_COLUMNS = Affine, ColumnReads
 class ElementProgram:
     """Scalar functions of named arguments, and of the arrays that they close over."""
 
-    def __init__(self, flat: FlatProgram, keys: int = POSITION_LIMIT, keeps_signs: bool = False):
+    def __init__(
+        self,
+        flat: FlatProgram,
+        keys: int = POSITION_LIMIT,
+        keeps_signs: bool = False,
+        counts: Mapping[str, int] | None = None,
+    ):
         """``keys``: ``kv_idx`` is below it; ``keeps_signs``: none of ``bends`` changes its sign
-        over the columns of a tile, nor is 0.
+        over the columns of a tile, nor is 0; ``counts``: other arguments that are from 0 to below
+        a number.
         """
         self._given = (flat, keys)
         self._affine_rules = SIGNED_RULES if keeps_signs else AFFINE_RULES
@@ -52,7 +67,8 @@ class ElementProgram:
         self._effects = flat.effects
         self._arrays, self._inputs = flat.arrays, flat.inputs
         equations = needed_equations(flat.equations, flat.results)
-        of_indices = INDEX_LIMITS | {"kv_idx": (0, keys - 1)}
+        known = {name: (0, count - 1) for name, count in (counts or {}).items()}
+        of_indices = INDEX_LIMITS | {"kv_idx": (0, keys - 1)} | known
         of_inputs = {n: of_indices[name] for name, n in flat.inputs.items() if name in of_indices}
         self._limits = limits_of_values(equations, of_inputs)
         self._equations, self._results = without_decided(equations, flat.results, self._limits)
@@ -121,6 +137,32 @@ class ElementProgram:
             at, other = equation.inputs[:: 1 if of_score[0] else -1]
             found.append((other, not is_sum))
         return found
+
+    def added_element(self) -> tuple[int, list[str | None]] | None:
+        """The number of the array of which the result is the first argument plus one element.
+
+        And the arguments, by name, that are its indices, None for others; all are inside.  None
+        where the result is anything else.
+        """
+        addends = self.addends()
+        if addends is None or [is_subtracted for _, is_subtracted in addends] != [False]:
+            return None
+        by_output = {equation.output: equation for equation in self._equations}
+        ((at, _),) = addends
+        equation = by_output.get(at) if isinstance(at, int) else None
+        while equation is not None and equation.primitive in (*SAME_ELEMENTS, CONVERSION):
+            at = equation.inputs[0]
+            is_exact = equation.primitive in SAME_ELEMENTS or equation.dtypes[-1] == "float32"
+            equation = by_output.get(at) if isinstance(at, int) and is_exact else None
+        if equation is None or equation.primitive != "dynamic_slice":
+            return None
+        array, *indices = equation.inputs
+        is_single = math.prod(equation.shapes[-1]) == 1 and equation.params["inside"]
+        if not is_single or array not in self._arrays or equation.dtypes[-1] not in FLOATS:
+            return None
+        names = {number: name for name, number in self._inputs.items()}
+        named = [names.get(x) if isinstance(x, int) else None for x in indices]
+        return self._arrays.index(array), named
 
     def kind_of(self, value: int | np.ndarray) -> str | None:
         """How one of ``addends`` varies.
