@@ -108,8 +108,7 @@ def flash_attention(
         holds in every tile; ``compress_factor`` counts as part of ``mask_mod``.  With ``"auto"``,
         a kernel whose ``mask_mod`` is no interval of keys makes exact lists in the call, where
         shapes promise that they pay: 2^27 scores at least, each list shared by 4 heads at least,
-        no segments (``explain`` says); Hopper's forward then takes ``mask_mod`` as bits, T S / 8
-        bytes of memory, where they are no more than 256 MiB.  None: every tile is visited.
+        no segments (``explain`` says).  None: every tile is visited.
       segment_ids: packed sequences: (B, T) or (T,) integers for query and key alike, or a pair for
         query rows (B, T) and keys (B, S).  A row sees keys of its own id alone.  A negative id is
         padding, which sees nothing, is seen by none, and may hold NaN.  Ids need not be sorted, and

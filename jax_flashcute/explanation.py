@@ -330,8 +330,6 @@ def _bits(
     if passes:
         where = "" if len(passes) == len(names) else f" in the {passes[0]}"
         yield f"mask: as bits{where}, packed in the call"
-    if not reasons["fwd"] and registry.packs_mask_mod(spec, operands, arch):
-        yield "mask_mod: as bits in the forward, packed in the call"
 
 
 def _loads(spec: AttentionSpec) -> Iterator[str]:

@@ -7,12 +7,12 @@ be read, and plain autodiff differentiates it any number of times, forward and r
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flashcute.packed_mask import unpacked
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 from jax_flashcute.tile_kinds import FULL, HIDDEN
 from jax_flashcute.visibility import (
     element_indices,
     paged_rows,
+    unpacked,
     visible,
     zero_beyond,
 )

@@ -1,8 +1,7 @@
 """Which tiles of a mask hold something: every tile classified by all of its elements.
 
 A mask that reduces to intervals of keys is classified by its rows' bounds; of any other, every
-element is evaluated and counted, or first kept as a bit.  Nothing is sampled, and memory is that of
-the tiles and of those bits.
+element is evaluated and counted.  Nothing is sampled, and memory is O(tiles).
 """
 
 import functools
@@ -13,14 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
 
 from jax_flashcute import analysis
 from jax_flashcute.analysis import Guard, Interval, KeySet, Linear, Program
 from jax_flashcute.masks import TracedFunction, on_block
-from jax_flashcute.packed_mask import packed_words
 
 HIDDEN, PARTIAL, FULL = 0, 1, 2
 """What is said of a tile: that none, some or all of its elements are visible."""
@@ -94,7 +90,7 @@ def classify(
     return _by_elements(mask, arrays, entries, tiling, within)
 
 
-def kind_of(visible: jax.Array, elements: ArrayLike) -> jax.Array:
+def kind_of(visible: jax.Array, elements: int) -> jax.Array:
     """The kind of a tile of which so many of so many elements are visible."""
     kind = jnp.where(visible == 0, HIDDEN, jnp.where(visible == elements, FULL, PARTIAL))
     return kind.astype(jnp.int8)
@@ -215,79 +211,26 @@ def _every(first, end, start, stop) -> jax.Array:
 
 def _by_elements(mask, arrays, entries, tiling: Tiling, within: Interval) -> jax.Array:
     """Of any mask: how many elements of each tile are visible."""
+    b, h, offset = entries
     M, tiles = tiling.num_q_tiles, tiling.num_kv_tiles
 
     def kind(tile: jax.Array) -> jax.Array:
         q = (tile // tiles) * tiling.tile_m + jnp.arange(tiling.tile_m, dtype=jnp.int32)
         kv = (tile % tiles) * tiling.tile_n + jnp.arange(tiling.tile_n, dtype=jnp.int32)
         # Padding repeats the last row and key, which changes neither "some" nor "all".
-        q = jnp.minimum(q, tiling.q_length - 1)
-        kv = jnp.minimum(kv, tiling.kv_length - 1)
-        seen = _seen(mask, arrays, entries, q, kv, within)
+        q = jnp.minimum(q, tiling.q_length - 1)[:, None] + offset.reshape(-1, 1, 1, 1)
+        kv = jnp.minimum(kv, tiling.kv_length - 1).reshape(1, 1, 1, -1)
+        seen = mask(arrays, b.reshape(-1, 1, 1, 1), h.reshape(1, -1, 1, 1), q, kv)
+        for bound, is_low in ((within.low, True), (within.high, False)):
+            if bound is not None:
+                end = analysis.evaluate(bound, {"q": q}, {}, jnp.minimum, jnp.maximum)
+                seen = seen & ((kv >= end) if is_low else (kv < end))
         return kind_of(jnp.sum(seen, axis=(2, 3), dtype=jnp.int32), seen.shape[2] * seen.shape[3])
 
     shape = jax.eval_shape(kind, jax.ShapeDtypeStruct((), jnp.int32)).shape
     elements = tiling.tile_m * tiling.tile_n
     found = _for_each(kind, M * tiles, elements, _ELEMENTS_AT_ONCE)
     return jnp.moveaxis(found, 0, -1).reshape(*shape, M, tiles)
-
-
-def _seen(mask, arrays, entries, rows, keys, within: Interval) -> jax.Array:
-    """Which of ``keys`` each of ``rows`` sees within bounds, (1|B, 1|N, 1|rows, 1|keys) bool."""
-    b, h, offset = entries
-    q = rows[:, None] + offset.reshape(-1, 1, 1, 1)
-    kv = keys.reshape(1, 1, 1, -1)
-    seen = mask(arrays, b.reshape(-1, 1, 1, 1), h.reshape(1, -1, 1, 1), q, kv)
-    for bound, is_low in ((within.low, True), (within.high, False)):
-        if bound is not None:
-            end = analysis.evaluate(bound, {"q": q}, {}, jnp.minimum, jnp.maximum)
-            seen = seen & ((kv >= end) if is_low else (kv < end))
-    return seen
-
-
-# Under jit as ``classify`` is.
-@functools.partial(jax.jit, static_argnames=("mask", "lengths", "within"))
-def classify_into_words(
-    mask: TracedFunction,
-    arrays: Sequence[jax.Array],
-    entries: tuple[jax.Array, jax.Array, jax.Array],
-    lengths: tuple[int, int],
-    within: Interval,
-) -> jax.Array:
-    """Every element of a mask within bounds, (1|B, 1|N, T, ceil(S / 32)) uint32.
-
-    Args:
-      mask, arrays, entries, within: as for ``classify``.
-      lengths: T and S.
-    """
-    T, S = lengths
-    keys = jnp.arange(S, dtype=jnp.int32)
-
-    def of_row(row: jax.Array) -> jax.Array:
-        seen = _seen(mask, arrays, entries, row[None], keys, within)[:, :, 0]
-        return packed_words(jnp.broadcast_to(seen, (*seen.shape[:2], S)))
-
-    return jnp.moveaxis(_for_each(of_row, T, S, _ELEMENTS_AT_ONCE), 0, 2)
-
-
-def kinds_of_words(words: jax.Array, tiling: Tiling) -> jax.Array:
-    """``classify`` of a mask that was evaluated: (1|B, 1|N, M, key tiles) int8.
-
-    ``words``: those of ``classify_into_words``; 32 divides the tiles' keys.
-    """
-    M, tiles, per_tile = tiling.num_q_tiles, tiling.num_kv_tiles, tiling.tile_n // 32
-    b, n, T, width = words.shape
-    beyond = [(0, 0), (0, 0), (0, M * tiling.tile_m - T), (0, tiles * per_tile - width)]
-    counts = jnp.pad(lax.population_count(words).astype(jnp.int32), beyond)
-    counts = counts.reshape(b, n, M, tiling.tile_m, tiles, per_tile)
-    rows, keys = (
-        np.minimum(tile, length - tile * np.arange(count, dtype=np.int32))
-        for tile, length, count in (
-            (tiling.tile_m, tiling.q_length, M),
-            (tiling.tile_n, tiling.kv_length, tiles),
-        )
-    )
-    return kind_of(jnp.sum(counts, axis=(3, 5)), rows[:, None] * keys)
 
 
 def _for_each(kind: Callable[..., jax.Array], count: int, elements: int, limit: int) -> jax.Array:

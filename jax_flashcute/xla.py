@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_flashcute.block_mask import BlockMask, compact
-from jax_flashcute.packed_mask import unpacked
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
 from jax_flashcute.tile_kinds import FULL, HIDDEN
 from jax_flashcute.visibility import (
@@ -27,6 +26,7 @@ from jax_flashcute.visibility import (
     key_block_range,
     paged_rows,
     query_block_range,
+    unpacked,
     visible,
     zero_beyond,
 )

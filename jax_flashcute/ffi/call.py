@@ -31,24 +31,11 @@ from jax_flashcute.kernels.key import OPTIONAL_OPERANDS, AnyKey, KernelKey
 from jax_flashcute.kernels.launchers import has_fixed_sums
 from jax_flashcute.kernels.masking import rows_of, union_of
 from jax_flashcute.kernels.nsa import NSAKernelKey
-from jax_flashcute.kernels.registry import (
-    list_tile,
-    packs_mask_mod,
-    scratch_shapes,
-    words_shape,
-)
-from jax_flashcute.masks import TracedFunction
-from jax_flashcute.packed_mask import packed_words
+from jax_flashcute.kernels.registry import list_tile, scratch_shapes
 from jax_flashcute.recording import plans
 from jax_flashcute.spec import AttentionSpec, Operands, Residuals
-from jax_flashcute.tile_kinds import (
-    HIDDEN,
-    Tiling,
-    classify,
-    classify_into_words,
-    coarser,
-    kinds_of_words,
-)
+from jax_flashcute.tile_kinds import HIDDEN, Tiling, classify, coarser
+from jax_flashcute.visibility import packed_words
 
 EXPORT_CHECKS = (jax.export.DisabledSafetyCheck.custom_call(CALL_TARGET),)
 """For ``jax.export.export(..., disabled_checks=EXPORT_CHECKS)``: the call target is stable."""
@@ -192,15 +179,13 @@ def other_inputs(key: KernelKey, spec: AttentionSpec, operands: Operands) -> lis
             bounds += key.row_bounds.beside(of_keys(*key.tile[::-1]))
     given = [x for x in given if x is not None]
     visits = _visits(key, spec, operands, bounds)
-    return [*given, *elements, *bounds, *visits, *_words(key, spec, operands)]
+    return [*given, *elements, *bounds, *visits, *_words(key, operands)]
 
 
-def _words(key: KernelKey, spec: AttentionSpec, operands: Operands) -> list[jax.Array]:
-    """The mask in bits that a kernel takes: as it was given, or made here."""
+def _words(key: KernelKey, operands: Operands) -> list[jax.Array]:
+    """The mask in bits that a kernel takes: as it was given, or packed here."""
     if key.packed_mask is None:
         return []
-    if key.words_of_mask_mod:
-        return [_mask_words(key, spec, operands)]
     if operands.packed_mask is not None:
         return [operands.packed_mask]
     if operands.mask is None:
@@ -251,13 +236,20 @@ def _mask_kinds(
     key: KernelKey, spec: AttentionSpec, operands: Operands, tile_m: int, tile_n: int
 ) -> jax.Array:
     """The kinds of tiles of so many rows and keys, (1|B, 1|N, M, key tiles), of a call's mask."""
-    mask, entries = _mask_entries(spec, operands)
+    mask, batch, offset = spec.mask_mod, operands.batch_index, operands.q_offset
+    if mask is None or batch is None:
+        raise ValueError("lists are made of a mask_mod; got none")
+    T, N = operands.query.shape[1:3]
+    heads = jnp.arange(N, dtype=jnp.int32) if operands.head_index is None else operands.head_index
+    offset = jnp.zeros(1, jnp.int32) if offset is None else offset
     common_m, common_n = list_tile(spec, operands, key.arch)
-    tiling = Tiling(operands.query.shape[1], operands.kv_length, common_m, common_n)
-    if packs_mask_mod(spec, operands, key.arch):
-        kinds = kinds_of_words(_mask_words(key, spec, operands), tiling)
-    else:
-        kinds = classify(mask, operands.mask_mod_arrays, entries, tiling, key.interval)
+    kinds = classify(
+        mask,
+        operands.mask_mod_arrays,
+        (batch, heads, offset),
+        Tiling(T, operands.kv_length, common_m, common_n),
+        key.interval,
+    )
     kinds = coarser(kinds, tile_m // common_m, tile_n // common_n)
     for lengths, tile, axis in (
         (operands.query_seq_lengths, tile_m, 2),
@@ -267,29 +259,6 @@ def _mask_kinds(
             first = lax.broadcasted_iota(jnp.int32, (1, *kinds.shape[1:]), axis) * tile
             kinds = jnp.where(first < lengths[:, None, None, None], kinds, HIDDEN)
     return kinds
-
-
-def _mask_words(key: KernelKey, spec: AttentionSpec, operands: Operands) -> jax.Array:
-    """A call's ``mask_mod`` within its window in bits, as ``packed_mask``.
-
-    To XLA all that a program makes of one mask are one common subexpression.
-    """
-    mask, entries = _mask_entries(spec, operands)
-    lengths = operands.query.shape[1], operands.kv_length
-    words = classify_into_words(mask, operands.mask_mod_arrays, entries, lengths, key.interval)
-    return jnp.broadcast_to(words, words_shape(mask, operands))
-
-
-def _mask_entries(
-    spec: AttentionSpec, operands: Operands
-) -> tuple[TracedFunction, tuple[jax.Array, jax.Array, jax.Array]]:
-    """A call's ``mask_mod``, and the entries of ``classify``."""
-    mask, batch, offset = spec.mask_mod, operands.batch_index, operands.q_offset
-    if mask is None or batch is None:
-        raise ValueError("lists are made of a mask_mod; got none")
-    N = operands.query.shape[2]
-    heads = jnp.arange(N, dtype=jnp.int32) if operands.head_index is None else operands.head_index
-    return mask, (batch, heads, jnp.zeros(1, jnp.int32) if offset is None else offset)
 
 
 def _kernel_lowering(

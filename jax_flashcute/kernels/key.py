@@ -43,8 +43,6 @@ class KernelKey:
         sees all of ``interval``.
       packed_mask: which of batch, heads and rows a mask in bits varies along, of "bnt"; None
         without one.
-      words_of_mask_mod: those bits are ``mask_mod``'s, which full tiles of lists need not read;
-        Hopper's forward only.
     """
 
     kernel: str
@@ -67,7 +65,6 @@ class KernelKey:
     has_lists: bool = False
     union: tuple[Interval, ...] = ()
     packed_mask: str | None = None
-    words_of_mask_mod: bool = False
 
     @property
     def direction(self) -> Direction:

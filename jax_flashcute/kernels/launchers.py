@@ -4,7 +4,6 @@ What needs the CuTe DSL is imported as it is built.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from jax_flashcute.kernels.config.sm90 import BwdConfig, FwdConfig
@@ -191,8 +190,7 @@ def forward_builder(key: KernelKey):
     from jax_flashcute.kernels.sm90.forward import ForwardSm90
     from jax_flashcute.kernels.sm100.forward import ForwardSm100
 
-    of_sm90 = partial(ForwardSm90, words_of_mask_mod=key.words_of_mask_mod)
-    forward = {"sm90_forward": of_sm90, "sm100_forward": ForwardSm100}[key.kernel]
+    forward = {"sm90_forward": ForwardSm90, "sm100_forward": ForwardSm100}[key.kernel]
     # Not where a sequence's parts must not follow from the others.
     lengths_vary = "key_value_seq_lengths" in key.optional and not key.batch_invariant
 

@@ -47,12 +47,6 @@ def _keys(spec: AttentionSpec) -> tuple[Program, KeySet | None] | None:
     return program, intersection((window_interval(*spec.reach),), program.intervals())
 
 
-def has_intervals(spec: AttentionSpec) -> bool:
-    """Whether ``mask_mod`` within the window is known to be intervals, of whatever bounds."""
-    found = _keys(spec)
-    return found is not None and found[1] is not None
-
-
 def _other_keys(spec: AttentionSpec, operands: Operands) -> tuple[Program, KeySet | None] | None:
     """``_keys`` that are not one interval by position alone, where kernels take others.
 

@@ -68,13 +68,11 @@ from jax_flashcute.kernels.launchers import (
 )
 from jax_flashcute.kernels.masking import (
     by_element,
-    has_intervals,
     interval_of,
     rows_of,
     union_of,
     without_intervals,
 )
-from jax_flashcute.masks import TracedFunction
 from jax_flashcute.spec import AttentionSpec, Operands
 
 ARCHITECTURES = {"fwd": ("sm_90a", "sm_100a", "sm_103a"), "bwd": ("sm_90a", "sm_100a", "sm_103a")}
@@ -108,11 +106,6 @@ in it.  On an H200 bytes take 0.7 ps a score longer than words (32 heads of 8,19
 head_dim 128): 12 us of so many, where one more kernel in a call takes a few."""
 
 
-MOST_BYTES_OF_WORDS = 2**28
-"""That a ``mask_mod`` takes as words of bits, beside the arrays of a call: 46,340 by 46,340
-elements, for all heads alike."""
-
-
 class Shaped(Protocol):
     """An array, or anything with its shape and dtype."""
 
@@ -138,12 +131,15 @@ def reasons_against_making_lists(
     if operands.packed_mask is not None:
         reasons.append("a packed mask has no lists")
     B, T, N, _ = operands.query.shape
-    if not all(isinstance(size, int) for size in (B, T, N, operands.kv_length)):
+    S = operands.kv_length
+    if not all(isinstance(size, int) for size in (B, T, N, S)):
         return [*reasons, "a dimension is known at run time only"]
     scores = _scores(spec, operands)
     if scores < LEAST_SCORES_FOR_LISTS:
         reasons.append(f"{scores:,} scores are fewer than {LEAST_SCORES_FOR_LISTS:,}")
-    lists = math.prod(words_shape(mask_mod, operands)[:2])
+    per_batch = mask_mod.reads(0) or any(a.shape[0] != 1 for a in operands.mask_mod_arrays)
+    per_batch = per_batch or operands.q_offset is not None
+    lists = (B if per_batch else 1) * (N if mask_mod.reads(1) else 1)
     if B * N < lists * LEAST_HEADS_FOR_A_LIST:
         reasons.append(f"fewer than {LEAST_HEADS_FOR_A_LIST} heads would share a list")
     config = _forward_config(arch, operands)
@@ -185,33 +181,6 @@ def packs_mask(spec: AttentionSpec, operands: Operands, direction: Direction, ar
     scores = _scores(spec, operands)
     is_large = scores >= max(LEAST_SCORES_FOR_WORDS, math.prod(mask.shape))
     return mask.shape[3] > 1 and T > few and is_large
-
-
-def words_shape(mask_mod: TracedFunction, operands: Operands) -> tuple[int, int, int, int]:
-    """(1|B, 1|N, T, ceil(S / 32)): of ``mask_mod`` as ``packed_mask``, where it is evaluated.
-
-    By what it reads.
-    """
-    B, T, N, _ = operands.query.shape
-    per_batch = mask_mod.reads(0) or any(a.shape[0] != 1 for a in operands.mask_mod_arrays)
-    per_batch = per_batch or operands.q_offset is not None
-    heads = N if mask_mod.reads(1) else 1
-    return B if per_batch else 1, heads, T, -(-operands.kv_length // 32)
-
-
-def packs_mask_mod(spec: AttentionSpec, operands: Operands, arch: str) -> bool:
-    """Whether a call's ``mask_mod`` is made into words of bits in it, for the forward kernel.
-
-    Where lists of tiles are made of it, and all of its elements are evaluated for these anyway:
-    kinds of tiles are counted from the words, for the backward too.
-    """
-    mask_mod = spec.mask_mod
-    if mask_mod is None or arch in BLACKWELL or has_intervals(spec):
-        return False
-    if reasons_against_making_lists(spec, operands, arch):
-        return False
-    is_small = 4 * math.prod(words_shape(mask_mod, operands)) <= MOST_BYTES_OF_WORDS
-    return is_small and list_tile(spec, operands, arch)[1] % 32 == 0
 
 
 def list_tile(spec: AttentionSpec, operands: Operands, arch: str | None) -> tuple[int, int]:
@@ -459,17 +428,13 @@ def kernel_key(
     present = operands.present()
     makes_lists = not reasons_against_making_lists(spec, operands, arch)
     has_lists = operands.block_mask is not None or makes_lists
-    scores = without_intervals(spec, operands)
-    packed, words = operands.packed_mask, None
-    words_of_mask_mod = direction == "fwd" and packs_mask_mod(spec, operands, arch)
-    if words_of_mask_mod and spec.mask_mod is not None:
-        words = words_shape(spec.mask_mod, operands)
-        scores = dataclasses.replace(scores, mask_mod=None)
-    elif packs_mask(spec, operands, direction, arch) and operands.mask is not None:
-        words, operands = operands.mask.shape, dataclasses.replace(operands, mask=None)
-    elif packed is not None:
-        words = packed.shape
-    functions = element_functions(scores, operands)
+    words = None
+    if operands.packed_mask is not None:
+        words = full_axes("bnt", operands.packed_mask.shape)
+    if packs_mask(spec, operands, direction, arch):
+        words = full_axes("bnt", operands.mask.shape)
+        operands = dataclasses.replace(operands, mask=None)
+    functions = element_functions(without_intervals(spec, operands), operands)
     config: FwdConfig | FwdConfigSm100 | BwdConfig | BwdConfigSm100
     split_kv = False
     interval = interval_of(spec, has_lists=has_lists)
@@ -545,8 +510,7 @@ def kernel_key(
         row_bounds=row_bounds,
         has_lists=has_lists,
         union=union,
-        packed_mask=None if words is None else full_axes("bnt", words),
-        words_of_mask_mod=words_of_mask_mod,
+        packed_mask=words,
     )
 
 
@@ -644,7 +608,7 @@ def tile_counts(
         return None
     key = kernel_key(spec, operands, "fwd", arch, num_sms)
     by_element = key.elements is not None and key.elements.mask_mod is not None
-    if by_element or key.words_of_mask_mod or key.row_bounds is not None:
+    if by_element or key.row_bounds is not None:
         return None
     tile_m, tile_n = key.tile
     total, full, visited = 0, 0, 0

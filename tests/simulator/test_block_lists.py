@@ -14,8 +14,6 @@ from jax_flashcute.kernels.sm90 import backward
 from tests.simulator.test_backward_segments import check_backward
 from tests.simulator.test_forward_segments import call_of, check_forward
 
-rng = np.random.default_rng(8)
-
 
 def random_lists(lengths, batch, heads, tile=(128, 128), seed=0) -> BlockMask:
     """Lists in no order: some empty, some tiles full, some partial."""
@@ -213,22 +211,6 @@ MADE = {
         },
     ),
     "256": ((1, 200, 300), {"mask_mod": holes, "heads": (2, 1), "head_dim": 256}),
-    # Words and scores; tiles that a window crosses though the mask hides nothing of them.
-    "scores": (
-        (1, 200, 290),
-        {
-            "mask_mod": lambda b, h, q, kv: (q // 64 == 1) | ((q ^ kv) & 3 != 3), "heads": (2, 2),
-            "local_window_size": (None, 60), "logits_soft_cap": 2.0,
-        },
-    ),
-    "scores_only_add": (
-        (1, 200, 290),
-        {
-            "mask_mod": lambda b, h, q, kv: (q // 64 == 1) | ((q ^ kv) & 3 != 3),
-            "heads": (2, 2), "score_mod": lambda score, b, h, q, kv: score - 0.1 * (q - kv),
-            "mask": rng.random((1, 1, 200, 290)) < 0.9,
-        },
-    ),
 }  # fmt: skip
 
 
@@ -236,16 +218,12 @@ MADE = {
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "64")) for n in MADE]
 )
 def test_lists_made_in_the_call(monkeypatch: pytest.MonkeyPatch, name: str):
-    """The forward takes the mask as words of bits, the backward element by element."""
     monkeypatch.setattr(registry, "LEAST_SCORES_FOR_LISTS", 1)
     monkeypatch.setattr(registry, "LEAST_HEADS_FOR_A_LIST", 1)
     lengths, arguments = MADE[name]
     spec, operands = call_of(lengths, **arguments, block_mask="auto")
     for direction in ("fwd", "bwd"):
-        key = registry.kernel_key(spec, operands, direction, "sm_90a", 132)
-        assert key.has_lists
-        by_element = key.elements is not None and key.elements.mask_mod is not None
-        assert (direction == "fwd") == key.words_of_mask_mod == (not by_element)
+        assert registry.kernel_key(spec, operands, direction, "sm_90a", 132).has_lists
     check_forward(spec, operands)
     check_backward(spec, operands)
 

@@ -8,16 +8,12 @@ import numpy as np
 import pytest
 
 from jax_flashcute import BlockMask, api, explain
-from jax_flashcute.analysis import window_interval
 from jax_flashcute.block_mask import packed
 from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config.sm90 import backward_config, forward_config
 from jax_flashcute.kernels.config.sm100 import backward_config_sm100, forward_config_sm100
-from jax_flashcute.masks import trace_mask
-from jax_flashcute.packed_mask import unpacked
-from jax_flashcute.tile_kinds import Tiling, classify, classify_into_words, kinds_of_words
-from tests.unit.test_block_mask import LENGTHS, MASKS, B, N, dense, inputs, kinds_of
+from tests.unit.test_block_mask import MASKS, B, N, dense, inputs, kinds_of
 
 LARGE = {"query": (2, 8192, 16, 64), "key": (2, 8192, 4, 64), "value": (2, 8192, 4, 64)}
 
@@ -30,21 +26,13 @@ def every_third(b, h, q, kv):
     return (q + kv) % 3 == 0
 
 
-IN_BITS = "mask_mod: as bits in the forward, packed in the call"
-
-
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_where_lists_are_made_in_the_call(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_FLASHCUTE_ARCH", arch)
     ids = jnp.zeros((2, 8192), jnp.int32)
 
     def said(arrays=None, mask_mod=every_third, **call) -> str:
-        explained = explain(**(arrays or large()), mask_mod=mask_mod, **call)
-        # As bits where they are lists of all of a mask's elements.
-        in_bits = explained.lists == made and arch == "sm_90a"
-        assert explained.bits == (IN_BITS,) * in_bits
-        assert (IN_BITS in str(explained).splitlines()) == in_bits
-        return explained.lists
+        return explain(**(arrays or large()), mask_mod=mask_mod, **call).lists
 
     made = "made from mask_mod in the call"
     assert said() == made
@@ -62,30 +50,6 @@ def test_where_lists_are_made_in_the_call(arch: str, monkeypatch: pytest.MonkeyP
     assert "25,920,000 scores are fewer than 134,217,728" in said(short)
 
 
-def test_where_a_mask_is_taken_as_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAX_FLASHCUTE_ARCH", "sm_90a")
-    limits = jnp.arange(16) * 100
-
-    def said(arrays=None, **call) -> tuple[str, ...]:
-        explained = explain(**(arrays or large()), **call)
-        assert explained.lists == "made from mask_mod in the call"
-        return explained.bits
-
-    assert said(mask_mod=every_third) == (IN_BITS,)
-    # Kinds of tiles follow from bounds: no element is evaluated beforehand.
-    sixteen = large(**{n: (16, *shape[1:]) for n, shape in LARGE.items()})
-    assert said(sixteen, mask_mod=lambda b, h, q, kv: kv < limits[h]) == ()
-    assert said(sixteen, mask_mod=lambda b, h, q, kv: (q ^ kv) & h != 1) == (IN_BITS,)
-    long = {"query": (1, 65536, 16, 64), "key": (1, 65536, 4, 64), "value": (1, 65536, 4, 64)}
-    assert said(large(**long), mask_mod=every_third) == ()
-    long["query"] = (1, 32768, 16, 64)
-    assert said(large(**long), mask_mod=every_third) == (IN_BITS,)
-    # One for each offset.
-    two = {n: (2, *shape[1:]) for n, shape in long.items()}
-    assert said(large(**two), mask_mod=every_third) == (IN_BITS,)
-    assert said(large(**two), mask_mod=every_third, q_offset=3) == ()
-
-
 ABSENT = dict.fromkeys(
     (
         *("bias", "mask", "scale", "query_seq_lengths", "key_value_seq_lengths", "sinks"),
@@ -95,10 +59,10 @@ ABSENT = dict.fromkeys(
 ) | {"is_causal": False, "q_offset": 0, "deterministic": False, "block_mask": "auto"}
 
 
-def inputs_of_kernels(
+def lists_for_kernels(
     layers: int, mask_mod, arch: str = "sm_90a", **call
-) -> Callable[[dict], list[tuple]]:
-    """The lists and the words, if any, that each layer's kernels take, forward and backward."""
+) -> Callable[[dict], list]:
+    """The lists that each layer's kernels take, forward and backward."""
 
     def run(arrays: dict):
         found = []
@@ -107,9 +71,7 @@ def inputs_of_kernels(
             for direction in ("fwd", "bwd"):
                 key = registry.kernel_key(spec, operands, direction, arch, 132)
                 assert key.has_lists
-                given = other_inputs(key, spec, operands)
-                words = [given.pop()] if key.words_of_mask_mod else []
-                found.append((given[-4:], words))
+                found.append(other_inputs(key, spec, operands)[-4:])
         return found
 
     return run
@@ -120,12 +82,10 @@ def test_layers_make_their_lists_once_forward_and_backward(monkeypatch) -> None:
     arrays = {n: x.astype(jnp.bfloat16) for n, x in inputs(700, 900).items()}
 
     def classifications(layers: int) -> int:
-        text = jax.jit(inputs_of_kernels(layers, every_third)).lower(arrays).compile().as_text()
+        text = jax.jit(lists_for_kernels(layers, every_third)).lower(arrays).compile().as_text()
         return sum(" reduce(" in x and "classify" in x for x in text.splitlines())
 
-    for in_bits in (True, False):
-        monkeypatch.setattr(registry, "MOST_BYTES_OF_WORDS", 2**28 * in_bits)
-        assert classifications(3) == classifications(1) == 1
+    assert classifications(3) == classifications(1) == 1
 
 
 CONFIGS = {
@@ -135,28 +95,21 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("arch", CONFIGS)
-@pytest.mark.parametrize("name", ["head_limits", "unsorted_documents", "mini_causal"])
-def test_what_is_made_in_the_call_is_the_mask(arch: str, name: str, monkeypatch) -> None:
+def test_lists_made_in_the_call_are_those_of_the_mask(arch: str, monkeypatch) -> None:
     monkeypatch.setattr(registry, "LEAST_SCORES_FOR_LISTS", 1)
     monkeypatch.setattr(registry, "LEAST_HEADS_FOR_A_LIST", 1)
     arrays = {n: x.astype(jnp.bfloat16) for n, x in inputs(700, 900).items()}
     H = arrays["query"].shape[-1]
-    mask, lengths = MASKS[name], jnp.asarray([300, 900])
+    mask, lengths = MASKS["head_limits"], jnp.asarray([300, 900])
     call = {"is_causal": True, "key_value_seq_lengths": lengths, "q_offset": jnp.asarray([7, 0])}
-    found = jax.jit(inputs_of_kernels(1, mask, arch, **call))(arrays)
-    heads = N if name == "head_limits" else 1
-    seen = dense(mask, 700, 900, call["q_offset"])[:, :heads]
+    found = jax.jit(lists_for_kernels(1, mask, arch, **call))(arrays)
+    seen = dense(mask, 700, 900, call["q_offset"])
     q, kv = np.arange(700)[:, None], np.arange(900)
     seen = seen & (kv <= q + np.asarray(call["q_offset"])[:, None, None, None])
-    in_bits = arch == "sm_90a" and name != "head_limits"
-    for (lists, words), is_forward in zip(found, (True, False), strict=True):
-        assert len(words) == (in_bits and is_forward)
-        for packed_words in words:
-            bits = unpacked(packed_words, jnp.arange(700), jnp.arange(900))
-            np.testing.assert_array_equal(np.broadcast_to(bits, seen.shape), seen)
+    for lists, is_forward in zip(found, (True, False), strict=True):
         config = CONFIGS[arch][0 if is_forward else 1](H, H)
         tile_m, tile_n = config.tile_m, config.tile_n
-        kinds = kinds_of(seen, tile_m, tile_n)
+        kinds = kinds_of(np.broadcast_to(seen, (B, N, 700, 900)), tile_m, tile_n)
         first = np.arange(kinds.shape[3]) * tile_n
         kinds = np.where(first < np.asarray(lengths)[:, None, None, None], kinds, 0)
         sizes = {"q_length": 700, "kv_length": 900, "tile_m": tile_m, "tile_n": tile_n}
@@ -167,18 +120,3 @@ def test_what_is_made_in_the_call_is_the_mask(arch: str, name: str, monkeypatch)
             wanted = packed(expected.transpose().kernel_lists())
         for one, other in zip(lists, wanted, strict=True):
             np.testing.assert_array_equal(one, other)
-
-
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_kinds_counted_from_words_are_those_of_elements(lengths: tuple[int, int]) -> None:
-    entries = (jnp.arange(B), jnp.arange(N), jnp.asarray([0, 70]))
-    within = window_interval(90, 200)
-    for function in MASKS.values():
-        mask, arrays = trace_mask(function)
-        words = classify_into_words(mask, arrays, entries, lengths, within)
-        for tile in ((128, 64), (64, 128), (192, 96)):
-            tiling = Tiling(*lengths, *tile)
-            counted = kinds_of_words(words, tiling)
-            direct = classify(mask, arrays, entries, tiling, within)
-            shape = jnp.broadcast_shapes(counted.shape, direct.shape)
-            np.testing.assert_array_equal(*(np.broadcast_to(x, shape) for x in (counted, direct)))

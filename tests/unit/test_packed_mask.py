@@ -14,7 +14,7 @@ from jax_flashcute import BlockMask, explain, flash_attention, masks
 from jax_flashcute.arguments import checked_call
 from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.kernels import registry
-from jax_flashcute.packed_mask import packed_words, unpacked
+from jax_flashcute.visibility import packed_words, unpacked
 from tests.compare import assert_close
 from tests.simulator.test_forward_segments import call_of
 from tests.unit.test_masks import inputs, results
@@ -132,7 +132,9 @@ def test_where_booleans_are_packed_in_the_call(monkeypatch: pytest.MonkeyPatch) 
     assert said((1, 1, T, 1)) == ""
     assert said(arch="sm_100a") == ""
     # What else is given may skip tiles at run time, or is packed already.
-    blocks = BlockMask.from_lists([[0]], [[]], q_length=T, kv_length=T, tile_m=T, tile_n=T)
+    blocks = BlockMask.from_lists(
+        [[0]], [[]], q_length=T, kv_length=T, tile_m=T, tile_n=T
+    )  # fmt: skip
     for call in (
         {"packed_mask": jax.ShapeDtypeStruct((1, 1, T, T // 32), jnp.uint32)},
         {"block_mask": blocks},

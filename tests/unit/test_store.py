@@ -304,7 +304,6 @@ CHANGES = {
     "row_bounds": RowBounds(compares_ids=False, has_positions=True),
     "has_lists": True,
     "packed_mask": "bt",
-    "words_of_mask_mod": True,
     "union": (window_interval(3, 0), window_interval(None, -9)),
 }
 

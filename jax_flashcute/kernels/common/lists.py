@@ -94,7 +94,7 @@ class TileLists:
             (self.full_count - of_full, full_tile),
         ]
 
-    def stretches_by_mask(self, skipped: int, is_clear: Boolean, *, tells_full: bool) -> list:
+    def stretches_by_mask(self, skipped: int, is_clear: Boolean, *, has_mask_mod: bool) -> list:
         """``stretches`` apart where positions and lengths hide something: all but the second do.
 
         Each is a loop without a branch: one between the products and the softmax of a tile makes
@@ -103,11 +103,11 @@ class TileLists:
         Args:
           skipped: as for ``stretches``.
           is_clear: positions and lengths hide nothing in any tile that a list may name.
-          tells_full: full tiles are told from partial ones; they come second and third.
+          has_mask_mod: full tiles are told from partial ones; they come second and third.
         """
         partial, (full_count, full_tile) = self.stretches(skipped)
         clear = select(is_clear, full_count, Int32(0))
-        if tells_full:
+        if has_mask_mod:
             return [partial, (clear, full_tile), (full_count - clear, full_tile)]
         count = partial[0] + full_count - clear
         return [(count, lambda i: self.tile(skipped + i)), (clear, full_tile)]

@@ -52,7 +52,7 @@ class KeyTiles:
     heads_packed: int
     num_sms: int
     lengths_vary: bool
-    tells_full: bool
+    has_mask_mod: bool
     kv_tiles: Any
     smem_h: int
     smem_hv: int
@@ -133,7 +133,7 @@ class KeyTiles:
         if lists is not None:
             full_min, full_max = fields[8:10]
             is_clear = (full_min <= 0) & (full_max * self.config.tile_n >= kv_length)
-            return lists.stretches_by_mask(1, is_clear, tells_full=self.tells_full)
+            return lists.stretches_by_mask(1, is_clear, has_mask_mod=self.has_mask_mod)
         if self.union is not None:
             visits, nth = self.key_order(fields, None)
             return [(visits - 1, lambda i: nth(i + 1))]

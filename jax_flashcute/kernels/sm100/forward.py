@@ -123,7 +123,6 @@ class ForwardSm100(KeyTiles):
         self.functions = functions
         self.by_element = functions is not None and functions.by_element
         self.has_mask_mod = functions is not None and functions.mask_mod is not None
-        self.tells_full = self.has_mask_mod
         self.has_sinks = functions is not None and functions.sinks
         self.page_size = page_size
         self.kv_tiles = tiles_in_pages(

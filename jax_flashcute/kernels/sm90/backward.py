@@ -380,7 +380,7 @@ class BackwardSm90(QueryTiles):
         is_clear = (full_min <= 0) & (full_max * self.config.tile_m >= q_length)
         lists = self.lists_of(mLists, block, keys, g)
         has_mask_mod = self.functions is not None and self.functions.mask_mod is not None
-        stretches = lists.stretches_by_mask(0, is_clear, tells_full=has_mask_mod)
+        stretches = lists.stretches_by_mask(0, is_clear, has_mask_mod=has_mask_mod)
         return lists.count, lists.tile, stretches
 
     @cute.kernel

@@ -163,7 +163,6 @@ class ForwardSm90(KeyTiles):
         row_bounds: RowBounds | None = None,
         has_lists: bool = False,
         packed_mask: str | None = None,
-        words_of_mask_mod: bool = False,
     ):
         """``group``: query heads a key/value head serves; ``num_sms``: blocks to launch at most;
         ``split_kv``: tiles are parts of a row's keys, and queries fill one row of tiles;
@@ -171,8 +170,7 @@ class ForwardSm90(KeyTiles):
         ``page_size``: of keys and values in pages, with a page table and lengths of keys;
         ``row_bounds``: each row's keys stand in arrays, ``mask`` among what they hold;
         ``has_lists``: a tile visits the key tiles that lists name; ``packed_mask``: the axes along
-        which a mask in bits varies, of "bnt"; ``words_of_mask_mod``: in partial tiles of
-        lists alone it hides anything."""
+        which a mask in bits varies, of "bnt"."""
         self.config = config
         self.dtype = dtype
         self.head_dim = head_dim
@@ -188,7 +186,6 @@ class ForwardSm90(KeyTiles):
         self.compares_ids = row_bounds is not None and row_bounds.compares_ids
         self.has_lists = has_lists
         self.packed_mask = packed_mask
-        self.words_of_mask_mod = words_of_mask_mod
         self.union = mask if isinstance(mask, UnionMask) else None
         # With ``split_kv`` two more: which part of a row's keys it is, and of how many; where ids
         # are compared, one more: whether this tile's have to be.
@@ -222,7 +219,6 @@ class ForwardSm90(KeyTiles):
             self.staged_bias = StagedBias(functions.bias, config)
         self.has_sinks = functions is not None and functions.sinks
         self.has_mask_mod = functions is not None and functions.mask_mod is not None
-        self.tells_full = self.has_mask_mod or words_of_mask_mod
         self.smem_h = round_up(head_dim, 16)
         self.smem_hv = round_up(head_dim_v, 16)
         self.slab_tokens = 64 // self.heads_packed
@@ -1008,7 +1004,7 @@ class ForwardSm90(KeyTiles):
             if visits > 0:
                 # S of the first tile (of a range, the rightmost), alone.
                 n = nth(0)
-                bits = read_bits(n)  # of a full tile, too: all ones
+                bits = read_bits(n)
                 pipeline_k.wait(k_stage, k_phase)
                 terms.start()
                 if const_expr(self.leads):
@@ -1065,7 +1061,7 @@ class ForwardSm90(KeyTiles):
                     for i in cutlass.range(count, unroll=1):
                         n = tile_of(i)
                         # On their way from memory while the product is.
-                        words = read_bits(n, is_full=stretch >= 1)
+                        bits = read_bits(n)
                         terms.at_tile(common, n)
                         is_masked = const_expr(stretch != 1)
                         pipeline_k.wait(k_stage, k_phase)
@@ -1095,7 +1091,7 @@ class ForwardSm90(KeyTiles):
                         if const_expr(pipeline_b is not None):
                             pipeline_b.release(b_stage, 4, lanes_read=True)
                             b_stage, b_phase = pipeline_b.advance(b_stage, b_phase)
-                        hide_bits(n, words)
+                        hide_bits(n, bits)
                         if const_expr(is_masked):
                             mask_tile(n)
                         needs_rescale = softmax.step(
@@ -1244,11 +1240,11 @@ class ForwardSm90(KeyTiles):
     def packed_step(self, mPacked: tuple, scores: cute.Tensor, thread: Int32, place):
         """What a mask in bits does to a tile, in two parts.
 
-        A function of the tile's number that reads its words, if any are needed, and one of the
-        number and the words that hides scores.
+        A function of the tile's number that reads its words, and one of the number and the words
+        that hides scores.
         """
         if self.packed_mask is None:
-            return lambda n, is_full=False: None, lambda n, words: None
+            return lambda n: None, lambda n, words: None
         batch, head, first_token, q_length = place
         tile_n = self.config.tile_n
         packed = PackedMask(self.packed_mask, *mPacked)
@@ -1261,15 +1257,11 @@ class ForwardSm90(KeyTiles):
         is_aligned = tile_n % 32 == 0
         count = -(-tile_n // 32) + (not is_aligned)
 
-        def read(n: Int32, is_full: bool = False) -> list | None:
-            if is_full and self.words_of_mask_mod:
-                return None
+        def read(n: Int32):
             first = n * tile_n // 32
             return [[packed.word(row, first + i) for i in range(count)] for row in rows]
 
-        def hide(n: Int32, words: list | None) -> None:
-            if words is None:
-                return
+        def hide(n: Int32, words: list) -> None:
             first = None if is_aligned else n * tile_n % 32
             for r in range(ROWS_PER_THREAD):
                 hide_outside(scores, r, own_bits(words[r], first, thread, tile_n))
