@@ -186,8 +186,9 @@ class EntryElements:
             key = self.keys(first + column)
             return [self.both(query, key) for query in queries]
 
-        is_read = adjacent > 1 and self._reads_by_key
-        if self.elements.positions is not None or (may_be_beyond and not is_read):
+        # What is computed beyond the last key is hidden; what is read has to be there.
+        may_be_beyond = may_be_beyond and self._reads_by_key
+        if self.elements.positions is not None or (may_be_beyond and adjacent == 1):
             return bounded
         tile, rows = self.along(queries, first, adjacent)
 

@@ -31,6 +31,11 @@ class IntervalMask:
         """Whether later queries see more keys."""
         return self.high is not None and self.low is None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether all queries see all keys."""
+        return self.high is None and self.low is None
+
     def lower(self, position: Int32) -> Int32:
         """First visible key; only where ``low`` is set."""
         return at_position(self.low, position)

@@ -94,7 +94,9 @@ class TileLists:
             (self.full_count - of_full, full_tile),
         ]
 
-    def stretches_by_mask(self, skipped: int, is_clear: Boolean, *, has_mask_mod: bool) -> list:
+    def stretches_by_mask(
+        self, skipped: int, is_clear: Boolean, *, has_mask_mod: bool, splits_partial: bool = False
+    ) -> list:
         """``stretches`` apart where positions and lengths hide something: all but the second do.
 
         Each is a loop without a branch: one between the products and the softmax of a tile makes
@@ -104,10 +106,15 @@ class TileLists:
           skipped: as for ``stretches``.
           is_clear: positions and lengths hide nothing in any tile that a list may name.
           has_mask_mod: full tiles are told from partial ones; they come second and third.
+          splits_partial: those of partial tiles are two as well, the second of which is clear.
         """
-        partial, (full_count, full_tile) = self.stretches(skipped)
+        (partial_count, partial_tile), (full_count, full_tile) = self.stretches(skipped)
         clear = select(is_clear, full_count, Int32(0))
         if has_mask_mod:
-            return [partial, (clear, full_tile), (full_count - clear, full_tile)]
-        count = partial[0] + full_count - clear
+            full = [(clear, full_tile), (full_count - clear, full_tile)]
+            if not splits_partial:
+                return [(partial_count, partial_tile), *full]
+            masked = select(is_clear, Int32(0), partial_count)
+            return [(masked, partial_tile), (partial_count - masked, partial_tile), *full]
+        count = partial_count + full_count - clear
         return [(count, lambda i: self.tile(skipped + i)), (clear, full_tile)]

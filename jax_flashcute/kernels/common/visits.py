@@ -44,6 +44,8 @@ class KeyTiles:
     config: Any
     mask: IntervalMask | UnionMask
     union: UnionMask | None = None
+    # Whether listed partial tiles that positions and lengths do not cut have a loop of their own.
+    splits_partial = False
     row_bounds: RowBounds | None
     compares_ids: bool
     has_lists: bool
@@ -133,7 +135,8 @@ class KeyTiles:
         if lists is not None:
             full_min, full_max = fields[8:10]
             is_clear = (full_min <= 0) & (full_max * self.config.tile_n >= kv_length)
-            return lists.stretches_by_mask(1, is_clear, has_mask_mod=self.has_mask_mod)
+            told = {"has_mask_mod": self.has_mask_mod, "splits_partial": self.splits_partial}
+            return lists.stretches_by_mask(1, is_clear, **told)
         if self.union is not None:
             visits, nth = self.key_order(fields, None)
             return [(visits - 1, lambda i: nth(i + 1))]
@@ -148,6 +151,12 @@ class KeyTiles:
             return lambda i: end - 1 - i
 
         return [(end - begin, before(end)) for begin, end in ends[: 3 if self.has_low else 2]]
+
+    def kind_of_stretch(self, i: int) -> tuple[bool, bool]:
+        """Whether the i-th of ``stretches`` is masked by position, and holds listed full tiles."""
+        if self.has_lists and self.has_mask_mod and self.splits_partial:
+            return i in (0, 3), i >= 2
+        return i != 1, self.has_lists and i >= 1
 
     def splits_of_entry(self, lengths, partials: tuple):
         """``splits.splits_of_entry`` for entries of these lengths."""

@@ -391,7 +391,12 @@ class ElementProgram:
     @property
     def reads_by_key(self) -> bool:
         """Whether an array is read at indices that depend on ``kv_idx``."""
-        return bool(self._widths)
+        ranging = {self._inputs["kv_idx"]}
+        for equation in self._equations:
+            if ranging & set(equation.inputs_known):
+                ranging.add(equation.output)
+        reads = [equation for equation in self._equations if equation.primitive in READS]
+        return any(x in ranging for read in reads for x in read.inputs[1:] if isinstance(x, int))
 
     def reads_at_column(
         self, known: Mapping[int, Any], column: int, where: Callable[[int], Any]

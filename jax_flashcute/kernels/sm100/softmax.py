@@ -90,8 +90,7 @@ class SoftmaxWarpgroups:
                     for i in cutlass.range(count, unroll=1):
                         n = tile_of(i)
                         # Full to its mask function; the window and the lengths have no lists.
-                        is_full = const_expr(stretch > 0 and self.kernel.has_lists)
-                        is_hiding = const_expr(stretch != 1)
+                        is_hiding, is_full = const_expr(self.kernel.kind_of_stretch(stretch))
                         kind = (False, is_full, is_hiding)
                         base, factor = self.take_scores(
                             softmax, scores, turn, s_phase, steps, n, kind

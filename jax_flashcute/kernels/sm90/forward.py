@@ -185,6 +185,8 @@ class ForwardSm90(KeyTiles):
         self.row_bounds = row_bounds
         self.compares_ids = row_bounds is not None and row_bounds.compares_ids
         self.has_lists = has_lists
+        # Positions cut tiles of most rows, then; where nothing but lengths does, few.
+        self.splits_partial = isinstance(mask, IntervalMask) and mask.is_open
         self.packed_mask = packed_mask
         self.union = mask if isinstance(mask, UnionMask) else None
         # With ``split_kv`` two more: which part of a row's keys it is, and of how many; where ids
@@ -1063,7 +1065,7 @@ class ForwardSm90(KeyTiles):
                         # On their way from memory while the product is.
                         bits = read_bits(n)
                         terms.at_tile(common, n)
-                        is_masked = const_expr(stretch != 1)
+                        is_masked, is_full = const_expr(self.kind_of_stretch(stretch))
                         pipeline_k.wait(k_stage, k_phase)
                         self.take_turn(slab)
                         ends = not terms.multiplies(is_varying)
@@ -1087,7 +1089,7 @@ class ForwardSm90(KeyTiles):
                         terms.vary(scores, n, varies, is_masked, is_varying)
                         if const_expr(pipeline_b is not None):
                             pipeline_b.wait(b_stage, b_phase)
-                        modify(n, b_stage, is_masked, is_full=stretch >= 1)
+                        modify(n, b_stage, is_masked, is_full=is_full)
                         if const_expr(pipeline_b is not None):
                             pipeline_b.release(b_stage, 4, lanes_read=True)
                             b_stage, b_phase = pipeline_b.advance(b_stage, b_phase)
@@ -1213,7 +1215,6 @@ class ForwardSm90(KeyTiles):
         scale = self.scale if self.changes_scores else 1.0
 
         def modify(n: Int32, b_stage: Int32, may_be_beyond: bool, is_full: bool = False) -> None:
-            is_full = is_full and self.has_lists
             biases = None if bias_tile is None else bias_tile.columns(b_stage)
             first = n * self.config.tile_n + first_column(thread)
             column = elements.along_keys(queries, first, may_be_beyond, ADJACENT_COLUMNS)
