@@ -4,6 +4,8 @@ The reference and the XLA path share these rules, so that they cannot disagree. 
 is data, not a rule, and is applied by its users.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,9 +63,10 @@ def packed_words(bits: jax.Array) -> jax.Array:
     """
     *rows, S = bits.shape
     bits = jnp.pad(bits, [(0, 0)] * len(rows) + [(0, -S % 32)])
-    in_words = bits.reshape(*rows, -(-S // 32), 32).astype(jnp.uint32)
-    # A sum of distinct powers of two: XLA fuses it with whatever makes the booleans.
-    return jnp.sum(in_words << jnp.arange(32, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+    in_words = bits.reshape(*rows, -(-S // 32), 32)
+    # Not a sum along the last axis: XLA makes a reduction of that, which takes twice as long.
+    parts = [in_words[..., j].astype(jnp.uint32) << j for j in range(32)]
+    return functools.reduce(jnp.bitwise_or, parts)
 
 
 def unpacked(words: jax.Array, rows: jax.Array, keys: jax.Array) -> jax.Array:

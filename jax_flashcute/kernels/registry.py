@@ -173,13 +173,16 @@ def packs_mask(spec: AttentionSpec, operands: Operands, direction: Direction, ar
     sizes = (B, T, N, operands.kv_length, *mask.shape)
     if is_paged(operands) or not all(isinstance(size, int) for size in sizes):
         return False
+    scores, elements = _scores(spec, operands), math.prod(mask.shape)
     if direction == "bwd":
         config = _backward_config(arch, spec, operands)
         if isinstance(config, BwdConfig) and config.dq_pass is not None:
             return False  # which knows no words
+        # Bytes of keys alone, and of masks that heads do not share, measured no slower.
+        if mask.shape[2] == 1 or scores < 2 * elements:
+            return False
     few = _existing(_forward_config(arch, operands)).slab_rows
-    scores = _scores(spec, operands)
-    is_large = scores >= max(LEAST_SCORES_FOR_WORDS, math.prod(mask.shape))
+    is_large = scores >= max(LEAST_SCORES_FOR_WORDS, elements)
     return mask.shape[3] > 1 and T > few and is_large
 
 

@@ -266,7 +266,7 @@ def test_packed_masks(shape: str, full: str) -> None:
     check(case, packed_mask=jnp.asarray(words))
 
 
-@pytest.mark.parametrize("full", ["bnts", "ts", "ns"])
+@pytest.mark.parametrize("full", ["bnts", "nts", "ts", "ns"])
 @pytest.mark.parametrize("shape", ["64", "128", "256"])
 def test_masks_packed_in_the_call(monkeypatch: pytest.MonkeyPatch, shape: str, full: str) -> None:
     monkeypatch.setattr(registry, "LEAST_SCORES_FOR_WORDS", 1)
