@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 from jax_flashcute.analysis import POSITION_LIMIT
 from jax_flashcute.kernels.lowering.derivative import Derivative, derivative
+from jax_flashcute.kernels.lowering.equations import FlatProgram
 from jax_flashcute.kernels.lowering.inlining import flat_program
 from jax_flashcute.kernels.lowering.program import ElementProgram
 from jax_flashcute.kernels.lowering.values import FLOATS, SCALAR_DTYPES
@@ -225,13 +225,20 @@ def derivative_of(function: TracedFunction, keys: int = POSITION_LIMIT) -> Deriv
 @functools.cache
 def program_of(function: TracedFunction, keys: int = POSITION_LIMIT) -> ElementProgram:
     """The program of a mask or of a score, for so many keys at most."""
-    return _program(function, keys)
+    return ElementProgram(_flat(function), keys)
 
 
-def _program(function: TracedFunction, keys: int, **known: Any) -> ElementProgram:
+def _flat(function: TracedFunction) -> FlatProgram:
     inputs = len(function.jaxpr.invars)
-    flat = flat_program(function.jaxpr, ("score", *INDICES)[-inputs:])
-    return ElementProgram(flat, keys, **known)
+    return flat_program(function.jaxpr, ("score", *INDICES)[-inputs:])
+
+
+@functools.cache
+def _added_element(function: TracedFunction, sizes: tuple[int, int, int]):
+    """``ElementProgram.added_element`` of a score for so many heads, queries and keys."""
+    heads, queries, keys = sizes
+    counts = {"h": heads, "q_idx": queries}
+    return ElementProgram(_flat(function), keys, counts=counts).added_element()
 
 
 def _most_keys(functions: Sequence[TracedFunction | None], keys: int) -> int:
@@ -327,7 +334,7 @@ def with_table_as_bias(functions: ElementFunctions, operands: Operands) -> Eleme
     has_numbers = operands.q_offset is None and not functions.positions
     if not has_numbers or not all(isinstance(size, int) for size in (T, N, S)):
         return functions
-    found = _program(functions.score_mod, S, counts={"h": N, "q_idx": T}).added_element()
+    found = _added_element(functions.score_mod, (N, T, S))
     if found is None:
         return functions
     number, indices = found

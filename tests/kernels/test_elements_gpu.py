@@ -178,11 +178,11 @@ def test_bias_in_shared_memory(name: str) -> None:
     (head_dim, head_dim_v), features, dtype = STAGED[name]
     sizes = {"batch": 3, "seqlen_q": 1111, "seqlen_k": 1456, "kv_heads": 2}
     case = Case(head_dim=head_dim, head_dim_v=head_dim_v, **sizes, **features)
-    mask_mod = MASKS["documents"](case) if "documents" in name else None
+    functions = {"mask_mod": MASKS["documents"](case)} if "documents" in name else {}
     arrays = case.arrays(jnp.bfloat16)
     arrays["bias"] = arrays["bias"].astype(dtype)
-    assert explain(**case.static, **arrays, mask_mod=mask_mod).bias == "TMA, to shared memory"
-    check(case, mask_mod=mask_mod, bias_dtype=dtype)
+    assert explain(**case.static | arrays | functions).bias == "TMA, to shared memory"
+    check(case, bias_dtype=dtype, **functions)
 
 
 @pytest.mark.parametrize(("axes", "group"), [("ts", 2), ("nts", 3)])

@@ -252,7 +252,7 @@ def test_what_lies_along_keys_is_read_at_once(
     table = jnp.zeros((LENGTH, keys), dtype)
 
     def score_mod(score, b, h, q, kv):
-        return score + table[q, kv].astype(jnp.float32)
+        return score - table[q, kv].astype(jnp.float32)
 
     traced, arrays = masks.trace_score(score_mod, jnp.float32)
     kv = jax.ShapeDtypeStruct((BATCH, keys, KV_HEADS, 128), jnp.bfloat16)
