@@ -453,7 +453,7 @@ def test_random_loads(first: int) -> None:
         flat = flat_program(jaxpr, ("b", "h", "q_idx", "kv_idx"))
         widths = aligned_widths(flat, flat.equations)
         # Without what analysis knows of jnp's functions, a kernel may prove less.
-        assert set(widths.values()) <= ({1, load.width} if load.kind != "uniform" else {1}), seed
+        assert all(load.width % width == 0 for width in widths.values()), seed
         found[load.kind, load.width, *widths.values()] += 1
     assert sum(n for (kind, width, *_), n in found.items() if width > 1) > CHUNK // 20
     assert sum(n for (kind, width, *of), n in found.items() if of == [width] != [1]) > CHUNK // 20
