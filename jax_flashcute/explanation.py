@@ -20,7 +20,7 @@ from jax_flashcute.arguments import (
     with_compression,
 )
 from jax_flashcute.dispatch import Implementation
-from jax_flashcute.kernels import masking, registry
+from jax_flashcute.kernels import description, masking, registry
 from jax_flashcute.kernels.key import Direction
 from jax_flashcute.spec import AttentionSpec, Operands
 
@@ -285,10 +285,10 @@ def _explanation(
     key = tiles = blocks = None
     if not reasons["fwd"]:
         key = registry.kernel_key(spec, operands, "fwd", target.arch, target.num_sms)
-        tiles = registry.tile_counts(spec, operands, target.arch, target.num_sms)
+        tiles = description.tile_counts(spec, operands, target.arch, target.num_sms)
     if not reasons["bwd"]:
         backward = registry.kernel_key(spec, operands, "bwd", target.arch, target.num_sms)
-        blocks = registry.backward_blocks(backward)
+        blocks = description.backward_blocks(backward)
     return Explanation(
         implementation=implementation,
         forward=served_by("fwd"),
@@ -300,8 +300,8 @@ def _explanation(
         tiles=tiles,
         loads=tuple(_loads(spec)),
         splits=None if key is None else registry.splits_of(key, operands),
-        page_copies=None if key is None else registry.page_copies(key),
-        bias=None if key is None else registry.bias_copies(key),
+        page_copies=None if key is None else description.page_copies(key),
+        bias=None if key is None else description.bias_copies(key),
         lists="none" if key is None else _lists(spec, operands, target.arch),
         bits=tuple(_bits(spec, operands, target.arch, reasons)),
         backward_blocks=blocks,

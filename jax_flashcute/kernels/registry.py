@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from jax_flashcute.analysis import Interval, Linear, evaluate, window, window_interval
+from jax_flashcute.analysis import Interval, window, window_interval
 from jax_flashcute.block_mask import BlockMask
 from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels import nsa
@@ -21,7 +21,6 @@ from jax_flashcute.kernels.config.pages import (
     gathering,
     loads_pages_by_tma,
     paged_config,
-    shares_boxes,
 )
 from jax_flashcute.kernels.config.sm90 import (
     BwdConfig,
@@ -98,7 +97,6 @@ and kernels then take up to a fifth more where a mask leaves every tile partial.
 LEAST_HEADS_FOR_A_LIST = 4
 """Heads, of all batch entries, that share a list which is made in the call at least.  To make one,
 each element of the mask is evaluated once."""
-
 
 LEAST_SCORES_FOR_WORDS = 2**24
 """Scores of a call within its window, over all heads, from which its ``mask`` is packed into words
@@ -413,7 +411,7 @@ def _staging_bias(
     if not (itemsize and is_aligned and is_over_pairs(found.bias)):
         return config, functions
     staging = staging_bias(config, itemsize, operands.query.shape[3], operands.value.shape[3])
-    return staging, found if staging.bias_stages else functions
+    return staging, found if staging.bias_itemsize else functions
 
 
 def _main(operands: Operands) -> tuple[Shaped, Shaped, Shaped]:
@@ -481,8 +479,8 @@ def kernel_key(
                 config = gathering(config)
         if isinstance(config, FwdConfig) and not (pack_gqa or split_kv or is_paged(operands)):
             config, functions = _staging_bias(config, functions, operands)
-        if isinstance(config, FwdConfig) and not (pack_gqa or group % 2):
-            if has_lists or config.bias_stages:
+        if isinstance(config, FwdConfig) and (has_lists or config.bias_itemsize):
+            if not (pack_gqa or group % 2):
                 config = _in_pairs(config, spec, operands, has_lists)
     else:
         config, pack_gqa, num_sms = _existing(_backward_config(arch, spec, operands)), False, 0
@@ -560,97 +558,6 @@ def splits_of(key: KernelKey, operands: Operands) -> int:
     return num_splits(
         key.arch, key.interval, operands, key.num_sms, batch_invariant=key.batch_invariant
     )
-
-
-def backward_blocks(key: KernelKey) -> str | None:
-    """How blocks of a Blackwell backward share its work; None on Hopper."""
-    config = key.config
-    if not isinstance(config, BwdConfigSm100):
-        return None
-    if config.passes:
-        return "a kernel for each gradient"
-    if config.cta_group == 2:
-        return "in pairs, which share products"
-    if backward_config_sm100(key.head_dim, key.head_dim_v).cta_group == 2:
-        return "each alone, for block_mask's tiles are not multiples of 256 keys"
-    return "each alone"
-
-
-def page_copies(key: KernelKey) -> str | None:
-    """How a kernel loads pages; None where there are none."""
-    if key.page_size is None:
-        return None
-    by_tma = loads_pages_by_tma(key.page_size)
-    if isinstance(key.config, FwdConfig):
-        if key.config.gathers_pages:
-            return "TMA, once gathered"
-        by_tma |= shares_boxes(key.page_size, key.head_dim, key.head_dim_v)
-    return "TMA" if by_tma else "asynchronous copies"
-
-
-def bias_copies(key: KernelKey) -> str | None:
-    """How Hopper's forward reads a bias over queries and keys; None where there is none."""
-    bias = None if key.elements is None else key.elements.bias
-    if not (is_over_pairs(bias) and isinstance(key.config, FwdConfig)):
-        return None
-    return "TMA, to shared memory" if key.config.bias_stages else "loads of each thread"
-
-
-def tile_counts(
-    spec: AttentionSpec, operands: Operands, arch: str, num_sms: int
-) -> dict[str, int] | None:
-    """What the intervals of keys make of a head's tiles, in the forward kernel of a call.
-
-    Keys are ``tile_m``, ``tile_n``, ``full``, ``partial`` and ``skipped``.  None where lengths, an
-    offset, pages or bits decide at run time, or where the mask is no union of intervals.
-    """
-    runtime = {*OPTIONAL_OPERANDS, "page_table", "segment_ids", "block_mask", "packed_mask"}
-    T, S = operands.query.shape[1], operands.kv_length
-    known = isinstance(T, int) and isinstance(S, int) and T * S > 0
-    if not known or runtime & set(operands.present()):
-        return None
-    key = kernel_key(spec, operands, "fwd", arch, num_sms)
-    by_element = key.elements is not None and key.elements.mask_mod is not None
-    if by_element or key.row_bounds is not None:
-        return None
-    tile_m, tile_n = key.tile
-    total, full, visited = 0, 0, 0
-    for first in range(0, T, tile_m):
-        # Bounds rise with q, so the ends of a tile's rows bound them all.
-        ends = first, min(first + tile_m, T) - 1
-        of_visited, of_full = [], []
-        for interval in key.union or (key.interval,):
-            lows = [_clipped(interval.low, q, 0, S) for q in ends]
-            highs = [_clipped(interval.high, q, S, S) for q in ends]
-            if lows[0] < highs[1]:
-                of_visited.append((lows[0] // tile_n, -(-highs[1] // tile_n)))
-            last = S if highs[0] == S else highs[0] // tile_n * tile_n
-            of_full.append((-(-lows[1] // tile_n), -(-last // tile_n)))
-        total += -(-S // tile_n)
-        visited += _covered(of_visited)
-        full += _covered(of_full)
-    return {
-        "tile_m": tile_m,
-        "tile_n": tile_n,
-        "full": full,
-        "partial": visited - full,
-        "skipped": total - visited,
-    }
-
-
-def _covered(ranges: list[tuple[int, int]]) -> int:
-    """How many numbers lie in one of some ranges."""
-    count, reached = 0, 0
-    for begin, end in sorted(ranges):
-        count += max(0, end - max(begin, reached))
-        reached = max(reached, end)
-    return count
-
-
-def _clipped(bound: Linear | None, q: int, if_open: int, S: int) -> int:
-    if bound is None:
-        return if_open
-    return max(0, min(evaluate(bound, {"q": q}, {}, min, max), S))
 
 
 def packing_pays(q_length: Any, group: int, config: FwdConfig | FwdConfigSm100) -> bool:

@@ -163,7 +163,7 @@ def test_a_bias_over_queries_and_keys_comes_by_tma(head_dim: int, dtype: str) ->
     bias = jax.ShapeDtypeStruct((1, 1, LENGTH, LENGTH), jnp.dtype(dtype))
     operands = dataclasses.replace(operands, bias=bias)
     key = registry.kernel_key(SPECS["full"], operands, "fwd", ARCH, NUM_SMS)
-    assert (key.config.bias_stages, key.config.cluster) == (1, 2)
+    assert (key.config.bias_itemsize, key.config.cluster) == (jnp.dtype(dtype).itemsize, 2)
     kernel = compile_key(key)
     found = main_report(kernel)
     assert (found.spill_loads, found.spill_stores, found.stack_bytes) == (0, 0, 0)

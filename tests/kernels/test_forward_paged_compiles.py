@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_flashcute.ffi.resources import find_tools, report
-from jax_flashcute.kernels import registry
+from jax_flashcute.kernels import description, registry
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.kernels.test_forward_compiles import compile_key, main_report
 
@@ -76,8 +76,8 @@ def test_code(call: tuple[str, int, int, int, int, int]) -> None:
     assert found.count("HGMMA") == kernel.ptx.count("wgmma.mma_async")
     assert found.count("UTCHMMA") == kernel.ptx.count("tcgen05.mma.")
     assert found.count("WARPGROUP.DEPBAR") == kernel.ptx.count("wgmma.wait_group")
-    assert ("gathered" in str(registry.page_copies(key))) == (group == 4)
-    by_threads = registry.page_copies(key) == "asynchronous copies"
+    assert ("gathered" in str(description.page_copies(key))) == (group == 4)
+    by_threads = description.page_copies(key) == "asynchronous copies"
     assert (found.count("LDGSTS") > 0) == by_threads
     if by_threads:
         assert page_size < 8

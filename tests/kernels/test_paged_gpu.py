@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from jax_flashcute import PagedKVCache, flash_attention, paged_attention, plan
+from jax_flashcute.kernels.description import page_copies
 from jax_flashcute.kernels.key import KernelKey
-from jax_flashcute.kernels.registry import page_copies
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.kernels.gpu_cases import compile_in_parallel
 

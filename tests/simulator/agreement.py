@@ -33,7 +33,7 @@ from jax_flashcute import masks, reference
 from jax_flashcute.ffi import store
 from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.ffi.runtime import CALL_TARGET, register_call_target
-from jax_flashcute.kernels import registry
+from jax_flashcute.kernels import description, registry
 from jax_flashcute.kernels.config.sm100 import BwdConfigSm100
 from jax_flashcute.kernels.elements import summed_arrays
 from jax_flashcute.kernels.key import Direction, KernelKey
@@ -227,7 +227,7 @@ def features(name: str, arch: str) -> list[str]:
 def _features(key: KernelKey, operands: Operands) -> list[str]:
     config, elements, bounds = key.config, key.elements, key.row_bounds
     intervals = max(len(key.union), bounds.intervals if bounds is not None else 0)
-    copies = registry.page_copies(key)
+    copies = description.page_copies(key)
     blackwell_backward = isinstance(config, BwdConfigSm100)
     present = {
         "pairs of blocks": blackwell_backward and config.cta_group == 2,

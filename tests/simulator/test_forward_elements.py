@@ -140,7 +140,7 @@ def test_bias_in_shared_memory(case: Case, bias_dtype: str):
     """Over queries and keys, with tiles of keys and of work that follow each other."""
     how = {"timing": "shuffled", "warps": "adversarial"}
     key = check(case, case.mask_mod, bias_dtype=bias_dtype, num_sms=4, **how)
-    assert key.config.bias_stages == 1
+    assert key.config.bias_itemsize == jnp.dtype(bias_dtype).itemsize
     assert key.config.cluster == (2 if case.group % 2 == 0 else 1)
 
 
@@ -155,13 +155,13 @@ def test_table_of_queries_and_keys(axes: str):
         key = check(case, None, lambda score, b, h, q, kv: score + table[q, kv])
     else:
         key = check(case, None, lambda score, b, h, q, kv: table[h, q, kv] + score)
-    assert (key.config.bias_stages, key.elements.table) == (1, 0)
+    assert (key.config.bias_itemsize, key.elements.table) == (2, 0)
 
 
 @pytest.mark.parametrize("seqlen_k", [302, 301])
 def test_bias_whose_rows_tma_cannot_read(seqlen_k: int):
     key = check(sized(64, bias="ts", seqlen_k=seqlen_k))
-    assert key.config.bias_stages == 0
+    assert key.config.bias_itemsize == 0
 
 
 # Code for each element of a tile is most of a compile: a function that users write is tried with

@@ -13,7 +13,7 @@ import pytest
 
 from jax_flashcute import masks, reference
 from jax_flashcute.ffi.call import other_inputs
-from jax_flashcute.kernels import registry
+from jax_flashcute.kernels import description, registry
 from jax_flashcute.kernels.common.splits import PART_TILES, parts_cost
 from jax_flashcute.kernels.key import KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
@@ -183,7 +183,7 @@ def gathers(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_pages_gathered_as_the_kernel_goes(name: str, timing: str, warps: str) -> None:
     key = check(GATHERED_CASES[name], timing=timing, warps=warps, seed=10)
-    assert registry.page_copies(key) == "TMA, once gathered"
+    assert description.page_copies(key) == "TMA, once gathered"
 
 
 @pytest.mark.slow

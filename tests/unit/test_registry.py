@@ -528,19 +528,19 @@ def test_an_array_of_floats_is_read_by_element() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "group", "stages", "cluster"),
+    ("shape", "dtype", "group", "itemsize", "cluster"),
     [
-        ((1, 1, 512, 512), "float32", 2, 1, 2),
-        ((2, 6, 512, 512), "bfloat16", 3, 1, 1),
-        ((1, 1, 512, 512), "bfloat16", 2, 1, 2),
-        ((1, 1, 512, 516), "float32", 2, 1, 2),
+        ((1, 1, 512, 512), "float32", 2, 4, 2),
+        ((2, 6, 512, 512), "bfloat16", 3, 2, 1),
+        ((1, 1, 512, 512), "bfloat16", 2, 2, 2),
+        ((1, 1, 512, 516), "float32", 2, 4, 2),
         ((1, 1, 512, 516), "bfloat16", 2, 0, 1),
         ((1, 1, 512, 513), "float32", 2, 0, 1),
         ((1, 1, 1, 512), "float32", 2, 0, 1),
     ],
 )
 def test_a_bias_over_queries_and_keys(
-    monkeypatch: pytest.MonkeyPatch, shape, dtype: str, group: int, stages: int, cluster: int
+    monkeypatch: pytest.MonkeyPatch, shape, dtype: str, group: int, itemsize: int, cluster: int
 ) -> None:
     """It comes by TMA where its rows begin at multiples of 16 bytes."""
     monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_90a")
@@ -550,10 +550,10 @@ def test_a_bias_over_queries_and_keys(
     found = registry.kernel_key(
         SPEC, Operands(query, key, key, bias=bias), "fwd", "sm_90a", num_sms=132
     )
-    assert (found.config.bias_stages, found.config.cluster) == (stages, cluster)
+    assert (found.config.bias_itemsize, found.config.cluster) == (itemsize, cluster)
     told = explain(query, key, key, bias=bias).bias
     ways = ("TMA, to shared memory", "loads of each thread")
-    assert told == (None if shape[2] == 1 else ways[0 if stages else 1])
+    assert told == (None if shape[2] == 1 else ways[0 if itemsize else 1])
 
 
 ROWS, KEYS, HEADS = 512, 400, 4
@@ -591,7 +591,7 @@ def test_a_score_that_is_a_bias(score_mod, full: str | None, feature: str | None
         spec = dataclasses.replace(spec, logits_soft_cap=5.0)
     found = registry.kernel_key(spec, operands, "fwd", "sm_90a", num_sms=132)
     is_bias = full is not None and feature is None
-    assert (found.elements.table is not None) == (found.config.bias_stages > 0) == is_bias
+    assert (found.elements.table is not None) == (found.config.bias_itemsize > 0) == is_bias
     if is_bias:
         assert found.elements.bias.full == full
         assert found.elements.score_mod is None

@@ -25,9 +25,8 @@ class FwdConfig:
         the others begin a tile behind the first one.
       gathers_pages: keys and values in pages are gathered into arrays as the kernel goes, from
         which tiles are loaded.
-      bias_stages: tiles of a bias over queries and keys in shared memory, for each warpgroup; 0:
-        there is none, or it is read from where it is.
-      bias_itemsize: bytes of one of its numbers.
+      bias_itemsize: bytes of a number of a bias over queries and keys, a tile of which is in shared
+        memory; 0: there is none, or it is read from where it is.
     """
 
     warpgroups: int
@@ -40,7 +39,6 @@ class FwdConfig:
     producer_registers: int = 24
     q_stages: int = 1
     gathers_pages: bool = False
-    bias_stages: int = 0
     bias_itemsize: int = 0
 
     @property
@@ -61,7 +59,7 @@ class FwdConfig:
         """Shared memory in bytes, without barriers, for 16-bit operands."""
         h, hv = round_up(head_dim, 16), round_up(head_dim_v, 16)
         queries = self.q_stages * self.tile_m * h
-        bias = self.bias_stages * self.bias_itemsize * self.tile_m * self.tile_n
+        bias = self.bias_itemsize * self.tile_m * self.tile_n
         return 2 * (queries + self.kv_stages * self.tile_n * (h + hv)) + bias
 
     def reasons_invalid(self, head_dim: int, head_dim_v: int) -> list[str]:
@@ -121,11 +119,11 @@ def staggered(config: FwdConfig) -> FwdConfig:
 def staging_bias(config: FwdConfig, itemsize: int, head_dim: int, head_dim_v: int) -> FwdConfig:
     """A forward configuration that brings tiles of a bias over queries and keys to shared memory.
 
-    The same one where there is no room for them.  A second stage of the bias gains nothing, a
+    The same one where there is no room for them.  A second tile of the bias gains nothing, a
     second query tile a little; docs/lab-notebook.md.
     """
     for queries in (staggered(config), config):
-        found = dataclasses.replace(queries, bias_stages=1, bias_itemsize=itemsize)
+        found = dataclasses.replace(queries, bias_itemsize=itemsize)
         if not found.reasons_invalid(head_dim, head_dim_v):
             return busy_producer(found)
     return config

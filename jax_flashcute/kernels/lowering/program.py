@@ -39,8 +39,6 @@ from jax_flashcute.kernels.lowering.values import (
 )
 from jax_flashcute.kernels.lowering.vectors import READS, SAME_ELEMENTS, bounded
 
-CONVERSION = "convert_element_type"
-
 ALONG_COLUMNS = Affine, ColumnReads
 """What differs from column to column of a tile, and is computed for all of them at once."""
 
@@ -91,12 +89,24 @@ class ElementProgram:
 
     def is_argument(self, result: int, name: str) -> bool:
         """Whether a result, by its place among them, is an argument, if in another shape."""
-        found = self._results[result]
-        for equation in reversed(self._equations):
-            if equation.output == found and equation.primitive in SAME_ELEMENTS:
-                is_single = all(math.prod(shape) == 1 for shape in equation.shapes)
-                found = equation.inputs[0] if is_single else found
+        found, _ = self._source_of(self._results[result], lambda equation: False)
         return isinstance(found, int) and found == self._inputs[name]
+
+    def _source_of(
+        self, value: int | np.ndarray, also: Callable[[Equation], bool]
+    ) -> tuple[int | np.ndarray, Equation | None]:
+        """What a single element is that only its shape, or ``also`` operations, made of.
+
+        A value, and the operation that gives it, None for an argument or a constant.
+        """
+        for equation in reversed(self._equations):
+            if not isinstance(value, int) or equation.output != value:
+                continue
+            is_single = all(math.prod(shape) == 1 for shape in equation.shapes)
+            if not is_single or not (equation.primitive in SAME_ELEMENTS or also(equation)):
+                return value, equation
+            value = equation.inputs[0]
+        return value, None
 
     def largest_factor(self, result: int, name: str) -> float | None:
         """A bound on how many times an argument a result, by its place among them, may be.
@@ -147,13 +157,8 @@ class ElementProgram:
         addends = self.addends()
         if addends is None or [is_subtracted for _, is_subtracted in addends] != [False]:
             return None
-        by_output = {equation.output: equation for equation in self._equations}
-        ((at, _),) = addends
-        equation = by_output.get(at) if isinstance(at, int) else None
-        while equation is not None and equation.primitive in (*SAME_ELEMENTS, CONVERSION):
-            at = equation.inputs[0]
-            is_exact = equation.primitive in SAME_ELEMENTS or equation.dtypes[-1] == "float32"
-            equation = by_output.get(at) if isinstance(at, int) and is_exact else None
+        ((addend, _),) = addends
+        _, equation = self._source_of(addend, _to_float32)
         if equation is None or equation.primitive != "dynamic_slice":
             return None
         array, *indices = equation.inputs
@@ -388,7 +393,7 @@ class ElementProgram:
     def _widths(self) -> dict[int, int]:
         return aligned_widths(self._given[0], self._equations)
 
-    @property
+    @functools.cached_property
     def reads_by_key(self) -> bool:
         """Whether an array is read at indices that depend on ``kv_idx``."""
         ranging = {self._inputs["kv_idx"]}
@@ -460,3 +465,7 @@ class ElementProgram:
         is_float = result == "float32"
         is_rounded = is_float and equation.output not in self._continuous
         return name in self._affine_rules and not is_rounded
+
+
+def _to_float32(equation: Equation) -> bool:
+    return equation.primitive == "convert_element_type" and equation.dtypes[-1] == "float32"

@@ -187,17 +187,17 @@ def _number(element: Any, dtype: str) -> Any:
 
 
 def aligned_elements(pointer: Any, count: int, where: Any = None) -> list:
-    """So many elements of global memory, at a multiple of their number, by one load.
+    """So many elements of memory, at a multiple of their number, by one load.
 
     They have 16 bytes at most, to which arrays are aligned.  Zeros, and nothing is read, where
-    ``where``, a Boolean or None, is False.
+    ``where``, a Boolean or None, is False; it is None but for global memory.
     """
     from cutlass import Uint32, cute
 
     element = pointer.dtype
     size = count * element.width // 8
     if where is None:
-        address, space = pointer.toint(), cute.AddressSpace.gmem
+        address, space = pointer.toint(), pointer.memspace
         place = cute.make_ptr(element, address, space, assumed_align=size)
         loaded = cute.make_rmem_tensor(count, element)
         cute.autovec_copy(cute.make_tensor(place, cute.make_layout(count)), loaded)

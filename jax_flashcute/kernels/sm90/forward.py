@@ -33,7 +33,7 @@ them up (extra/combine.py); where a row has one part alone, the output is writte
     terms    warpgroup w          warpgroup w                named barrier 4 + w, 128 threads
     draw     first of a cluster   second one's producer      1          1         1
     lead     warpgroup 0          the others                 q_stages   4         -
-    bias[w]  TMA, warp w + 1      warpgroup w                bias_stages  1 + tx  4
+    bias[w]  TMA, warp w + 1      warpgroup w                1            1 + tx  4
 
 "lead" comes with two query tiles in shared memory: the others' first product of a tile of work is
 issued once warpgroup 0 has its own.  In step, all would do at once what no product runs beside: the
@@ -217,7 +217,7 @@ class ForwardSm90(KeyTiles):
         self.changes_scores &= self.added is None
         self.by_element = self.changes_scores or (functions is not None and functions.hides)
         self.staged_bias = None
-        if config.bias_stages and functions is not None and functions.bias is not None:
+        if config.bias_itemsize and functions is not None and functions.bias is not None:
             self.staged_bias = StagedBias(functions.bias, config)
         self.has_sinks = functions is not None and functions.sinks
         self.has_mask_mod = functions is not None and functions.mask_mod is not None
@@ -861,7 +861,7 @@ class ForwardSm90(KeyTiles):
                 n = nth(i)
                 pipeline.acquire(stage, phase)
                 pipeline.expect(stage)
-                load(n, stage, pipeline.full + stage)
+                load(n, pipeline.full + stage)
                 stage, phase = pipeline.advance(stage, phase)
             fields = take(t_stage, t_phase)
 
@@ -897,7 +897,7 @@ class ForwardSm90(KeyTiles):
         sK: cute.Tensor,
         sV: cute.Tensor,
         term_operands: tuple,
-        bias_stages: tuple,
+        bias_tiles: tuple,
         o_copy: tuple,
         mO: cute.Tensor,
         mLSE: cute.Tensor,
@@ -950,12 +950,9 @@ class ForwardSm90(KeyTiles):
         lse = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
 
         who = (slab, thread)
-        bias_tile = pipeline_b = None
+        bias_tile = None
         if const_expr(self.staged_bias is not None):
-            sB, bias_barriers = bias_stages
-            bias_tile = BiasTile(self.staged_bias, sB, slab, thread)
-            pipeline_b = self.staged_bias.pipeline(bias_barriers, sB.element_type, slab)
-        b_stage, b_phase = Int32(0), Int32(0)
+            bias_tile = BiasTile(self.staged_bias, bias_tiles, slab, thread)
 
         finish = partial(self.output.finish, softmax, row_scale, lse, mLSE)
 
@@ -964,8 +961,8 @@ class ForwardSm90(KeyTiles):
             if slab == cfg.warpgroups - 1:
                 self.pass_turn(slab)
 
-        q_stage, q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase = (
-            Int32(0) for _ in range(8)
+        q_stage, q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase, b_phase = (
+            Int32(0) for _ in range(9)
         )
         fields = self.take_work(work, pipeline_tile, t_stage, t_phase, warps)
         while fields[0] >= 0:
@@ -1034,18 +1031,14 @@ class ForwardSm90(KeyTiles):
                         with cute.arch.elect_one():
                             cute.arch.mbarrier_arrive(lead_barrier + q_stage)
                 terms.vary(scores, n, varies, True, terms.of_first)
-                if const_expr(pipeline_b is not None):
-                    pipeline_b.wait(b_stage, b_phase)
                 if const_expr(lists is None or not self.has_mask_mod):
-                    modify(n, b_stage, True)
+                    modify(n, b_phase, True)
                 else:
                     if lists.partial_count > 0:
-                        modify(n, b_stage, True)
+                        modify(n, b_phase, True)
                     else:
-                        modify(n, b_stage, True, is_full=True)
-                if const_expr(pipeline_b is not None):
-                    pipeline_b.release(b_stage, 4, lanes_read=True)
-                    b_stage, b_phase = pipeline_b.advance(b_stage, b_phase)
+                        modify(n, b_phase, True, is_full=True)
+                b_phase = b_phase ^ 1
                 hide_bits(n, bits)
                 mask_tile(n)
                 softmax.step(scores, row_scale, True, True, shifts)
@@ -1087,12 +1080,8 @@ class ForwardSm90(KeyTiles):
                         pipeline_k.release(k_stage, warps)
                         k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                         terms.vary(scores, n, varies, is_masked, is_varying)
-                        if const_expr(pipeline_b is not None):
-                            pipeline_b.wait(b_stage, b_phase)
-                        modify(n, b_stage, is_masked, is_full=is_full)
-                        if const_expr(pipeline_b is not None):
-                            pipeline_b.release(b_stage, 4, lanes_read=True)
-                            b_stage, b_phase = pipeline_b.advance(b_stage, b_phase)
+                        modify(n, b_phase, is_masked, is_full=is_full)
+                        b_phase = b_phase ^ 1
                         hide_bits(n, bits)
                         if const_expr(is_masked):
                             mask_tile(n)
@@ -1205,17 +1194,20 @@ class ForwardSm90(KeyTiles):
     ):
         """What is done to each score of a tile: a function of the tile's number.
 
-        Its second argument is the stage of the bias, its third says whether some of the tile's keys
-        may lie beyond the last one.
+        Its second argument is the phase of the bias's tile, its third says whether some of the
+        tile's keys may lie beyond the last one.
         """
         if not self.by_element:
-            return lambda n, b_stage, may_be_beyond, is_full=False: None
+            return lambda n, b_phase, may_be_beyond, is_full=False: None
         only_hides = self.added is not None
         elements, queries = self.elements_of(mElements, thread, place, only_hides)
         scale = self.scale if self.changes_scores else 1.0
 
-        def modify(n: Int32, b_stage: Int32, may_be_beyond: bool, is_full: bool = False) -> None:
-            biases = None if bias_tile is None else bias_tile.columns(b_stage)
+        def modify(n: Int32, b_phase: Int32, may_be_beyond: bool, is_full: bool = False) -> None:
+            biases = None
+            if bias_tile is not None:
+                bias_tile.wait(b_phase)
+                biases = bias_tile.columns()
             first = n * self.config.tile_n + first_column(thread)
             column = elements.along_keys(queries, first, may_be_beyond, ADJACENT_COLUMNS)
             for c in range(cute.size(scores, mode=[1])):
@@ -1224,6 +1216,8 @@ class ForwardSm90(KeyTiles):
                     scores[r, c] = elements.element(
                         *(known, scores[r, c], scale), is_full=is_full, bias=bias[r]
                     )
+            if bias_tile is not None:
+                bias_tile.release()
 
         return modify
 

@@ -25,6 +25,7 @@ from jax_flashcute.kernels.common.tiles import (
 from jax_flashcute.kernels.common.traced import Traced
 from jax_flashcute.kernels.config.sm90 import FwdConfig
 from jax_flashcute.kernels.elements import ElementArray
+from jax_flashcute.kernels.lowering.values import aligned_elements
 from jax_flashcute.kernels.sm90.fragments import (
     ROWS_PER_THREAD,
     column_step,
@@ -48,12 +49,11 @@ class StagedBias:
     @property
     def barriers(self) -> int:
         """Words of 64 bits for those of all warpgroups."""
-        return 2 * self.config.bias_stages * self.config.warpgroups
+        return 2 * self.config.warpgroups
 
     def layout(self, dtype):
-        """Tiles in shared memory, (rows, keys, stage); stages of a warpgroup follow each other."""
-        stages = self.config.bias_stages * self.config.warpgroups
-        return smem_layout(dtype, ROWS, self.config.tile_n, stages)
+        """A tile of each warpgroup in shared memory, (rows, keys, warpgroup)."""
+        return smem_layout(dtype, ROWS, self.config.tile_n, self.config.warpgroups)
 
     def source(self, bias: cute.Tensor):
         """The TMA copy of a slab's rows of a tile, and what it reads: (T, S, 1|N, 1|B)."""
@@ -78,14 +78,12 @@ class StagedBias:
         return allocator.allocate_tensor(dtype, layout.outer, 1024, swizzle=layout.inner)
 
     def pipeline(self, barriers: cute.Pointer, dtype, slab: Int32 | int) -> TmaPipeline:
-        """Of a warpgroup's stages; ``barriers``: pointer to those of all."""
-        stages, tile_n = self.config.bias_stages, self.config.tile_n
-        tile_bytes = ROWS * tile_n * dtype.width // 8
-        barriers = barriers + 2 * stages * slab
-        return TmaPipeline("bias", barriers, stages, tile_bytes, 4, blocks=self.blocks)
+        """Of a warpgroup's tile, its one stage; ``barriers``: pointer to those of all."""
+        tile_bytes = ROWS * self.config.tile_n * dtype.width // 8
+        return TmaPipeline("bias", barriers + 2 * slab, 1, tile_bytes, 4, blocks=self.blocks)
 
     def loader(self, copy: tuple, place: tuple, slab: Int32):
-        """A function (n, stage, barrier) that starts the copy of a warpgroup's part of tile n.
+        """A function (n, barrier) that starts the copy of a warpgroup's part of tile n.
 
         Args:
           copy: of ``source``, and the tensor of ``allocate``.
@@ -105,12 +103,9 @@ class StagedBias:
             rank = cute.arch.block_idx_in_cluster()
             to_all = {"mcast_mask": Int16(2**self.blocks - 1)}
         target, source = tma_partition(atom, sB, tiles, rank, self.blocks)
-        first = slab * self.config.bias_stages
 
-        def load(n: Int32, stage: Int32, barrier) -> None:
-            cute.copy(
-                atom, source[None, n], target[None, first + stage], tma_bar_ptr=barrier, **to_all
-            )
+        def load(n: Int32, barrier) -> None:
+            cute.copy(atom, source[None, n], target[None, slab], tma_bar_ptr=barrier, **to_all)
 
         return load
 
@@ -118,16 +113,16 @@ class StagedBias:
 class BiasTile(Traced):
     """What a thread reads of its warpgroup's tiles: its own columns, two adjacent ones at once."""
 
-    def __init__(self, plan: StagedBias, sB: cute.Tensor, slab: Int32, thread: Int32):
-        """``sB``: of ``StagedBias.allocate``."""
+    def __init__(self, plan: StagedBias, tiles: tuple, slab: Int32, thread: Int32):
+        """``tiles``: of ``StagedBias.allocate``, and the pointer to all barriers."""
+        sB, barriers = tiles
+        dtype = sB.element_type
         self.tile_n = plan.config.tile_n
-        self.dtype = sB.element_type
-        self.first_stage = slab * plan.config.bias_stages
-        itemsize = self.dtype.width // 8
-        self.atom = atom = swizzle_width(self.dtype, self.tile_n)
-        self.start = cute.recast_ptr(
-            sB.iterator, swizzle_=cute.make_swizzle(0, 4, 3), dtype=self.dtype
-        )
+        self.pipeline = plan.pipeline(barriers, dtype, slab)
+        itemsize = dtype.width // 8
+        self.atom = atom = swizzle_width(dtype, self.tile_n)
+        start = cute.recast_ptr(sB.iterator, swizzle_=cute.make_swizzle(0, 4, 3), dtype=dtype)
+        self.start = start + slab * (ROWS * self.tile_n)
         # Rows of a thread are 8 apart, which the swizzle does not tell from each other.
         row = row_in_slab(thread, 0)
         flipped = swizzle_bits(row, atom * itemsize // 2) // itemsize
@@ -135,27 +130,28 @@ class BiasTile(Traced):
             row * atom + ((first_column(thread) + i) ^ flipped) for i in range(0, atom, 8)
         ]
 
-    def columns(self, stage: Int32) -> Iterator[list[Float32]]:
+    def wait(self, phase: Int32) -> None:
+        """Waits for a tile; ``phase``: 0 for the first, and every other one."""
+        self.pipeline.wait(Int32(0), phase)
+
+    def release(self) -> None:
+        """Gives the tile back, once all of it is read."""
+        self.pipeline.release(Int32(0), 4, lanes_read=True)
+
+    def columns(self) -> Iterator[list[Float32]]:
         """Of each of the thread's columns, in order, the numbers of its rows."""
-        tile, atom = self.start + (self.first_stage + stage) * (ROWS * self.tile_n), self.atom
+        atom = self.atom
         for c in range(0, self.tile_n // 4, 2):
             column = column_step(c)
-            place = tile + (self.places[column % atom // 8] + column // atom * (ROWS * atom))
+            place = self.start + (self.places[column % atom // 8] + column // atom * (ROWS * atom))
             pairs = [_pair(place + 8 * r * atom) for r in range(ROWS_PER_THREAD)]
             yield from map(list, zip(*pairs, strict=True))
 
 
 def _pair(place: cute.Pointer) -> list[Float32]:
     """Two adjacent numbers, from shared memory."""
-    dtype = place.dtype
-    is_half = dtype == BFloat16
-    read_as, count = (Uint32, 1) if is_half else (dtype, 2)
-    address = cute.make_ptr(
-        read_as, place.toint(), cute.AddressSpace.smem, assumed_align=dtype.width // 4
-    )
-    pair = cute.make_rmem_tensor(count, read_as)
-    cute.autovec_copy(cute.make_tensor(address, cute.make_layout(count)), pair)
-    if is_half:
-        # The upper halves of their float32: one operation each, where a conversion takes two.
-        return [float_of(pair[0] << Uint32(16)), float_of(pair[0] & Uint32(0xFFFF0000))]
-    return [Float32(pair[0]), Float32(pair[1])]
+    if place.dtype != BFloat16:
+        return [Float32(element) for element in aligned_elements(place, 2)]
+    (pair,) = aligned_elements(cute.recast_ptr(place, dtype=Uint32), 1)
+    # The upper halves of their float32: one operation each, where a conversion takes two.
+    return [float_of(pair << Uint32(16)), float_of(pair & Uint32(0xFFFF0000))]
