@@ -19,6 +19,12 @@ import pytest
 
 # Tests share a GPU with each other and with other programs: take memory as it is needed.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# References take the first product that XLA knows: to try them all out is most of a test on a GPU.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false "
+    "--xla_gpu_force_compilation_parallelism=2",
+)
 # Meshes are tested over this many devices of the CPU.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
