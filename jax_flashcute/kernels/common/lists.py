@@ -4,12 +4,29 @@ A list's partial tiles come first, then its full ones; neither need ascend.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64
 
 from jax_flashcute.kernels.common.numbers import select
+
+
+class Stretch(NamedTuple):
+    """Tiles that one loop computes, all in the same way.
+
+    Attributes:
+      count: how many there are.
+      tile: gives the i-th.
+      is_masked: positions or lengths may hide something in them.
+      is_full: lists say that ``mask_mod`` hides nothing in them.
+    """
+
+    count: Int32
+    tile: Callable[[Int32], Int32]
+    is_masked: bool = True
+    is_full: bool = False
 
 
 def row_of(array: cute.Tensor, batch: Int32, head: Int32, row: Int32) -> cute.Tensor:
@@ -75,8 +92,8 @@ class TileLists:
         """Where the i-th of ``count`` entries stands; 0 in a list without entries."""
         return cutlass.max(count - 1 - i, Int32(0)) if self.backwards else i
 
-    def stretches(self, skipped: int) -> list[tuple[Int32, Callable]]:
-        """How many tiles, and the i-th of them: the partial ones, the full ones.
+    def stretches(self, skipped: int) -> list[Stretch]:
+        """The partial tiles, the full ones.
 
         ``skipped``: tiles at the start that are left out; there are at least so many.
         """
@@ -90,14 +107,14 @@ class TileLists:
             return self.full[self.place(of_full + i, self.full_count)]
 
         return [
-            (self.partial_count - of_partial, partial_tile),
-            (self.full_count - of_full, full_tile),
+            Stretch(self.partial_count - of_partial, partial_tile),
+            Stretch(self.full_count - of_full, full_tile, is_full=True),
         ]
 
     def stretches_by_mask(
         self, skipped: int, is_clear: Boolean, *, has_mask_mod: bool, splits_partial: bool = False
-    ) -> list:
-        """``stretches`` apart where positions and lengths hide something: all but the second do.
+    ) -> list[Stretch]:
+        """``stretches`` apart where positions and lengths hide something.
 
         Each is a loop without a branch: one between the products and the softmax of a tile makes
         the compiler put the softmax behind the wait for the products that it should run beside.
@@ -105,16 +122,21 @@ class TileLists:
         Args:
           skipped: as for ``stretches``.
           is_clear: positions and lengths hide nothing in any tile that a list may name.
-          has_mask_mod: full tiles are told from partial ones; they come second and third.
-          splits_partial: those of partial tiles are two as well, the second of which is clear.
+          has_mask_mod: full tiles are told from partial ones.
+          splits_partial: partial tiles are split as well.
         """
-        (partial_count, partial_tile), (full_count, full_tile) = self.stretches(skipped)
-        clear = select(is_clear, full_count, Int32(0))
-        if has_mask_mod:
-            full = [(clear, full_tile), (full_count - clear, full_tile)]
-            if not splits_partial:
-                return [(partial_count, partial_tile), *full]
-            masked = select(is_clear, Int32(0), partial_count)
-            return [(masked, partial_tile), (partial_count - masked, partial_tile), *full]
-        count = partial_count + full_count - clear
-        return [(count, lambda i: self.tile(skipped + i)), (clear, full_tile)]
+        partial, full = self.stretches(skipped)
+        count = select(is_clear, full.count, Int32(0))
+        clear = full._replace(count=count, is_masked=False)
+        if not has_mask_mod:
+            count = partial.count + full.count - count
+            return [Stretch(count, lambda i: self.tile(skipped + i)), clear]
+        masked = full._replace(count=full.count - count)
+        if not splits_partial:
+            return [partial, clear, masked]
+        count = select(is_clear, Int32(0), partial.count)
+        split = [
+            partial._replace(count=count),
+            partial._replace(count=partial.count - count, is_masked=False),
+        ]
+        return [*split, clear, masked]

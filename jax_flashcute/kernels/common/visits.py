@@ -14,7 +14,7 @@ from cutlass import Int32, const_expr
 
 from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels.common.intervals import IntervalMask, UnionMask, tiles_of
-from jax_flashcute.kernels.common.lists import TileLists
+from jax_flashcute.kernels.common.lists import Stretch, TileLists
 from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.splits import splits_of_entry
 
@@ -126,11 +126,11 @@ class KeyTiles:
         _, nth = tiles_of(self.ranges_of(fields))
         return n_max - n_min, lambda i: nth(before(i))
 
-    def stretches(self, fields: tuple, lists: TileLists | None, kv_length: Int32) -> list:
-        """What follows the first key tile: how many tiles, and the i-th of them, by stretch.
+    def stretches(self, fields: tuple, lists: TileLists | None, kv_length: Int32) -> list[Stretch]:
+        """What follows the first key tile.
 
-        Masked tiles, full ones, masked ones: the middle one of a range from right to left; or those
-        of ``TileLists.stretches_by_mask``; or all tiles of several ranges.
+        Masked tiles, others, masked ones: of a range, from right to left.  Or those of
+        ``TileLists.stretches_by_mask``, or all tiles of several ranges.
         """
         if lists is not None:
             full_min, full_max = fields[8:10]
@@ -139,7 +139,7 @@ class KeyTiles:
             return lists.stretches_by_mask(1, is_clear, **told)
         if self.union is not None:
             visits, nth = self.key_order(fields, None)
-            return [(visits - 1, lambda i: nth(i + 1))]
+            return [Stretch(visits - 1, lambda i: nth(i + 1))]
         n_min, n_max, full_min, full_max = fields[6:10]
         full_end = cutlass.max(cutlass.min(full_max, n_max - 1), n_min)
         full_begin = n_min
@@ -150,13 +150,8 @@ class KeyTiles:
         def before(end: Int32):
             return lambda i: end - 1 - i
 
-        return [(end - begin, before(end)) for begin, end in ends[: 3 if self.has_low else 2]]
-
-    def kind_of_stretch(self, i: int) -> tuple[bool, bool]:
-        """Whether the i-th of ``stretches`` is masked by position, and holds listed full tiles."""
-        if self.has_lists and self.has_mask_mod and self.splits_partial:
-            return i in (0, 3), i >= 2
-        return i != 1, self.has_lists and i >= 1
+        found = [Stretch(end - begin, before(end), i != 1) for i, (begin, end) in enumerate(ends)]
+        return found[: 3 if self.has_low else 2]
 
     def splits_of_entry(self, lengths, partials: tuple):
         """``splits.splits_of_entry`` for entries of these lengths."""
@@ -270,7 +265,7 @@ class QueryTiles:
             return lists.count, lists.tile, lists.stretches(0)
         if self.union is not None:
             count, nth = tiles_of(tiles)
-            return count, nth, [(count, nth)]
+            return count, nth, [Stretch(count, nth)]
         m_min, m_max, full_min, full_max = tiles
         full_begin = cutlass.min(cutlass.max(full_min, m_min), m_max)
         full_end = m_max
@@ -281,7 +276,9 @@ class QueryTiles:
         def after(begin: Int32):
             return lambda i: begin + i
 
-        stretches = [(end - begin, after(begin)) for begin, end in ends]
+        stretches = [
+            Stretch(end - begin, after(begin), i != 1) for i, (begin, end) in enumerate(ends)
+        ]
         return m_max - m_min, after(m_min), stretches[: 3 if self.has_low else 2]
 
     def lists_of(self, mLists: tuple, block, keys: Int32, g: Int32) -> TileLists:

@@ -103,11 +103,10 @@ class GradientWarpgroups:
             read_bits = self.packed_step(mPacked, batch, head, own[2], array_lengths[0])
             _, _, stretches = visits(g)
             for stretch in cutlass.range_constexpr(len(stretches)):
-                count, tile_of = stretches[stretch]
+                count, tile_of, is_masked, is_full = stretches[stretch]
                 for i in cutlass.range(count, unroll=1):
                     m = tile_of(i)
-                    is_full = const_expr(stretch == 1 and kernel.has_lists)
-                    is_hiding = const_expr(stretch != 1)
+                    is_hiding = is_masked
                     if const_expr(is_full):
                         # Full to its mask function; the window and the lengths have no lists.
                         is_hiding = (m < ranges[2]) | (m >= ranges[3])

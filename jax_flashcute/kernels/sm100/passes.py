@@ -51,7 +51,7 @@ from jax_flashcute.kernels.common.intervals import (
     tiles_of,
 )
 from jax_flashcute.kernels.common.lengths import entry_lengths
-from jax_flashcute.kernels.common.lists import TileLists
+from jax_flashcute.kernels.common.lists import Stretch, TileLists
 from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.scheduler import TileOrder, section_size
 from jax_flashcute.kernels.common.tiles import smem_layout, tile_tma
@@ -383,7 +383,7 @@ class GradientPassSm100(QueryTiles):
             count, nth, stretches = lists.count, lists.tile, lists.stretches(0)
         else:
             count, nth = tiles_of(disjoint(self.ranges(tiles)))
-        return count, nth, stretches if self.has_lists else [(count, nth)]
+        return count, nth, stretches if self.has_lists else [Stretch(count, nth)]
 
     @cute.kernel
     def kernel(

@@ -5,7 +5,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from jax_flashcute.kernels.common.elements import Elements
-from jax_flashcute.kernels.common.intervals import is_full, limit_words
+from jax_flashcute.kernels.common.intervals import is_full as is_full_tile
+from jax_flashcute.kernels.common.intervals import limit_words
 from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.tiles import (
     CHUNK,
@@ -91,11 +92,10 @@ class PassWarpgroups(GradientWarpgroups):
             read_bits = self.packed_step(mPacked, batch, query_head, row, array_lengths[0])
             _, _, stretches = visits(g)
             for stretch in cutlass.range_constexpr(len(stretches)):
-                count, tile_of = stretches[stretch]
+                count, tile_of, _, is_full = stretches[stretch]
                 for i in cutlass.range(count, unroll=1):
                     m = tile_of(i)
-                    # Of lists, the second is full to its mask function.
-                    masks = (of_head, seen, read_bits, stretch == 1, ~is_full(ranges, m))
+                    masks = (of_head, seen, read_bits, is_full, ~is_full_tile(ranges, m))
                     rows = (tile_statistics, of_row)
                     state = self.step(places, rows, pipelines, own, m, state, masks)
             finish_sums(query_head)

@@ -86,19 +86,17 @@ class SoftmaxWarpgroups:
                 s_phase ^= 1
                 stretches = self.kernel.stretches(fields, lists, array_lengths[1])
                 for stretch in cutlass.range_constexpr(len(stretches)):
-                    count, tile_of = stretches[stretch]
+                    count, tile_of, is_masked, is_full = stretches[stretch]
                     for i in cutlass.range(count, unroll=1):
                         n = tile_of(i)
-                        # Full to its mask function; the window and the lengths have no lists.
-                        is_hiding, is_full = const_expr(self.kernel.kind_of_stretch(stretch))
-                        kind = (False, is_full, is_hiding)
+                        kind = (False, is_full, is_masked)
                         base, factor = self.take_scores(
                             softmax, scores, turn, s_phase, steps, n, kind
                         )
                         self.leave_factor(pipeline_factor, turn, factor)
                         f_phase ^= 1
                         self.leave_probabilities(
-                            softmax, scores, turn, base, factor, False, is_hiding
+                            softmax, scores, turn, base, factor, False, is_masked
                         )
                         s_phase ^= 1
             sinks = None

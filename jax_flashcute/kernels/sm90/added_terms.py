@@ -37,6 +37,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.memory import SmemAllocator
 
 from jax_flashcute.kernels.common.elements import EntryElements
+from jax_flashcute.kernels.common.lists import Stretch
 from jax_flashcute.kernels.common.numbers import float_of, select
 from jax_flashcute.kernels.common.softmax import LOG2_E, OnlineSoftmax
 from jax_flashcute.kernels.common.tiles import round_pair, round_pairs, smem_layout, store_pairs
@@ -412,25 +413,26 @@ class WarpgroupTerms(Terms):
         high = cute.arch.warp_redux_sync(high, kind="max")
         return cute.arch.make_warp_uniform(low), cute.arch.make_warp_uniform(high)
 
-    def loops(self, stretches: list, n_min: Int32, n_max: Int32) -> list[tuple]:
-        """``stretches`` with the number of each, and whether terms by distance vary in it.
+    def loops(self, stretches: list[Stretch], n_min: Int32, n_max: Int32) -> list[tuple]:
+        """``stretches``, and of each whether terms by distance vary in it.
 
-        Where that is known beforehand, the second, whose tiles need no mask, falls into three.
+        Where that is known beforehand, one whose tiles need no mask falls into three.
         """
         if not self.plan.splits_stretches:
-            return [(*stretch, i, None) for i, stretch in enumerate(stretches)]
+            return [(stretch, None) for stretch in stretches]
         low, high = self.varying_tiles(n_min, n_max)
         found = []
-        for i, (count, tile_of) in enumerate(stretches):
-            if i != 1:
-                found.append((count, tile_of, i, True))
+        for stretch in stretches:
+            if stretch.is_masked:
+                found.append((stretch, True))
                 continue
-            end = tile_of(Int32(0)) + 1
-            begin = end - count
+            end = stretch.tile(Int32(0)) + 1
+            begin = end - stretch.count
             high = cutlass.min(cutlass.max(high, begin), end)
             low = cutlass.min(cutlass.max(low, begin), high)
             for first, last, varies in ((high, end, False), (low, high, True), (begin, low, False)):
-                found.append((last - first, _before(last), i, varies))
+                part = stretch._replace(count=last - first, tile=_before(last))
+                found.append((part, varies))
         return found
 
     def prepare(self, n: Int32, is_varying: bool | None) -> None:
@@ -644,8 +646,8 @@ class NoTerms(Traced):
     def shifts(self, *_) -> tuple[None, Int32]:
         return None, Int32(0)
 
-    def loops(self, stretches: list, *_) -> list[tuple]:
-        return [(*stretch, i, None) for i, stretch in enumerate(stretches)]
+    def loops(self, stretches: list[Stretch], *_) -> list[tuple]:
+        return [(stretch, None) for stretch in stretches]
 
 
 def _before(end: Int32):

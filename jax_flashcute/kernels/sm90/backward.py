@@ -52,7 +52,7 @@ from jax_flashcute.kernels.common.intervals import (
     within,
 )
 from jax_flashcute.kernels.common.lengths import entry_lengths
-from jax_flashcute.kernels.common.lists import row_of
+from jax_flashcute.kernels.common.lists import Stretch, row_of
 from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
@@ -944,7 +944,7 @@ class BackwardSm90(QueryTiles):
                 _, _, stretches = visits(g)
                 loops = self.loops(stretches, terms)
                 for loop in cutlass.range_constexpr(len(loops)):
-                    count, tile_of, stretch, differs = loops[loop]
+                    (count, tile_of, *kind), differs = loops[loop]
                     of_loop = self.enter_loop(terms, pullback, tile_of, differs)
                     of_loop = modify, pullback, head, differs, of_loop
                     for i in cutlass.range(self.turns(count), unroll=1):
@@ -954,7 +954,7 @@ class BackwardSm90(QueryTiles):
                             # Blocks visit the group's heads in turn, from the first on.
                             here = self.elements_of_head(elements, block, turn, first_key, thread)
                             here = here, *of_loop[1:]
-                        state = step(m, state, stretch, here, turn)
+                        state = step(m, state, kind, here, turn)
                     self.leave_loop(pullback, head, tile_of, count, differs)
                 if const_expr(sums):
                     sums[1](head)
@@ -1074,10 +1074,10 @@ class BackwardSm90(QueryTiles):
         )
         return DistanceTerms(entry, pullback, scale, tile_m, numbers, *place)
 
-    def loops(self, stretches: list, terms: DistanceTerms | None) -> list[tuple]:
-        """``stretches`` with the number of each, and ``differs`` of ``DistanceTerms.loops``."""
+    def loops(self, stretches: list[Stretch], terms: DistanceTerms | None) -> list[tuple]:
+        """``stretches``, and ``differs`` of ``DistanceTerms.loops`` of each."""
         if terms is None:
-            return [(*stretch, i, None) for i, stretch in enumerate(stretches)]
+            return [(stretch, None) for stretch in stretches]
         return terms.loops(stretches)
 
     def enter_loop(
@@ -1109,7 +1109,8 @@ class BackwardSm90(QueryTiles):
         """What is done to each score of a tile of the g-th head of the group.
 
         Returns:
-          ``modify(m, scores, is_full)``, which changes a tile's products to scores; or None.
+          ``modify(m, scores, is_masked, is_full)``, which changes a tile's products to scores; or
+          None.
         """
         if not self.by_element and self.packed_mask is None:
             return None
@@ -1125,17 +1126,16 @@ class BackwardSm90(QueryTiles):
 
         hide_bits = self.packed_step(mPacked, (batch, head, array_lengths[0]), first_key, thread)
         if not self.by_element:
-            return lambda m, scores, is_full: hide_bits(first_query(m), scores)
+            return lambda m, scores, *_: hide_bits(first_query(m), scores)
         entry = Elements(self.functions, mElements).of_entry(batch, offset, array_lengths)
         keys = [entry.keys(first_key + row_in_slab(thread, r)) for r in range(ROWS_PER_THREAD)]
 
         in_bounds = self.functions.bias is not None and isinstance(self.mask, IntervalMask)
         in_bounds = in_bounds and self.row_bounds is None and not self.has_lists
 
-        def modify(m: Int32, scores: cute.Tensor, is_full: bool) -> None:
+        def modify(m: Int32, scores: cute.Tensor, is_masked: bool, is_full: bool) -> None:
             # Where a block has tiles that need no mask, all of its keys are there.
-            steps = in_bounds and is_full
-            is_full = is_full and self.has_lists
+            steps = in_bounds and not is_masked
             for c in range(cute.size(scores, mode=[1])):
                 query = entry.queries(head, first_query(m) + column_step(c))
                 first = entry.both(query, keys[0])
@@ -1199,12 +1199,12 @@ class BackwardSm90(QueryTiles):
 
         return hide
 
-    def step(self, products, pipeline_q, pipeline_do, m: Int32, state, stretch: int, of_loop, turn):
+    def step(self, products, pipeline_q, pipeline_do, m: Int32, state, kind, of_loop, turn):
         """One query tile; returns the next state.
 
         Args:
           state: stage and phase of Q, stage and phase of dO, buffer of dS.
-          stretch: of ``visits``; tiles of the second need no mask.
+          kind: of a ``Stretch``, ``is_masked`` and ``is_full``.
           of_loop: of ``elements_of_head``, of ``pullback``, the head, and of a loop of ``loops``
             ``differs`` and ``enter_loop``.
           turn: of ``tile_and_turn``.
@@ -1224,8 +1224,8 @@ class BackwardSm90(QueryTiles):
             for i in range(cute.size(raw)):
                 raw[i] = c.acc_S[i]
         if modify is not None and common is None:
-            modify(m, scores, stretch >= 1)
-        c.mask_tile(m, stretch == 1)
+            modify(m, scores, *kind)
+        c.mask_tile(m, kind[0])
         self.probabilities(scores, c.tLSE, q_stage, common)
         rP = cute.make_rmem_tensor(c.acc_S.layout, self.dtype)
         rdS = cute.make_rmem_tensor(c.acc_S.layout, self.dtype)
@@ -1412,13 +1412,13 @@ class BackwardSm90(QueryTiles):
         apply: cutlass.Constexpr,
         ranges,
         m: Int32,
-        is_clear: cutlass.Constexpr[bool],
+        is_masked: cutlass.Constexpr[bool],
     ):
         """``apply`` of a tile, where it may hide something."""
         if const_expr(self.union is not None):
             if not is_full(ranges, m):
                 apply(m)
-        elif const_expr(not is_clear):
+        elif const_expr(is_masked):
             apply(m)
 
     @cute.jit

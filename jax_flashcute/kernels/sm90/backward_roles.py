@@ -126,7 +126,7 @@ class RoleConsumers:
                 )
                 _, _, stretches = visits(g)
                 for stretch in cutlass.range_constexpr(len(stretches)):
-                    count, tile_of = stretches[stretch]
+                    count, tile_of, is_masked, is_full = stretches[stretch]
                     for i in cutlass.range(count, unroll=1):
                         m = tile_of(i)
                         if const_expr(self.hands_products):
@@ -135,8 +135,8 @@ class RoleConsumers:
                                 barrier_id=PRODUCTS_BARRIER, number_of_threads=256
                             )
                         if const_expr(modify is not None):
-                            modify(m, scores, stretch >= 1)
-                        mask_tile(m, stretch == 1)
+                            modify(m, scores, is_masked, is_full)
+                        mask_tile(m, is_masked)
                         self.kernel.probabilities(scores, tLSE, q_stage)
                         pipeline_q.release(q_stage, self.kernel.consumer_warps, lanes_read=True)
                         rP = cute.make_rmem_tensor(acc_S.layout, self.kernel.dtype)

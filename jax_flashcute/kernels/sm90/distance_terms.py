@@ -11,6 +11,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
 from jax_flashcute.kernels.common.elements import EntryElements
+from jax_flashcute.kernels.common.lists import Stretch
 from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.softmax import LOG2_E
 from jax_flashcute.kernels.common.traced import Traced
@@ -79,19 +80,21 @@ class DistanceTerms(Traced):
         self.thread = thread
         self.program = entry.elements.programs["score_mod"]
 
-    def loops(self, stretches: list) -> list[tuple]:
-        """``stretches`` with the number of each, and whether what is added differs in its tiles.
+    def loops(self, stretches: list[Stretch]) -> list[tuple]:
+        """``stretches``, and of each whether what is added differs in its tiles.
 
-        The second, whose tiles need no mask, falls into three.
+        One whose tiles need no mask falls into three.
         """
         found = []
-        for i, (count, tile_of) in enumerate(stretches):
-            if i != 1:
-                found.append((count, tile_of, i, True))
+        for stretch in stretches:
+            if stretch.is_masked:
+                found.append((stretch, True))
                 continue
+            count, tile_of = stretch[:2]
             low, high = self.differing(count, tile_of)
             for begin, end, differs in ((0, low, False), (low, high, True), (high, count, False)):
-                found.append((end - begin, _after(begin, tile_of), i, differs))
+                part = stretch._replace(count=end - begin, tile=_after(begin, tile_of))
+                found.append((part, differs))
         return found
 
     @cute.jit
@@ -132,7 +135,7 @@ class DistanceTerms(Traced):
         """What is added to all scores of a loop, in base 2."""
         return self._added(tile_of(Int32(0))) * Float32(LOG2_E)
 
-    def add(self, m: Int32, scores: cute.Tensor, is_full: bool) -> None:
+    def add(self, m: Int32, scores: cute.Tensor, *_: bool) -> None:
         """Makes scores of tile m of its products."""
         first_key = self.first_key + ROWS_PER_WARP * (self.thread // 32)
         # Of the warp's last key and the tile's first row.

@@ -1050,7 +1050,7 @@ class ForwardSm90(KeyTiles):
                 stretches = self.stretches(fields, lists, kv_length)
                 loops = terms.loops(stretches, *fields[6:8])
                 for loop in cutlass.range_constexpr(len(loops)):
-                    count, tile_of, stretch, is_varying = loops[loop]
+                    (count, tile_of, is_masked, is_full), is_varying = loops[loop]
                     common = terms.enter(softmax, count, tile_of, is_varying)
                     may_be_empty = may_hide or bool(terms.may_hide(is_varying))
                     for i in cutlass.range(count, unroll=1):
@@ -1058,7 +1058,6 @@ class ForwardSm90(KeyTiles):
                         # On their way from memory while the product is.
                         bits = read_bits(n)
                         terms.at_tile(common, n)
-                        is_masked, is_full = const_expr(self.kind_of_stretch(stretch))
                         pipeline_k.wait(k_stage, k_phase)
                         self.take_turn(slab)
                         ends = not terms.multiplies(is_varying)
