@@ -126,17 +126,14 @@ class TileLists:
           splits_partial: partial tiles are split as well.
         """
         partial, full = self.stretches(skipped)
-        count = select(is_clear, full.count, Int32(0))
-        clear = full._replace(count=count, is_masked=False)
+        full_clear = select(is_clear, full.count, Int32(0))
+        clear = full._replace(count=full_clear, is_masked=False)
         if not has_mask_mod:
-            count = partial.count + full.count - count
-            return [Stretch(count, lambda i: self.tile(skipped + i)), clear]
-        masked = full._replace(count=full.count - count)
+            masked = partial.count + full.count - full_clear
+            return [Stretch(masked, lambda i: self.tile(skipped + i)), clear]
+        full_tiles = [clear, full._replace(count=full.count - full_clear)]
         if not splits_partial:
-            return [partial, clear, masked]
-        count = select(is_clear, Int32(0), partial.count)
-        split = [
-            partial._replace(count=count),
-            partial._replace(count=partial.count - count, is_masked=False),
-        ]
-        return [*split, clear, masked]
+            return [partial, *full_tiles]
+        masked = select(is_clear, Int32(0), partial.count)
+        clear = partial._replace(count=partial.count - masked, is_masked=False)
+        return [partial._replace(count=masked), clear, *full_tiles]
