@@ -3,30 +3,12 @@
 A list's partial tiles come first, then its full ones; neither need ascend.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64
 
 from jax_flashcute.kernels.common.numbers import select
-
-
-class Stretch(NamedTuple):
-    """Tiles that one loop computes, all in the same way.
-
-    Attributes:
-      count: how many there are.
-      tile: gives the i-th.
-      is_masked: positions or lengths may hide something in them.
-      is_full: lists say that ``mask_mod`` hides nothing in them.
-    """
-
-    count: Int32
-    tile: Callable[[Int32], Int32]
-    is_masked: bool = True
-    is_full: bool = False
+from jax_flashcute.kernels.common.stretches import Stretch
 
 
 def row_of(array: cute.Tensor, batch: Int32, head: Int32, row: Int32) -> cute.Tensor:

@@ -14,9 +14,10 @@ from cutlass import Int32, const_expr
 
 from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels.common.intervals import IntervalMask, UnionMask, tiles_of
-from jax_flashcute.kernels.common.lists import Stretch, TileLists
+from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.splits import splits_of_entry
+from jax_flashcute.kernels.common.stretches import Stretch, leftwards
 
 
 def work_fields(mask: IntervalMask | UnionMask) -> int:
@@ -117,10 +118,7 @@ class KeyTiles:
         if lists is not None:
             return lists.count, lists.tile
         n_min, n_max = fields[6:8]
-
-        def before(i: Int32) -> Int32:
-            return n_max - 1 - i
-
+        before = leftwards(n_max)
         if self.union is None:
             return n_max - n_min, before
         _, nth = tiles_of(self.ranges_of(fields))
@@ -145,12 +143,11 @@ class KeyTiles:
         full_begin = n_min
         if self.has_low:
             full_begin = cutlass.min(cutlass.max(full_min, n_min), full_end)
-        ends = [(full_end, n_max - 1), (full_begin, full_end), (n_min, full_begin)]
-
-        def before(end: Int32):
-            return lambda i: end - 1 - i
-
-        found = [Stretch(end - begin, before(end), i != 1) for i, (begin, end) in enumerate(ends)]
+        found = [
+            Stretch(n_max - 1 - full_end, leftwards(n_max - 1)),
+            Stretch(full_end - full_begin, leftwards(full_end), is_masked=False),
+            Stretch(full_begin - n_min, leftwards(full_begin)),
+        ]
         return found[: 3 if self.has_low else 2]
 
     def splits_of_entry(self, lengths, partials: tuple):
@@ -271,13 +268,14 @@ class QueryTiles:
         full_end = m_max
         if self.has_low:
             full_end = cutlass.max(cutlass.min(full_max, m_max), full_begin)
-        ends = [(m_min, full_begin), (full_begin, full_end), (full_end, m_max)]
 
         def after(begin: Int32):
             return lambda i: begin + i
 
         stretches = [
-            Stretch(end - begin, after(begin), i != 1) for i, (begin, end) in enumerate(ends)
+            Stretch(full_begin - m_min, after(m_min)),
+            Stretch(full_end - full_begin, after(full_begin), is_masked=False),
+            Stretch(m_max - full_end, after(full_end)),
         ]
         return m_max - m_min, after(m_min), stretches[: 3 if self.has_low else 2]
 

@@ -51,9 +51,10 @@ from jax_flashcute.kernels.common.intervals import (
     tiles_of,
 )
 from jax_flashcute.kernels.common.lengths import entry_lengths
-from jax_flashcute.kernels.common.lists import Stretch, TileLists
+from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.scheduler import TileOrder, section_size
+from jax_flashcute.kernels.common.stretches import Stretch
 from jax_flashcute.kernels.common.tiles import smem_layout, tile_tma
 from jax_flashcute.kernels.common.visits import QueryTiles, tile_fields
 from jax_flashcute.kernels.config.memory import round_up

@@ -37,9 +37,9 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.memory import SmemAllocator
 
 from jax_flashcute.kernels.common.elements import EntryElements
-from jax_flashcute.kernels.common.lists import Stretch
 from jax_flashcute.kernels.common.numbers import float_of, select
 from jax_flashcute.kernels.common.softmax import LOG2_E, OnlineSoftmax
+from jax_flashcute.kernels.common.stretches import Stretch, leftwards
 from jax_flashcute.kernels.common.tiles import round_pair, round_pairs, smem_layout, store_pairs
 from jax_flashcute.kernels.common.traced import Traced
 from jax_flashcute.kernels.config.memory import SMEM_BYTES, round_up
@@ -431,7 +431,7 @@ class WarpgroupTerms(Terms):
             high = cutlass.min(cutlass.max(high, begin), end)
             low = cutlass.min(cutlass.max(low, begin), high)
             for first, last, varies in ((high, end, False), (low, high, True), (begin, low, False)):
-                part = stretch._replace(count=last - first, tile=_before(last))
+                part = stretch._replace(count=last - first, tile=leftwards(last))
                 found.append((part, varies))
         return found
 
@@ -648,11 +648,6 @@ class NoTerms(Traced):
 
     def loops(self, stretches: list[Stretch], *_) -> list[tuple]:
         return [(stretch, None) for stretch in stretches]
-
-
-def _before(end: Int32):
-    """A function of i: the i-th tile from ``end`` leftwards."""
-    return lambda i: end - 1 - i
 
 
 def thirds(x: Float32) -> tuple[Float32, Float32, Float32]:

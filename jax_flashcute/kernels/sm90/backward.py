@@ -52,12 +52,13 @@ from jax_flashcute.kernels.common.intervals import (
     within,
 )
 from jax_flashcute.kernels.common.lengths import entry_lengths
-from jax_flashcute.kernels.common.lists import Stretch, row_of
+from jax_flashcute.kernels.common.lists import row_of
 from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import section_size
 from jax_flashcute.kernels.common.softmax import LARGEST_SCORE, LOG2_E, exp2
+from jax_flashcute.kernels.common.stretches import Stretch
 from jax_flashcute.kernels.common.tiles import (
     clear_rows,
     smem_layout,

@@ -11,9 +11,9 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
 from jax_flashcute.kernels.common.elements import EntryElements
-from jax_flashcute.kernels.common.lists import Stretch
 from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.softmax import LOG2_E
+from jax_flashcute.kernels.common.stretches import Stretch
 from jax_flashcute.kernels.common.traced import Traced
 from jax_flashcute.kernels.config.memory import round_up
 from jax_flashcute.kernels.elements import ElementFunctions, program_of

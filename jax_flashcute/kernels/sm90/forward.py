@@ -850,7 +850,7 @@ class ForwardSm90(KeyTiles):
         pipeline, pipeline_tile = pipelines
         warps = self.config.warpgroups
         take = partial(self.take_work, work, pipeline_tile, warps=warps, role="bias")
-        stage, phase, t_stage, t_phase = (Int32(0) for _ in range(4))
+        phase, t_stage, t_phase = (Int32(0) for _ in range(3))
         fields = take(t_stage, t_phase)
         while fields[0] >= 0:
             t_stage, t_phase = pipeline_tile.advance(t_stage, t_phase)
@@ -859,10 +859,10 @@ class ForwardSm90(KeyTiles):
             load = self.staged_bias.loader(copy, fields[:3], slab)
             for i in cutlass.range(visits, unroll=1):
                 n = nth(i)
-                pipeline.acquire(stage, phase)
-                pipeline.expect(stage)
-                load(n, pipeline.full + stage)
-                stage, phase = pipeline.advance(stage, phase)
+                pipeline.acquire(Int32(0), phase)
+                pipeline.expect(Int32(0))
+                load(n, pipeline.full)
+                phase = phase ^ 1
             fields = take(t_stage, t_phase)
 
     @cute.jit
