@@ -101,7 +101,6 @@ def test_sanitizer_finds_nothing(tool: str, tmp_path: Path) -> None:
         env=os.environ
         | {
             "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
-            "XLA_FLAGS": "--xla_gpu_autotune_level=0",
             "JAX_FLASHCUTE_CACHE_DIR": str(tmp_path),
         },
         capture_output=True,
