@@ -31,6 +31,8 @@ def forward_arrays(key: KernelKey):
             (cutlass.Float32, (1, 1, 1, 1, key.head_dim_v)),
             (cutlass.Float32, (1, 1, 1, 1)),
         ]
+        if isinstance(key.config, FwdConfig) and key.config.joins_parts:
+            partials.append((cutlass.Int32, (1, 1)))
     gathered = [qk, v, (cutlass.Int32, (1,))] if _gathers(key) else []
     inputs = [qk, qk, v, *_optional_arrays(key), *_table_arrays(key)]
     inputs += [*_element_arrays(key), *_bound_arrays(key), *_list_arrays(key)]

@@ -42,7 +42,11 @@ from jax_flashcute.kernels.config.sm100 import (
     few_rows_config_sm100,
     forward_config_sm100,
 )
-from jax_flashcute.kernels.config.splits import batch_invariant_splits, most_splits
+from jax_flashcute.kernels.config.splits import (
+    batch_invariant_splits,
+    joining_pays,
+    most_splits,
+)
 from jax_flashcute.kernels.config.workspace import workspace_shapes
 from jax_flashcute.kernels.elements import (
     FLOAT_BYTES,
@@ -472,6 +476,17 @@ def kernel_key(
             row_bounds = None
             functions = element_functions(alone, operands)
             pack_gqa = packing_pays(query.shape[1], group, config)
+            if isinstance(config, FwdConfig):
+                heads = group if pack_gqa else 1
+                joins = joining_pays(
+                    query.shape[0] * query.shape[2] // heads,
+                    query.shape[1] * heads,
+                    splits(interval, operands, num_sms),
+                    dims[1],
+                    num_sms,
+                    batch_invariant=spec.batch_invariant,
+                )
+                config = dataclasses.replace(config, joins_parts=joins)
         if is_paged(operands) and isinstance(config, FwdConfig):
             config = paged_config(config, key.shape[1], *dims)
             by_position = plain and not split_kv and not union and interval.low is None
@@ -610,12 +625,14 @@ class Kernel:
 
 
 def _forward_scratch(key: KernelKey, operands: Operands):
-    """The tile counter, and O and LSE of each part of the keys."""
+    """The tile counter; O and LSE of each part of the keys; how many parts of a tile are stored."""
     shapes: list[tuple[tuple[int, ...], str]] = [((1,), "int32")]
     if key.split_kv:
         B, T, N, _ = operands.query.shape
         rows = (splits_of(key, operands), B, T, N)
         shapes += [((*rows, key.head_dim_v), "float32"), (rows, "float32")]
+        if isinstance(key.config, FwdConfig) and key.config.joins_parts:
+            shapes.append(((B, N // key.group if key.pack_gqa else N), "int32"))
     if isinstance(key.config, FwdConfig) and key.config.gathers_pages:
         *arrays, counts = gathered_shapes(key.config.tile_n, *_gathered_sizes(operands))
         shapes += [*((x, key.dtype) for x in arrays), (counts, "int32")]

@@ -15,6 +15,7 @@ from jax_flashcute import masks, reference
 from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.kernels import description, registry
 from jax_flashcute.kernels.common.splits import PART_TILES, parts_cost
+from jax_flashcute.kernels.config.sm90 import FwdConfig
 from jax_flashcute.kernels.key import KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.simulator import simulate
@@ -199,6 +200,7 @@ def test_a_gathered_page_out_of_range_is_zeros() -> None:
 SPLIT_CASES = {
     "2_decode": Call(2, (901, 0, 15), group=8, num_sms=16),
     "16_decode": Call(16, (1101, 0, 15), 128, 128, group=8, num_sms=16),
+    "2_joined": Call(2, (901, 0, 300), 128, 40, seqlen_q=2, group=2, num_sms=16),
 }
 SLOW_SPLIT_CASES = {
     # Parts of seven tiles, as long as the sequences' keys together allow: four, three and one.
@@ -209,18 +211,21 @@ SLOW_SPLIT_CASES = {
     "8_first_keys": Call(8, (2001, 90), seqlen_q=2, group=7, spec=FIRST_KEYS, num_sms=16),
     "64_shared": Call(64, (1500, 1500, 90), 128, 128, seqlen_q=3, pages="shared", num_sms=32),
     "512_192_128": Call(512, (1025, 511), 192, 128, group=16, num_sms=16),
+    "16_sinks_joined": Call(16, (901, 0), seqlen_q=3, spec=CAPPED, sinks=True, num_sms=16),
+    # Two parts of the longest of as many sequences as there are multiprocessors.
+    "64_joined": Call(64, (4200, 100), 128, 128, seqlen_q=2, group=8, num_sms=2),
 }
 
 
 @pytest.mark.parametrize(
-    "call",
-    [
-        *(pytest.param(c, id=n) for n, c in SPLIT_CASES.items()),
-        *(pytest.param(c, id=n, marks=pytest.mark.slow) for n, c in SLOW_SPLIT_CASES.items()),
-    ],
+    "name", [*SPLIT_CASES, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW_SPLIT_CASES)]
 )
-def test_split_kv(call: Call) -> None:
-    assert check(call, timing="shuffled", warps="adversarial").split_kv
+def test_split_kv(name: str) -> None:
+    call = (SPLIT_CASES | SLOW_SPLIT_CASES)[name]
+    key = check(call, timing="shuffled", warps="adversarial")
+    assert key.split_kv
+    assert isinstance(key.config, FwdConfig)
+    assert key.config.joins_parts or not name.endswith("joined")
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ CLEARING_THREADS = 256
 
 @cute.kernel
 def clear_counts(counter: cute.Tensor, counts: cute.Tensor):
-    """``reset_counter``, and all ``counts`` of a ``Gathering`` at 0."""
+    """``reset_counter``, and all ``counts``, of a ``Gathering`` or of parts, at 0."""
     cute.arch.griddepcontrol_launch_dependents()
     index = cute.arch.block_idx()[0] * CLEARING_THREADS + cute.arch.thread_idx()[0]
     if index == 0:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Boolean, Int32
 
 from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.traced import Traced
@@ -117,6 +117,33 @@ def parts_cost(length, parts, tiles, longest, most, num_sms: int):
     cost = (parts + (num_sms - 1)) // num_sms * mean + (last - mean) // 2
     is_split = cutlass.min(cutlass.max(longest - length, 0), 1)
     return cost + parts * PART_COST // num_sms + is_split * COMBINE_COST
+
+
+@cute.jit
+def is_last_part(
+    count: cute.Pointer,
+    splits: Int32,
+    slot: cute.Tensor,
+    thread: Int32,
+    barrier_id: cutlass.Constexpr[int],
+) -> Boolean:
+    """Whether what a warpgroup has stored was the last of a row's parts; it sees all of them then.
+
+    Args:
+      count: how many of them are stored; set to 0 by the kernel before this one.
+      splits: how many there are.
+      slot: an Int32 in shared memory.
+      thread: of the warpgroup.
+      barrier_id: a named barrier, the warpgroup's own.
+    """
+    cute.arch.barrier(barrier_id=barrier_id, number_of_threads=128)
+    if thread == 0:
+        cute.arch.griddepcontrol_wait()
+        cute.arch.fence_acq_rel_gpu()
+        slot[0] = cute.arch.atomic_add(count, Int32(1), sem="relaxed", scope="gpu")
+        cute.arch.fence_acq_rel_gpu()
+    cute.arch.barrier(barrier_id=barrier_id, number_of_threads=128)
+    return slot[0] == splits - 1
 
 
 def split_range(n_min: Int32, n_max: Int32, split: Int32, splits: Int32):

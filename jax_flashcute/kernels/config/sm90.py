@@ -27,6 +27,8 @@ class FwdConfig:
         which tiles are loaded.
       bias_itemsize: bytes of a number of a bias over queries and keys, a tile of which is in shared
         memory; 0: there is none, or it is read from where it is.
+      joins_parts: with split-KV, the block that stores the last part of a row's keys adds them up;
+        otherwise a second kernel does.
     """
 
     warpgroups: int
@@ -40,6 +42,7 @@ class FwdConfig:
     q_stages: int = 1
     gathers_pages: bool = False
     bias_itemsize: int = 0
+    joins_parts: bool = False
 
     @property
     def tile_m(self) -> int:

@@ -35,3 +35,30 @@ def most_splits(tiles: int, key_tiles: int, num_sms: int, lengths_vary: bool) ->
 def batch_invariant_splits(key_tiles: int) -> int:
     """``most_splits`` by the keys of a row alone: parts of ``MIN_SPLIT_TILES`` where they fit."""
     return max(1, min(-(-key_tiles // MIN_SPLIT_TILES), MAX_SPLITS))
+
+
+JOINED_BYTES, JOINED_ROWS = 256 * 1024, 4
+"""Of a tile's parts, and of its rows, what the block that stores the last part adds up no later
+than a kernel of its own would: a row a warp; docs/lab-notebook.md."""
+
+
+def joining_pays(
+    tiles: int, rows: int, parts: int, head_dim_v: int, num_sms: int, *, batch_invariant: bool
+) -> bool:
+    """Whether the block that stores the last part of a tile's rows had better add them up.
+
+    Where there are as many tiles as multiprocessors hardly any has several parts, and a kernel that
+    adds up would be launched for nothing; but that depends on the number of batch entries, and so
+    would the order in which parts are added.
+
+    Args:
+      tiles: tiles there are without splits: batch entries times heads.
+      rows: of a tile.
+      parts: of a row's keys, at most.
+      head_dim_v: columns of O.
+      num_sms: multiprocessors that share the work.
+      batch_invariant: an entry's result must not follow from how many there are.
+    """
+    if 4 * rows * parts * head_dim_v > JOINED_BYTES:
+        return False
+    return rows <= JOINED_ROWS or (tiles >= num_sms and not batch_invariant)

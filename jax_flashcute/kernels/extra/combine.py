@@ -97,8 +97,35 @@ class Combine:
                 sink = select(is_valid, sink_of(mSinks, batch, head), Float32(-Float32.inf))
             warps = (warp % sharing, sharing)
             self.combine_row(
-                mOPartial, mLSEPartial, mO, mLSE, batch, token, head, splits, sink, lane, warps
+                mOPartial, mLSEPartial, mO, mLSE, (batch, token, head), splits, sink, warps
             )
+
+    @cute.jit
+    def combine_tile(
+        self,
+        mOPartial: cute.Tensor,
+        mLSEPartial: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        mSinks: cute.Tensor | None,
+        rows,
+        splits: Int32,
+    ):
+        """A warpgroup of the forward adds up the parts of a tile's rows, all of them stored.
+
+        ``rows``: the ``SlabRows`` of its threads.
+        """
+        count = rows.q_length * rows.heads_packed
+        for row in cutlass.range(rows.thread // 32, count, WARPS, unroll=1):
+            token = row // rows.heads_packed
+            head = rows.first_head + row - token * rows.heads_packed
+            sink = None
+            if const_expr(mSinks is not None):
+                # A padded row's LSE stays -inf.
+                sink = sink_of(mSinks, rows.batch, head)
+                sink = select(token < rows.queries, sink, Float32(-Float32.inf))
+            place = (rows.batch, token, head)
+            self.combine_row(mOPartial, mLSEPartial, mO, mLSE, place, splits, sink)
 
     @cute.jit
     def combine_row(
@@ -107,29 +134,38 @@ class Combine:
         mLSEPartial: cute.Tensor,
         mO: cute.Tensor,
         mLSE: cute.Tensor,
-        batch: Int32,
-        token: Int32,
-        head: Int32,
+        row: tuple,
         splits: Int32,
         sink: Float32 | None,
-        lane: Int32,
-        warps: tuple,  # which of the row's it is, and of how many
+        warps: tuple = (0, 1),
     ):
+        """O and LSE of one row; ``warps``: which of the row's it is, and of how many."""
         warp, sharing = warps
-        sums = SmemAllocator().allocate_tensor(Float32, cute.make_layout((WARP_COLUMNS, WARPS)))
+        lane = cute.arch.lane_idx()
+        batch, token, head = row
+        may_share = const_expr(not isinstance(sharing, int))
+        sums = None
+        if const_expr(may_share):
+            layout = cute.make_layout((WARP_COLUMNS, WARPS))
+            sums = SmemAllocator().allocate_tensor(Float32, layout)
+        begin, step = warp * PARTS_AT_ONCE, sharing * PARTS_AT_ONCE
+        chunks = [c * WARP_COLUMNS + 4 * lane for c in range(-(-self.head_dim_v // WARP_COLUMNS))]
+        parts = cute.make_rmem_tensor((4, PARTS_AT_ONCE), Float32)
+        # On their way while the weights are found.
+        self.read_parts(parts, mOPartial, row, chunks[0], begin, splits - 1)
         largest = -Float32.inf if const_expr(sink is None) else sink
         for i in cutlass.range(lane, splits, 32, unroll=1):
             largest = cute.arch.fmax(largest, mLSEPartial[i, batch, token, head])
-        for step in cutlass.range_constexpr(5):
-            other = cute.arch.shuffle_sync_bfly(largest, offset=1 << step)
+        for offset in cutlass.range_constexpr(5):
+            other = cute.arch.shuffle_sync_bfly(largest, offset=1 << offset)
             largest = cute.arch.fmax(largest, other)
         # Without a visible key the maximum is -inf, and -inf - -inf is NaN.
         base = Float32(0.0) if largest == -Float32.inf else largest
         total = Float32(0.0)
         for i in cutlass.range(lane, splits, 32, unroll=1):
             total += exp2((mLSEPartial[i, batch, token, head] - base) * LOG2_E)
-        for step in cutlass.range_constexpr(5):
-            total += cute.arch.shuffle_sync_bfly(total, offset=1 << step)
+        for offset in cutlass.range_constexpr(5):
+            total += cute.arch.shuffle_sync_bfly(total, offset=1 << offset)
         if const_expr(sink is not None):
             total += exp2((sink - base) * LOG2_E)
         is_empty = total == 0.0
@@ -138,20 +174,19 @@ class Combine:
         if lane == 0 and warp == 0:
             mLSE[batch, token, head] = lse
 
-        for c in cutlass.range_constexpr(-(-self.head_dim_v // WARP_COLUMNS)):
-            column = c * WARP_COLUMNS + 4 * lane
-            # Lanes without columns read others', so that all of them tell weights.
-            readable = cutlass.min(column, Int32(self.head_dim_v - 4))
+        for c in cutlass.range_constexpr(len(chunks)):
+            column = chunks[c]
             acc = cute.make_rmem_tensor(4, Float32)
             acc.fill(0.0)
-            begin, step = warp * PARTS_AT_ONCE, sharing * PARTS_AT_ONCE
+            if const_expr(c > 0):
+                self.read_parts(parts, mOPartial, row, column, begin, splits - 1)
             for first in cutlass.range(begin, splits, step, unroll=1):
-                self.add_parts(
-                    *(acc, mOPartial, mLSEPartial, (batch, token, head), readable),
-                    *(base, first, splits - 1, lane),
-                )
-            if sharing > 1:
-                self.add_warps(acc, sums, warp, lane)
+                self.add_parts(acc, parts, mLSEPartial, row, base, first, splits - 1)
+                if first + step < splits:
+                    self.read_parts(parts, mOPartial, row, column, first + step, splits - 1)
+            if const_expr(may_share):
+                if sharing > 1:
+                    self.add_warps(acc, sums, warp, lane)
             if column < self.head_dim_v and warp == 0:
                 words = cute.make_rmem_tensor(2, Uint32)
                 for k in cutlass.range_constexpr(2):
@@ -172,36 +207,54 @@ class Combine:
             acc[k] = (own[0] + own[1]) + (own[2] + own[3])
 
     @cute.jit
+    def read_parts(
+        self,
+        parts: cute.Tensor,
+        mOPartial: cute.Tensor,
+        row: tuple,
+        column: Int32,
+        first: Int32,
+        last: Int32,
+    ):
+        """Reads four columns of a few parts of a row.
+
+        Args:
+          parts: (4, ``PARTS_AT_ONCE``), for what is read.
+          mOPartial: the parts.
+          row: batch, token and head.
+          column: the first of the four.
+          first: the first part to read; behind the last one, that is read again.
+          last: the last part there is.
+        """
+        # Lanes without columns read others', so that all of them tell weights.
+        readable = cutlass.min(column, Int32(self.head_dim_v - 4))
+        for i in cutlass.range_constexpr(PARTS_AT_ONCE):
+            start = cute.crd2idx((cutlass.min(first + i, last), *row, 0), mOPartial.layout)
+            source = (mOPartial.iterator + (start + readable)).align(16)
+            cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), parts[None, i])
+
+    @cute.jit
     def add_parts(
         self,
         acc: cute.Tensor,
-        mOPartial: cute.Tensor,
+        parts: cute.Tensor,
         mLSEPartial: cute.Tensor,
         row: tuple,
-        column: Int32,
         base: Float32,
         first: Int32,
         last: Int32,
-        lane: Int32,
     ):
-        """Adds a few parts of a row to four columns, all read before any is added.
+        """Adds what ``read_parts`` has read to four columns.
 
         Args:
           acc: the columns' sums.
-          mOPartial, mLSEPartial: the parts.
+          parts: what was read.
+          mLSEPartial: LSE of the parts.
           row: batch, token and head.
-          column: the first of the four.
           base: what the parts' LSE are relative to.
-          first: the first part to add.
-          last: the last part there is.
-          lane: of the warp.
+          first, last: as they were read.
         """
-        parts = cute.make_rmem_tensor((4, PARTS_AT_ONCE), Float32)
-        for i in cutlass.range_constexpr(PARTS_AT_ONCE):
-            start = cute.crd2idx((cutlass.min(first + i, last), *row, 0), mOPartial.layout)
-            source = (mOPartial.iterator + (start + column)).align(16)
-            cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), parts[None, i])
-        part = first + lane % PARTS_AT_ONCE
+        part = first + cute.arch.lane_idx() % PARTS_AT_ONCE
         part_lse = mLSEPartial[cutlass.min(part, last), *row]
         weight = select(part <= last, exp2((part_lse - base) * LOG2_E), Float32(0.0))
         for i in cutlass.range_constexpr(PARTS_AT_ONCE):

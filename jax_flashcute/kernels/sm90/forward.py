@@ -22,7 +22,8 @@ cluster take the same rows of two heads, and each loads half of a key tile for b
 
 With ``split_kv``, for queries that fill one row of tiles, a tile is also one of several parts of
 its keys (common/splits.py).  Parts of one row go to scratch in float32 and a second kernel adds
-them up (extra/combine.py); where a row has one part alone, the output is written at once.
+them up (extra/combine.py), or, of few rows, the block that stores the last of them; where a row has
+one part alone, the output is written at once.
 
     edge     producer             consumer                   stages     full      empty
     q        TMA, producer warp   every warpgroup            q_stages   1 + tx    4 W
@@ -34,6 +35,7 @@ them up (extra/combine.py); where a row has one part alone, the output is writte
     draw     first of a cluster   second one's producer      1          1         1
     lead     warpgroup 0          the others                 q_stages   4         -
     bias[w]  TMA, warp w + 1      warpgroup w                1            1 + tx  4
+    part     a warpgroup          the same                   named barrier 1, 128 threads
 
 "lead" comes with two query tiles in shared memory: the others' first product of a tile of work is
 issued once warpgroup 0 has its own.  In step, all would do at once what no product runs beside: the
@@ -96,6 +98,7 @@ from jax_flashcute.kernels.common.scheduler import (
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
 from jax_flashcute.kernels.common.splits import (
     SplitOrder,
+    is_last_part,
     split_range,
 )
 from jax_flashcute.kernels.common.tiles import (
@@ -139,6 +142,8 @@ from jax_flashcute.kernels.sm90.output import SlabOutput, SlabRows
 from jax_flashcute.kernels.sm90.staged_bias import BiasTile, StagedBias
 
 TURN_BARRIER = 1
+# Of split-KV's one consumer warpgroup, which takes no turns.
+PART_BARRIER = 1
 TILE_STAGES = 2
 
 
@@ -260,6 +265,7 @@ class ForwardSm90(KeyTiles):
         mCounter: cute.Tensor,  # (1,) int32, scratch
         mOPartial: cute.Tensor | None = None,  # (splits, B, T, N, Hv) float32, scratch
         mLSEPartial: cute.Tensor | None = None,  # (splits, B, T, N) float32, scratch
+        mStored: cute.Tensor | None = None,  # (B, heads of tiles) int32, scratch
         mElements: tuple = (),  # arrays of ``functions``
         mPageTable: cute.Tensor | None = None,  # (B, max_pages) int32
         mBounds: tuple = (),  # arrays of ``bounds.key_bound_arrays``
@@ -317,10 +323,10 @@ class ForwardSm90(KeyTiles):
             num_tiles = num_tiles * mOPartial.shape[0]
         most = self.num_sms - self.num_sms % self.config.cluster
         blocks = cutlass.min(num_tiles, Int32(most))
-        if const_expr(self.config.gathers_pages):
-            mCounts = mGathered[2]
+        if const_expr(self.config.gathers_pages or self.config.joins_parts):
+            mCounts = mGathered[2] if const_expr(self.config.gathers_pages) else mStored
             clear_counts(mCounter, mCounts).launch(
-                grid=[cute.ceil_div(mCounts.shape[0], CLEARING_THREADS), 1, 1],
+                grid=[cute.ceil_div(cute.size(mCounts), CLEARING_THREADS), 1, 1],
                 block=[CLEARING_THREADS, 1, 1],
                 stream=stream,
             )
@@ -340,6 +346,7 @@ class ForwardSm90(KeyTiles):
             mCounter,
             mOPartial,
             mLSEPartial,
+            mStored,
             mElements,
             mPageTable,
             mBounds,
@@ -360,14 +367,15 @@ class ForwardSm90(KeyTiles):
             min_blocks_per_mp=1,
             use_pdl=True,
         )
-        if const_expr(self.split_kv):
-            mSinks = None
-            if const_expr(self.has_sinks):
-                mSinks = Elements(self.functions, mElements).sinks
+        if const_expr(self.split_kv and not self.config.joins_parts):
             Combine(self.dtype, self.head_dim_v, self.splits_of_entry).launch(
                 stream, (mQOffset, mQLengths, mKVLengths), kv_length, mOPartial, mLSEPartial, mO,
-                mLSE, mSinks,
+                mLSE, self.sinks_of_rows(mElements),
             )  # fmt: skip
+
+    def sinks_of_rows(self, mElements: tuple) -> cute.Tensor | None:
+        """The array of sinks, if there are any."""
+        return Elements(self.functions, mElements).sinks if self.has_sinks else None
 
     def shared_storage(self):
         cfg = self.config
@@ -391,6 +399,7 @@ class ForwardSm90(KeyTiles):
             draw_barriers: cute.struct.MemRange[Int64, draws * 2]
             draw_slot: cute.struct.MemRange[Int32, draws]
             work: cute.struct.MemRange[Int32, work_fields * TILE_STAGES]
+            part_slot: cute.struct.MemRange[Int32, int(cfg.joins_parts)]
             sQ: aligned(cfg.q_stages * cfg.tile_m * self.smem_h)
             sK: aligned(cfg.kv_stages * cfg.tile_n * self.smem_h)
             sV: aligned(cfg.kv_stages * cfg.tile_n * self.smem_hv)
@@ -431,6 +440,7 @@ class ForwardSm90(KeyTiles):
         mCounter: cute.Tensor,
         mOPartial: cute.Tensor | None,
         mLSEPartial: cute.Tensor | None,
+        mStored: cute.Tensor | None,
         mElements: tuple,
         mPageTable: cute.Tensor | None,
         mBounds: tuple,
@@ -604,7 +614,7 @@ class ForwardSm90(KeyTiles):
         else:
             if const_expr(cfg.reallocates_registers):
                 cute.arch.setmaxregister_increase(cfg.consumer_registers)
-            if const_expr(self.split_kv):
+            if const_expr(self.split_kv and not cfg.joins_parts):
                 if warp_index == 4:
                     # The parts' sum may be made ready while the last of them are computed.
                     cute.arch.griddepcontrol_wait()
@@ -629,6 +639,7 @@ class ForwardSm90(KeyTiles):
                 mBounds,
                 mLists,
                 mPacked,
+                (mStored, storage.part_slot),
             )
         if const_expr(pair is not None):
             # Nor after a block is gone.
@@ -912,6 +923,7 @@ class ForwardSm90(KeyTiles):
         mBounds: tuple,
         mLists: tuple,
         mPacked: tuple,
+        stored: tuple,
     ):
         """A consumer warpgroup: products, softmax and output of its slab of every tile."""
         cfg = self.config
@@ -1136,7 +1148,7 @@ class ForwardSm90(KeyTiles):
                 if const_expr(self.has_sinks):
                     sinks = self.sinks(mElements, batch, head, thread)
                     if const_expr(self.split_kv):
-                        # Of a row in several parts, the kernel that adds them up takes the sink in.
+                        # Of a row in several parts, who adds them up takes the sink in.
                         is_whole = fields[self.own_field + 1] == 1
                         sinks = [select(is_whole, sink, Float32(-Float32.inf)) for sink in sinks]
                 softmax.finish(row_scale, lse, sinks)
@@ -1145,6 +1157,11 @@ class ForwardSm90(KeyTiles):
                     split, splits = fields[self.own_field :]
                     if splits > 1:
                         self.output.store_part(*found, mOPartial, mLSEPartial, split, rows)
+                        if const_expr(cfg.joins_parts):
+                            self.join_parts(
+                                *(stored, mOPartial, mLSEPartial, mO, mLSE),
+                                *(mElements, head, rows, splits),
+                            )
                     else:
                         self.output.store(*found, mO, mLSE, rows)
                 else:
@@ -1158,6 +1175,31 @@ class ForwardSm90(KeyTiles):
             # The turn that was passed last has to be taken, or the barrier stays half full.
             if slab == 0:
                 self.take_turn(slab)
+
+    @cute.jit
+    def join_parts(
+        self,
+        stored: tuple,
+        mOPartial: cute.Tensor,
+        mLSEPartial: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        mElements: tuple,
+        head: Int32,
+        rows: SlabRows,
+        splits: Int32,
+    ):
+        """Adds the parts of a tile's rows up where the warpgroup has stored the last of them.
+
+        ``stored``: how many are, and a word of shared memory.
+        """
+        mStored, slot = stored
+        count = mStored.iterator + cute.crd2idx((rows.batch, head), mStored.layout)
+        slot = cute.make_tensor(slot.data_ptr(), cute.make_layout(1))
+        if is_last_part(count, splits, slot, rows.thread, PART_BARRIER):
+            Combine(self.dtype, self.head_dim_v, self.splits_of_entry).combine_tile(
+                *(mOPartial, mLSEPartial, mO, mLSE, self.sinks_of_rows(mElements)), rows, splits
+            )
 
     def query_head(self, head: Int32, thread: Int32, r: int) -> Int32:
         """The query head of a thread's row."""
