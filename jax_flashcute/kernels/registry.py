@@ -477,15 +477,10 @@ def kernel_key(
             functions = element_functions(alone, operands)
             pack_gqa = packing_pays(query.shape[1], group, config)
             if isinstance(config, FwdConfig):
-                heads = group if pack_gqa else 1
-                joins = joining_pays(
-                    query.shape[0] * query.shape[2] // heads,
-                    query.shape[1] * heads,
-                    splits(interval, operands, num_sms),
-                    dims[1],
-                    num_sms,
-                    batch_invariant=spec.batch_invariant,
-                )
+                alike = dataclasses.replace(operands, key_value_seq_lengths=None)
+                rows = query.shape[1] * (group if pack_gqa else 1)
+                parts = rows * splits(interval, operands, num_sms)
+                joins = joining_pays(splits(interval, alike, num_sms), 4 * parts * dims[1])
                 config = dataclasses.replace(config, joins_parts=joins)
         if is_paged(operands) and isinstance(config, FwdConfig):
             config = paged_config(config, key.shape[1], *dims)

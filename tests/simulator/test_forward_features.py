@@ -128,7 +128,6 @@ SPLIT_CASES = {
     "64_lengths": sized(64, group=8, seqlen_q=1, seqlen_k=1100, lengths=True, batch=4),
     "128_groups_of_7": sized(128, group=7, seqlen_q=3, seqlen_k=1300, causal=True, offset=True),
     "64_first_keys": sized(64, group=7, seqlen_q=3, seqlen_k=1700, mask_mod=FIRST_KEYS, **EDGES),
-    "64_joined": sized(64, group=4, seqlen_q=1, seqlen_k=1100, lengths=True, batch=3),
 }
 SLOW_SPLIT_CASES = {
     "128_groups_of_3": sized(128, group=3, seqlen_q=1, seqlen_k=1601, kv_heads=2),
@@ -139,20 +138,15 @@ SLOW_SPLIT_CASES = {
     "192_128_many_entries": sized(
         192, 128, group=8, seqlen_q=1, seqlen_k=800, lengths=True, batch=40
     ),
-    "72_256_joined": sized(72, 256, group=2, seqlen_q=2, seqlen_k=1601, causal=True, **EDGES),
 }
 
 
 @pytest.mark.parametrize(
-    "name", [*SPLIT_CASES, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW_SPLIT_CASES)]
+    "case",
+    [
+        *(pytest.param(c, id=n) for n, c in SPLIT_CASES.items()),
+        *(pytest.param(c, id=n, marks=pytest.mark.slow) for n, c in SLOW_SPLIT_CASES.items()),
+    ],
 )
-def test_split_kv(name: str):
-    key = check((SPLIT_CASES | SLOW_SPLIT_CASES)[name], num_sms=16)
-    assert key.split_kv
-    assert key.config.joins_parts or not name.endswith("joined")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("timing", "warps"), [("early", "adversarial"), ("shuffled", "seeded")])
-def test_joined_parts_under_any_timing(timing: str, warps: str):
-    check(SPLIT_CASES["64_joined"], num_sms=16, timing=timing, warps=warps, seed=3)
+def test_split_kv(case: Case):
+    assert check(case, num_sms=16).split_kv

@@ -200,7 +200,6 @@ def test_a_gathered_page_out_of_range_is_zeros() -> None:
 SPLIT_CASES = {
     "2_decode": Call(2, (901, 0, 15), group=8, num_sms=16),
     "16_decode": Call(16, (1101, 0, 15), 128, 128, group=8, num_sms=16),
-    "2_joined": Call(2, (901, 0, 300), 128, 40, seqlen_q=2, group=2, num_sms=16),
 }
 SLOW_SPLIT_CASES = {
     # Parts of seven tiles, as long as the sequences' keys together allow: four, three and one.
@@ -211,21 +210,45 @@ SLOW_SPLIT_CASES = {
     "8_first_keys": Call(8, (2001, 90), seqlen_q=2, group=7, spec=FIRST_KEYS, num_sms=16),
     "64_shared": Call(64, (1500, 1500, 90), 128, 128, seqlen_q=3, pages="shared", num_sms=32),
     "512_192_128": Call(512, (1025, 511), 192, 128, group=16, num_sms=16),
-    "16_sinks_joined": Call(16, (901, 0), seqlen_q=3, spec=CAPPED, sinks=True, num_sms=16),
-    # Two parts of the longest of as many sequences as there are multiprocessors.
-    "64_joined": Call(64, (4200, 100), 128, 128, seqlen_q=2, group=8, num_sms=2),
 }
 
 
 @pytest.mark.parametrize(
-    "name", [*SPLIT_CASES, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW_SPLIT_CASES)]
+    "call",
+    [
+        *(pytest.param(c, id=n) for n, c in SPLIT_CASES.items()),
+        *(pytest.param(c, id=n, marks=pytest.mark.slow) for n, c in SLOW_SPLIT_CASES.items()),
+    ],
 )
-def test_split_kv(name: str) -> None:
-    call = (SPLIT_CASES | SLOW_SPLIT_CASES)[name]
-    key = check(call, timing="shuffled", warps="adversarial")
-    assert key.split_kv
+def test_split_kv(call: Call) -> None:
+    assert check(call, timing="shuffled", warps="adversarial").split_kv
+
+
+# As many tiles as multiprocessors: only lengths make parts, and the last one's block adds them up.
+JOINED_CASES = {
+    "16_256": Call(16, (2100, 100), 256, 256, group=2, num_sms=2),
+    "2_sinks_cap": Call(
+        2, (2100, 0, 1300), 256, 256, seqlen_q=2, spec=CAPPED, sinks=True, num_sms=3
+    ),
+    "64_groups_of_8": Call(64, (4200, 100), 128, 128, seqlen_q=2, group=8, num_sms=2),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "timing", "warps"),
+    [
+        ("16_256", "shuffled", "adversarial"),
+        *(
+            pytest.param(name, *how, marks=pytest.mark.slow)
+            for name in JOINED_CASES
+            for how in (("early", "seeded"), ("late", "adversarial"))
+        ),
+    ],
+)
+def test_parts_that_the_last_block_adds_up(name: str, timing: str, warps: str) -> None:
+    key = check(JOINED_CASES[name], timing=timing, warps=warps, seed=4)
     assert isinstance(key.config, FwdConfig)
-    assert key.config.joins_parts or not name.endswith("joined")
+    assert key.config.joins_parts
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from jax_flashcute.kernels.config.sm100 import (
     few_rows_config_sm100,
     forward_config_sm100,
 )
-from jax_flashcute.kernels.config.splits import joining_pays, most_splits
+from jax_flashcute.kernels.config.splits import most_splits
 from jax_flashcute.kernels.config.workspace import takes_turns
 from jax_flashcute.kernels.key import OPTIONAL_OPERANDS, Direction, KernelKey
 from jax_flashcute.masks import trace_score
@@ -414,20 +414,6 @@ def test_splits_fill_the_multiprocessors() -> None:
     assert most_splits(1, 3, 132, False) == 1
 
 
-def test_few_rows_parts_are_joined_by_the_last_block() -> None:
-    def joins(tiles: int, rows: int, parts: int = 16, batch_invariant: bool = False) -> bool:
-        return joining_pays(tiles, rows, parts, 128, 132, batch_invariant=batch_invariant)
-
-    assert joins(8, 4)
-    assert not joins(8, 5)
-    # As many tiles as multiprocessors: hardly any has parts.  But that counts batch entries.
-    assert joins(132, 8)
-    assert not joins(132, 8, batch_invariant=True)
-    assert joins(8, 4, batch_invariant=True)
-    assert not joins(132, 64)
-    assert not joins(132, 8, parts=128)
-
-
 def test_lengths_that_vary_are_split_finer() -> None:
     assert most_splits(256, 1024, 132, True) == 64
     assert most_splits(256, 64, 132, True) == 4
@@ -450,8 +436,33 @@ def test_only_one_row_of_tiles_is_split(arch: str, seqlen_q: int, group: int, sp
     kernel = registry.kernel_key(spec, operands, "fwd", arch, 132)
     assert kernel.split_kv == split
     scratch = registry.scratch_shapes(kernel, operands)
-    joins = arch == "sm_90a" and split and seqlen_q * group <= 4
-    assert len(scratch) == (3 + joins if split else 1)
+    assert len(scratch) == (3 if split else 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "group", "keys", "how", "joins"),
+    [
+        (132, 4, 8192, {}, True),
+        (100, 4, 8192, {}, False),  # so few that there are parts whatever the lengths
+        (8, 4, 8192, {}, False),
+        (132, 4, 8192, {"batch_invariant": True}, False),
+        (132, 64, 8192, {}, True),
+        (132, 64, 65536, {}, False),  # too much for one block
+    ],
+)
+def test_parts_that_only_lengths_make_are_added_up_by_the_last_block(
+    batch: int, group: int, keys: int, how: dict, joins: bool
+) -> None:
+    spec = dataclasses.replace(AttentionSpec(0.125), **how)
+    query = jax.ShapeDtypeStruct((batch, 1, group, 64), "bfloat16")
+    key = jax.ShapeDtypeStruct((batch, keys, 1, 64), "bfloat16")
+    lengths = jax.ShapeDtypeStruct((batch,), "int32")
+    operands = Operands(query=query, key=key, value=key, key_value_seq_lengths=lengths)
+    kernel = registry.kernel_key(spec, operands, "fwd", "sm_90a", 132)
+    assert kernel.split_kv
+    assert kernel.config.joins_parts == joins
+    scratch = registry.scratch_shapes(kernel, operands)
+    assert scratch[3:] == ([((batch, 1), "int32")] if joins else [])
 
 
 @pytest.mark.parametrize("is_sorted", [False, True])

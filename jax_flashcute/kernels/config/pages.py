@@ -12,9 +12,9 @@ def loads_pages_by_tma(page_size: int) -> bool:
     return page_size >= SMALLEST_BOX
 
 
-SMALLEST_SHARED_BOX = 4
+SMALLEST_SHARED_BOX = 2
 """Rows of a page that several warps load by TMA, 128 bytes of each at a time; docs/lab-notebook.md:
-with 2 and 1 the copies are too many."""
+single ones are too many."""
 
 
 def shares_boxes(page_size: int, head_dim: int, head_dim_v: int) -> bool:
@@ -25,12 +25,13 @@ def shares_boxes(page_size: int, head_dim: int, head_dim_v: int) -> bool:
 
 
 def paged_config(config: FwdConfig, page_size: int, head_dim: int, head_dim_v: int) -> FwdConfig:
-    """A forward configuration for keys in pages: threads that copy them want a third stage.
+    """A forward configuration for keys in pages: where warps share tiles they want a third stage.
 
-    They wait for one tile while the next is on its way; where there is no room, they do not.
+    Threads that copy wait for one tile while the next is on its way, and boxes of two rows take
+    their time; where there is no room, there are two.
     """
-    by_tma = loads_pages_by_tma(page_size) or shares_boxes(page_size, head_dim, head_dim_v)
-    if config.warpgroups == 1 and not by_tma and config.kv_stages < 3:
+    shares = not loads_pages_by_tma(page_size)
+    if config.warpgroups == 1 and shares and config.kv_stages < 3:
         deeper = dataclasses.replace(config, kv_stages=3)
         return config if deeper.reasons_invalid(head_dim, head_dim_v) else deeper
     return busy_producer(config)

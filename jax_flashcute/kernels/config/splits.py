@@ -37,28 +37,19 @@ def batch_invariant_splits(key_tiles: int) -> int:
     return max(1, min(-(-key_tiles // MIN_SPLIT_TILES), MAX_SPLITS))
 
 
-JOINED_BYTES, JOINED_ROWS = 256 * 1024, 4
-"""Of a tile's parts, and of its rows, what the block that stores the last part adds up no later
-than a kernel of its own would: a row a warp; docs/lab-notebook.md."""
+JOINED_BYTES = 256 * 1024
+"""Of the parts of a tile's rows: more are too many for one block to add up."""
 
 
-def joining_pays(
-    tiles: int, rows: int, parts: int, head_dim_v: int, num_sms: int, *, batch_invariant: bool
-) -> bool:
+def joining_pays(usual: int, part_bytes: int) -> bool:
     """Whether the block that stores the last part of a tile's rows had better add them up.
 
-    Where there are as many tiles as multiprocessors hardly any has several parts, and a kernel that
-    adds up would be launched for nothing; but that depends on the number of batch entries, and so
-    would the order in which parts are added.
+    Where only lengths that vary make parts, most rows have one, and a kernel that adds up would be
+    launched for nothing: 1.5 us.  Where most rows have several, it is better: blocks that have to
+    know whose part was the last wait for that after each; docs/lab-notebook.md.
 
     Args:
-      tiles: tiles there are without splits: batch entries times heads.
-      rows: of a tile.
-      parts: of a row's keys, at most.
-      head_dim_v: columns of O.
-      num_sms: multiprocessors that share the work.
-      batch_invariant: an entry's result must not follow from how many there are.
+      usual: parts of a row at most, if all were as long as the arrays.
+      part_bytes: of all parts of a tile's rows of O.
     """
-    if 4 * rows * parts * head_dim_v > JOINED_BYTES:
-        return False
-    return rows <= JOINED_ROWS or (tiles >= num_sms and not batch_invariant)
+    return usual == 1 and part_bytes <= JOINED_BYTES

@@ -75,7 +75,7 @@ class Combine:
         mSinks: cute.Tensor | None,  # (1|B, N) float32
         sharing: Int32,  # warps of a row: 1, or all
     ):
-        lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+        warp = cute.arch.warp_idx()
         row = (cute.arch.block_idx()[0] * WARPS + warp) // sharing
         batches, q_length, heads = mO.shape[0], mO.shape[1], mO.shape[2]
         entry = row // heads
