@@ -247,6 +247,7 @@ PAGED = tuple(
     )
     for batch, seqlen_q, seqlen_k, q_heads, kv_heads in [
         (32, 1, 8192, 32, 8),
+        (128, 1, 2048, 64, 8),
         (4, 1, 65536, 16, 16),
         (4, 2048, 8192, 32, 8),
     ]
