@@ -198,6 +198,7 @@ def test_a_gathered_page_out_of_range_is_zeros() -> None:
 
 
 SPLIT_CASES = {
+    "1_decode": Call(1, (901, 0, 15), group=8, num_sms=16),
     "2_decode": Call(2, (901, 0, 15), group=8, num_sms=16),
     "16_decode": Call(16, (1101, 0, 15), 128, 128, group=8, num_sms=16),
 }

@@ -271,14 +271,14 @@ def decode(page_size: int, **how):
 def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_90a")
     sinks = jax.ShapeDtypeStruct((32,), jnp.float32)
-    for page_size, copies in ((2, "asynchronous copies"), (4, "TMA"), (512, "TMA")):
+    for page_size, copies in ((1, "asynchronous copies"), (2, "TMA"), (512, "TMA")):
         told = decode(page_size, sinks=sinks, logits_soft_cap=5.0)
         assert (told.forward, told.backward, told.splits) == ("cute", "refused", 32)
         assert told.page_copies == copies
         assert f"pages: loaded by {copies}" in str(told)
         assert "divided into 32 parts at most" in str(told)
     assert decode(16, seqlen_q=300).splits == 1
-    assert decode(2, seqlen_q=300).page_copies == "asynchronous copies"
+    assert decode(1, seqlen_q=300).page_copies == "asynchronous copies"
     assert decode(16, implementation="cute", batch_invariant=True).splits == 128
     packed = jax.ShapeDtypeStruct((40, 32, 128), jnp.bfloat16)
     ends = jax.ShapeDtypeStruct((17,), jnp.int32)
