@@ -30,7 +30,7 @@ def page_copies(key: KernelKey) -> str | None:
         return None
     by_tma = loads_pages_by_tma(key.page_size)
     if isinstance(key.config, FwdConfig):
-        if key.config.gathers_pages:
+        if key.gathers_pages:
             return "TMA, once gathered"
         by_tma |= shares_boxes(key.page_size, key.head_dim, key.head_dim_v)
     return "TMA" if by_tma else "asynchronous copies"

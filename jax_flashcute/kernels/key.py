@@ -83,6 +83,16 @@ class KernelKey:
         return isinstance(self.config, BwdConfigSm100) and self.config.passes != ()
 
     @property
+    def gathers_pages(self) -> bool:
+        """Whether keys and values in pages are gathered into arrays as the kernel goes."""
+        return isinstance(self.config, FwdConfig) and self.config.gathers_pages
+
+    @property
+    def joins_parts(self) -> bool:
+        """Whether the block that stores the last part of a row's keys adds them up."""
+        return isinstance(self.config, FwdConfig) and self.config.joins_parts
+
+    @property
     def tile(self) -> tuple[int, int]:
         """Query rows (of each head) and keys of a tile; for the backward, keys and query rows."""
         if isinstance(self.config, (BwdConfig, BwdConfigSm100)):

@@ -6,7 +6,7 @@ What needs the CuTe DSL is imported as it is built.
 from collections.abc import Callable
 from typing import Any
 
-from jax_flashcute.kernels.config.sm90 import BwdConfig, FwdConfig
+from jax_flashcute.kernels.config.sm90 import BwdConfig
 from jax_flashcute.kernels.config.sm100 import BwdConfigSm100
 from jax_flashcute.kernels.config.workspace import has_dq_sums, takes_turns
 from jax_flashcute.kernels.elements import in_fixed_point, measures
@@ -31,9 +31,9 @@ def forward_arrays(key: KernelKey):
             (cutlass.Float32, (1, 1, 1, 1, key.head_dim_v)),
             (cutlass.Float32, (1, 1, 1, 1)),
         ]
-        if isinstance(key.config, FwdConfig) and key.config.joins_parts:
+        if key.joins_parts:
             partials.append((cutlass.Int32, (1, 1)))
-    gathered = [qk, v, (cutlass.Int32, (1,))] if _gathers(key) else []
+    gathered = [qk, v, (cutlass.Int32, (1,))] if key.gathers_pages else []
     inputs = [qk, qk, v, *_optional_arrays(key), *_table_arrays(key)]
     inputs += [*_element_arrays(key), *_bound_arrays(key), *_list_arrays(key)]
     inputs += _packed_arrays(key)
@@ -61,11 +61,6 @@ def backward_arrays(key: KernelKey):
 def _carries(key: KernelKey) -> bool:
     """Whether blocks of the backward are in parts, which carry dK and dV on."""
     return isinstance(key.config, BwdConfig) and key.config.resident_bytes > 0
-
-
-def _gathers(key: KernelKey) -> bool:
-    """Whether pages of keys and values are gathered into arrays."""
-    return isinstance(key.config, FwdConfig) and key.config.gathers_pages
 
 
 def has_fixed_sums(key: KernelKey) -> bool:
@@ -158,7 +153,7 @@ def _taking_named(launcher: Callable[..., None], key: KernelKey, first: int):
     paged = len(_table_arrays(key))
     is_backward = key.direction == "bwd"
     sums = len(_gradient_arrays(key)) if is_backward else 0
-    carries, gathers = _carries(key), _gathers(key)
+    carries, gathers = _carries(key), key.gathers_pages
     groups = {
         "mElements": len(_element_arrays(key)),
         "mBounds": len(_bound_arrays(key)),

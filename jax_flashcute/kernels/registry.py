@@ -42,11 +42,7 @@ from jax_flashcute.kernels.config.sm100 import (
     few_rows_config_sm100,
     forward_config_sm100,
 )
-from jax_flashcute.kernels.config.splits import (
-    batch_invariant_splits,
-    joining_pays,
-    most_splits,
-)
+from jax_flashcute.kernels.config.splits import batch_invariant_splits, joining_pays, most_splits
 from jax_flashcute.kernels.config.workspace import workspace_shapes
 from jax_flashcute.kernels.elements import (
     FLOAT_BYTES,
@@ -471,7 +467,8 @@ def kernel_key(
         )
         may_split = may_split and not reasons_against_elements(alone, operands)
         splits = partial(num_splits, arch, batch_invariant=spec.batch_invariant)
-        if may_split and splits(interval, operands, num_sms) > 1:
+        parts = splits(interval, operands, num_sms) if may_split else 1
+        if parts > 1:
             config, split_kv = _few_rows_config(arch, *dims), True
             row_bounds = None
             functions = element_functions(alone, operands)
@@ -479,8 +476,8 @@ def kernel_key(
             if isinstance(config, FwdConfig):
                 alike = dataclasses.replace(operands, key_value_seq_lengths=None)
                 rows = query.shape[1] * (group if pack_gqa else 1)
-                parts = rows * splits(interval, operands, num_sms)
-                joins = joining_pays(splits(interval, alike, num_sms), 4 * parts * dims[1])
+                part_bytes = 4 * parts * rows * dims[1]
+                joins = joining_pays(splits(interval, alike, num_sms), part_bytes)
                 config = dataclasses.replace(config, joins_parts=joins)
         if is_paged(operands) and isinstance(config, FwdConfig):
             config = paged_config(config, key.shape[1], *dims)
@@ -626,9 +623,9 @@ def _forward_scratch(key: KernelKey, operands: Operands):
         B, T, N, _ = operands.query.shape
         rows = (splits_of(key, operands), B, T, N)
         shapes += [((*rows, key.head_dim_v), "float32"), (rows, "float32")]
-        if isinstance(key.config, FwdConfig) and key.config.joins_parts:
+        if key.joins_parts:
             shapes.append(((B, N // key.group if key.pack_gqa else N), "int32"))
-    if isinstance(key.config, FwdConfig) and key.config.gathers_pages:
+    if key.gathers_pages:
         *arrays, counts = gathered_shapes(key.config.tile_n, *_gathered_sizes(operands))
         shapes += [*((x, key.dtype) for x in arrays), (counts, "int32")]
     return shapes

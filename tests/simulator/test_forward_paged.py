@@ -153,6 +153,14 @@ def test_prefill(call: Call) -> None:
     assert not check(call).split_kv
 
 
+def in_any_order(
+    cases: dict[str, Call], always: tuple[str, str, str], slow: list[tuple[str, str]]
+) -> pytest.MarkDecorator:
+    """One case by name, ``timing`` and ``warps``; where slow tests run, all in each other order."""
+    slow_cases = [pytest.param(n, *how, marks=pytest.mark.slow) for n in cases for how in slow]
+    return pytest.mark.parametrize(("name", "timing", "warps"), [always, *slow_cases])
+
+
 GATHERED_CASES = {
     "2_72_40": Call(2, (0, 7, 157), 72, 40, seqlen_q=70, group=2),
     "1": Call(1, (130, 257), seqlen_q=140, group=4, kv_heads=2),
@@ -171,16 +179,10 @@ def gathers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("gathers")
-@pytest.mark.parametrize(
-    ("name", "timing", "warps"),
-    [
-        ("2_72_40", "early", "adversarial"),
-        *(
-            pytest.param(name, *how, marks=pytest.mark.slow)
-            for name in GATHERED_CASES
-            for how in (("shuffled", "seeded"), ("late", "adversarial"))
-        ),
-    ],
+@in_any_order(
+    GATHERED_CASES,
+    ("2_72_40", "early", "adversarial"),
+    [("shuffled", "seeded"), ("late", "adversarial")],
 )
 def test_pages_gathered_as_the_kernel_goes(name: str, timing: str, warps: str) -> None:
     key = check(GATHERED_CASES[name], timing=timing, warps=warps, seed=10)
@@ -198,7 +200,7 @@ def test_a_gathered_page_out_of_range_is_zeros() -> None:
 
 
 SPLIT_CASES = {
-    "1_decode": Call(1, (901, 0, 15), group=8, num_sms=16),
+    "1_groups_of_8": Call(1, (901, 0, 15), group=8, num_sms=16),
     "2_decode": Call(2, (901, 0, 15), group=8, num_sms=16),
     "16_decode": Call(16, (1101, 0, 15), 128, 128, group=8, num_sms=16),
 }
@@ -235,16 +237,10 @@ JOINED_CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "timing", "warps"),
-    [
-        ("16_256", "shuffled", "adversarial"),
-        *(
-            pytest.param(name, *how, marks=pytest.mark.slow)
-            for name in JOINED_CASES
-            for how in (("early", "seeded"), ("late", "adversarial"))
-        ),
-    ],
+@in_any_order(
+    JOINED_CASES,
+    ("16_256", "shuffled", "adversarial"),
+    [("early", "seeded"), ("late", "adversarial")],
 )
 def test_parts_that_the_last_block_adds_up(name: str, timing: str, warps: str) -> None:
     key = check(JOINED_CASES[name], timing=timing, warps=warps, seed=4)

@@ -28,6 +28,11 @@ def capped(score: Float32, scale: float, cap: float) -> Float32:
     return cap - (2 * cap) * cute.arch.rcp_approx(Float32(1.0) + grown)
 
 
+def sinks_among(functions: ElementFunctions | None, arrays: tuple) -> cute.Tensor | None:
+    """The array of sinks among those of ``functions``, if there is one."""
+    return None if functions is None else Elements(functions, arrays).sinks
+
+
 def sink_of(sinks: cute.Tensor, entry: Int32, head: Int32) -> Float32:
     """The sink of a query head in a (1|B, N) array."""
     return Float32(sinks[cutlass.min(entry, Int32(sinks.shape[0]) - 1), head])

@@ -17,19 +17,6 @@ from jax_flashcute.kernels.common.scheduler import TileOrder
 from jax_flashcute.kernels.common.traced import Traced
 from jax_flashcute.kernels.config.pages import UNIT_KEYS
 
-CLEARING_THREADS = 256
-
-
-@cute.kernel
-def clear_counts(counter: cute.Tensor, counts: cute.Tensor):
-    """``reset_counter``, and all ``counts``, of a ``Gathering`` or of parts, at 0."""
-    cute.arch.griddepcontrol_launch_dependents()
-    index = cute.arch.block_idx()[0] * CLEARING_THREADS + cute.arch.thread_idx()[0]
-    if index == 0:
-        counter[0] = Int32(0)
-    if index < cute.size(counts):
-        counts[index] = Int32(0)
-
 
 class Gathering(Traced):
     """The pages, the arrays that they are gathered into, and how far that is.

@@ -79,6 +79,20 @@ def reset_counter(counter: cute.Tensor):
         counter[0] = Int32(0)
 
 
+CLEARING_THREADS = 256
+
+
+@cute.kernel
+def clear_counts(counter: cute.Tensor, counts: cute.Tensor):
+    """``reset_counter``, and all ``counts`` at 0: of a ``Gathering``, or of stored parts."""
+    cute.arch.griddepcontrol_launch_dependents()
+    index = cute.arch.block_idx()[0] * CLEARING_THREADS + cute.arch.thread_idx()[0]
+    if index == 0:
+        counter[0] = Int32(0)
+    if index < cute.size(counts):
+        counts[index] = Int32(0)
+
+
 @cute.jit
 def draw_tile(mCounter: cute.Tensor, tiles: cutlass.Constexpr[int] = 1) -> Int32:
     """The next tile's index, or that of the first of so many, in lane 0 alone.

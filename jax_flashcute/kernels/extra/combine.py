@@ -9,7 +9,7 @@ from functools import partial
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
 from jax_flashcute.kernels.common.elements import sink_of
@@ -29,7 +29,8 @@ latency of memory."""
 
 
 class Combine:
-    """Compiles to one kernel; a warp, or four of them, serve one row of one query head."""
+    """A kernel in which a warp, or four of them, serve one row of one query head; or a step of the
+    forward's own, in which a warpgroup serves a tile's rows."""
 
     def __init__(self, dtype, head_dim_v: int, splits_of_entry: Callable[..., Int32]):
         """``splits_of_entry``: a function of (lengths, shape of ``mOPartial``), for a whole warp,
@@ -90,15 +91,20 @@ class Combine:
         cute.arch.griddepcontrol_wait()
         # A row of one part was written by the forward kernel itself.
         if splits > 1:
-            sink = None
-            if const_expr(mSinks is not None):
-                # A padded row's LSE stays -inf.
-                is_valid = token < lengths(batch)[1]
-                sink = select(is_valid, sink_of(mSinks, batch, head), Float32(-Float32.inf))
+            is_valid = token < lengths(batch)[1]
+            sink = self.sink_of_row(mSinks, batch, head, is_valid)
             warps = (warp % sharing, sharing)
             self.combine_row(
                 mOPartial, mLSEPartial, mO, mLSE, (batch, token, head), splits, sink, warps
             )
+
+    def sink_of_row(
+        self, mSinks: cute.Tensor | None, batch: Int32, head: Int32, is_valid: Boolean
+    ) -> Float32 | None:
+        """A row's sink, if there are any; none of a padded row, whose LSE stays -inf."""
+        if mSinks is None:
+            return None
+        return select(is_valid, sink_of(mSinks, batch, head), Float32(-Float32.inf))
 
     @cute.jit
     def combine_tile(
@@ -119,11 +125,7 @@ class Combine:
         for row in cutlass.range(rows.thread // 32, count, WARPS, unroll=1):
             token = row // rows.heads_packed
             head = rows.first_head + row - token * rows.heads_packed
-            sink = None
-            if const_expr(mSinks is not None):
-                # A padded row's LSE stays -inf.
-                sink = sink_of(mSinks, rows.batch, head)
-                sink = select(token < rows.queries, sink, Float32(-Float32.inf))
+            sink = self.sink_of_row(mSinks, rows.batch, head, token < rows.queries)
             place = (rows.batch, token, head)
             self.combine_row(mOPartial, mLSEPartial, mO, mLSE, place, splits, sink)
 

@@ -45,7 +45,7 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
 from jax_flashcute.bounds import RowBounds
-from jax_flashcute.kernels.common.elements import Elements
+from jax_flashcute.kernels.common.elements import sinks_among
 from jax_flashcute.kernels.common.intervals import IntervalMask, UnionMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.paging import follow_tiles, tiles_in_pages
@@ -252,12 +252,9 @@ class ForwardSm100(KeyTiles):
             use_pdl=True,
         )
         if const_expr(self.split_kv):
-            mSinks = None
-            if const_expr(self.has_sinks):
-                mSinks = Elements(self.functions, mElements).sinks
             Combine(self.dtype, self.head_dim_v, self.splits_of_entry).launch(
                 stream, (mQOffset, mQLengths, mKVLengths), kv_length, mOPartial, mLSEPartial, mO,
-                mLSE, mSinks,
+                mLSE, sinks_among(self.functions, mElements),
             )  # fmt: skip
 
     def shared_storage(self):

@@ -68,8 +68,8 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
 from jax_flashcute.bounds import RowBounds
-from jax_flashcute.kernels.common.elements import Elements
-from jax_flashcute.kernels.common.gathering import CLEARING_THREADS, Gathering, clear_counts
+from jax_flashcute.kernels.common.elements import Elements, sinks_among
+from jax_flashcute.kernels.common.gathering import Gathering
 from jax_flashcute.kernels.common.intervals import (
     IntervalMask,
     UnionMask,
@@ -89,8 +89,10 @@ from jax_flashcute.kernels.common.paging import (
 )
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import (
+    CLEARING_THREADS,
     PairDraw,
     TileOrder,
+    clear_counts,
     draw_tile,
     reset_counter,
     section_size,
@@ -238,6 +240,7 @@ class ForwardSm90(KeyTiles):
         self.stages_output = self.leads and not (split_kv or self.has_sinks)
         self.stages_output &= self.smem_h == self.smem_hv and 16 % self.heads_packed == 0
         self.output = SlabOutput(self.dtype, head_dim_v, self.heads_packed, config, self.smem_hv)
+        self.combine = Combine(self.dtype, head_dim_v, self.splits_of_entry)
 
     def added_terms(self, in_order: bool) -> AddedTerms | None:
         """What scores add, where that is done by a product; None for nothing."""
@@ -368,14 +371,10 @@ class ForwardSm90(KeyTiles):
             use_pdl=True,
         )
         if const_expr(self.split_kv and not self.config.joins_parts):
-            Combine(self.dtype, self.head_dim_v, self.splits_of_entry).launch(
+            self.combine.launch(
                 stream, (mQOffset, mQLengths, mKVLengths), kv_length, mOPartial, mLSEPartial, mO,
-                mLSE, self.sinks_of_rows(mElements),
+                mLSE, sinks_among(self.functions, mElements),
             )  # fmt: skip
-
-    def sinks_of_rows(self, mElements: tuple) -> cute.Tensor | None:
-        """The array of sinks, if there are any."""
-        return Elements(self.functions, mElements).sinks if self.has_sinks else None
 
     def shared_storage(self):
         cfg = self.config
@@ -1197,9 +1196,8 @@ class ForwardSm90(KeyTiles):
         count = mStored.iterator + cute.crd2idx((rows.batch, head), mStored.layout)
         slot = cute.make_tensor(slot.data_ptr(), cute.make_layout(1))
         if is_last_part(count, splits, slot, rows.thread, PART_BARRIER):
-            Combine(self.dtype, self.head_dim_v, self.splits_of_entry).combine_tile(
-                *(mOPartial, mLSEPartial, mO, mLSE, self.sinks_of_rows(mElements)), rows, splits
-            )
+            mSinks = sinks_among(self.functions, mElements)
+            self.combine.combine_tile(mOPartial, mLSEPartial, mO, mLSE, mSinks, rows, splits)
 
     def query_head(self, head: Int32, thread: Int32, r: int) -> Int32:
         """The query head of a thread's row."""

@@ -1,7 +1,7 @@
 """What leaves Hopper's forward: a slab's rows of O and their log-sum-exp.
 
 Stored by the threads that hold them; or through shared memory, from where TMA stores O; or as one
-part of several in float32, which another kernel adds up (extra/combine.py).
+part of several in float32, to be added up (extra/combine.py).
 """
 
 from typing import Any
