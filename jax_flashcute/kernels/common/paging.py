@@ -30,7 +30,6 @@ COPYING_WARPS = 2
 def tiles_in_pages(
     page_size: int | None,
     tile_n: int,
-    kv_stages: int,
     copying_warps: int = COPYING_WARPS,
     boxes_at_once: int = 4,
     cluster: int = 1,
@@ -51,13 +50,14 @@ def tiles_in_pages(
         return BoxedTiles(page_size, tile_n, boxes_at_once, columns_first)
     if shares_boxes:
         return SharedBoxes(page_size, tile_n, copying_warps)
-    return CopiedTiles(page_size, tile_n, copying_warps, kv_stages)
+    return CopiedTiles(page_size, tile_n, copying_warps)
 
 
 def begin_stage(pipeline: TmaPipeline, tiles, load, n: Int32, place, stage: Int32) -> None:
     """Starts the copies of key tile n, by what ``loader`` gave, into an empty stage."""
     if tiles.threads_copy:
         load(n, place, stage)
+        pipeline.commit_copies(stage)
     else:
         pipeline.expect(stage)
         load(n, place, stage, pipeline.full + stage)
@@ -120,39 +120,6 @@ def begin_values(
 
 
 @cute.jit
-def finish_stage(pipeline: TmaPipeline, tiles: cutlass.Constexpr, stage: Int32, before: Int32):
-    """Marks a stage full that was begun, where the barrier does not see the copies of threads.
-
-    Or the one that this warp began before it (negative: none), so that two are under way.
-    """
-    if const_expr(tiles.threads_copy):
-        if const_expr(tiles.copies_behind == 0):
-            settle(pipeline, stage, 0)
-        else:
-            if before >= 0:
-                settle(pipeline, before, tiles.copies_behind)
-
-
-def settle(pipeline: TmaPipeline, stage: Int32, behind: int) -> None:
-    """Marks a stage full that this warp has copied to, when ``behind`` later ones may be under way.
-
-    Threads' copies are not of the proxy through which products read.
-    """
-    cute.arch.cp_async_wait_group(behind)
-    cute.arch.fence_view_async_shared()
-    cute.arch.sync_warp()
-    pipeline.commit(stage)
-
-
-@cute.jit
-def settle_last(pipeline: TmaPipeline, tiles: cutlass.Constexpr, before: Int32):
-    """At the end of a tile of work: marks the stage full that this warp filled last, if any."""
-    if const_expr(tiles.threads_copy and tiles.copies_behind > 0):
-        if before >= 0:
-            settle(pipeline, before, 0)
-
-
-@cute.jit
 def follow_tiles(
     take: cutlass.Constexpr,
     loader: cutlass.Constexpr,
@@ -182,7 +149,7 @@ def follow_tiles(
         head, batch, keys = (fields[i] for i in (1, 2, 5))
         visits, nth = key_order(fields)
         locate, load = loader(head // heads_per_kv, batch, keys)
-        place, before = tiles.nowhere, Int32(-1)
+        place = tiles.nowhere
         if visits > 0:
             place = locate(nth(0))
         for i in cutlass.range(visits, unroll=1):
@@ -198,10 +165,8 @@ def follow_tiles(
                     *(True, False),
                     warp=warp,
                 )
-            finish_stage(pipeline, tiles, stage, before)
-            place, before = following, stage
+            place = following
             stage, phase = pipeline.advance(stage, phase)
-        settle_last(pipeline, tiles, before)
         fields = take(t_stage, t_phase)
 
 
@@ -501,10 +466,8 @@ class CopiedTiles(PartsOfTiles):
 
     threads_copy = True
 
-    def __init__(self, page_size: int, tile_n: int, warps: int, kv_stages: int):
+    def __init__(self, page_size: int, tile_n: int, warps: int):
         super().__init__(page_size, tile_n, warps, 1)
-        # Tiles on their way when a warp waits for the one before: of two stages one has to be full.
-        self.copies_behind = 1 if kv_stages > 2 else 0
         if tile_n % (4 * warps):
             raise ValueError(f"{tile_n} keys are not {warps} equal parts in fours")
 
@@ -522,7 +485,7 @@ class CopiedTiles(PartsOfTiles):
         keys: Int32,
         warp: Int32,
     ):
-        """A function (n, places, stage) that starts the copies of this warp's rows, in a group."""
+        """A function (n, places, stage) that starts the copies of this warp's rows."""
         _, pages, sX = copy
         return partial(self.copy, pages, sX, width, head, keys, warp)
 
@@ -576,7 +539,6 @@ class CopiedTiles(PartsOfTiles):
                 read = Uint32(cute.arch.vote_ballot_sync(is_key)) >> Uint32(own_row * lanes)
                 for i in cutlass.range(steps, unroll=1):
                     copy_step(i, (read >> Uint32(i)) & Uint32(1) == Uint32(1))
-        cute.arch.cp_async_commit_group()
 
     @cute.jit
     def copy_step(

@@ -21,9 +21,9 @@ class TmaPipeline(Traced):
     Barriers: ``full[stage]`` completes after one arrival and ``tx_bytes`` bytes;
     ``empty[stage]`` completes after one arrival of each consumer warp.
 
-    With ``copying_warps``, so many warps fill a stage, each a part, and ``full[stage]`` completes
-    after an arrival of each: by TMA, where ``tx_bytes`` are those of a part, or by their threads'
-    copies, where nothing is expected.
+    With ``copying_warps``, so many warps fill a stage, each a part: by TMA, where ``tx_bytes`` are
+    those of a part and ``full[stage]`` completes after an arrival of each, or with ``threads_copy``
+    by copies of their threads, each of which arrives once its own are done.
 
     With ``blocks``, of a cluster, each of them fills a part of a stage in all: an ``empty`` barrier
     completes after the arrivals of the consumers of all, and ``tx_bytes`` are what they bring
@@ -44,6 +44,7 @@ class TmaPipeline(Traced):
         copying_warps: int = 0,
         blocks: int = 1,
         also_filling: int = 0,
+        threads_copy: bool = False,
     ):
         """``barriers``: pointer to 2 * stages 64-bit words in shared memory, full ones first;
         ``also_filling``: warps that write to a stage beside those, each of which commits it."""
@@ -53,7 +54,8 @@ class TmaPipeline(Traced):
         self.stages = stages
         self.tx_bytes = tx_bytes
         self.consumer_warps = consumer_warps
-        self.filling = (copying_warps or 1) + also_filling
+        self.threads_copy = threads_copy
+        self.filling = (copying_warps or 1) * (32 if threads_copy else 1) + also_filling
         self.blocks = blocks
         self.releasing: dict[str, set[int]] = {}
 
@@ -77,9 +79,16 @@ class TmaPipeline(Traced):
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(self.full + stage)
 
+    def commit_copies(self, stage: Int32) -> None:
+        """Producer: the stage is full once all threads' copies up to here are done."""
+        cute.arch.cp_async_mbarrier_arrive_noinc(self.full + stage)
+
     def wait(self, stage: Int32, phase: Int32) -> None:
         """Consumer: waits until the stage is full."""
         cute.arch.mbarrier_wait(self.full + stage, phase)
+        if self.threads_copy:
+            # Copies of threads are not of the proxy through which products read.
+            cute.arch.fence_view_async_shared()
 
     def release(
         self, stage: Int32, warps: int, role: str = "consumer", lanes_read: bool = False

@@ -25,12 +25,11 @@ def shares_boxes(page_size: int, head_dim: int, head_dim_v: int) -> bool:
 
 
 def paged_config(config: FwdConfig, page_size: int, head_dim: int, head_dim_v: int) -> FwdConfig:
-    """A forward configuration for keys in pages: where warps share tiles they want a third stage.
+    """A forward configuration for keys in pages: where warps share boxes they want a third stage.
 
-    Threads that copy wait for one tile while the next is on its way, and boxes of two rows take
-    their time; where there is no room, there are two.
+    So many take their time; where there is no room, there are two stages.
     """
-    shares = not loads_pages_by_tma(page_size)
+    shares = shares_boxes(page_size, head_dim, head_dim_v)
     if config.warpgroups == 1 and shares and config.kv_stages < 3:
         deeper = dataclasses.replace(config, kv_stages=3)
         return config if deeper.reasons_invalid(head_dim, head_dim_v) else deeper

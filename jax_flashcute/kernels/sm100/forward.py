@@ -125,9 +125,7 @@ class ForwardSm100(KeyTiles):
         self.has_mask_mod = functions is not None and functions.mask_mod is not None
         self.has_sinks = functions is not None and functions.sinks
         self.page_size = page_size
-        self.kv_tiles = tiles_in_pages(
-            page_size, config.tile_n, config.kv_stages, COPYING_WARPS, boxes_at_once=2
-        )
+        self.kv_tiles = tiles_in_pages(page_size, config.tile_n, COPYING_WARPS, boxes_at_once=2)
         self.copying_warps = self.kv_tiles.copying_warps
         # One copies K and draws the tiles of work, another copies V.
         self.following_warps = self.copying_warps

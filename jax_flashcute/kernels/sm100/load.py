@@ -11,8 +11,6 @@ from cutlass import Int32, const_expr
 from jax_flashcute.kernels.common.paging import (
     begin_stage,
     begin_values,
-    finish_stage,
-    settle_last,
 )
 from jax_flashcute.kernels.common.scheduler import draw_tile
 from jax_flashcute.kernels.common.splits import split_range
@@ -102,7 +100,7 @@ class LoadWarp:
             visits, nth = self.kernel.key_order(fields, lists)
             # Where tiles lie comes from memory, and is asked for ahead of time.
             n, following = Int32(0), Int32(0)
-            tiles, before = self.kernel.kv_tiles, Int32(-1)
+            tiles = self.kernel.kv_tiles
             place = following_place = tiles.nowhere
             if visits > 0:
                 n = nth(0)
@@ -110,14 +108,11 @@ class LoadWarp:
                 following = nth(cutlass.min(Int32(1), visits - 1))
                 following_place = locate(following)
                 pipeline_k.acquire(k_stage, k_phase)
-                # Copies of threads are waited for once Q is on its way too.
                 begin_stage(pipeline_k, tiles, load_k, n, place, k_stage)
                 for w in cutlass.range_constexpr(cfg.query_tiles):
                     m = m_block * cfg.query_tiles + w
                     load_stage(pipeline_q, tma_q, tQgQ, m, tQsQ, Int32(w), q_phase)
                 q_phase ^= 1
-                finish_stage(pipeline_k, tiles, k_stage, before)
-                before = k_stage
                 k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
             for i in cutlass.range(visits, unroll=1):
                 ahead = nth(cutlass.min(i + 2, visits - 1))
@@ -125,8 +120,6 @@ class LoadWarp:
                 if i + 1 < visits:
                     pipeline_k.acquire(k_stage, k_phase)
                     begin_stage(pipeline_k, tiles, load_k, following, following_place, k_stage)
-                    finish_stage(pipeline_k, tiles, k_stage, before)
-                    before = k_stage
                     k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 # Another warp copies V, if threads do.
                 if const_expr(tiles.copying_warps == 0):
@@ -142,7 +135,6 @@ class LoadWarp:
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
                 n, place = following, following_place
                 following, following_place = ahead, ahead_place
-            settle_last(pipeline_k, tiles, before)
             tile = draw_tile(mCounter)
             tile = cute.arch.shuffle_sync(tile, 0)
 

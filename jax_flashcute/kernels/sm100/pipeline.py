@@ -29,14 +29,12 @@ class TensorPipeline(TmaPipeline):
         producer_warps: int = 1,
         copying_warps: int = 0,
     ):
-        """As ``TmaPipeline``; ``producer_warps``: arrivals that fill a stage, besides the bytes."""
-        super().__init__(name, barriers, stages, tx_bytes, consumer_warps, copying_warps)
-        self.producer_warps = copying_warps or producer_warps
-
-    def init(self) -> None:
-        for stage in range(self.stages):
-            cute.arch.mbarrier_init(self.full + stage, self.producer_warps)
-            cute.arch.mbarrier_init(self.empty + stage, self.consumer_warps)
+        """As ``TmaPipeline``; ``producer_warps``: arrivals that fill a stage, besides the bytes;
+        ``copying_warps``: those whose threads copy, in place of such."""
+        ring = (name, barriers, stages, tx_bytes, consumer_warps, copying_warps)
+        super().__init__(*ring, threads_copy=copying_warps > 0)
+        if not copying_warps:
+            self.filling = producer_warps
 
     def commit_products(self, stage) -> None:
         """Producer: the stage is full once the products issued so far are done; one warp."""
@@ -67,7 +65,7 @@ class PairPipeline(TensorPipeline):
 
     def init(self) -> None:
         is_first = 1 - cute.arch.block_idx_in_cluster()
-        fillers, emptiers = self.producer_warps, 2 * self.consumer_warps
+        fillers, emptiers = self.filling, 2 * self.consumer_warps
         if self.tx_bytes:
             fillers, emptiers = fillers + is_first, self.consumer_warps
         for stage in range(self.stages):

@@ -82,9 +82,7 @@ from jax_flashcute.kernels.common.packed import PackedMask
 from jax_flashcute.kernels.common.paging import (
     begin_stage,
     begin_values,
-    finish_stage,
     follow_tiles,
-    settle_last,
     tiles_in_pages,
 )
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
@@ -207,7 +205,7 @@ class ForwardSm90(KeyTiles):
         self.page_size = page_size
         self.kv_tiles = tiles_in_pages(
             None if config.gathers_pages else page_size,
-            *(config.tile_n, config.kv_stages),
+            config.tile_n,
             cluster=config.cluster,
             columns_first=True,
             shares_boxes=page_size is not None and shares_boxes(page_size, head_dim, head_dim_v),
@@ -484,6 +482,7 @@ class ForwardSm90(KeyTiles):
             self.copying_warps,
             cfg.cluster,
             also_filling=key_warps,
+            threads_copy=self.kv_tiles.threads_copy,
         )
         pipeline_v = TmaPipeline(
             "v",
@@ -493,6 +492,7 @@ class ForwardSm90(KeyTiles):
             self.consumer_warps,
             self.copying_warps,
             cfg.cluster,
+            threads_copy=self.kv_tiles.threads_copy,
         )
         # One of those that copy K draws the tiles of work.
         following_warps = max(2 * self.copying_warps - 1, 0) + key_warps + len(bias_pipelines)
@@ -745,8 +745,8 @@ class ForwardSm90(KeyTiles):
                 following_place = locate(following)
                 ready = await_tile(ready, following)
                 pipeline_k.acquire(k_stage, k_phase)
-                # Copies of threads are waited for once Q is on its way too.
                 begin_stage(pipeline_k, self.kv_tiles, load_k, n, place, k_stage)
+                k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
             # The consumers begin by giving the second tile back.
             held = q_stage if const_expr(self.stages_output) else 0
             pipeline_q.acquire(q_stage, q_phase ^ held)
@@ -759,11 +759,6 @@ class ForwardSm90(KeyTiles):
                     tma_bar_ptr=pipeline_q.full + q_stage,
                 )
             q_stage, q_phase = pipeline_q.advance(q_stage, q_phase)
-            before = Int32(-1)
-            if visits > 0:
-                finish_stage(pipeline_k, self.kv_tiles, k_stage, before)
-                before = k_stage
-                k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
             for i in cutlass.range(visits, unroll=1):
                 ahead = nth(cutlass.min(i + 2, visits - 1))
                 ahead_place = locate(ahead)
@@ -773,8 +768,6 @@ class ForwardSm90(KeyTiles):
                     begin_stage(
                         pipeline_k, self.kv_tiles, load_k, following, following_place, k_stage
                     )
-                    finish_stage(pipeline_k, self.kv_tiles, k_stage, before)
-                    before = k_stage
                     k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 else:
                     tile = self.draw(draws, draw_phase)
@@ -793,7 +786,6 @@ class ForwardSm90(KeyTiles):
                     v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
                 n, place = following, following_place
                 following, following_place = ahead, ahead_place
-            settle_last(pipeline_k, self.kv_tiles, before)
 
             if visits <= 0:
                 tile = self.draw(draws, draw_phase)
