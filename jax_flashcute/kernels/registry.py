@@ -466,18 +466,23 @@ def kernel_key(
             without_intervals(spec, operands) if union else by_element(spec, has_lists=has_lists)
         )
         may_split = may_split and not reasons_against_elements(alone, operands)
-        splits = partial(num_splits, arch, batch_invariant=spec.batch_invariant)
-        parts = splits(interval, operands, num_sms) if may_split else 1
-        if parts > 1:
-            config, split_kv = _few_rows_config(arch, *dims), True
-            row_bounds = None
-            functions = element_functions(alone, operands)
-            pack_gqa = packing_pays(query.shape[1], group, config)
-            if isinstance(config, FwdConfig):
-                alike = dataclasses.replace(operands, key_value_seq_lengths=None)
-                rows = query.shape[1] * (group if pack_gqa else 1)
-                part_bytes = 4 * parts * rows * dims[1]
-                joins = joining_pays(splits(interval, alike, num_sms), part_bytes)
+        few = _few_rows(arch, operands) if may_split else None
+        if few is not None:
+            rows, packs_few = few
+            splits = partial(num_splits, arch, batch_invariant=spec.batch_invariant)
+            parts = splits(interval, operands, num_sms)
+            alike = dataclasses.replace(operands, key_value_seq_lengths=None)
+            usual = splits(interval, alike, num_sms)
+            # Where each head of a group would load keys for itself, only for want of blocks.
+            is_alone = packs_few or group == 1
+            split_kv = parts > 1 and (is_alone or usual > 1)
+            if split_kv:
+                row_bounds = None
+                functions = element_functions(alone, operands)
+            if split_kv or (is_alone and row_bounds is None and arch not in BLACKWELL):
+                config, pack_gqa = _few_rows_config(arch, *dims, rows), packs_few
+            if split_kv and isinstance(config, FwdConfig):
+                joins = joining_pays(usual, 4 * parts * rows * dims[1])
                 config = dataclasses.replace(config, joins_parts=joins)
         if is_paged(operands) and isinstance(config, FwdConfig):
             config = paged_config(config, key.shape[1], *dims)
@@ -522,9 +527,26 @@ def kernel_key(
     )
 
 
-def _few_rows_config(arch: str, head_dim: int, head_dim_v: int) -> FwdConfig | FwdConfigSm100:
-    found = few_rows_config_sm100 if arch in BLACKWELL else few_rows_config
-    return found(head_dim, head_dim_v)
+def _few_rows_config(
+    arch: str, head_dim: int, head_dim_v: int, rows: int
+) -> FwdConfig | FwdConfigSm100:
+    if arch in BLACKWELL:
+        return few_rows_config_sm100(head_dim, head_dim_v)
+    return few_rows_config(head_dim, head_dim_v, rows)
+
+
+def _few_rows(arch: str, operands: Operands) -> tuple[int, bool] | None:
+    """Where all queries of a head, or of a group's heads, fit in one product: rows, and whether
+    these are a group's.  None where they do not, or a dimension is known at run time only."""
+    T, N, head_dim = operands.query.shape[1:]
+    sizes = (operands.query.shape[0], T, N, operands.kv_length, operands.key.shape[2])
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    group = N // operands.key.shape[2]
+    config = _few_rows_config(arch, head_dim, operands.value.shape[3], T)
+    pack_gqa = packing_pays(T, group, config)
+    rows = T * (group if pack_gqa else 1)
+    return (rows, pack_gqa) if rows <= config.slab_rows else None
 
 
 def num_splits(
@@ -540,15 +562,13 @@ def num_splits(
     With ``batch_invariant``, whatever the number of batch entries.  1 where the queries fill more
     than one row of tiles, or a dimension is known at run time only.
     """
-    query, key, value = _main(operands)
-    sizes = (*query.shape[:3], operands.kv_length, key.shape[2])
-    if not all(isinstance(size, int) for size in sizes):
+    few = _few_rows(arch, operands)
+    if few is None:
         return 1
-    B, T, N, S, K = sizes
-    config = _few_rows_config(arch, query.shape[3], value.shape[3])
-    pack_gqa = packing_pays(T, N // K, config)
-    if T > config.slab_rows // (N // K if pack_gqa else 1):
-        return 1
+    rows, pack_gqa = few
+    (B, T, N, head_dim), S = operands.query.shape, operands.kv_length
+    K, head_dim_v = operands.value.shape[2:]
+    config = _few_rows_config(arch, head_dim, head_dim_v, rows)
     left, right = window((interval,)) or (None, None)
     keys = S if left is None or right is None else min(S, left + right + T + config.tile_n)
     key_tiles = -(-max(keys, 1) // config.tile_n)

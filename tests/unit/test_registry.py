@@ -351,6 +351,7 @@ forward_configs = st.builds(
     kv_stages=st.integers(0, 5),
     consumer_registers=st.integers(1, 32).map(lambda x: 8 * x),
     producer_registers=st.sampled_from([24, 32, 40]),
+    query_rows=st.sampled_from([8, 16, 20, 32, 64]),
 )
 head_dims = st.sampled_from(HEAD_DIMS)
 
@@ -364,6 +365,8 @@ def test_what_makes_a_forward_configuration_invalid(
         "warpgroups": config.warpgroups not in (1, 2, 3),
         "tile_n": config.tile_n % 16 != 0 or not 16 <= config.tile_n <= 256,
         "kv_stages": config.kv_stages < 1,
+        "query_rows": config.query_rows == 20
+        or (config.query_rows < 64 and config.warpgroups != 1),
         "shared memory": shared_bytes(config, head_dim, head_dim_v) + 1024 > SMEM_BYTES,
         "registers:": 128 * config.producer_registers
         + 128 * config.warpgroups * config.consumer_registers
@@ -488,6 +491,32 @@ def test_few_rows_have_a_configuration(head_dim: int, head_dim_v: int) -> None:
     ):
         assert config.tile_m == config.slab_rows
         assert not config.reasons_invalid(head_dim, head_dim_v)
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "group", "rows"),
+    [(1, 1, 8), (1, 8, 8), (3, 3, 16), (16, 1, 16), (4, 7, 32), (5, 8, 64), (64, 1, 64)],
+)
+@pytest.mark.parametrize("present", [(), ("key_value_seq_lengths",)])
+@pytest.mark.parametrize("keys", [300, 8192])
+def test_few_queries_have_a_softmax_of_their_rows_alone(
+    seqlen_q: int, group: int, rows: int, keys: int, present: tuple[str, ...]
+) -> None:
+    """Whether keys are divided or not: with head_dim 64 and prefill's tiles that took 1.46 times as
+    long."""
+    operands = shapes(64, seqlen_q, keys, N=8 * group, K=8, present=present)
+    key = registry.kernel_key(SPEC, operands, "fwd", "sm_90a", 132)
+    assert key.pack_gqa == (group > 1)
+    assert (key.config.warpgroups, key.config.query_rows) == (1, rows)
+
+
+@pytest.mark.parametrize("present", [(), ("key_value_seq_lengths",)])
+def test_heads_that_cannot_share_a_small_tile_share_a_large_one(present: tuple[str, ...]) -> None:
+    """Each would load keys for itself; those of one sequence are better divided all the same."""
+    for batch, is_few in ((64, False), (1, True)):
+        operands = shapes(batch, 64, 8192, N=32, K=8, present=present)
+        key = registry.kernel_key(SPEC, operands, "fwd", "sm_90a", 132)
+        assert (key.config.tile_m == 64) == key.split_kv == is_few
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from jax_flashcute.kernels.config.memory import lacks_registers, lacks_smem, round_up
 
+FEW_ROWS = (8, 16, 32)
+"""Rows that one of a thread's two, one warp and two warps of a warpgroup hold."""
+
 
 @dataclass(frozen=True)
 class FwdConfig:
@@ -29,6 +32,8 @@ class FwdConfig:
         memory; 0: there is none, or it is read from where it is.
       joins_parts: with split-KV, the block that stores the last part of a row's keys adds them up;
         otherwise a second kernel does.
+      query_rows: of a slab, from its first one on, that may hold queries, of one warpgroup; of
+        other rows there are products, and no softmax.
     """
 
     warpgroups: int
@@ -43,6 +48,7 @@ class FwdConfig:
     gathers_pages: bool = False
     bias_itemsize: int = 0
     joins_parts: bool = False
+    query_rows: int = 64
 
     @property
     def tile_m(self) -> int:
@@ -76,6 +82,11 @@ class FwdConfig:
             reasons.append(f"kv_stages must be at least 1, got {self.kv_stages}")
         if self.cluster not in (1, 2):
             reasons.append(f"cluster must be 1 or 2, got {self.cluster}")
+        if self.query_rows not in ((*FEW_ROWS, 64) if self.warpgroups == 1 else (64,)):
+            reasons.append(
+                f"query_rows must be 64, or of one warpgroup one of {FEW_ROWS}, "
+                f"got {self.query_rows}"
+            )
         reasons += lacks_smem(self.smem_bytes(head_dim, head_dim_v) + 1024)
         registers = 128 * (self.warpgroups * self.consumer_registers + self.producer_registers)
         reasons += lacks_registers(registers)
@@ -137,15 +148,21 @@ FEW_ROWS_BYTES = 144 * 1024
 an H200 reads faster with 128 KB than with 192; docs/lab-notebook.md."""
 
 
-def few_rows_config(head_dim: int, head_dim_v: int) -> FwdConfig:
+def few_rows_config(head_dim: int, head_dim_v: int, rows: int = 64) -> FwdConfig:
     """The forward configuration where a tile of 64 rows holds all queries, split-KV's.
 
-    One warpgroup, and keys on their way to shared memory: such calls wait for memory.
+    One warpgroup, and keys on their way to shared memory: such calls wait for memory, as long as
+    the softmax of a tile, for which nothing else is computed meanwhile, takes less.
+
+    Args:
+      head_dim, head_dim_v: of query and key, of value.
+      rows: that queries fill.
     """
     tile_n = forward_config(head_dim, head_dim_v).tile_n
     stage_bytes = 2 * tile_n * (round_up(head_dim, 16) + round_up(head_dim_v, 16))
     stages = min(6, max(2, FEW_ROWS_BYTES // stage_bytes))
-    return FwdConfig(1, tile_n, stages, takes_turns=False)
+    query_rows = next((few for few in FEW_ROWS if rows <= few), 64)
+    return FwdConfig(1, tile_n, stages, takes_turns=False, query_rows=query_rows)
 
 
 def busy_producer(config: FwdConfig) -> FwdConfig:

@@ -138,7 +138,7 @@ from jax_flashcute.kernels.sm90.fragments import (
     rows_and_columns,
     tiled_mma,
 )
-from jax_flashcute.kernels.sm90.output import SlabOutput, SlabRows
+from jax_flashcute.kernels.sm90.output import WARPS, SlabOutput, SlabRows
 from jax_flashcute.kernels.sm90.staged_bias import BiasTile, StagedBias
 
 TURN_BARRIER = 1
@@ -216,6 +216,10 @@ class ForwardSm90(KeyTiles):
         in_order = not (split_kv or has_lists or self.union)
         self.added = self.added_terms(in_order)
         self.has_key_terms = self.added is not None and self.added.is_staged
+        # What products add they add to all rows.
+        query_rows = config.query_rows if self.added is None else 64
+        self.rows_per_thread = 1 if query_rows <= 8 else ROWS_PER_THREAD
+        self.query_warps = -(-query_rows // 16)
         if self.has_key_terms:
             self.config = config = busy_producer(config)
         self.changes_scores = functions is not None and functions.changes_scores
@@ -940,17 +944,18 @@ class ForwardSm90(KeyTiles):
         acc_O = cute.make_rmem_tensor(mma_pv.partition_shape_C((64, self.smem_hv)), Float32)
         rP = cute.make_rmem_tensor(cute.make_layout(cute.size(acc_S)), self.dtype)
         tOrP = as_operand_a(rP)
-        scores, out = rows_and_columns(acc_S), rows_and_columns(acc_O)
+        scores = rows_and_columns(acc_S, self.rows_per_thread)
+        out = rows_and_columns(acc_O, self.rows_per_thread)
         # All scores of a tile may be -inf.
         may_hide = const_expr(self.by_element or self.packed_mask is not None)
         # Scores that are changed one by one are scaled there.
         scale = 1.0 if self.changes_scores else self.scale
         softmax = OnlineSoftmax(
-            *(ROWS_PER_THREAD, scale, cfg.rescale_threshold),
+            *(self.rows_per_thread, scale, cfg.rescale_threshold),
             any_scores=self.changes_scores or self.added is not None,
         )
-        row_scale = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
-        lse = cute.make_rmem_tensor(ROWS_PER_THREAD, Float32)
+        row_scale = cute.make_rmem_tensor(self.rows_per_thread, Float32)
+        lse = cute.make_rmem_tensor(self.rows_per_thread, Float32)
 
         who = (slab, thread)
         bias_tile = None
@@ -1044,7 +1049,7 @@ class ForwardSm90(KeyTiles):
                 b_phase = b_phase ^ 1
                 hide_bits(n, bits)
                 mask_tile(n)
-                softmax.step(scores, row_scale, True, True, shifts)
+                self.softmax_step(softmax, scores, row_scale, thread, True, True, shifts)
                 convert_pairs(acc_S, rP)
                 if const_expr(self.stages_output):
                     self.output.release_sent(pipeline_q, q_stage ^ 1, warps)
@@ -1087,9 +1092,9 @@ class ForwardSm90(KeyTiles):
                         hide_bits(n, bits)
                         if const_expr(is_masked):
                             mask_tile(n)
-                        needs_rescale = softmax.step(
-                            *(scores, row_scale, False, is_masked or may_be_empty),
-                            shifts,
+                        needs_rescale = self.softmax_step(
+                            *(softmax, scores, row_scale, thread),
+                            *(False, is_masked or may_be_empty, shifts),
                         )
                         warpgroup.wait_group(0)
                         pipeline_v.release(v_stage, warps)
@@ -1198,7 +1203,7 @@ class ForwardSm90(KeyTiles):
     def sinks(self, mElements: tuple, batch: Int32, head: Int32, thread: Int32) -> list[Float32]:
         """The sink of each of a thread's rows."""
         elements = Elements(self.functions, mElements)
-        heads = [self.query_head(head, thread, r) for r in range(ROWS_PER_THREAD)]
+        heads = [self.query_head(head, thread, r) for r in range(self.rows_per_thread)]
         return [elements.sink(batch, head) for head in heads]
 
     def elements_of(self, mElements: tuple, thread: Int32, place, only_hides: bool):
@@ -1211,7 +1216,7 @@ class ForwardSm90(KeyTiles):
                 self.query_head(head, thread, r),
                 first_token + row_in_slab(thread, r) // self.heads_packed,
             )
-            for r in range(ROWS_PER_THREAD)
+            for r in range(self.rows_per_thread)
         ]
         return of_entry, queries
 
@@ -1242,7 +1247,7 @@ class ForwardSm90(KeyTiles):
             first = n * self.config.tile_n + first_column(thread)
             column = elements.along_keys(queries, first, may_be_beyond, ADJACENT_COLUMNS)
             for c in range(cute.size(scores, mode=[1])):
-                bias = [None] * ROWS_PER_THREAD if biases is None else next(biases)
+                bias = [None] * self.rows_per_thread if biases is None else next(biases)
                 for r, known in enumerate(column(column_step(c))):
                     scores[r, c] = elements.element(
                         *(known, scores[r, c], scale), is_full=is_full, bias=bias[r]
@@ -1289,7 +1294,7 @@ class ForwardSm90(KeyTiles):
 
         def hide(n: Int32, words: list) -> None:
             first = None if is_aligned else n * tile_n % 32
-            for r in range(ROWS_PER_THREAD):
+            for r in range(self.rows_per_thread):
                 hide_outside(scores, r, own_bits(words[r], first, thread, tile_n))
 
         return read, hide
@@ -1308,7 +1313,7 @@ class ForwardSm90(KeyTiles):
         last = Int32(q_length) - 1
         return [
             cutlass.min(first_token + row_in_slab(thread, r) // self.heads_packed, last)
-            for r in range(ROWS_PER_THREAD)
+            for r in range(self.rows_per_thread)
         ]
 
     def listed_limits(self, mBounds: tuple, batch: Int32, tokens: list[Int32]):
@@ -1330,7 +1335,7 @@ class ForwardSm90(KeyTiles):
         def compare(n: Int32):
             # Read here and not once: scattered segments are rare, registers are too.
             ids = [q_ids[batch, token] for token in tokens]
-            window = [(None, None)] * ROWS_PER_THREAD
+            window = [(None, None)] * self.rows_per_thread
             if positions:
                 q_positions, kv_positions = positions
                 window = [self.mask.limits(q_positions[batch, token] + offset) for token in tokens]
@@ -1363,7 +1368,7 @@ class ForwardSm90(KeyTiles):
         tile_n = self.config.tile_n
         if const_expr(compare is not None):
             compared = compared_words(compare[0], compare[1](n), thread, tile_n)
-        for r in cutlass.range_constexpr(ROWS_PER_THREAD):
+        for r in cutlass.range_constexpr(self.rows_per_thread):
             words = interval_words(row_limits(r), n * tile_n, thread, tile_n)
             if const_expr(compare is not None):
                 words = [w & c for w, c in zip(words, compared[r], strict=True)]
@@ -1376,15 +1381,35 @@ class ForwardSm90(KeyTiles):
             apply(n)
 
     @cute.jit
+    def softmax_step(
+        self,
+        softmax: OnlineSoftmax,
+        scores: cute.Tensor,
+        row_scale: cute.Tensor,
+        thread: Int32,
+        is_first: cutlass.Constexpr[bool],
+        may_be_empty: cutlass.Constexpr[bool],
+        shifts: list | None,
+    ):
+        """``softmax.step`` of warps that hold queries; others have nothing to rescale."""
+        needs_rescale = Int32(0)
+        if const_expr(self.query_warps == WARPS):
+            needs_rescale = softmax.step(scores, row_scale, is_first, may_be_empty, shifts)
+        else:
+            if thread < 32 * self.query_warps:
+                needs_rescale = softmax.step(scores, row_scale, is_first, may_be_empty, shifts)
+        return needs_rescale
+
+    @cute.jit
     def rescale(self, out: cute.Tensor, row_scale: cute.Tensor, needs_rescale: Int32):
         """Multiplies the accumulated O by its rows' factors, where a lane of the warp needs it."""
         if const_expr(self.config.rescale_threshold > 0):
             if cute.arch.vote_any_sync(needs_rescale != 0):
-                for r in cutlass.range_constexpr(ROWS_PER_THREAD):
+                for r in cutlass.range_constexpr(self.rows_per_thread):
                     for c in cutlass.range_constexpr(cute.size(out, mode=[1])):
                         out[r, c] = out[r, c] * row_scale[r]
         else:
-            for r in cutlass.range_constexpr(ROWS_PER_THREAD):
+            for r in cutlass.range_constexpr(self.rows_per_thread):
                 for c in cutlass.range_constexpr(cute.size(out, mode=[1])):
                     out[r, c] = out[r, c] * row_scale[r]
 

@@ -65,10 +65,14 @@ def gemm(
         warpgroup.commit_group()
 
 
-def rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
-    """View of a 64 x N accumulator as (2, N / 4): this thread's rows, this thread's columns."""
+def rows_and_columns(acc: cute.Tensor, rows: int = ROWS_PER_THREAD) -> cute.Tensor:
+    """View of a 64 x N accumulator as (2, N / 4): this thread's rows, this thread's columns.
+
+    ``rows``: 1 for the first of the two alone.
+    """
     eighths = cute.size(acc) // 4
-    return cute.make_tensor(acc.iterator, cute.make_layout((2, (2, eighths)), stride=(2, (1, 4))))
+    layout = cute.make_layout((rows, (2, eighths)), stride=(2, (1, 4)))
+    return cute.make_tensor(acc.iterator, layout)
 
 
 def as_operand_a(fragment: cute.Tensor) -> cute.Tensor:

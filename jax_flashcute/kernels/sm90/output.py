@@ -91,7 +91,7 @@ class SlabOutput:
         rows: SlabRows,
     ):
         """Stores a slab's rows of O and LSE."""
-        for r in cutlass.range_constexpr(ROWS_PER_THREAD):
+        for r in cutlass.range_constexpr(cute.size(out, mode=[0])):
             token = rows.token(r)
             is_valid = token < rows.queries
             words = rounded_row(out, r, row_scale[r], self.dtype)
@@ -120,7 +120,7 @@ class SlabOutput:
 
         O of a row whose LSE is -inf is never read, so what a padded row holds there is no matter.
         """
-        for r in cutlass.range_constexpr(ROWS_PER_THREAD):
+        for r in cutlass.range_constexpr(cute.size(out, mode=[0])):
             token = rows.token(r)
             in_slab = row_in_slab(rows.thread, r) < self.slab_rows
             if in_slab and token < rows.q_length:
