@@ -323,12 +323,13 @@ def test_packed_against_unpacked(group: int, monkeypatch: pytest.MonkeyPatch) ->
 def test_new_shapes_compile_nothing(group: int) -> None:
     """After the first; where heads may share tiles, after one call that does and one that does not.
 
-    Packing is what a plan takes from a length.
+    Packing is what a plan takes from a length, and whether there are few queries.
     """
     rng = np.random.default_rng(group)
     case = Case(causal=True, lengths=True, head_dim=128, head_dim_v=128, group=group)
     shapes = [(2, 40, 200), (2, 1280, 200)][-group:]
-    shapes += [(int(rng.integers(1, 5)), *map(int, rng.integers(1, 1500, 2))) for _ in range(50)]
+    lengths = zip(*(rng.integers(least, 1500, 50) for least in (65, 1)), strict=True)
+    shapes += [(int(rng.integers(1, 5)), int(T), int(S)) for T, S in lengths]
     assert len(set(shapes)) == len(shapes)
     counts, packed = [], set()
     for B, T, S in shapes:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from jax_flashcute.kernels.config.memory import lacks_registers, lacks_smem, round_up
 
-FEW_ROWS = (8, 16, 32)
-"""Rows that one of a thread's two, one warp and two warps of a warpgroup hold."""
+FEW_ROWS = 8
+"""Rows of a product that one warp holds, a thread one of its two."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class FwdConfig:
         memory; 0: there is none, or it is read from where it is.
       joins_parts: with split-KV, the block that stores the last part of a row's keys adds them up;
         otherwise a second kernel does.
-      query_rows: of a slab, from its first one on, that may hold queries, of one warpgroup; of
-        other rows there are products, and no softmax.
+      query_rows: of a slab, from its first one on, that may hold queries: all 64 or, of one
+        warpgroup, ``FEW_ROWS``; of other rows there are products, and no softmax.
     """
 
     warpgroups: int
@@ -82,10 +82,9 @@ class FwdConfig:
             reasons.append(f"kv_stages must be at least 1, got {self.kv_stages}")
         if self.cluster not in (1, 2):
             reasons.append(f"cluster must be 1 or 2, got {self.cluster}")
-        if self.query_rows not in ((*FEW_ROWS, 64) if self.warpgroups == 1 else (64,)):
+        if self.query_rows not in ((FEW_ROWS, 64) if self.warpgroups == 1 else (64,)):
             reasons.append(
-                f"query_rows must be 64, or of one warpgroup one of {FEW_ROWS}, "
-                f"got {self.query_rows}"
+                f"query_rows must be 64, or {FEW_ROWS} with one warpgroup, got {self.query_rows}"
             )
         reasons += lacks_smem(self.smem_bytes(head_dim, head_dim_v) + 1024)
         registers = 128 * (self.warpgroups * self.consumer_registers + self.producer_registers)
@@ -161,7 +160,7 @@ def few_rows_config(head_dim: int, head_dim_v: int, rows: int = 64) -> FwdConfig
     tile_n = forward_config(head_dim, head_dim_v).tile_n
     stage_bytes = 2 * tile_n * (round_up(head_dim, 16) + round_up(head_dim_v, 16))
     stages = min(6, max(2, FEW_ROWS_BYTES // stage_bytes))
-    query_rows = next((few for few in FEW_ROWS if rows <= few), 64)
+    query_rows = FEW_ROWS if rows <= FEW_ROWS else 64
     return FwdConfig(1, tile_n, stages, takes_turns=False, query_rows=query_rows)
 
 

@@ -111,7 +111,7 @@ from jax_flashcute.kernels.common.tiles import (
 from jax_flashcute.kernels.common.visits import KeyTiles, work_fields
 from jax_flashcute.kernels.config.memory import round_up
 from jax_flashcute.kernels.config.pages import shares_boxes
-from jax_flashcute.kernels.config.sm90 import FwdConfig, busy_producer
+from jax_flashcute.kernels.config.sm90 import FEW_ROWS, FwdConfig, busy_producer
 from jax_flashcute.kernels.elements import ElementFunctions
 from jax_flashcute.kernels.extra.combine import Combine
 from jax_flashcute.kernels.sm90.added_terms import (
@@ -138,7 +138,7 @@ from jax_flashcute.kernels.sm90.fragments import (
     rows_and_columns,
     tiled_mma,
 )
-from jax_flashcute.kernels.sm90.output import WARPS, SlabOutput, SlabRows
+from jax_flashcute.kernels.sm90.output import SlabOutput, SlabRows
 from jax_flashcute.kernels.sm90.staged_bias import BiasTile, StagedBias
 
 TURN_BARRIER = 1
@@ -217,9 +217,8 @@ class ForwardSm90(KeyTiles):
         self.added = self.added_terms(in_order)
         self.has_key_terms = self.added is not None and self.added.is_staged
         # What products add they add to all rows.
-        query_rows = config.query_rows if self.added is None else 64
-        self.rows_per_thread = 1 if query_rows <= 8 else ROWS_PER_THREAD
-        self.query_warps = -(-query_rows // 16)
+        self.has_few_rows = config.query_rows <= FEW_ROWS and self.added is None
+        self.rows_per_thread = 1 if self.has_few_rows else ROWS_PER_THREAD
         if self.has_key_terms:
             self.config = config = busy_producer(config)
         self.changes_scores = functions is not None and functions.changes_scores
@@ -1393,10 +1392,10 @@ class ForwardSm90(KeyTiles):
     ):
         """``softmax.step`` of warps that hold queries; others have nothing to rescale."""
         needs_rescale = Int32(0)
-        if const_expr(self.query_warps == WARPS):
+        if const_expr(not self.has_few_rows):
             needs_rescale = softmax.step(scores, row_scale, is_first, may_be_empty, shifts)
         else:
-            if thread < 32 * self.query_warps:
+            if thread < 32:
                 needs_rescale = softmax.step(scores, row_scale, is_first, may_be_empty, shifts)
         return needs_rescale
 
