@@ -23,6 +23,7 @@ from jax_flashcute.kernels.config.pages import (
     paged_config,
 )
 from jax_flashcute.kernels.config.sm90 import (
+    LEAST_FEW_ROWS_TILES,
     BwdConfig,
     FwdConfig,
     backward_config,
@@ -473,14 +474,17 @@ def kernel_key(
             parts = splits(interval, operands, num_sms)
             alike = dataclasses.replace(operands, key_value_seq_lengths=None)
             usual = splits(interval, alike, num_sms)
-            # Where each head of a group would load keys for itself, only for want of blocks.
+            # Heads of a group that share no tile would each load keys: only for want of blocks.
             is_alone = packs_few or group == 1
             split_kv = parts > 1 and (is_alone or usual > 1)
+            few_config = _few_rows_config(arch, *dims, rows)
+            is_long = operands.kv_length >= LEAST_FEW_ROWS_TILES * few_config.tile_n
+            is_served = is_alone and is_long and isinstance(few_config, FwdConfig)
+            if split_kv or (is_served and row_bounds is None):
+                config, pack_gqa = few_config, packs_few
             if split_kv:
                 row_bounds = None
                 functions = element_functions(alone, operands)
-            if split_kv or (is_alone and row_bounds is None and arch not in BLACKWELL):
-                config, pack_gqa = _few_rows_config(arch, *dims, rows), packs_few
             if split_kv and isinstance(config, FwdConfig):
                 joins = joining_pays(usual, 4 * parts * rows * dims[1])
                 config = dataclasses.replace(config, joins_parts=joins)

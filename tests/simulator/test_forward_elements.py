@@ -112,7 +112,15 @@ CASES = {
     "sinks": sized(128, sinks=True, group=3, **EVERYTHING),
     "sinks_packed": sized(64, sinks=True, group=7, seqlen_q=3, lengths=True, batch=3),
     "eight_rows": sized(
-        *(72, 40), **EVERYTHING, group=4, seqlen_q=2, soft_cap=2.0, bias="ns", mask="bt", sinks=True
+        *(72, 40),
+        **EVERYTHING,
+        group=4,
+        seqlen_q=2,
+        seqlen_k=600,
+        soft_cap=2.0,
+        bias="ns",
+        mask="bt",
+        sinks=True,
     ),
     "everything": sized(
         *(72, 40), **EVERYTHING, window=(90, 3), soft_cap=2.0, bias="ns", mask="bt", sinks=True
@@ -128,7 +136,7 @@ def test_operand(case: Case):
 PAIRS = {"seqlen_q": 250, "seqlen_k": 456}
 STAGED = {
     "64": (sized(64, bias="bnts", group=3, **EVERYTHING), "float32"),
-    "64_six_rows": (sized(64, bias="nts", lengths=True, seqlen_q=6, seqlen_k=304), "bfloat16"),
+    "64_six_rows": (sized(64, bias="nts", lengths=True, seqlen_q=6, seqlen_k=608), "bfloat16"),
     "64_union": (sized(64, bias="ts", mask_mod=FIRST_KEYS, seqlen_k=504), "float16"),
     "128_pairs": (sized(128, bias="nts", group=2, causal=True, **PAIRS), "float32"),
     "128_pairs_that_share": (sized(128, bias="bts", group=4, batch=2, **PAIRS), "bfloat16"),
@@ -278,7 +286,7 @@ def all_that_is_added(case: Case):
 ADDED_CASES = {
     "64": sized(64, group=3, bias="bs", seqlen_k=420, **EVERYTHING),
     "packed": sized(64, group=7, seqlen_q=9, seqlen_k=300, bias="bs", lengths=True, batch=3),
-    "six_rows": sized(64, group=2, seqlen_q=3, bias="bs", lengths=True, batch=3),
+    "six_rows": sized(64, group=2, seqlen_q=3, seqlen_k=600, bias="bs", lengths=True, batch=3),
     "128": sized(128, group=2, bias="nt", seqlen_q=300, seqlen_k=500, causal=True),
 }
 SLOW_ADDED_CASES = {"256": sized(256, bias="ns", seqlen_k=200, mask="ts")}

@@ -68,7 +68,7 @@ CASES = {
     "64_first_keys": sized(64, mask_mod=FIRST_KEYS, seqlen_k=500, **EVERYTHING | {"causal": False}),
     "128_everything": sized(128, **EVERYTHING),
     "64_decode": sized(64, group=8, seqlen_q=1, seqlen_k=200, lengths=True, batch=2),
-    "128_eight_rows": sized(128, group=4, seqlen_q=2, **EVERYTHING),
+    "128_eight_rows": sized(128, group=4, seqlen_q=2, seqlen_k=600, **EVERYTHING),
     "72_40_window": sized(72, 40, window=(40, 10), offset=True),
     "64_chunked": sized(64, mask_mod=masks.chunked(80), causal=True, offset=True, batch=2),
 }

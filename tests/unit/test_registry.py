@@ -486,7 +486,8 @@ def test_a_mask_that_no_kernel_evaluates_is_not_split(is_sorted: bool) -> None:
 @pytest.mark.parametrize("head_dim_v", [8, 64, 128, 192, 256])
 def test_few_rows_have_a_configuration(head_dim: int, head_dim_v: int) -> None:
     for config in (
-        few_rows_config(head_dim, head_dim_v),
+        few_rows_config(head_dim, head_dim_v, 8),
+        few_rows_config(head_dim, head_dim_v, 64),
         few_rows_config_sm100(head_dim, head_dim_v),
     ):
         assert config.tile_m == config.slab_rows
@@ -498,7 +499,7 @@ def test_few_rows_have_a_configuration(head_dim: int, head_dim_v: int) -> None:
     [(1, 1, 8), (1, 8, 8), (3, 3, 64), (9, 1, 64), (5, 8, 64), (64, 1, 64)],
 )
 @pytest.mark.parametrize("present", [(), ("key_value_seq_lengths",)])
-@pytest.mark.parametrize("keys", [300, 8192])
+@pytest.mark.parametrize("keys", [512, 8192])
 def test_few_queries_have_a_softmax_of_their_rows_alone(
     seqlen_q: int, group: int, rows: int, keys: int, present: tuple[str, ...]
 ) -> None:
@@ -508,6 +509,12 @@ def test_few_queries_have_a_softmax_of_their_rows_alone(
     key = registry.kernel_key(SPEC, operands, "fwd", "sm_90a", 132)
     assert key.pack_gqa == (group > 1)
     assert (key.config.warpgroups, key.config.query_rows) == (1, rows)
+
+
+@pytest.mark.parametrize("keys", [1, 511])
+def test_few_queries_of_few_keys_have_the_configuration_of_many(keys: int) -> None:
+    key = registry.kernel_key(SPEC, shapes(64, 1, keys), "fwd", "sm_90a", 132)
+    assert key.config.warpgroups > 1
 
 
 @pytest.mark.parametrize("present", [(), ("key_value_seq_lengths",)])

@@ -147,8 +147,13 @@ FEW_ROWS_BYTES = 144 * 1024
 an H200 reads faster with 128 KB than with 192; docs/lab-notebook.md."""
 
 
-def few_rows_config(head_dim: int, head_dim_v: int, rows: int = 64) -> FwdConfig:
-    """The forward configuration where a tile of 64 rows holds all queries, split-KV's.
+LEAST_FEW_ROWS_TILES = 4
+"""Key tiles from which few rows have a configuration of their own though keys are not divided:
+with fewer it was not measured, and a tile of work's queries would be waited for."""
+
+
+def few_rows_config(head_dim: int, head_dim_v: int, rows: int) -> FwdConfig:
+    """The forward configuration where a tile of 64 rows holds all queries.
 
     One warpgroup, and keys on their way to shared memory: such calls wait for memory, as long as
     the softmax of a tile, for which nothing else is computed meanwhile, takes less.
