@@ -521,10 +521,8 @@ def _cp_async(asm, st):
         warps = g.lanes if m is None else g.lanes[m]
         for warp in np.unique(warps).tolist():
             mine = warps == warp
-            token = block.ordering.begin(warp) if block.ordering else None
+            token = block.ordering.begin_generic(warp) if block.ordering else None
             if token:
-                # Not the asynchronous proxy: cp.async needs no proxy fence.
-                token = (token[0], token[1], token[3], token[3])
                 cells = block.cells(to[mine], size).reshape(-1)
                 block.ordering.async_write(token, cells, st, g.pc, "the cp.async")
             copy = _cp_async_copy(

@@ -1,11 +1,12 @@
 """Happens-before on shared memory, across warps and across the generic and asynchronous proxies.
 
 Every actor has a clock: each warp; each warp's wgmmas (or tcgen05 products and copies), which
-finish in order; each warp's loads and stores of tensor memory; and a pool of slots, one for each
-bulk copy in flight.  A warp keeps two vector clocks: what happened before it, and the
-part of that which a proxy fence has made visible to the asynchronous proxy.  Barriers carry both
-from those who arrive to those who wait.  Shadow memory, a cell for every four bytes, holds the last
-writer and every actor's last read.  An access that is not ordered after the last conflicting one is
+finish in order; each warp's loads and stores of tensor memory; and two pools of slots, one for each
+bulk copy in flight and one for each ``cp.async``, which is of the generic proxy.  A warp keeps two
+vector clocks: what happened before it, and the part of that which a proxy fence has made visible to
+the asynchronous proxy.  Barriers carry both from those who arrive to those who wait.  Shadow
+memory, a cell for every four bytes, holds the last writer and every actor's last read.  An access
+that is not ordered after the last conflicting one is
 a race; one that is ordered, but generic-to-asynchronous without a proxy fence, is a missing fence.
 
 Within a warp, ``bar.warp.sync`` (or a barrier, or an mbarrier wait) starts a new epoch.  A thread
@@ -22,6 +23,7 @@ import numpy as np
 
 CELL = 4
 NUM_SLOTS = 24
+"""Of each pool."""
 ALWAYS = np.iinfo(np.int32).max
 """A clock that every operation of an actor lies before."""
 ALL_LANES = 0xFFFFFFFF
@@ -42,7 +44,9 @@ class Ordering:
     def __init__(self, num_warps: int, cells: int, log, *, tensor_memory: bool = False):
         self.num_warps = num_warps
         self.first_slot = (3 if tensor_memory else 2) * num_warps
-        self.prerequisites = self.first_slot + NUM_SLOTS  # 1 where griddepcontrol.wait is behind
+        self.first_generic_slot = self.first_slot + NUM_SLOTS
+        # 1 where griddepcontrol.wait is behind.
+        self.prerequisites = self.first_generic_slot + NUM_SLOTS
         self.num_actors = self.prerequisites + 1
         self.clock = np.zeros((num_warps, self.num_actors + 1), np.int32)
         self.fenced = np.zeros((num_warps, self.num_actors + 1), np.int32)
@@ -52,8 +56,8 @@ class Ordering:
         self.published = np.zeros_like(self.clock) if tensor_memory else None
         self.seen = np.zeros_like(self.clock) if tensor_memory else None
         self.wgmma_clock = np.zeros(self.first_slot - num_warps, np.int32)
-        self.slot_clock = np.zeros(NUM_SLOTS, np.int32)
-        self.next_slot = 0
+        self.slot_clock = np.zeros(2 * NUM_SLOTS, np.int32)
+        self.next_slot = [0, 0]
         self.writer = np.full(cells, self.num_actors, np.int16)  # one past the end: nobody
         self.write_clock = np.zeros(cells, np.int32)
         self.write_statement = np.zeros(cells, np.int32)
@@ -167,15 +171,27 @@ class Ordering:
 
     def begin(self, warp: int, lanes: int = ALL_LANES):
         """Start an asynchronous operation: (actor, clock, view for writers, view for readers)."""
-        slot = self.next_slot
-        self.next_slot = (slot + 1) % NUM_SLOTS
+        return (*self._next_slot(0), *self._views(warp, lanes))
+
+    def begin_generic(self, warp: int):
+        """The same of the generic proxy, to which no proxy fence need make anything visible."""
+        everything = self._views(warp)[1]
+        return (*self._next_slot(1), everything, everything)
+
+    def _next_slot(self, pool: int) -> tuple[int, int]:
+        """An actor and its clock."""
+        slot = pool * NUM_SLOTS + self.next_slot[pool]
+        self.next_slot[pool] = (self.next_slot[pool] + 1) % NUM_SLOTS
         self.slot_clock[slot] += 1
-        clock = int(self.slot_clock[slot])
-        return (self.first_slot + slot, clock, *self._views(warp, lanes))
+        return self.first_slot + slot, int(self.slot_clock[slot])
 
     def _views(self, warp, lanes=ALL_LANES):
         writers = self.clock[warp].copy()
-        writers[: self.num_warps] = self.fenced[warp, : self.num_warps]
+        for generic in (
+            slice(self.num_warps),
+            slice(self.first_generic_slot, self.first_generic_slot + NUM_SLOTS),
+        ):
+            writers[generic] = self.fenced[warp, generic]
         everything = self.clock[warp].copy()
         if self.epoch_lanes[warp] & ~lanes:
             before = self.epoch_start[warp] - 1
@@ -200,7 +216,8 @@ class Ordering:
     def finish(self, pair, token) -> None:
         """Publish an operation's completion through a barrier's clocks."""
         actor, clock = token[:2]
-        for view in pair:
+        is_generic = self.first_generic_slot <= actor < self.prerequisites
+        for view in pair[:1] if is_generic else pair:
             view[actor] = max(view[actor], clock)
 
     def finish_with_history(self, pair, token, published) -> None:
@@ -295,7 +312,7 @@ class Ordering:
             return f"a wgmma, or tcgen05 product or copy, of warp {actor - self.num_warps}"
         if actor < self.first_slot:
             return f"a tcgen05.ld or .st of warp {actor - 2 * self.num_warps}"
-        return "a bulk copy"
+        return "a bulk copy" if actor < self.first_generic_slot else "a cp.async"
 
     def _last(self, cell):
         statement = self.statements[int(self.write_statement[cell])]

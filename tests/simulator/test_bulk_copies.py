@@ -135,3 +135,28 @@ def test_cp_async_zero_fills():
     source = np.arange(128, dtype=np.uint32)
     got = execute(body + STORE_WORD, np.zeros(32, np.uint32), source)[0]
     np.testing.assert_array_equal(got, 8 * np.arange(32) + 1)
+
+
+def test_a_cp_async_needs_a_fence_before_the_asynchronous_proxy_reads():
+    body = """
+      mov.u32 %r1, smem;
+      shl.b32 %r2, %tid, 2;
+      add.u32 %r3, %r1, %r2;
+      cvt.u64.u32 %rd1, %r2;
+      add.s64 %rd1, %rd1, %a1;
+      cp.async.ca.shared.global [%r3], [%rd1], 4;
+      cp.async.commit_group;
+      cp.async.wait_group 0;
+      bar.sync 0;
+      {fence}
+      setp.eq.u32 %p1, %tid, 0;
+      @%p1 cp.async.bulk.global.shared::cta.bulk_group [%a0], [%r1], 256;
+      @%p1 cp.async.bulk.commit_group;
+      cp.async.bulk.wait_group 0;
+    """
+    arrays = np.zeros(64, np.uint32), np.arange(64, dtype=np.uint32)
+    fenced = body.replace("{fence}", "fence.proxy.async.shared::cta;")
+    np.testing.assert_array_equal(execute(fenced, *arrays, threads=64)[0], np.arange(64))
+    with pytest.raises(SimulationError) as raised:
+        execute(body.replace("{fence}", ""), *arrays, threads=64)
+    assert "missing proxy fence" in [f.kind for f in raised.value.findings]
