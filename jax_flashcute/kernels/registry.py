@@ -469,7 +469,7 @@ def kernel_key(
         may_split = may_split and not reasons_against_elements(alone, operands)
         few = _few_rows(arch, operands) if may_split else None
         if few is not None:
-            rows, packs_few = few
+            few_config, rows, packs_few = few
             splits = partial(num_splits, arch, batch_invariant=spec.batch_invariant)
             parts = splits(interval, operands, num_sms)
             alike = dataclasses.replace(operands, key_value_seq_lengths=None)
@@ -477,7 +477,6 @@ def kernel_key(
             # Heads of a group that share no tile would each load keys: only for want of blocks.
             is_alone = packs_few or group == 1
             split_kv = parts > 1 and (is_alone or usual > 1)
-            few_config = _few_rows_config(arch, *dims, rows)
             is_long = operands.kv_length >= LEAST_FEW_ROWS_TILES * few_config.tile_n
             is_served = is_alone and is_long and isinstance(few_config, FwdConfig)
             if split_kv or (is_served and row_bounds is None):
@@ -485,9 +484,9 @@ def kernel_key(
             if split_kv:
                 row_bounds = None
                 functions = element_functions(alone, operands)
-            if split_kv and isinstance(config, FwdConfig):
-                joins = joining_pays(usual, 4 * parts * rows * dims[1])
-                config = dataclasses.replace(config, joins_parts=joins)
+                if isinstance(config, FwdConfig):
+                    joins = joining_pays(usual, 4 * parts * rows * dims[1])
+                    config = dataclasses.replace(config, joins_parts=joins)
         if is_paged(operands) and isinstance(config, FwdConfig):
             config = paged_config(config, key.shape[1], *dims)
             by_position = plain and not split_kv and not union and interval.low is None
@@ -539,18 +538,22 @@ def _few_rows_config(
     return few_rows_config(head_dim, head_dim_v, rows)
 
 
-def _few_rows(arch: str, operands: Operands) -> tuple[int, bool] | None:
-    """Where all queries of a head, or of a group's heads, fit in one product: rows, and whether
-    these are a group's.  None where they do not, or a dimension is known at run time only."""
+def _few_rows(arch: str, operands: Operands) -> tuple[FwdConfig | FwdConfigSm100, int, bool] | None:
+    """Where all queries of a head, or of a group's heads, fit in one product: the configuration,
+    how many rows they fill, and whether these are a group's.
+
+    None where they do not, or a dimension is known at run time only.
+    """
     T, N, head_dim = operands.query.shape[1:]
+    head_dim_v = operands.value.shape[3]
     sizes = (operands.query.shape[0], T, N, operands.kv_length, operands.key.shape[2])
     if not all(isinstance(size, int) for size in sizes):
         return None
     group = N // operands.key.shape[2]
-    config = _few_rows_config(arch, head_dim, operands.value.shape[3], T)
-    pack_gqa = packing_pays(T, group, config)
+    pack_gqa = packing_pays(T, group, _few_rows_config(arch, head_dim, head_dim_v, T))
     rows = T * (group if pack_gqa else 1)
-    return (rows, pack_gqa) if rows <= config.slab_rows else None
+    config = _few_rows_config(arch, head_dim, head_dim_v, rows)
+    return (config, rows, pack_gqa) if rows <= config.slab_rows else None
 
 
 def num_splits(
@@ -569,10 +572,8 @@ def num_splits(
     few = _few_rows(arch, operands)
     if few is None:
         return 1
-    rows, pack_gqa = few
-    (B, T, N, head_dim), S = operands.query.shape, operands.kv_length
-    K, head_dim_v = operands.value.shape[2:]
-    config = _few_rows_config(arch, head_dim, head_dim_v, rows)
+    config, _, pack_gqa = few
+    (B, T, N, _), K, S = operands.query.shape, operands.key.shape[2], operands.kv_length
     left, right = window((interval,)) or (None, None)
     keys = S if left is None or right is None else min(S, left + right + T + config.tile_n)
     key_tiles = -(-max(keys, 1) // config.tile_n)

@@ -114,17 +114,24 @@ def test_overwriting_what_a_bulk_store_still_reads():
         assert "shared-memory race" in [f.kind for f in raised.value.findings]
 
 
-def test_cp_async_zero_fills():
-    """cp.async: "the remaining bytes are filled with zeros" when src-size is smaller."""
-    body = """
+def cp_async(how: str, size: int, source: int | None = None) -> str:
+    """Each thread copies ``size`` bytes, or ``source`` and zeros, from %a1 to smem, and waits."""
+    sizes = size if source is None else f"{size}, {source}"
+    return f"""
       mov.u32 %r1, smem;
-      shl.b32 %r2, %tid, 4;
+      mul.lo.u32 %r2, %tid, {size};
       add.u32 %r3, %r1, %r2;
       cvt.u64.u32 %rd1, %r2;
       add.s64 %rd1, %rd1, %a1;
-      cp.async.cg.shared.global [%r3], [%rd1], 16, 8;
+      cp.async.{how}.shared.global [%r3], [%rd1], {sizes};
       cp.async.commit_group;
       cp.async.wait_group 0;
+    """
+
+
+def test_cp_async_zero_fills():
+    """cp.async: "the remaining bytes are filled with zeros" when src-size is smaller."""
+    body = """
       bar.warp.sync -1;
       ld.shared.v4.b32 {%r10, %r11, %r12, %r13}, [%r3];
       add.u32 %r14, %r10, %r11;
@@ -132,31 +139,23 @@ def test_cp_async_zero_fills():
       shl.b32 %r15, %r15, 16;
       or.b32 %r0, %r14, %r15;
     """
+    copy = cp_async("cg", 16, source=8)
     source = np.arange(128, dtype=np.uint32)
-    got = execute(body + STORE_WORD, np.zeros(32, np.uint32), source)[0]
+    got = execute(copy + body + STORE_WORD, np.zeros(32, np.uint32), source)[0]
     np.testing.assert_array_equal(got, 8 * np.arange(32) + 1)
 
 
 def test_a_cp_async_needs_a_fence_before_the_asynchronous_proxy_reads():
-    body = """
-      mov.u32 %r1, smem;
-      shl.b32 %r2, %tid, 2;
-      add.u32 %r3, %r1, %r2;
-      cvt.u64.u32 %rd1, %r2;
-      add.s64 %rd1, %rd1, %a1;
-      cp.async.ca.shared.global [%r3], [%rd1], 4;
-      cp.async.commit_group;
-      cp.async.wait_group 0;
-      bar.sync 0;
-      {fence}
+    store = """
       setp.eq.u32 %p1, %tid, 0;
       @%p1 cp.async.bulk.global.shared::cta.bulk_group [%a0], [%r1], 256;
       @%p1 cp.async.bulk.commit_group;
       cp.async.bulk.wait_group 0;
     """
+    copy, fence = cp_async("ca", 4) + "bar.sync 0;\n", "fence.proxy.async.shared::cta;"
     arrays = np.zeros(64, np.uint32), np.arange(64, dtype=np.uint32)
-    fenced = body.replace("{fence}", "fence.proxy.async.shared::cta;")
-    np.testing.assert_array_equal(execute(fenced, *arrays, threads=64)[0], np.arange(64))
+    got = execute(copy + fence + store, *arrays, threads=64)[0]
+    np.testing.assert_array_equal(got, np.arange(64))
     with pytest.raises(SimulationError) as raised:
-        execute(body.replace("{fence}", ""), *arrays, threads=64)
+        execute(copy + store, *arrays, threads=64)
     assert "missing proxy fence" in [f.kind for f in raised.value.findings]

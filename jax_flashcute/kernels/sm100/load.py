@@ -8,10 +8,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
-from jax_flashcute.kernels.common.paging import (
-    begin_stage,
-    begin_values,
-)
+from jax_flashcute.kernels.common.paging import begin_stage, begin_values
 from jax_flashcute.kernels.common.scheduler import draw_tile
 from jax_flashcute.kernels.common.splits import split_range
 from jax_flashcute.kernels.common.tiles import clear_rows, slab_tma_layout, tma_partition
