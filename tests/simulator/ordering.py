@@ -6,8 +6,8 @@ bulk copy in flight and one for each ``cp.async``, which is of the generic proxy
 vector clocks: what happened before it, and the part of that which a proxy fence has made visible to
 the asynchronous proxy.  Barriers carry both from those who arrive to those who wait.  Shadow
 memory, a cell for every four bytes, holds the last writer and every actor's last read.  An access
-that is not ordered after the last conflicting one is
-a race; one that is ordered, but generic-to-asynchronous without a proxy fence, is a missing fence.
+that is not ordered after the last conflicting one is a race; one that is ordered, but
+generic-to-asynchronous without a proxy fence, is a missing fence.
 
 Within a warp, ``bar.warp.sync`` (or a barrier, or an mbarrier wait) starts a new epoch.  A thread
 that reads what another thread of its warp wrote in the same epoch races; and a release or a bulk
