@@ -481,6 +481,8 @@ def kernel_key(
             is_served = is_alone and is_long and isinstance(few_config, FwdConfig)
             if split_kv or (is_served and row_bounds is None):
                 config, pack_gqa = few_config, packs_few
+                if isinstance(config, FwdConfig):
+                    config = dataclasses.replace(config, reads_keys_once=is_alone)
             if split_kv:
                 row_bounds = None
                 functions = element_functions(alone, operands)

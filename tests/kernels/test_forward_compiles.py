@@ -6,6 +6,7 @@ No GPU is needed.  The launch is the launcher's own, recorded on the CPU.
 import dataclasses
 import functools
 import importlib.util
+import re
 import shutil
 from pathlib import Path
 
@@ -171,6 +172,31 @@ def test_a_bias_over_queries_and_keys_comes_by_tma(head_dim: int, dtype: str) ->
     assert found.count("UTMALDG") >= 4
     assert kernel.ptx is not None
     assert found.count("WARPGROUP.DEPBAR") == kernel.ptx.count("wgmma.wait_group")
+
+
+@pytest.mark.parametrize("page_size", [None, 1, 2, 8])
+@pytest.mark.parametrize(("q_length", "group"), [(1, 4), (1, 1), (64, 4), (300, 1)])
+def test_l2_gives_up_first_what_one_block_reads(
+    page_size: int | None, q_length: int, group: int
+) -> None:
+    """Of 64 queries the heads of a group share no tile, and of 300 several tiles read each key."""
+    operands = shapes(Call(128, 128, "causal", group, q_length))
+    if page_size is not None:
+        page = (BATCH * LENGTH, page_size, KV_HEADS, 128)
+        operands = dataclasses.replace(
+            operands,
+            key=jax.ShapeDtypeStruct(page, jnp.bfloat16),
+            value=jax.ShapeDtypeStruct(page, jnp.bfloat16),
+            page_table=jax.ShapeDtypeStruct((BATCH, LENGTH // page_size), jnp.int32),
+        )
+    key = registry.kernel_key(SPECS["causal"], operands, "fwd", ARCH, NUM_SMS)
+    ptx = compile_key(key).ptx
+    assert ptx is not None
+    by_threads = re.findall(r"cp\.async\.cg\.shared\.global(\S*)", ptx)
+    assert bool(by_threads) == (page_size == 1)
+    assert key.config.reads_keys_once == (q_length == 1)
+    assert ("createpolicy.fractional.L2::evict_first" in ptx) == (q_length == 1)
+    assert set(by_threads) <= {".L2::cache_hint" if q_length == 1 else ""}
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="recording a launch needs a C compiler")

@@ -35,6 +35,7 @@ def tiles_in_pages(
     cluster: int = 1,
     columns_first: bool = False,
     shares_boxes: bool = False,
+    read_once: bool = False,
 ) -> "DenseTiles | BoxedTiles | SharedBoxes | CopiedTiles":
     """How tiles of ``tile_n`` keys are loaded from pages of ``page_size``; None: from no pages.
 
@@ -42,15 +43,19 @@ def tiles_in_pages(
     boxes is unrolled, which takes registers; ``cluster``: blocks that load the same tiles, each a
     part for all, from no pages; ``columns_first``: tiles may be a ``smem_layout`` with
     ``columns_first``, and are where the method of that name says so; ``shares_boxes``: boxes too
-    many for one warp are issued by as many as would copy.
+    many for one warp are issued by as many as would copy; ``read_once``: L2 need not keep what a
+    block has read for another.
     """
     if page_size is None:
-        return DenseTiles(tile_n, cluster)
-    if loads_pages_by_tma(page_size):
-        return BoxedTiles(page_size, tile_n, boxes_at_once, columns_first)
-    if shares_boxes:
-        return SharedBoxes(page_size, tile_n, copying_warps)
-    return CopiedTiles(page_size, tile_n, copying_warps)
+        tiles = DenseTiles(tile_n, cluster)
+    elif loads_pages_by_tma(page_size):
+        tiles = BoxedTiles(page_size, tile_n, boxes_at_once, columns_first)
+    elif shares_boxes:
+        tiles = SharedBoxes(page_size, tile_n, copying_warps)
+    else:
+        tiles = CopiedTiles(page_size, tile_n, copying_warps)
+    tiles.read_once = read_once
+    return tiles
 
 
 def begin_stage(pipeline: TmaPipeline, tiles, load, n: Int32, place, stage: Int32) -> None:
@@ -170,7 +175,24 @@ def follow_tiles(
         fields = take(t_stage, t_phase)
 
 
-class OneWarpTiles:
+def evict_first() -> Int64:
+    """The cache policy of what L2 shall give up before anything else."""
+    return cute.arch.inline_ptx(
+        "createpolicy.fractional.L2::evict_first.b64 {$w0}, 1.0;", write_only_types=[Int64]
+    )
+
+
+class TilesInMemory:
+    """Base: tiles of K or V in global memory."""
+
+    read_once = False
+
+    def cache_policy(self) -> dict[str, Int64]:
+        """How L2 keeps what is copied by TMA, as ``cute.copy`` takes it."""
+        return {"cache_policy": evict_first()} if self.read_once else {}
+
+
+class OneWarpTiles(TilesInMemory):
     """Tiles that one warp loads by TMA."""
 
     copying_warps = 0
@@ -229,7 +251,8 @@ class DenseTiles(OneWarpTiles):
         target, source = tma_partition(atom, sX, tiles, rank, self.cluster)
 
         def load(n: Int32, places: Int32, stage: Int32, barrier) -> None:
-            cute.copy(atom, source[None, n], target[None, stage], tma_bar_ptr=barrier, **to_all)
+            how = {"tma_bar_ptr": barrier, **to_all, **self.cache_policy()}
+            cute.copy(atom, source[None, n], target[None, stage], **how)
 
         return load
 
@@ -334,10 +357,11 @@ class BoxedTiles(OneWarpTiles):
                 source[None, (row // self.box, page)],
                 target[None, (i, stage)],
                 tma_bar_ptr=barrier,
+                **self.cache_policy(),
             )
 
 
-class PartsOfTiles:
+class PartsOfTiles(TilesInMemory):
     """Tiles of which several warps load an equal part of the rows each, ``unit`` rows at a time.
 
     A lane looks up the page of a unit, and of that 32 further, and so on.
@@ -454,6 +478,7 @@ class SharedBoxes(PartsOfTiles):
                         source[None, (first_part + part, page)],
                         target[None, (first + 32 * held + i, part, stage)],
                         tma_bar_ptr=barrier,
+                        **self.cache_policy(),
                     )
 
 
@@ -582,20 +607,21 @@ class CopiedTiles(PartsOfTiles):
                 size = Int32(16) if is_line else Int32(0)
             copied = (target + c * 8 // atom * self.tile_n * (2 * atom), source + c * 16, size)
             if const_expr(rows % (32 // lanes) == 0):
-                copy_line(*copied)
+                copy_line(*copied, self.read_once)
             else:
                 if row + own_row < rows:
-                    copy_line(*copied)
+                    copy_line(*copied, self.read_once)
 
 
-def copy_line(target: Int32, source: Int64, size: Int32 | None) -> None:
+def copy_line(target: Int32, source: Int64, size: Int32 | None, read_once: bool) -> None:
     """Starts a copy of ``size`` bytes to 16 in shared memory, or of all; the rest become zeros."""
-    if size is None:
-        cute.arch.inline_ptx(
-            "cp.async.cg.shared.global [{$r0}], [{$r1}], 16;", read_only_args=[target, source]
-        )
-    else:
-        cute.arch.inline_ptx(
-            "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
-            read_only_args=[target, source, size],
-        )
+    kind, operands = "cp.async.cg.shared.global", "[{$r0}], [{$r1}], 16"
+    given = [target, source]
+    if size is not None:
+        operands += ", {$r2}"
+        given.append(size)
+    if read_once:
+        kind += ".L2::cache_hint"
+        operands += f", {{$r{len(given)}}}"
+        given.append(evict_first())
+    cute.arch.inline_ptx(f"{kind} {operands};", read_only_args=given)

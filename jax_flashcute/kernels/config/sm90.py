@@ -34,6 +34,7 @@ class FwdConfig:
         otherwise a second kernel does.
       query_rows: of a slab, from its first one on, that may hold queries: all 64 or, of one
         warpgroup, ``FEW_ROWS``; of other rows there are products, and no softmax.
+      reads_keys_once: one block reads a key, and L2 is to give it up before anything else.
     """
 
     warpgroups: int
@@ -49,6 +50,7 @@ class FwdConfig:
     bias_itemsize: int = 0
     joins_parts: bool = False
     query_rows: int = 64
+    reads_keys_once: bool = False
 
     @property
     def tile_m(self) -> int:

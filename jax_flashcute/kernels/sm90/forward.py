@@ -209,6 +209,7 @@ class ForwardSm90(KeyTiles):
             cluster=config.cluster,
             columns_first=True,
             shares_boxes=page_size is not None and shares_boxes(page_size, head_dim, head_dim_v),
+            read_once=config.reads_keys_once,
         )
         self.copying_warps = self.kv_tiles.copying_warps
         # Of warps that load V by TMA.
