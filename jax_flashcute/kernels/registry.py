@@ -43,7 +43,12 @@ from jax_flashcute.kernels.config.sm100 import (
     few_rows_config_sm100,
     forward_config_sm100,
 )
-from jax_flashcute.kernels.config.splits import batch_invariant_splits, joining_pays, most_splits
+from jax_flashcute.kernels.config.splits import (
+    batch_invariant_splits,
+    joining_pays,
+    lone_tile_times,
+    most_splits,
+)
 from jax_flashcute.kernels.config.workspace import workspace_shapes
 from jax_flashcute.kernels.elements import (
     FLOAT_BYTES,
@@ -582,7 +587,8 @@ def num_splits(
     if batch_invariant:
         return batch_invariant_splits(key_tiles)
     lengths_vary = operands.key_value_seq_lengths is not None and B > 1
-    return most_splits(B * (K if pack_gqa else N), key_tiles, num_sms, lengths_vary)
+    lone = lone_tile_times(config, operands.query.shape[3], operands.value.shape[3])
+    return most_splits(B * (K if pack_gqa else N), key_tiles, num_sms, lengths_vary, lone)
 
 
 def splits_of(key: KernelKey, operands: Operands) -> int:

@@ -15,19 +15,20 @@ from cutlass import Boolean, Int32
 
 from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.traced import Traced
-from jax_flashcute.kernels.config.splits import MIN_SPLIT_TILES
+from jax_flashcute.kernels.config.splits import MIN_SPLIT_TILES, parts_cost
 
 MIN_PART_SHIFT = MIN_SPLIT_TILES.bit_length() - 1
 PART_SHIFTS = (20, *(MIN_PART_SHIFT + i for i in reversed(range(5))))
 PART_TILES = tuple(1 << shift for shift in PART_SHIFTS)
 """Lengths of parts to choose from, in key tiles; the first divides nothing."""
-PART_COST, COMBINE_COST = 8, 24
-"""What a part takes beside its tiles, and a kernel that adds parts up, in sixteenths of a tile's
-time: from 32 x 8,192 keys on an H200, 0.236 ms in 256 parts and 0.249 in 1,024."""
 
 
 def splits_of_entry(
-    tiles_of: Callable[[Int32], tuple], partials: tuple, heads_packed: int, num_sms: int | None
+    tiles_of: Callable[[Int32], tuple],
+    partials: tuple,
+    heads_packed: int,
+    num_sms: int | None,
+    lone: tuple[int, int],
 ) -> Callable[[Int32], Int32]:
     """A function of a batch entry: the parts into which the keys of its row of tiles are divided.
 
@@ -39,13 +40,14 @@ def splits_of_entry(
       heads_packed: query heads that share a tile.
       num_sms: multiprocessors that share the work; None where a sequence's parts must not follow
         from the others, or where all are alike.
+      lone: ``config.splits.lone_tile_times``.
     """
     most, batch, _, heads, _ = partials
     # Lengths are powers of two: no division, for which a kernel's first load would have to wait.
     part_shift = Int32(MIN_PART_SHIFT)
     if num_sms is not None:
         part_shift = shared_part_shift(
-            tiles_of, batch, Int32(heads // heads_packed), Int32(most), num_sms
+            tiles_of, batch, Int32(heads // heads_packed), Int32(most), num_sms, lone
         )
 
     def splits(entry: Int32) -> Int32:
@@ -63,12 +65,11 @@ def shared_part_shift(
     heads: Int32,
     most: Int32,
     num_sms: cutlass.Constexpr[int],
+    lone: cutlass.Constexpr[tuple],
 ) -> Int32:
     """Key tiles of a part such that all parts are done soonest, as a power of two; a whole warp's.
 
-    By an estimate: of parts of equal length, as many as there are multiprocessors are done at a
-    time; a longer one may be drawn last.  In integers, because two kernels have to come to the same
-    result.
+    By an estimate, ``config.splits.parts_cost``.
     """
     total, longest = Int32(0), Int32(0)
     counts = [Int32(0) for _ in PART_TILES]
@@ -91,7 +92,8 @@ def shared_part_shift(
     shift, count = Int32(PART_SHIFTS[0]), counts[0]
     for i, other, parts in zip(range(len(PART_SHIFTS)), PART_SHIFTS, counts, strict=True):
         shift, count = select(choice < i, shift, Int32(other)), select(choice < i, count, parts)
-    cost = parts_cost(Int32(1) << shift, count * heads, total * heads, longest, most, num_sms)
+    found = (Int32(1) << shift, count * heads, total * heads, longest, most, num_sms, lone)
+    cost = parts_cost(*found, False, cutlass.min, cutlass.max)
     # The first of the cheapest: lengths descend.
     for step in cutlass.range_constexpr(3):
         other_cost = cute.arch.shuffle_sync_bfly(cost, offset=1 << step)
@@ -99,24 +101,6 @@ def shared_part_shift(
         is_better = (other_cost < cost) | ((other_cost == cost) & (other > shift))
         cost, shift = select(is_better, other_cost, cost), select(is_better, other, shift)
     return shift
-
-
-def parts_cost(length, parts, tiles, longest, most, num_sms: int):
-    """How long a call takes with parts of ``length`` tiles, in sixteenths of a tile's time.
-
-    Args:
-      length: of ``PART_TILES``.
-      parts: how many there are then.
-      tiles: of all parts.
-      longest: tiles of the longest entry.
-      most: parts of an entry at most.
-      num_sms: multiprocessors.
-    """
-    mean = tiles * 16 // cutlass.max(parts, 1)
-    last = cutlass.max(cutlass.min(longest, length), (longest + most - 1) // most) * 16
-    cost = (parts + (num_sms - 1)) // num_sms * mean + (last - mean) // 2
-    is_split = cutlass.min(cutlass.max(longest - length, 0), 1)
-    return cost + parts * PART_COST // num_sms + is_split * COMBINE_COST
 
 
 @cute.jit

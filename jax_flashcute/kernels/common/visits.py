@@ -18,6 +18,7 @@ from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.splits import splits_of_entry
 from jax_flashcute.kernels.common.stretches import Stretch, leftwards
+from jax_flashcute.kernels.config.splits import lone_tile_times
 
 
 def work_fields(mask: IntervalMask | UnionMask) -> int:
@@ -57,6 +58,8 @@ class KeyTiles:
     lengths_vary: bool
     has_mask_mod: bool
     kv_tiles: Any
+    head_dim: int
+    head_dim_v: int
     smem_h: int
     smem_hv: int
 
@@ -157,6 +160,7 @@ class KeyTiles:
             partials,
             self.heads_packed,
             self.num_sms if self.lengths_vary else None,
+            lone_tile_times(self.config, self.head_dim, self.head_dim_v),
         )
 
     def loaders(

@@ -1,5 +1,9 @@
 """Into how many parts the keys of a row are divided, where there are few rows."""
 
+from jax_flashcute.kernels.config.memory import round_up
+from jax_flashcute.kernels.config.sm90 import FEW_ROWS, FwdConfig
+from jax_flashcute.kernels.config.sm100 import FwdConfigSm100
+
 MIN_SPLIT_TILES = 4
 """A row's keys are divided into one part for each so many key tiles, at most."""
 
@@ -7,10 +11,81 @@ MAX_SPLITS = 128
 
 VARYING_SPLIT_TILES = 16
 """Key tiles of a part of the longest sequence, where lengths vary and are not known: a block that
-draws its last part late keeps the others waiting for no longer than these take."""
+draws its last part late keeps the others waiting for no longer than these take.  Where there are no
+more rows than multiprocessors, shorter parts may be had, but not of sequences shorter than this."""
+
+PART_COST, COMBINE_COST = 8, 20
+"""What a part takes beside its tiles, and adding parts up, in sixteenths of a tile's time.  From 32
+x 8,192 keys on an H200, 0.236 ms in 256 parts and 0.249 in 1,024; and from calls of 10 to 60 us,
+which are 1.6 to 3 us longer where parts are added up."""
 
 
-def most_splits(tiles: int, key_tiles: int, num_sms: int, lengths_vary: bool) -> int:
+def lone_tile_times(
+    config: FwdConfig | FwdConfigSm100, head_dim: int, head_dim_v: int
+) -> tuple[int, int]:
+    """What a key tile takes a block where others leave it memory, in 64ths of what it takes where
+    all multiprocessors read: with so many fewer blocks keys are read as fast.
+
+    From an H200, 8 to 132 blocks of 8,192 and 16,384 keys, head_dim 64 to 256: 0.37 us and 0.46
+    for each 64 KB, of 1.89 for each 64 KB; 0.17 more with more rows than one warp's softmax has.
+    On Blackwell nothing was measured: 64.
+
+    Returns:
+      That of few blocks in a grid of no others, and that of few among others which have nothing to
+      do: they may share what multiprocessors share, and 64 KB take 0.83 us for 0.46.
+    """
+    if isinstance(config, FwdConfigSm100):
+        return 64, 64
+    latency_bytes = 12_800 if config.query_rows <= FEW_ROWS else 18_700
+    tile_bytes = 2 * config.tile_n * (round_up(head_dim, 16) + round_up(head_dim_v, 16))
+    latency = 64 * latency_bytes // tile_bytes
+    return min(64, 17 + latency), min(64, 29 + latency)
+
+
+def parts_cost(
+    length,
+    parts,
+    tiles,
+    longest,
+    most,
+    num_sms: int,
+    lone: tuple[int, int],
+    spread: bool,
+    least=min,
+    largest=max,
+):
+    """How long a call takes with parts of ``length`` tiles, in sixteenths of a tile's time.
+
+    In integers, because two kernels have to come to the same result.
+
+    Args:
+      length: key tiles of a part.
+      parts: how many there are then.
+      tiles: of all parts.
+      longest: tiles of the longest entry.
+      most: parts of an entry at most.
+      num_sms: multiprocessors.
+      lone: ``lone_tile_times``.
+      spread: there are no more blocks than parts.
+      least, largest: of two numbers.
+    """
+    mean = tiles * 16 // largest(parts, 1)
+    last = largest(least(longest, length), (longest + most - 1) // most) * 16
+    # As many parts as there are multiprocessors share memory; those that are left, fewer, have more
+    # of it each, until a block is as fast as it can be.  Of 132, in 64ths of a tile's time, a grid
+    # of no others: 64 blocks 32, 72 36, 96 48, 120 60, 128 62; among others 64 blocks 41, 96 55.
+    waves = parts // num_sms
+    rest = parts - waves * num_sms
+    alone, margin = (lone[0], 1) if spread and not waves else (lone[1], 9)
+    of_rest = least(largest(least(rest * 64 // num_sms + margin, 62), alone), rest * 64)
+    cost = waves * mean + mean * of_rest // 64 + (last - mean) // 2
+    is_split = least(largest(longest - length, 0), 1)
+    return cost + parts * PART_COST // num_sms + is_split * COMBINE_COST
+
+
+def most_splits(
+    tiles: int, key_tiles: int, num_sms: int, lengths_vary: bool, lone: tuple[int, int]
+) -> int:
     """Parts into which a row's keys are divided at most; 1 where splitting does not pay.
 
     Args:
@@ -18,17 +93,24 @@ def most_splits(tiles: int, key_tiles: int, num_sms: int, lengths_vary: bool) ->
       key_tiles: of the longest row that the arrays can hold.
       num_sms: multiprocessors that share the work.
       lengths_vary: batch entries have lengths of their own, known on the device alone.
+      lone: ``lone_tile_times``.
     """
     limit = max(1, min(key_tiles // MIN_SPLIT_TILES, MAX_SPLITS))
 
-    def efficiency(splits: int) -> float:
-        blocks = tiles * splits
-        return blocks / (-(-blocks // num_sms) * num_sms)
+    def cost(splits: int) -> int:
+        length = -(-key_tiles // splits)
+        every = tiles * key_tiles
+        return parts_cost(length, tiles * splits, every, key_tiles, splits, num_sms, lone, True)
 
-    best = max(efficiency(splits) for splits in range(1, limit + 1))
-    splits = next(s for s in range(1, limit + 1) if efficiency(s) >= 0.95 * best)
+    costs = {splits: cost(splits) for splits in range(1, limit + 1)}
+    # The fewest of those that come near the least.
+    splits = next(s for s in costs if 50 * costs[s] <= 51 * min(costs.values()))
     if lengths_vary:
-        splits = max(splits, min(limit, key_tiles // VARYING_SPLIT_TILES))
+        varying = key_tiles // VARYING_SPLIT_TILES
+        if varying and tiles <= num_sms:
+            # All rows begin at once, and the longest is waited for.
+            varying = limit
+        splits = max(splits, min(limit, varying))
     return splits
 
 
