@@ -236,6 +236,23 @@ DECODE = tuple(
 SKEWED_LENGTHS = tuple(round(64 * 2048 ** (5 * i % 16 / 15)) for i in range(16))
 DECODE += (Case("decode_skewed", 16, 1, 131072, 32, 8, 128, 128, kv_lengths=SKEWED_LENGTHS),)
 
+# So few sequences that they hardly fill a GPU, yet more keys than its cache holds; and one that is
+# 64 times as long as the others.
+DECODE_SMALL = tuple(
+    Case("decode_small", batch, 1, seqlen_k, q_heads, kv_heads, 128, 128)
+    for batch, seqlen_k, q_heads, kv_heads in [
+        (4, 4096, 32, 8),
+        (8, 2048, 32, 8),
+        (8, 4096, 32, 8),
+        (8, 8192, 32, 8),
+        (12, 4096, 32, 8),
+        (64, 2048, 8, 1),
+        (64, 4096, 8, 1),
+    ]
+)
+ONE_LONG = (*(64,) * 7, 4096)
+DECODE_SMALL += (Case("decode_one_long", 8, 1, 4096, 32, 8, 128, 128, kv_lengths=ONE_LONG),)
+
 PAGE_SIZES = tuple(2**i for i in range(10))
 # "paged<size>" beside "not_paged": decode, and a prefill of the last queries of longer sequences.
 PAGED = tuple(
@@ -305,6 +322,7 @@ FUNCTIONS += tuple(
 SUITES: dict[str, tuple[Case, ...]] = {
     "dense": DENSE,
     "decode": DECODE,
+    "decode_small": DECODE_SMALL,
     "paged": PAGED,
     "paged_order": PAGED_ORDER,
     "nsa": NSA,
