@@ -587,8 +587,10 @@ def num_splits(
     if batch_invariant:
         return batch_invariant_splits(key_tiles)
     lengths_vary = operands.key_value_seq_lengths is not None and B > 1
-    lone = lone_tile_times(config, operands.query.shape[3], operands.value.shape[3])
-    return most_splits(B * (K if pack_gqa else N), key_tiles, num_sms, lengths_vary, lone)
+    dims = operands.query.shape[3], operands.value.shape[3]
+    tiles, part_bytes = B * (K if pack_gqa else N), 4 * B * T * N * dims[1]
+    lone = lone_tile_times(config, *dims)
+    return most_splits(tiles, key_tiles, num_sms, lengths_vary, lone, part_bytes)
 
 
 def splits_of(key: KernelKey, operands: Operands) -> int:

@@ -63,7 +63,7 @@ def makespan(parts: list[int], spread: bool) -> float:
 @pytest.mark.parametrize("name", LENGTHS)
 def test_parts_are_nearly_the_best(name: str) -> None:
     tiles = LENGTHS[name]
-    most = most_splits(len(tiles) * HEADS, ROOM, NUM_SMS, len(tiles) > 1, LONE)
+    most = most_splits(len(tiles) * HEADS, ROOM, NUM_SMS, len(tiles) > 1, LONE, 2**18)
     costs, times = {}, {}
     for length in PART_TILES:
         parts = parts_of(tiles, length, most)
@@ -85,12 +85,15 @@ def test_rows_of_one_length_are_divided_nearly_as_is_best(rows: int, key_tiles: 
         ends = [key_tiles * i // splits for i in range(splits + 1)]
         parts = [b - a for a, b in itertools.pairwise(ends) for _ in range(rows)]
         times[splits] = makespan(parts, spread=rows * splits <= NUM_SMS) + 1.25 * (splits > 1)
-    assert times[most_splits(rows, key_tiles, NUM_SMS, False, LONE)] <= 1.1 * min(times.values())
+    assert times[most_splits(rows, key_tiles, NUM_SMS, False, LONE, 2**18)] <= 1.1 * min(
+        times.values()
+    )
 
 
 def test_parts_are_no_more_than_it_takes() -> None:
-    def most(rows: int, key_tiles: int, lengths_vary: bool = False, lone: tuple = LONE) -> int:
-        return most_splits(rows, key_tiles, NUM_SMS, lengths_vary, lone)
+    def most(rows: int, key_tiles: int, lengths_vary: bool = False, **others) -> int:
+        others = {"lone": LONE, "part_bytes": 2**18, **others}
+        return most_splits(rows, key_tiles, NUM_SMS, lengths_vary, **others)
 
     # Half the multiprocessors read nearly as fast as all, if tiles are long.
     assert most(64, 16) == most(96, 64) == most(256, 64) == 1
@@ -104,4 +107,7 @@ def test_parts_are_no_more_than_it_takes() -> None:
     assert most(256, 1024, lengths_vary=True) == 64
     assert most(256, 64, lengths_vary=True) == 4
     assert most(64, 16, lengths_vary=True) == 4
+    assert most(64, 512, lengths_vary=True) == 128
+    assert most(64, 512, lengths_vary=True, part_bytes=2**20) == 64
+    assert most(64, 512, lengths_vary=True, part_bytes=2**24) == 32
     assert most(64, 8, lengths_vary=True) == most(256, 16, lengths_vary=True) == 1

@@ -11,8 +11,11 @@ MAX_SPLITS = 128
 
 VARYING_SPLIT_TILES = 16
 """Key tiles of a part of the longest sequence, where lengths vary and are not known: a block that
-draws its last part late keeps the others waiting for no longer than these take.  Where there are no
-more rows than multiprocessors, shorter parts may be had, but not of sequences shorter than this."""
+draws its last part late keeps the others waiting for no longer than these take.  Where rows are no
+more than multiprocessors, longer sequences may have shorter parts, if all of these take no more
+than ``VARYING_BYTES``."""
+
+VARYING_BYTES = 64 * 1024 * 1024
 
 PART_COST, COMBINE_COST = 8, 20
 """What a part takes beside its tiles, and adding parts up, in sixteenths of a tile's time.  From 32
@@ -84,7 +87,12 @@ def parts_cost(
 
 
 def most_splits(
-    tiles: int, key_tiles: int, num_sms: int, lengths_vary: bool, lone: tuple[int, int]
+    tiles: int,
+    key_tiles: int,
+    num_sms: int,
+    lengths_vary: bool,
+    lone: tuple[int, int],
+    part_bytes: int,
 ) -> int:
     """Parts into which a row's keys are divided at most; 1 where splitting does not pay.
 
@@ -94,6 +102,7 @@ def most_splits(
       num_sms: multiprocessors that share the work.
       lengths_vary: batch entries have lengths of their own, known on the device alone.
       lone: ``lone_tile_times``.
+      part_bytes: of O in float32, which each part takes.
     """
     limit = max(1, min(key_tiles // MIN_SPLIT_TILES, MAX_SPLITS))
 
@@ -109,7 +118,7 @@ def most_splits(
         varying = key_tiles // VARYING_SPLIT_TILES
         if varying and tiles <= num_sms:
             # All rows begin at once, and the longest is waited for.
-            varying = limit
+            varying = max(varying, min(limit, VARYING_BYTES // part_bytes))
         splits = max(splits, min(limit, varying))
     return splits
 
