@@ -257,7 +257,7 @@ def test_parts_are_those_that_the_estimate_finds_cheapest(lengths: tuple[int, ..
     tiles = [-(-n // key.tile[1]) for n in lengths]
     most = len(o_parts)
     parts = {n: [max(1, min(-(-t // n), most)) for t in tiles] for n in PART_TILES}
-    lone = lone_tile_times(key.config, key.head_dim, key.head_dim_v)
+    lone = lone_tile_times(key.config, key.head_dim, key.head_dim_v, key.num_sms)
     rest = (sum(tiles), max(tiles), most, key.num_sms, lone, False)
     costs = {n: parts_cost(n, sum(parts[n]), *rest) for n in parts}
     chosen = parts[min(costs, key=costs.__getitem__)]

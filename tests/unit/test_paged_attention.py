@@ -273,10 +273,10 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     sinks = jax.ShapeDtypeStruct((32,), jnp.float32)
     for page_size, copies in ((1, "asynchronous copies"), (2, "TMA"), (512, "TMA")):
         told = decode(page_size, sinks=sinks, logits_soft_cap=5.0)
-        assert (told.forward, told.backward, told.splits) == ("cute", "refused", 32)
+        assert (told.forward, told.backward, told.splits) == ("cute", "refused", 128)
         assert told.page_copies == copies
         assert f"pages: loaded by {copies}" in str(told)
-        assert "divided into 32 parts at most" in str(told)
+        assert "divided into 128 parts at most" in str(told)
     assert decode(16, seqlen_q=300).splits == 1
     assert decode(1, seqlen_q=300).page_copies == "asynchronous copies"
     assert decode(16, implementation="cute", batch_invariant=True).splits == 128
@@ -324,6 +324,6 @@ def test_explain_of_a_dense_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     query = jax.ShapeDtypeStruct((1, 1, 32, 128), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((1, 131072, 8, 128), jnp.bfloat16)
     bias = jax.ShapeDtypeStruct((131072,), jnp.float32)
-    assert explain(query, key, key, bias=bias).splits == 16
+    assert explain(query, key, key, bias=bias).splits == 9
     monkeypatch.setenv(plan.ARCH_VARIABLE, "sm_90a:78")
-    assert explain(query, key, key).splits == 19
+    assert explain(query, key, key).splits == 8

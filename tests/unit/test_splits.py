@@ -11,7 +11,7 @@ from jax_flashcute.kernels.config.sm90 import few_rows_config
 from jax_flashcute.kernels.config.splits import lone_tile_times, most_splits, parts_cost
 
 NUM_SMS, HEADS, ROOM = 132, 8, 1024
-LONE = lone_tile_times(few_rows_config(128, 128, 4), 128, 128)
+LONE = lone_tile_times(few_rows_config(128, 128, 4), 128, 128, NUM_SMS)
 RANDOM = np.random.default_rng(0)
 # Key tiles of each sequence, in a table with room for 1,024.
 LENGTHS = {
@@ -111,3 +111,14 @@ def test_parts_are_no_more_than_it_takes() -> None:
     assert most(64, 512, lengths_vary=True, part_bytes=2**20) == 64
     assert most(64, 512, lengths_vary=True, part_bytes=2**24) == 32
     assert most(64, 8, lengths_vary=True) == most(256, 16, lengths_vary=True) == 1
+
+
+def test_fewer_multiprocessors_are_all_needed() -> None:
+    """Each has more of memory's speed than it can take alone."""
+    config = few_rows_config(128, 128, 4)
+    times = [lone_tile_times(config, 128, 128, num_sms) for num_sms in (132, 114, 78, 40)]
+    assert times == sorted(times)
+    assert times[-1] == (64, 64)
+    for lone, num_sms in zip(times[:3], (132, 114, 78), strict=True):
+        blocks = 8 * most_splits(8, 1024, num_sms, False, lone, 2**18)
+        assert 57 <= blocks <= num_sms

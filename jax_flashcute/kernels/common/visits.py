@@ -160,7 +160,7 @@ class KeyTiles:
             partials,
             self.heads_packed,
             self.num_sms if self.lengths_vary else None,
-            lone_tile_times(self.config, self.head_dim, self.head_dim_v),
+            lone_tile_times(self.config, self.head_dim, self.head_dim_v, self.num_sms),
         )
 
     def loaders(

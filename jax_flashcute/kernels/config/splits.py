@@ -23,15 +23,19 @@ x 8,192 keys on an H200, 0.236 ms in 256 parts and 0.249 in 1,024; and from call
 which are 1.6 to 3 us longer where parts are added up."""
 
 
+H200_SMS = 132
+
+
 def lone_tile_times(
-    config: FwdConfig | FwdConfigSm100, head_dim: int, head_dim_v: int
+    config: FwdConfig | FwdConfigSm100, head_dim: int, head_dim_v: int, num_sms: int
 ) -> tuple[int, int]:
     """What a key tile takes a block where others leave it memory, in 64ths of what it takes where
     all multiprocessors read: with so many fewer blocks keys are read as fast.
 
     From an H200, 8 to 132 blocks of 8,192 and 16,384 keys, head_dim 64 to 256: 0.37 us and 0.46
     for each 64 KB, of 1.89 for each 64 KB; 0.17 more with more rows than one warp's softmax has.
-    On Blackwell nothing was measured: 64.
+    Fewer multiprocessors are taken to share as fast a memory.  On Blackwell nothing was measured:
+    64.
 
     Returns:
       That of few blocks in a grid of no others, and that of few among others which have nothing to
@@ -42,7 +46,8 @@ def lone_tile_times(
     latency_bytes = 12_800 if config.query_rows <= FEW_ROWS else 18_700
     tile_bytes = 2 * config.tile_n * (round_up(head_dim, 16) + round_up(head_dim_v, 16))
     latency = 64 * latency_bytes // tile_bytes
-    return min(64, 17 + latency), min(64, 29 + latency)
+    spread, crowded = (min(64, time * H200_SMS // num_sms) for time in (17 + latency, 29 + latency))
+    return spread, crowded
 
 
 def parts_cost(
