@@ -46,7 +46,7 @@ from jax_flashcute.kernels.config.sm100 import (
 from jax_flashcute.kernels.config.splits import (
     batch_invariant_splits,
     joining_pays,
-    lone_tile_times,
+    lone_tile_time,
     most_splits,
 )
 from jax_flashcute.kernels.config.workspace import workspace_shapes
@@ -589,7 +589,7 @@ def num_splits(
     lengths_vary = operands.key_value_seq_lengths is not None and B > 1
     dims = operands.query.shape[3], operands.value.shape[3]
     tiles, part_bytes = B * (K if pack_gqa else N), 4 * B * T * N * dims[1]
-    lone = lone_tile_times(config, *dims, num_sms)
+    lone = lone_tile_time(config, *dims, num_sms)
     return most_splits(tiles, key_tiles, num_sms, lengths_vary, lone, part_bytes)
 
 

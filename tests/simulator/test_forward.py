@@ -10,6 +10,7 @@ from jax_flashcute.ffi.compile import CompiledKernel
 from jax_flashcute.kernels.config.sm90 import forward_config, staggered
 from tests.simulator import SimulationError, compiled, mutation, reference, simulate
 from tests.simulator.compiled import forward
+from tests.simulator.simulation import record_launches
 
 BF16 = ml_dtypes.bfloat16
 
@@ -120,11 +121,22 @@ def test_a_dependent_launch_must_wait_for_the_one_before():
     assert broken.with_lines is None
     object.__setattr__(broken, "with_lines", lambda: without_wait(kernel.with_lines()))
     with pytest.raises(SimulationError) as raised:
-        run(broken, (1, 128, 1, 128, 1, 128))
+        run(broken, (1, 128, 4, 128, 4, 128))
     finding, at_end = raised.value.findings
     assert {finding.kind, at_end.kind} == {"missing griddepcontrol.wait"}
     assert ".py:" in finding.where
     assert "no thread" in at_end.detail
+
+
+@pytest.mark.parametrize("heads", [1, compiled.NUM_SMS, compiled.NUM_SMS + 1])
+def test_the_tile_counter_is_reset_for_those_who_draw(heads):
+    dims = [(1, 128, heads, 128)] * 4 + [(1, 128, heads), (1,)]
+    buffers = [(256 * (i + 1) << 32, shape) for i, shape in enumerate(dims)]
+    *before, main = record_launches(forward(), buffers)
+    draws = heads > compiled.NUM_SMS
+    assert len(before) == draws
+    assert main.programmatic == draws
+    assert main.grid == (min(heads, compiled.NUM_SMS), 1, 1)
 
 
 def test_a_damaged_file_is_compiled_again(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from jax_flashcute.ffi.call import other_inputs
 from jax_flashcute.kernels import description, registry
 from jax_flashcute.kernels.common.splits import PART_TILES
 from jax_flashcute.kernels.config.sm90 import FwdConfig
-from jax_flashcute.kernels.config.splits import lone_tile_times, parts_cost
+from jax_flashcute.kernels.config.splits import lone_tile_time, parts_cost
 from jax_flashcute.kernels.key import KernelKey
 from jax_flashcute.spec import AttentionSpec, Operands
 from tests.simulator import simulate
@@ -257,8 +257,8 @@ def test_parts_are_those_that_the_estimate_finds_cheapest(lengths: tuple[int, ..
     tiles = [-(-n // key.tile[1]) for n in lengths]
     most = len(o_parts)
     parts = {n: [max(1, min(-(-t // n), most)) for t in tiles] for n in PART_TILES}
-    lone = lone_tile_times(key.config, key.head_dim, key.head_dim_v, key.num_sms)
-    rest = (sum(tiles), max(tiles), most, key.num_sms, lone, False)
+    lone = lone_tile_time(key.config, key.head_dim, key.head_dim_v, key.num_sms, key.page_size)
+    rest = (sum(tiles), max(tiles), most, key.num_sms, lone)
     costs = {n: parts_cost(n, sum(parts[n]), *rest) for n in parts}
     chosen = parts[min(costs, key=costs.__getitem__)]
     # A row in one part leaves none behind; what is never written stays NaN.

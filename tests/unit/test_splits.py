@@ -8,10 +8,10 @@ import pytest
 
 from jax_flashcute.kernels.common.splits import PART_TILES
 from jax_flashcute.kernels.config.sm90 import few_rows_config
-from jax_flashcute.kernels.config.splits import lone_tile_times, most_splits, parts_cost
+from jax_flashcute.kernels.config.splits import lone_tile_time, most_splits, parts_cost
 
 NUM_SMS, HEADS, ROOM = 132, 8, 1024
-LONE = lone_tile_times(few_rows_config(128, 128, 4), 128, 128, NUM_SMS)
+LONE = lone_tile_time(few_rows_config(128, 128, 4), 128, 128, NUM_SMS)
 RANDOM = np.random.default_rng(0)
 # Key tiles of each sequence, in a table with room for 1,024.
 LENGTHS = {
@@ -41,12 +41,14 @@ def parts_of(tiles: list[int], length: int, most: int) -> list[int]:
 def tile_time(blocks: int, spread: bool) -> float:
     """What a key tile takes each of so many blocks that read, as was measured: 1 where all do."""
     if spread:
-        return max(LONE[0] / 64, blocks / NUM_SMS)
-    return max(LONE[1] / 64, min(blocks / NUM_SMS + 0.14, 0.97))
+        return max(LONE / 64, min(blocks / NUM_SMS + 0.03, 0.98))
+    return max((LONE + 12) / 64, min(blocks / NUM_SMS + 0.14, 0.97))
 
 
-def makespan(parts: list[int], spread: bool) -> float:
+def makespan(parts: list[int]) -> float:
     """Time until all are done, each as long as half a tile more; blocks at work share memory."""
+    # Those that begin together are spread over the GPU.
+    spread = len(parts) <= NUM_SMS
     left = [part + 0.5 for part in parts]
     at_work, waiting, done, time = left[:NUM_SMS], left[NUM_SMS:][::-1], 0.0, 0.0
     heapq.heapify(at_work)
@@ -69,8 +71,8 @@ def test_parts_are_nearly_the_best(name: str) -> None:
         parts = parts_of(tiles, length, most)
         count = HEADS * sum(min(-(-n // length), most) for n in tiles)
         total = sum(tiles) * HEADS
-        costs[length] = parts_cost(length, count, total, max(tiles), most, NUM_SMS, LONE, False)
-        times[length] = makespan(parts, spread=False) + 1.25 * (len(parts) > len(tiles) * HEADS)
+        costs[length] = parts_cost(length, count, total, max(tiles), most, NUM_SMS, LONE)
+        times[length] = makespan(parts) + 1.25 * (len(parts) > len(tiles) * HEADS)
     chosen = min(costs, key=costs.__getitem__)
     assert times[chosen] <= 1.1 * min(times.values()), (chosen, times)
     if name in ("alike", "short"):
@@ -84,7 +86,7 @@ def test_rows_of_one_length_are_divided_nearly_as_is_best(rows: int, key_tiles: 
     for splits in range(1, max(1, min(key_tiles // 4, 128)) + 1):
         ends = [key_tiles * i // splits for i in range(splits + 1)]
         parts = [b - a for a, b in itertools.pairwise(ends) for _ in range(rows)]
-        times[splits] = makespan(parts, spread=rows * splits <= NUM_SMS) + 1.25 * (splits > 1)
+        times[splits] = makespan(parts) + 1.25 * (splits > 1)
     assert times[most_splits(rows, key_tiles, NUM_SMS, False, LONE, 2**18)] <= 1.1 * min(
         times.values()
     )
@@ -97,8 +99,8 @@ def test_parts_are_no_more_than_it_takes() -> None:
 
     # Half the multiprocessors read nearly as fast as all, if tiles are long.
     assert most(64, 16) == most(96, 64) == most(256, 64) == 1
-    assert most(64, 16, lone=(64, 64)) == 2
-    assert most(32, 32) == 2
+    assert most(64, 16, lone=64) == 2
+    assert most(32, 32) in (2, 3, 4)
     assert 64 <= 8 * most(8, 1024) <= 132
     # No more parts than the keys are worth, and none where there are hardly any keys.
     assert most(8, 20) == 5
@@ -113,12 +115,19 @@ def test_parts_are_no_more_than_it_takes() -> None:
     assert most(64, 8, lengths_vary=True) == most(256, 16, lengths_vary=True) == 1
 
 
+def test_small_pages_take_a_block_longer() -> None:
+    config = few_rows_config(128, 128, 4)
+    times = [lone_tile_time(config, 128, 128, NUM_SMS, page) for page in (None, 16, 1)]
+    assert times == sorted(set(times))
+    assert times[-1] < 64
+
+
 def test_fewer_multiprocessors_are_all_needed() -> None:
     """Each has more of memory's speed than it can take alone."""
     config = few_rows_config(128, 128, 4)
-    times = [lone_tile_times(config, 128, 128, num_sms) for num_sms in (132, 114, 78, 40)]
+    times = [lone_tile_time(config, 128, 128, num_sms) for num_sms in (132, 114, 78, 40)]
     assert times == sorted(times)
-    assert times[-1] == (64, 64)
+    assert times[-1] == 64
     for lone, num_sms in zip(times[:3], (132, 114, 78), strict=True):
         blocks = 8 * most_splits(8, 1024, num_sms, False, lone, 2**18)
         assert 57 <= blocks <= num_sms

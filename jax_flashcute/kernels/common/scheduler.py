@@ -5,10 +5,13 @@ the rows of queries with the most keys come first, so the last tiles to be drawn
 blocks finish together.
 """
 
+import math
+
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Uint32
+from cutlass import Boolean, Int32, Uint32
 
+from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.traced import Traced
 
 L2_BYTES = 16 * 1024 * 1024
@@ -71,6 +74,46 @@ def section_size(kv_length: Int32, kv_bytes_per_key: int, kv_heads: Int32, batch
     return cutlass.Int32(cutlass.min(fitting, cutlass.Int64(kv_heads * batch)))
 
 
+GPCS = 8
+"""Graphics processing clusters of an H200, of 16 or 18 multiprocessors each."""
+
+
+def blocks_apart(num_sms: int) -> int:
+    """How many blocks on the next GPC begins, such that such steps come to every block in turn."""
+    steps = (step for step in range(1, num_sms + 1) if math.gcd(step, num_sms) == 1)
+    return min(steps, key=lambda step: abs(step * GPCS - num_sms))
+
+
+def blocks_to_spread(num_tiles: Int32, num_sms: int) -> Int32:
+    """Blocks for ``spread_tile``: one for each multiprocessor, and some may have no tile; or one
+    for each tile where there are so few that the GPU spreads them itself."""
+    return select(num_tiles * 2 <= num_sms, num_tiles, Int32(num_sms))
+
+
+@cute.jit
+def spread_tile(num_sms: cutlass.Constexpr[int]) -> Int32:
+    """The tile a block begins with, such that tiles that follow each other are on different GPCs.
+
+    Blocks, one a multiprocessor, are placed GPC by GPC, and a GPC does not read as fast as its
+    multiprocessors could: 64 of 132 blocks took 41.7 us on four and 37.0 on eight;
+    docs/lab-notebook.md.
+    """
+    block = Int32(cute.arch.block_idx()[0])
+    if cute.arch.grid_dim()[0] == num_sms:
+        # Tile i is that of block i * blocks_apart(num_sms).
+        block = block * pow(blocks_apart(num_sms), -1, num_sms) % num_sms
+    return block
+
+
+@cute.jit
+def ready_counter(counter: cute.Tensor, blocks: Int32, num_tiles: Int32, stream) -> Boolean:
+    """Launches ``reset_counter`` if blocks have tiles to draw; whether they have."""
+    draws = blocks < num_tiles
+    if draws:
+        reset_counter(counter).launch(grid=[1, 1, 1], block=[32, 1, 1], stream=stream)
+    return draws
+
+
 @cute.kernel
 def reset_counter(counter: cute.Tensor):
     """Sets the tile counter to 0 ahead of the kernel that draws from it, which begins at once."""
@@ -94,17 +137,21 @@ def clear_counts(counter: cute.Tensor, counts: cute.Tensor):
 
 
 @cute.jit
-def draw_tile(mCounter: cute.Tensor, tiles: cutlass.Constexpr[int] = 1) -> Int32:
+def draw_tile(mCounter: cute.Tensor, num_tiles: Int32, tiles: cutlass.Constexpr[int] = 1) -> Int32:
     """The next tile's index, or that of the first of so many, in lane 0 alone.
+
+    ``num_tiles`` or more where none is left.
 
     Drawn while the last key tile of the one before is on its way: sooner, blocks in the midst
     of long tiles would take tiles that others come to first; later, the latency would show.
     """
-    # The counter is reset by the kernel before this one.
-    cute.arch.griddepcontrol_wait()
-    tile = Int32(0)
-    if cute.arch.lane_idx() == 0:
-        tile = cute.arch.atomic_add(mCounter.iterator, Int32(tiles)) + cute.arch.grid_dim()[0]
+    tile = num_tiles
+    blocks = cute.arch.grid_dim()[0]
+    if blocks < num_tiles:
+        # The counter is reset by the kernel before this one.
+        cute.arch.griddepcontrol_wait()
+        if cute.arch.lane_idx() == 0:
+            tile = cute.arch.atomic_add(mCounter.iterator, Int32(tiles)) + blocks
     return tile
 
 
@@ -127,11 +174,11 @@ class PairDraw(Traced):
         cute.arch.mbarrier_init(self.empty, 1)
 
     @cute.jit
-    def draw(self, mCounter: cute.Tensor, phase: Int32) -> Int32:
+    def draw(self, mCounter: cute.Tensor, num_tiles: Int32, phase: Int32) -> Int32:
         """This block's next tile, in lane 0 alone; ``phase``: 0 and 1 in turn; one warp."""
         tile = Int32(0)
         if cute.arch.block_idx_in_cluster() == 0:
-            tile = draw_tile(mCounter, 2)
+            tile = draw_tile(mCounter, num_tiles, 2)
             cute.arch.mbarrier_wait(self.empty, phase ^ 1)
             if cute.arch.lane_idx() == 0:
                 cute.arch.inline_ptx(

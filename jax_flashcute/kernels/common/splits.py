@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32
+from cutlass import Boolean, Int32, const_expr
 
 from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.traced import Traced
@@ -28,7 +28,7 @@ def splits_of_entry(
     partials: tuple,
     heads_packed: int,
     num_sms: int | None,
-    lone: tuple[int, int],
+    lone: int,
 ) -> Callable[[Int32], Int32]:
     """A function of a batch entry: the parts into which the keys of its row of tiles are divided.
 
@@ -40,7 +40,7 @@ def splits_of_entry(
       heads_packed: query heads that share a tile.
       num_sms: multiprocessors that share the work; None where a sequence's parts must not follow
         from the others, or where all are alike.
-      lone: ``config.splits.lone_tile_times``.
+      lone: ``config.splits.lone_tile_time``.
     """
     most, batch, _, heads, _ = partials
     # Lengths are powers of two: no division, for which a kernel's first load would have to wait.
@@ -65,7 +65,7 @@ def shared_part_shift(
     heads: Int32,
     most: Int32,
     num_sms: cutlass.Constexpr[int],
-    lone: cutlass.Constexpr[tuple],
+    lone: cutlass.Constexpr[int],
 ) -> Int32:
     """Key tiles of a part such that all parts are done soonest, as a power of two; a whole warp's.
 
@@ -93,7 +93,7 @@ def shared_part_shift(
     for i, other, parts in zip(range(len(PART_SHIFTS)), PART_SHIFTS, counts, strict=True):
         shift, count = select(choice < i, shift, Int32(other)), select(choice < i, count, parts)
     found = (Int32(1) << shift, count * heads, total * heads, longest, most, num_sms, lone)
-    cost = parts_cost(*found, False, cutlass.min, cutlass.max)
+    cost = parts_cost(*found, cutlass.min, cutlass.max)
     # The first of the cheapest: lengths descend.
     for step in cutlass.range_constexpr(3):
         other_cost = cute.arch.shuffle_sync_bfly(cost, offset=1 << step)
@@ -140,7 +140,7 @@ class SplitOrder(Traced):
     """Maps a tile's index to (head, kv_head, batch, split, splits).
 
     For calls whose queries fill one row of tiles.  The parts of a batch entry follow each other.
-    ``splits_of_entry`` gives the parts of a batch entry; every method is for a whole warp.
+    Every method is for a whole warp.
     """
 
     def __init__(
@@ -148,12 +148,24 @@ class SplitOrder(Traced):
         kv_heads: Int32,
         batch: Int32,
         heads_per_kv: int,
+        most: Int32,
         splits_of_entry: Callable[[Int32], Int32],
+        *,
+        alike: bool,
     ):
+        """``most``: parts of a batch entry, at most; ``splits_of_entry``: gives those of one;
+        ``alike``: all entries have as many."""
         self.kv_heads = kv_heads
         self.batch = batch
         self.heads_per_kv = heads_per_kv
+        self.most = most
         self.splits_of_entry = splits_of_entry
+        self.alike = alike
+
+    @property
+    def num_tiles(self) -> Int32:
+        """Tiles there are at most."""
+        return self.kv_heads * self.batch * self.heads_per_kv * self.most
 
     @cute.jit
     def running_splits(self, first: Int32):
@@ -181,11 +193,15 @@ class SplitOrder(Traced):
     def coordinates(self, index: Int32):
         """(head, kv_head, batch, split, splits) of a tile index.
 
-        ``batch`` is the number of entries, and no entry, from ``count()`` on.
+        ``batch`` is the number of entries, or more, and no entry, from ``count()`` on.
         """
         heads = self.kv_heads * self.heads_per_kv
         part = index // heads
         head = index - part * heads
+        if const_expr(self.alike):
+            splits = self.splits_of_entry(Int32(0))
+            batch = part // splits
+            return head, head // self.heads_per_kv, batch, part - batch * splits, splits
         batch, split, splits = self.batch, Int32(0), Int32(1)
         first = Int32(0)
         while first < self.batch:

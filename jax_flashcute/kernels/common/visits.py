@@ -16,9 +16,9 @@ from jax_flashcute.bounds import RowBounds
 from jax_flashcute.kernels.common.intervals import IntervalMask, UnionMask, tiles_of
 from jax_flashcute.kernels.common.lists import TileLists
 from jax_flashcute.kernels.common.numbers import select
-from jax_flashcute.kernels.common.splits import splits_of_entry
+from jax_flashcute.kernels.common.splits import SplitOrder, splits_of_entry
 from jax_flashcute.kernels.common.stretches import Stretch, leftwards
-from jax_flashcute.kernels.config.splits import lone_tile_times
+from jax_flashcute.kernels.config.splits import lone_tile_time
 
 
 def work_fields(mask: IntervalMask | UnionMask) -> int:
@@ -54,7 +54,9 @@ class KeyTiles:
     has_low: bool
     tile_tokens: int
     heads_packed: int
+    heads_per_kv: int
     num_sms: int
+    page_size: int | None
     lengths_vary: bool
     has_mask_mod: bool
     kv_tiles: Any
@@ -160,8 +162,18 @@ class KeyTiles:
             partials,
             self.heads_packed,
             self.num_sms if self.lengths_vary else None,
-            lone_tile_times(self.config, self.head_dim, self.head_dim_v, self.num_sms),
+            lone_tile_time(
+                self.config, self.head_dim, self.head_dim_v, self.num_sms, self.page_size
+            ),
         )
+
+    def split_order(
+        self, lengths, length_arrays: tuple, kv_heads: Int32, batch: Int32, partials: tuple
+    ) -> SplitOrder:
+        """The order of the parts of entries of these lengths, which follow from the arrays."""
+        splits = self.splits_of_entry(lengths, partials)
+        alike = all(array is None for array in length_arrays)
+        return SplitOrder(kv_heads, batch, self.heads_per_kv, partials[0], splits, alike=alike)
 
     def loaders(
         self, k_copy, v_copy, mPageTable, warp: Int32, kv_head: Int32, batch: Int32, keys: Int32

@@ -66,12 +66,15 @@ class FwdConfig:
         """Query rows of one matrix product."""
         return 64
 
+    def key_tile_bytes(self, head_dim: int, head_dim_v: int) -> int:
+        """Of K and V of a key tile in shared memory, for 16-bit operands."""
+        return 2 * self.tile_n * (round_up(head_dim, 16) + round_up(head_dim_v, 16))
+
     def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Shared memory in bytes, without barriers, for 16-bit operands."""
-        h, hv = round_up(head_dim, 16), round_up(head_dim_v, 16)
-        queries = self.q_stages * self.tile_m * h
-        bias = self.bias_itemsize * self.tile_m * self.tile_n
-        return 2 * (queries + self.kv_stages * self.tile_n * (h + hv)) + bias
+        queries = 2 * self.q_stages * self.tile_m * round_up(head_dim, 16)
+        keys = self.kv_stages * self.key_tile_bytes(head_dim, head_dim_v)
+        return queries + keys + self.bias_itemsize * self.tile_m * self.tile_n
 
     def reasons_invalid(self, head_dim: int, head_dim_v: int) -> list[str]:
         """Every reason why this configuration cannot be compiled for these head_dims."""
@@ -164,11 +167,10 @@ def few_rows_config(head_dim: int, head_dim_v: int, rows: int) -> FwdConfig:
       head_dim, head_dim_v: of query and key, of value.
       rows: that queries fill.
     """
-    tile_n = forward_config(head_dim, head_dim_v).tile_n
-    stage_bytes = 2 * tile_n * (round_up(head_dim, 16) + round_up(head_dim_v, 16))
-    stages = min(6, max(2, FEW_ROWS_BYTES // stage_bytes))
+    usual = forward_config(head_dim, head_dim_v)
+    stages = min(6, max(2, FEW_ROWS_BYTES // usual.key_tile_bytes(head_dim, head_dim_v)))
     query_rows = FEW_ROWS if rows <= FEW_ROWS else 64
-    return FwdConfig(1, tile_n, stages, takes_turns=False, query_rows=query_rows)
+    return FwdConfig(1, usual.tile_n, stages, takes_turns=False, query_rows=query_rows)
 
 
 def busy_producer(config: FwdConfig) -> FwdConfig:

@@ -1,6 +1,5 @@
 """Into how many parts the keys of a row are divided, where there are few rows."""
 
-from jax_flashcute.kernels.config.memory import round_up
 from jax_flashcute.kernels.config.sm90 import FEW_ROWS, FwdConfig
 from jax_flashcute.kernels.config.sm100 import FwdConfigSm100
 
@@ -26,28 +25,29 @@ which are 1.6 to 3 us longer where parts are added up."""
 H200_SMS = 132
 
 
-def lone_tile_times(
-    config: FwdConfig | FwdConfigSm100, head_dim: int, head_dim_v: int, num_sms: int
-) -> tuple[int, int]:
+def lone_tile_time(
+    config: FwdConfig | FwdConfigSm100,
+    head_dim: int,
+    head_dim_v: int,
+    num_sms: int,
+    page_size: int | None = None,
+) -> int:
     """What a key tile takes a block where others leave it memory, in 64ths of what it takes where
     all multiprocessors read: with so many fewer blocks keys are read as fast.
 
-    From an H200, 8 to 132 blocks of 8,192 and 16,384 keys, head_dim 64 to 256: 0.37 us and 0.46
-    for each 64 KB, of 1.89 for each 64 KB; 0.17 more with more rows than one warp's softmax has.
+    From an H200, 8 to 132 blocks of 4,096 to 16,384 keys, head_dim 64 to 256: 0.37 us and 0.46 for
+    each 64 KB, of 1.89 for each 64 KB; 0.17 more with more rows than one warp's softmax has.  From
+    pages of 1 and 2 of head_dim 128 0.2 and 0.29 more, from larger ones 0.02 to 0.08.
     Fewer multiprocessors are taken to share as fast a memory.  On Blackwell nothing was measured:
     64.
-
-    Returns:
-      That of few blocks in a grid of no others, and that of few among others which have nothing to
-      do: they may share what multiprocessors share, and 64 KB take 0.83 us for 0.46.
     """
     if isinstance(config, FwdConfigSm100):
-        return 64, 64
+        return 64
     latency_bytes = 12_800 if config.query_rows <= FEW_ROWS else 18_700
-    tile_bytes = 2 * config.tile_n * (round_up(head_dim, 16) + round_up(head_dim_v, 16))
-    latency = 64 * latency_bytes // tile_bytes
-    spread, crowded = (min(64, time * H200_SMS // num_sms) for time in (17 + latency, 29 + latency))
-    return spread, crowded
+    time = 17 + 64 * latency_bytes // config.key_tile_bytes(head_dim, head_dim_v)
+    if page_size is not None:
+        time += 10 if page_size < 4 else 6
+    return min(64, time * H200_SMS // num_sms)
 
 
 def parts_cost(
@@ -57,8 +57,7 @@ def parts_cost(
     longest,
     most,
     num_sms: int,
-    lone: tuple[int, int],
-    spread: bool,
+    lone: int,
     least=min,
     largest=max,
 ):
@@ -73,19 +72,19 @@ def parts_cost(
       longest: tiles of the longest entry.
       most: parts of an entry at most.
       num_sms: multiprocessors.
-      lone: ``lone_tile_times``.
-      spread: there are no more blocks than parts.
+      lone: ``lone_tile_time``.
       least, largest: of two numbers.
     """
     mean = tiles * 16 // largest(parts, 1)
     last = largest(least(longest, length), (longest + most - 1) // most) * 16
     # As many parts as there are multiprocessors share memory; those that are left, fewer, have more
-    # of it each, until a block is as fast as it can be.  Of 132, in 64ths of a tile's time, a grid
-    # of no others: 64 blocks 32, 72 36, 96 48, 120 60, 128 62; among others 64 blocks 41, 96 55.
+    # of it each, until a block is as fast as it can be.  Of 132, in 64ths of a tile's time: 64
+    # blocks 33, 72 36, 96 48, 120 60, 128 62; somewhat more after others, which end one by one.
     waves = parts // num_sms
     rest = parts - waves * num_sms
-    alone, margin = (lone[0], 1) if spread and not waves else (lone[1], 9)
-    of_rest = least(largest(least(rest * 64 // num_sms + margin, 62), alone), rest * 64)
+    after = least(waves, 1)
+    shared = least(rest * 64 // num_sms + 2 + 8 * after, 62)
+    of_rest = least(largest(shared, least(lone + 12 * after, 64)), rest * 64)
     cost = waves * mean + mean * of_rest // 64 + (last - mean) // 2
     is_split = least(largest(longest - length, 0), 1)
     return cost + parts * PART_COST // num_sms + is_split * COMBINE_COST
@@ -96,7 +95,7 @@ def most_splits(
     key_tiles: int,
     num_sms: int,
     lengths_vary: bool,
-    lone: tuple[int, int],
+    lone: int,
     part_bytes: int,
 ) -> int:
     """Parts into which a row's keys are divided at most; 1 where splitting does not pay.
@@ -106,7 +105,7 @@ def most_splits(
       key_tiles: of the longest row that the arrays can hold.
       num_sms: multiprocessors that share the work.
       lengths_vary: batch entries have lengths of their own, known on the device alone.
-      lone: ``lone_tile_times``.
+      lone: ``lone_tile_time``.
       part_bytes: of O in float32, which each part takes.
     """
     limit = max(1, min(key_tiles // MIN_SPLIT_TILES, MAX_SPLITS))
@@ -114,7 +113,7 @@ def most_splits(
     def cost(splits: int) -> int:
         length = -(-key_tiles // splits)
         every = tiles * key_tiles
-        return parts_cost(length, tiles * splits, every, key_tiles, splits, num_sms, lone, True)
+        return parts_cost(length, tiles * splits, every, key_tiles, splits, num_sms, lone)
 
     costs = {splits: cost(splits) for splits in range(1, limit + 1)}
     # The fewest of those that come near the least.

@@ -49,8 +49,7 @@ from jax_flashcute.kernels.common.elements import sinks_among
 from jax_flashcute.kernels.common.intervals import IntervalMask, UnionMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.paging import follow_tiles, tiles_in_pages
-from jax_flashcute.kernels.common.scheduler import TileOrder, reset_counter, section_size
-from jax_flashcute.kernels.common.splits import SplitOrder
+from jax_flashcute.kernels.common.scheduler import TileOrder, ready_counter, section_size
 from jax_flashcute.kernels.common.tiles import by_head, slab_tma_layout, smem_layout
 from jax_flashcute.kernels.common.visits import KeyTiles, work_fields
 from jax_flashcute.kernels.config.memory import round_up
@@ -218,7 +217,7 @@ class ForwardSm100(KeyTiles):
         if const_expr(self.split_kv):
             num_tiles = num_tiles * mOPartial.shape[0]
         blocks = cutlass.min(num_tiles, Int32(self.num_sms))
-        reset_counter(mCounter).launch(grid=[1, 1, 1], block=[32, 1, 1], stream=stream)
+        follows = ready_counter(mCounter, blocks, num_tiles, stream)
         self.kernel(
             *tma_q,
             *tma_k,
@@ -247,7 +246,7 @@ class ForwardSm100(KeyTiles):
             block=[cfg.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
-            use_pdl=True,
+            use_pdl=follows,
         )
         if const_expr(self.split_kv):
             Combine(self.dtype, self.head_dim_v, self.splits_of_entry).launch(
@@ -379,8 +378,8 @@ class ForwardSm100(KeyTiles):
         order = TileOrder(m_blocks, kv_heads, batch, self.heads_per_kv, section)
         lengths = partial(entry_lengths, mQOffset, mQLengths, mKVLengths, q_length, kv_length)
         if const_expr(self.split_kv):
-            splits = self.splits_of_entry(lengths, mOPartial.shape)
-            order = SplitOrder(kv_heads, batch, self.heads_per_kv, splits)
+            length_arrays = (mQOffset, mQLengths, mKVLengths)
+            order = self.split_order(lengths, length_arrays, kv_heads, batch, mOPartial.shape)
 
         if warp_index >= load_warp:
             cute.arch.setmaxregister_decrease(cfg.other_registers)

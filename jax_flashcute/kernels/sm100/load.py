@@ -132,7 +132,7 @@ class LoadWarp:
                 v_stage, v_phase = pipeline_v.advance(v_stage, v_phase)
                 n, place = following, following_place
                 following, following_place = ahead, ahead_place
-            tile = draw_tile(mCounter)
+            tile = draw_tile(mCounter, order.num_tiles)
             tile = cute.arch.shuffle_sync(tile, 0)
 
         pipeline_tile.acquire(t_stage, t_phase)

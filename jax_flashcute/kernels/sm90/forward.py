@@ -90,17 +90,15 @@ from jax_flashcute.kernels.common.scheduler import (
     CLEARING_THREADS,
     PairDraw,
     TileOrder,
+    blocks_to_spread,
     clear_counts,
     draw_tile,
-    reset_counter,
+    ready_counter,
     section_size,
+    spread_tile,
 )
 from jax_flashcute.kernels.common.softmax import OnlineSoftmax
-from jax_flashcute.kernels.common.splits import (
-    SplitOrder,
-    is_last_part,
-    split_range,
-)
+from jax_flashcute.kernels.common.splits import is_last_part, split_range
 from jax_flashcute.kernels.common.tiles import (
     by_head,
     clear_rows,
@@ -217,6 +215,8 @@ class ForwardSm90(KeyTiles):
         in_order = not (split_kv or has_lists or self.union)
         self.added = self.added_terms(in_order)
         self.has_key_terms = self.added is not None and self.added.is_staged
+        # Such calls wait for memory.
+        self.spreads_tiles = split_kv or config.reads_keys_once
         # What products add they add to all rows.
         self.has_few_rows = config.query_rows <= FEW_ROWS and self.added is None
         self.rows_per_thread = 1 if self.has_few_rows else ROWS_PER_THREAD
@@ -328,6 +328,9 @@ class ForwardSm90(KeyTiles):
             num_tiles = num_tiles * mOPartial.shape[0]
         most = self.num_sms - self.num_sms % self.config.cluster
         blocks = cutlass.min(num_tiles, Int32(most))
+        if const_expr(self.spreads_tiles):
+            blocks = blocks_to_spread(num_tiles, self.num_sms)
+        follows = Boolean(True)
         if const_expr(self.config.gathers_pages or self.config.joins_parts):
             mCounts = mGathered[2] if const_expr(self.config.gathers_pages) else mStored
             clear_counts(mCounter, mCounts).launch(
@@ -336,7 +339,7 @@ class ForwardSm90(KeyTiles):
                 stream=stream,
             )
         else:
-            reset_counter(mCounter).launch(grid=[1, 1, 1], block=[32, 1, 1], stream=stream)
+            follows = ready_counter(mCounter, blocks, num_tiles, stream)
         self.kernel(
             *tma_q,
             *tma_k,
@@ -370,7 +373,7 @@ class ForwardSm90(KeyTiles):
             cluster=[self.config.cluster, 1, 1] if self.config.cluster > 1 else None,
             stream=stream,
             min_blocks_per_mp=1,
-            use_pdl=True,
+            use_pdl=follows,
         )
         if const_expr(self.split_kv and not self.config.joins_parts):
             self.combine.launch(
@@ -543,8 +546,8 @@ class ForwardSm90(KeyTiles):
         work = storage.work.get_tensor(cute.make_layout((self.work_fields, TILE_STAGES)))
         lengths = partial(entry_lengths, mQOffset, mQLengths, mKVLengths, q_length, kv_length)
         if const_expr(self.split_kv):
-            splits = self.splits_of_entry(lengths, mOPartial.shape)
-            order = SplitOrder(kv_heads, batch, self.heads_per_kv, splits)
+            length_arrays = (mQOffset, mQLengths, mKVLengths)
+            order = self.split_order(lengths, length_arrays, kv_heads, batch, mOPartial.shape)
 
         gathering = None
         if const_expr(cfg.gathers_pages):
@@ -691,7 +694,9 @@ class ForwardSm90(KeyTiles):
         if const_expr(gathering is not None):
             # What is gathered is counted from 0 once the kernel before this one is done.
             cute.arch.griddepcontrol_wait()
-        tile = cute.arch.block_idx()[0]
+        tile = Int32(cute.arch.block_idx()[0])
+        if const_expr(self.spreads_tiles):
+            tile = spread_tile(self.num_sms)
         q_stage = Int32(0)
         q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase, tail_phase, draw_phase = (
             Int32(0) for _ in range(9)
@@ -774,7 +779,7 @@ class ForwardSm90(KeyTiles):
                     )
                     k_stage, k_phase = pipeline_k.advance(k_stage, k_phase)
                 else:
-                    tile = self.draw(draws, draw_phase)
+                    tile = self.draw(draws, order.num_tiles, draw_phase)
                 # Other warps copy V, if threads do.
                 if const_expr(self.copying_warps == 0):
                     pipeline_v.acquire(v_stage, v_phase)
@@ -792,7 +797,7 @@ class ForwardSm90(KeyTiles):
                 following, following_place = ahead, ahead_place
 
             if visits <= 0:
-                tile = self.draw(draws, draw_phase)
+                tile = self.draw(draws, order.num_tiles, draw_phase)
             draw_phase ^= 1
             tile = cute.arch.shuffle_sync(tile, 0)
             if const_expr(self.split_kv):
@@ -806,10 +811,12 @@ class ForwardSm90(KeyTiles):
         """``Gathering.wait``, where pages are gathered."""
         return ready if gathering is None else gathering.wait(batch, kv_head, ready, n)
 
-    def draw(self, draws, phase: Int32) -> Int32:
+    def draw(self, draws, num_tiles: Int32, phase: Int32) -> Int32:
         """The next tile, in lane 0 alone; ``phase``: 0 and 1 in turn."""
         mCounter, pair = draws
-        return draw_tile(mCounter) if pair is None else pair.draw(mCounter, phase)
+        if pair is None:
+            return draw_tile(mCounter, num_tiles)
+        return pair.draw(mCounter, num_tiles, phase)
 
     @cute.jit
     def write_key_terms(
