@@ -589,6 +589,7 @@ def num_splits(
     lengths_vary = operands.key_value_seq_lengths is not None and B > 1
     dims = operands.query.shape[3], operands.value.shape[3]
     tiles, part_bytes = B * (K if pack_gqa else N), 4 * B * T * N * dims[1]
+    # As if there were no pages, with which parts are joined as without; docs/lab-notebook.md.
     lone = lone_tile_time(config, *dims, num_sms)
     return most_splits(tiles, key_tiles, num_sms, lengths_vary, lone, part_bytes)
 

@@ -9,7 +9,7 @@ import math
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, Uint32
+from cutlass import Boolean, Int32, Uint32, const_expr
 
 from jax_flashcute.kernels.common.numbers import select
 from jax_flashcute.kernels.common.traced import Traced
@@ -105,13 +105,28 @@ def spread_tile(num_sms: cutlass.Constexpr[int]) -> Int32:
     return block
 
 
+CLEARING_THREADS = 256
+
+
 @cute.jit
-def ready_counter(counter: cute.Tensor, blocks: Int32, num_tiles: Int32, stream) -> Boolean:
-    """Launches ``reset_counter`` if blocks have tiles to draw; whether they have."""
-    draws = blocks < num_tiles
-    if draws:
-        reset_counter(counter).launch(grid=[1, 1, 1], block=[32, 1, 1], stream=stream)
-    return draws
+def ready_counters(
+    counter: cute.Tensor, counts: cute.Tensor | None, blocks: Int32, num_tiles: Int32, stream
+) -> Boolean:
+    """Launches what sets the tile counter, and ``counts`` if there are any, to 0 ahead of a kernel.
+
+    Nothing if there are none and no block has a tile to draw.  Returns whether it launched.
+    """
+    launches = Boolean(True)
+    if const_expr(counts is not None):
+        grid = cute.ceil_div(cute.size(counts), CLEARING_THREADS)
+        clear_counts(counter, counts).launch(
+            grid=[grid, 1, 1], block=[CLEARING_THREADS, 1, 1], stream=stream
+        )
+    else:
+        launches = blocks < num_tiles
+        if launches:
+            reset_counter(counter).launch(grid=[1, 1, 1], block=[32, 1, 1], stream=stream)
+    return launches
 
 
 @cute.kernel
@@ -120,9 +135,6 @@ def reset_counter(counter: cute.Tensor):
     cute.arch.griddepcontrol_launch_dependents()
     if cute.arch.thread_idx()[0] == 0:
         counter[0] = Int32(0)
-
-
-CLEARING_THREADS = 256
 
 
 @cute.kernel

@@ -181,19 +181,10 @@ class SplitOrder(Traced):
         return own, running
 
     @cute.jit
-    def count(self) -> Int32:
-        """Tiles in all."""
-        total = Int32(0)
-        for i in cutlass.range((self.batch + 31) // 32, unroll=1):
-            _, running = self.running_splits(i * 32)
-            total += cute.arch.shuffle_sync(running, 31)
-        return total * self.kv_heads * self.heads_per_kv
-
-    @cute.jit
     def coordinates(self, index: Int32):
         """(head, kv_head, batch, split, splits) of a tile index.
 
-        ``batch`` is the number of entries, or more, and no entry, from ``count()`` on.
+        ``batch`` is the number of entries, or more, and no entry, past the last part.
         """
         heads = self.kv_heads * self.heads_per_kv
         part = index // heads

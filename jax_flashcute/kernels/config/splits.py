@@ -21,7 +21,6 @@ PART_COST, COMBINE_COST = 8, 20
 x 8,192 keys on an H200, 0.236 ms in 256 parts and 0.249 in 1,024; and from calls of 10 to 60 us,
 which are 1.6 to 3 us longer where parts are added up."""
 
-
 H200_SMS = 132
 
 

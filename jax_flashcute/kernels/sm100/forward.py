@@ -49,7 +49,7 @@ from jax_flashcute.kernels.common.elements import sinks_among
 from jax_flashcute.kernels.common.intervals import IntervalMask, UnionMask
 from jax_flashcute.kernels.common.lengths import entry_lengths
 from jax_flashcute.kernels.common.paging import follow_tiles, tiles_in_pages
-from jax_flashcute.kernels.common.scheduler import TileOrder, ready_counter, section_size
+from jax_flashcute.kernels.common.scheduler import TileOrder, ready_counters, section_size
 from jax_flashcute.kernels.common.tiles import by_head, slab_tma_layout, smem_layout
 from jax_flashcute.kernels.common.visits import KeyTiles, work_fields
 from jax_flashcute.kernels.config.memory import round_up
@@ -217,7 +217,7 @@ class ForwardSm100(KeyTiles):
         if const_expr(self.split_kv):
             num_tiles = num_tiles * mOPartial.shape[0]
         blocks = cutlass.min(num_tiles, Int32(self.num_sms))
-        follows = ready_counter(mCounter, blocks, num_tiles, stream)
+        follows = ready_counters(mCounter, None, blocks, num_tiles, stream)
         self.kernel(
             *tma_q,
             *tma_k,

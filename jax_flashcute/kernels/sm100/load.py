@@ -63,13 +63,16 @@ class LoadWarp:
             Int32(0) for _ in range(8)
         )
         split_kv = const_expr(self.kernel.split_kv)
-        num_tiles = order.count() if split_kv else order.num_tiles
-        while tile < num_tiles:
+        # Which part a tile is, and whether it is one at all, is found at once.
+        place_of_part = tuple(Int32(0) for _ in range(5))
+        if const_expr(split_kv):
+            place_of_part = order.coordinates(tile)
+        while place_of_part[2] < order.batch if const_expr(split_kv) else tile < order.num_tiles:
             part = ()
             if const_expr(split_kv):
                 m_block = Int32(0)
-                head, kv_head, batch, split, splits = order.coordinates(tile)
-                part = (split, splits)
+                head, kv_head, batch = place_of_part[:3]
+                part = place_of_part[3:]
             else:
                 m_block, head, kv_head, batch = order.coordinates(tile)
             offset, queries, keys = lengths(batch)
@@ -134,6 +137,8 @@ class LoadWarp:
                 following, following_place = ahead, ahead_place
             tile = draw_tile(mCounter, order.num_tiles)
             tile = cute.arch.shuffle_sync(tile, 0)
+            if const_expr(split_kv):
+                place_of_part = order.coordinates(tile)
 
         pipeline_tile.acquire(t_stage, t_phase)
         write_work(work[None, t_stage], (Int32(-1),) * self.kernel.work_fields)

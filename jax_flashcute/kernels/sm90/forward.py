@@ -87,13 +87,11 @@ from jax_flashcute.kernels.common.paging import (
 )
 from jax_flashcute.kernels.common.pipeline import TmaPipeline
 from jax_flashcute.kernels.common.scheduler import (
-    CLEARING_THREADS,
     PairDraw,
     TileOrder,
     blocks_to_spread,
-    clear_counts,
     draw_tile,
-    ready_counter,
+    ready_counters,
     section_size,
     spread_tile,
 )
@@ -326,20 +324,13 @@ class ForwardSm90(KeyTiles):
         num_tiles = m_blocks * kv_heads * batch * self.heads_per_kv
         if const_expr(self.split_kv):
             num_tiles = num_tiles * mOPartial.shape[0]
-        most = self.num_sms - self.num_sms % self.config.cluster
-        blocks = cutlass.min(num_tiles, Int32(most))
         if const_expr(self.spreads_tiles):
             blocks = blocks_to_spread(num_tiles, self.num_sms)
-        follows = Boolean(True)
-        if const_expr(self.config.gathers_pages or self.config.joins_parts):
-            mCounts = mGathered[2] if const_expr(self.config.gathers_pages) else mStored
-            clear_counts(mCounter, mCounts).launch(
-                grid=[cute.ceil_div(cute.size(mCounts), CLEARING_THREADS), 1, 1],
-                block=[CLEARING_THREADS, 1, 1],
-                stream=stream,
-            )
         else:
-            follows = ready_counter(mCounter, blocks, num_tiles, stream)
+            most = self.num_sms - self.num_sms % self.config.cluster
+            blocks = cutlass.min(num_tiles, Int32(most))
+        mCounts = mGathered[2] if const_expr(self.config.gathers_pages) else mStored
+        follows = ready_counters(mCounter, mCounts, blocks, num_tiles, stream)
         self.kernel(
             *tma_q,
             *tma_k,
@@ -694,9 +685,10 @@ class ForwardSm90(KeyTiles):
         if const_expr(gathering is not None):
             # What is gathered is counted from 0 once the kernel before this one is done.
             cute.arch.griddepcontrol_wait()
-        tile = Int32(cute.arch.block_idx()[0])
         if const_expr(self.spreads_tiles):
             tile = spread_tile(self.num_sms)
+        else:
+            tile = Int32(cute.arch.block_idx()[0])
         q_stage = Int32(0)
         q_phase, k_stage, k_phase, v_stage, v_phase, t_stage, t_phase, tail_phase, draw_phase = (
             Int32(0) for _ in range(9)
