@@ -22,12 +22,12 @@ from jax_flashcute import flash_attention
 from jax_flashcute.kernels import registry
 from jax_flashcute.kernels.config.sm90 import FwdConfig
 from jax_flashcute.plan import ARCH_VARIABLE, target
+from tests.random_calls import numbers
 from tests.unit.test_analysis import random_mask, random_number
 
 pytestmark = pytest.mark.gpu
 
-COUNT = int(os.environ.get("JAX_FLASHCUTE_RANDOM", "32"))
-FIRST = int(os.environ.get("JAX_FLASHCUTE_RANDOM_FIRST", "0"))
+NUMBERS = numbers(32)
 GRADIENTS_EVERY = 8
 BATCH, HEADS, QUERIES, KEYS, HEAD_DIM = 2, 3, 130, 200, 64
 SCALE = HEAD_DIM**-0.5
@@ -145,15 +145,14 @@ def compile_one(number: int, named: str) -> None:
 def compiled() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
-    numbers = range(FIRST, FIRST + COUNT)
     with concurrent.futures.ProcessPoolExecutor(
-        min(COUNT, os.cpu_count() or 1), multiprocessing.get_context("spawn")
+        min(len(NUMBERS), os.cpu_count() or 1), multiprocessing.get_context("spawn")
     ) as pool:
-        for _ in pool.map(compile_one, numbers, [str(target())] * COUNT):
+        for _ in pool.map(compile_one, NUMBERS, [str(target())] * len(NUMBERS)):
             pass
 
 
-@pytest.mark.parametrize("number", range(FIRST, FIRST + COUNT))
+@pytest.mark.parametrize("number", NUMBERS)
 def test_random_functions(number: int, compiled: None) -> None:
     rng = np.random.default_rng(number)
     arrays = [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes()]

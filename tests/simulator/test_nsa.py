@@ -1,66 +1,10 @@
 """Native sparse attention whole: a JAX program on the CPU whose kernels are simulated."""
 
-import functools
-import threading
-
-import jax
-import numpy as np
 import pytest
 
-from jax_flashcute import plan
-from jax_flashcute.ffi import call
-from jax_flashcute.kernels import registry
 from jax_flashcute.nsa import NSAConfig
 from tests.nsa_cases import Case, check
-from tests.simulator import simulate
-from tests.simulator.compiled import kernel_of
-
-_one_at_a_time = threading.Lock()
-
-
-class Simulated:
-    """Stands in for the primitive of a kernel: runs it in simulation where its results are used."""
-
-    def __init__(self, bind, how: dict):
-        self.bind = functools.partial(bind, how)
-
-
-def run(how: dict, key, inputs, results, scratch=()) -> list[jax.Array]:
-    """The results of a kernel's simulation, in a program on the CPU."""
-    outputs = [(tuple(shape), np.dtype(dtype)) for shape, dtype in (*results, *scratch)]
-
-    kernel = kernel_of(key)  # while the program is traced: the compiler is for one thread
-
-    def on_host(*arrays):
-        with _one_at_a_time:
-            found = simulate(kernel, *map(np.asarray, arrays), outputs=outputs, **how)
-        return tuple(found[: len(results)])
-
-    shapes = tuple(jax.ShapeDtypeStruct(*output) for output in outputs[: len(results)])
-    return list(jax.pure_callback(on_host, shapes, *inputs))
-
-
-def of_forward(how: dict, *leaves, spec, tree):
-    operands = jax.tree.unflatten(tree, leaves)
-    key = plan.make_plan(spec, operands)
-    query, key_, value = operands.query, operands.key, operands.value
-    rows = query.shape[:3]
-    results = [((*rows, value.shape[3]), query.dtype), (rows, "float32")]
-    inputs = [query, key_, value, *call.other_inputs(key, spec, operands)]
-    return run(how, key, inputs, results, registry.scratch_shapes(key, operands))
-
-
-def of_backward(how: dict, *leaves, spec, tree):
-    operands, saved, dout, dlse = jax.tree.unflatten(tree, leaves)
-    key = plan.make_plan(spec, operands, "bwd")
-    main = [operands.query, operands.key, operands.value]
-    inputs = [*main, saved.out, saved.lse, dout, dlse, *call.other_inputs(key, spec, operands)]
-    results = [(x.shape, x.dtype) for x in main]
-    return run(how, key, inputs, results, registry.scratch_shapes(key, operands))
-
-
-def of_nsa(how: dict, *arrays, key, shapes):
-    return run(how, plan.make_nsa_plan(key), arrays, shapes)
+from tests.simulator.jax_programs import simulated_kernels
 
 
 def check_simulated(
@@ -72,18 +16,8 @@ def check_simulated(
     **how,
 ) -> None:
     """Against float64, every kernel simulated, few multiprocessors."""
-    monkeypatch.setenv("JAX_FLASHCUTE_ARCH", f"{arch}:3")
-    for name, bind in (
-        ("_forward_p", of_forward),
-        ("_backward_p", of_backward),
-        ("_nsa_p", of_nsa),
-    ):
-        monkeypatch.setattr(call, name, Simulated(bind, how))
-    jax.clear_caches()
-    try:
+    with simulated_kernels(arch, **how):
         check(case, "bfloat16", "cute", monkeypatch, backward=backward)
-    finally:
-        jax.clear_caches()  # no other test may meet what was traced here
 
 
 # Groups, head_dims, lengths below a tile and below a block, more blocks selected than there are.
