@@ -220,20 +220,27 @@ def _finishes(running) -> bool:
 
 
 _ENDED = object()
-_ROUNDS = 10
-"""Turns of all waiting clusters, without a change in memory, that count as deadlock."""
+_ROUNDS = 100
+"""Turns of all waiting clusters without any progress, here or there, that count as deadlock.
+
+Many: a warp may compute for several turns between two of its waits.
+"""
 
 
 def _take_turns(waiting, memory, log, until):
     """Resume spinning clusters in turn until at most ``until`` of them are left."""
     idle = 0
     while len(waiting) > until:
-        version, count = memory.version, len(waiting)
+        before = _progress(waiting, memory)
         waiting[:] = [pair for pair in waiting if not _finishes(pair[1])]
-        changed = memory.version != version or len(waiting) != count
-        idle = 0 if changed else idle + 1
+        idle = idle + 1 if _progress(waiting, memory) == before else 0
         if idle > _ROUNDS:
             groups = [g for machine, _ in waiting for g in machine.groups]
             statement = groups[0].block.program.operations[groups[0].pc].statement
             lines = "\n      ".join(g.describe() for g in groups)
             log.fatal("deadlock", statement, f"blocks spin and nothing changes:\n      {lines}")
+
+
+def _progress(waiting, memory):
+    """What changes unless all that clusters do is to compute or to spin."""
+    return memory.version, [machine.progress for machine, _ in waiting]

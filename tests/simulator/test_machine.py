@@ -183,6 +183,40 @@ def test_blocks_wait_for_each_other(first):
     np.testing.assert_array_equal(got[1:], [0, 1, 4, 9])
 
 
+STEP = """
+  and.b32 %r5, %r3, 4095;
+  setp.eq.u32 %p4, %r5, 0;
+  @%p4 bar.sync 1, 32;
+"""
+COMPUTES = """
+  mov.u32 %r1, %ctaid.x;
+  setp.ne.u32 %p1, %r1, 0;
+  @%p1 bra compute;
+again:
+  ld.acquire.gpu.global.b32 %r2, [%a0];
+  setp.ne.u32 %p2, %r2, 7;
+  @%p2 bra again;
+  bra done;
+compute:
+  mov.u32 %r3, 0;
+loop:
+  {step}
+  add.u32 %r3, %r3, 1;
+  setp.lt.u32 %p3, %r3, {count};
+  @%p3 bra loop;
+  mov.u32 %r4, 7;
+  st.release.gpu.global.b32 [%a0], %r4;
+done:
+"""
+
+
+@pytest.mark.parametrize(("count", "step"), [(50_000, ""), (120_000, STEP)], ids=["alone", "warps"])
+def test_a_block_that_computes_for_long_is_no_deadlock(count, step):
+    """Neither where it does nothing else, nor where its warps wait for each other now and then."""
+    (got,) = execute(COMPUTES.format(count=count, step=step), np.zeros(1, np.uint32), grid=2)
+    assert got[0] == 7
+
+
 def test_blocks_that_wait_for_nothing_are_a_deadlock():
     memory = np.array([7, 0, 0, 0, 0], np.uint32)
     assert findings(TICKET.format(sign="s32", step="1"), memory, grid=2) == ["deadlock"]
