@@ -8,7 +8,7 @@ from typing import Any
 
 from jax_flashcute.kernels.config.sm90 import BwdConfig
 from jax_flashcute.kernels.config.sm100 import BwdConfigSm100
-from jax_flashcute.kernels.config.workspace import has_dq_sums, takes_turns
+from jax_flashcute.kernels.config.workspace import counts_heads, has_dq_sums, takes_turns
 from jax_flashcute.kernels.elements import in_fixed_point, measures
 from jax_flashcute.kernels.key import OPTIONAL_OPERANDS, KernelKey
 
@@ -46,6 +46,8 @@ def backward_arrays(key: KernelKey):
     qk = (_element_type(key), (1, 1, 1, key.head_dim))
     v = (_element_type(key), (1, 1, 1, key.head_dim_v))
     rows = (cutlass.Float32, (1, 1, 1))
+    counts = [(cutlass.Int32, (1, 1)) if counts_heads(key.config) else None]
+    counts = counts if isinstance(key.config, BwdConfig) else []
     turns = [(cutlass.Int32, (1, 1, 1))] if takes_turns(key.config) else []
     carried = [(cutlass.Int32, (1, 1, 1)), rows] if _carries(key) else []
     others = [*_optional_arrays(key), *_element_arrays(key), *_bound_arrays(key)]
@@ -54,7 +56,7 @@ def backward_arrays(key: KernelKey):
     sums = _gradient_arrays(key)
     of_dq = rows if has_dq_sums(key.config) else None
     results = [qk, qk, v, *sums]
-    scratch = [of_dq, rows, rows, *turns, *carried]
+    scratch = [of_dq, rows, rows, *counts, *turns, *carried]
     return [qk, qk, v, v, rows, v, rows, *others, *results, *scratch]
 
 

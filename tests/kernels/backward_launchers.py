@@ -8,7 +8,7 @@ from jax_flashcute.ffi.compile import ArrayType
 from jax_flashcute.kernels import launchers, masking
 from jax_flashcute.kernels.config.sm90 import BwdConfig, backward_config
 from jax_flashcute.kernels.config.sm100 import BwdConfigSm100, backward_config_sm100
-from jax_flashcute.kernels.config.workspace import has_dq_sums, workspace_shapes
+from jax_flashcute.kernels.config.workspace import counts_heads, has_dq_sums, workspace_shapes
 from jax_flashcute.spec import Operands
 from tests.cases import Case
 from tests.simulator.compiled import SimulatedKernel, compile_to_simulate
@@ -55,6 +55,8 @@ class Launcher:
         ]
 
         sums = rows if has_dq_sums(self.config) else None
+        counts = [ArrayType(cutlass.Int32, (1, 1)) if counts_heads(self.config) else None]
+        counts = counts if isinstance(self.config, BwdConfig) else []
         turns = [ArrayType(cutlass.Int32, (1, 1, 1))] if self.config.deterministic else []
 
         def build():
@@ -70,7 +72,7 @@ class Launcher:
 
         return compile_to_simulate(
             build,
-            [qk, qk, v, v, rows, v, *optional, qk, qk, v, sums, rows, rows, *turns],
+            [qk, qk, v, v, rows, v, *optional, qk, qk, v, sums, rows, rows, *counts, *turns],
             self.arch,
             repr(self),
         )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -163,19 +164,29 @@ def forward_barriers(config: FwdConfig) -> list[str]:
 
 @functools.cache
 def backward(
-    head_dim: int = 128, group: int = 1, *, window: tuple[int | None, int | None] = (None, None)
+    head_dim: int = 128,
+    group: int = 1,
+    *,
+    window: tuple[int | None, int | None] = (None, None),
+    deterministic: bool = False,
+    least_heads: bool = False,
 ) -> SimulatedKernel:
-    """The Hopper backward launcher (three kernels) in bfloat16, without optional operands."""
+    """The Hopper backward launcher (three kernels) in bfloat16, without optional operands.
+
+    ``least_heads``: as few key/value heads are worked on together as there may be, two.
+    """
     import cutlass
 
+    from jax_flashcute.kernels.common import scheduler, turns
     from jax_flashcute.kernels.common.intervals import IntervalMask
     from jax_flashcute.kernels.sm90.backward import BackwardSm90
 
-    config = backward_config(head_dim, head_dim)
+    config = backward_config(head_dim, head_dim, deterministic)
     rows = ArrayType(cutlass.BFloat16, (1, 1, 1, head_dim))
     floats = ArrayType(cutlass.Float32, (1, 1, 1))
     arrays = [rows, rows, rows, rows, floats, rows, None, None, None, None, rows, rows, rows]
-    arrays += [floats] * 3
+    arrays += [floats, floats, floats, ArrayType(cutlass.Int32, (1, 1))]
+    arrays += [ArrayType(cutlass.Int32, (1, 1, 1))] * deterministic
 
     def build():
         return BackwardSm90(
@@ -183,5 +194,8 @@ def backward(
             IntervalMask(window_interval(*window)),
         )  # fmt: skip
 
-    identity = f"BackwardSm90 {config} {head_dim} {group} {window}"
-    return compile_to_simulate(build, arrays, "sm_90a", identity)
+    identity = f"BackwardSm90 {config} {head_dim} {group} {window} {least_heads}"
+    if not least_heads:
+        return compile_to_simulate(build, arrays, "sm_90a", identity)
+    with mock.patch.object(scheduler, "L2_BYTES", 1), mock.patch.object(turns, "LEAST_SECTION", 2):
+        return compile_to_simulate(build, arrays, "sm_90a", identity)

@@ -14,7 +14,7 @@ class Memory:
         self.base, self.size, self.name = base, size, name
         self.data = np.full(-(-size // 256) * 256 + 256, fill, np.uint8)
         self._views = {}
-        self.read_by = self.written_by = -1  # last launch that did
+        self.read_by = self.written_by = self.released_by = -1  # last launch that did
 
     def view(self, dtype) -> np.ndarray:
         view = self._views.get(dtype)

@@ -146,6 +146,17 @@ def use_global(block, memory, warps, writes, statement):
         memory.read_by = machine.launch_index
 
 
+def acquire_global(block, memory, warps):
+    """Note an acquiring load: of what the launch before counts by releases, it is a wait for that.
+
+    Where that launch alone may overlap.  Launches run one after another, so a count that is waited
+    for is the last one, and one that is not reached is a deadlock.
+    """
+    machine = block.machine
+    if block.ordering and memory.released_by == machine.overlaps_from == machine.launch_index - 1:
+        block.ordering.clock[warps, block.ordering.prerequisites] = 1
+
+
 def _no_array(block, address, size, statement):
     block.machine.log.fatal(
         "out-of-bounds access", statement, f"{size} bytes at {address:#x}: no array is there"
@@ -295,8 +306,12 @@ def _ld(asm, st):
 
             return effect(load_parameter)
     address = addresses(asm, st.operands[1])
+    acquires = space == "global" and "acquire" in st.parts
 
     def run(block, g, m):
+        found = find_global(block, address(g, m), width // 8, st) if acquires else None
+        if found is not None:
+            acquire_global(block, found[0], g.warps)
         values = load(block, g, m, space, address(g, m), dtype, count, st, g.pc)
         for i, out in enumerate(outs):
             if out:
@@ -436,6 +451,8 @@ def _atomic(asm, st):
                 raise FormError("atomics on several arrays in one instruction")
             memory, offsets = found
             use_global(block, memory, g.warps, True, st)
+            if "release" in st.parts:
+                memory.released_by = block.machine.launch_index
             data = memory.view(dtype)
         index = offsets // dtype.itemsize
         if (

@@ -234,8 +234,10 @@ def test_what_has_a_pass_of_its_own_for_dq() -> None:
     def has_pass(spec: AttentionSpec = SPEC, **changes) -> bool:
         operands = shapes(**{"H": 256} | changes)
         key = registry.kernel_key(spec, operands, "bwd", "sm_90a", 132)
-        assert (registry.arrays_of(key)[-3] is None) == (key.config.dq_pass is not None)
-        assert len(registry.scratch_shapes(key, operands)) == (2 if key.config.dq_pass else 3)
+        # The sums of dQ, log-sum-exp and sums of rows, and what counts heads' blocks.
+        absent = [array is None for array in registry.arrays_of(key)[-4:]]
+        assert absent == [True, False, False, True] if key.config.dq_pass else not any(absent)
+        assert len(registry.scratch_shapes(key, operands)) == 4 - sum(absent)
         return key.config.dq_pass is not None
 
     spec = dataclasses.replace

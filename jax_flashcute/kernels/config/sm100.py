@@ -67,12 +67,8 @@ class FwdConfigSm100:
         columns = self.query_tiles * (self.tile_n + round_up(head_dim_v, 16))
         if columns > 512:
             reasons.append(f"tensor memory: {columns} columns needed, 512 available")
-        registers = 128 * (
-            self.query_tiles * self.softmax_registers
-            + self.correction_registers
-            + self.other_registers
-        )
-        reasons += lacks_registers(registers)
+        softmax = [self.softmax_registers] * self.query_tiles
+        reasons += lacks_registers([*softmax, self.correction_registers, self.other_registers])
         return reasons
 
 
@@ -303,10 +299,8 @@ class BwdConfigSm100:
         if columns > 512:
             reasons.append(f"tensor memory: {columns} columns needed, 512 available")
         reasons += lacks_smem(self.smem_bytes(head_dim, head_dim_v) + 1024)
-        registers = 128 * (
-            2 * self.gradient_registers + self.reduce_registers + self.other_registers
-        )
-        reasons += lacks_registers(registers)
+        gradients = [self.gradient_registers] * 2
+        reasons += lacks_registers([*gradients, self.reduce_registers, self.other_registers])
         return reasons
 
 

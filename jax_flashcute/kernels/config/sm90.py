@@ -92,8 +92,8 @@ class FwdConfig:
                 f"query_rows must be 64, or {FEW_ROWS} with one warpgroup, got {self.query_rows}"
             )
         reasons += lacks_smem(self.smem_bytes(head_dim, head_dim_v) + 1024)
-        registers = 128 * (self.warpgroups * self.consumer_registers + self.producer_registers)
-        reasons += lacks_registers(registers)
+        consumers = [self.consumer_registers] * self.warpgroups
+        reasons += lacks_registers([self.producer_registers, *consumers])
         # The accumulators of S and O, and P in 16 bits, live in registers together.
         accumulators = (self.tile_n * 3 // 2 + round_up(head_dim_v, 16)) // 2
         if accumulators + 24 > self.consumer_registers:
@@ -366,8 +366,8 @@ class BwdConfig:
         if max(h, hv) > 256:
             reasons.append(f"head_dims must be at most 256, got {head_dim} and {head_dim_v}")
         reasons += lacks_smem(self.smem_bytes(head_dim, head_dim_v) + 1024)
-        registers = 128 * (self.warpgroups * self.consumer_registers + self.producer_registers)
-        reasons += lacks_registers(registers)
+        consumers = [self.consumer_registers] * self.warpgroups
+        reasons += lacks_registers([self.producer_registers, *consumers])
         dq = 0 if self.dq_pass else self.dq_part_shape(head_dim)[1] // 2
         if self.by_role:
             # dK or dV, the next S, dQ and the 16-bit P or dS live in registers together.

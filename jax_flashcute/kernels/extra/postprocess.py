@@ -22,21 +22,42 @@ from jax_flashcute.kernels.sm90.fragments import (
     convert_pairs,
     tiled_mma,
 )
+from jax_flashcute.kernels.sm90.query_sums import QuerySums
 
 
 class Postprocess:
-    """Compiles to one kernel; a block serves one query tile of one head."""
+    """Compiles to one kernel; a block serves one query tile of one head.
 
-    def __init__(self, config: BwdConfig | BwdConfigSm100, dtype, head_dim: int, scale: float):
+    ``query_sums``: whose counters say when all has been added to a head; without, that is when the
+    kernel before has ended.
+    """
+
+    def __init__(
+        self,
+        config: BwdConfig | BwdConfigSm100,
+        dtype,
+        head_dim: int,
+        scale: float,
+        query_sums: QuerySums | None = None,
+    ):
         self.config = config
         self.by_rows = isinstance(config, BwdConfigSm100)
         self.dtype = dtype
         self.head_dim = head_dim
         self.scale = scale
+        self.query_sums = query_sums
         self.smem_h = config.padded_head_dim(head_dim)
         self.parts = config.dq_parts(head_dim) if isinstance(config, BwdConfig) else 1
 
-    def launch(self, stream, m_blocks: Int32, mdQAccum: cute.Tensor, mdQ: cute.Tensor) -> None:
+    def launch(
+        self,
+        stream,
+        m_blocks: Int32,
+        mdQAccum: cute.Tensor,
+        mdQ: cute.Tensor,
+        added: tuple[cute.Tensor, Int32] | None = None,
+    ) -> None:
+        """``added``: the counters, and how many blocks add to a head."""
         cfg = self.config
         b, t, n = mdQ.shape[0], mdQ.shape[1], mdQ.shape[2]
         row = Int64(n) * self.head_dim
@@ -50,7 +71,7 @@ class Postprocess:
             smem_layout(self.dtype, cfg.tile_m, self.smem_h),
             (cfg.tile_m, self.smem_h),
         )
-        self.kernel(*tma_dq, mdQAccum, m_blocks, n).launch(
+        self.kernel(*tma_dq, mdQAccum, m_blocks, n, added).launch(
             grid=[m_blocks * n * b, 1, 1],
             block=[128 * self.parts, 1, 1],
             stream=stream,
@@ -65,6 +86,7 @@ class Postprocess:
         mdQAccum: cute.Tensor,
         m_blocks: Int32,
         heads: Int32,
+        added: tuple[cute.Tensor, Int32] | None,
     ):
         cfg = self.config
         thread = cute.arch.thread_idx()[0] % 128
@@ -86,8 +108,13 @@ class Postprocess:
 
         first = (Int64(entry) * m_blocks + m_block) * (cfg.tile_m * self.smem_h)
         tile = (mdQAccum.iterator + first).align(16)
-        # The accumulation is finished by the kernel before this one.
-        cute.arch.griddepcontrol_wait()
+        if const_expr(self.query_sums is None):
+            cute.arch.griddepcontrol_wait()
+        else:
+            # Its blocks were all at work, and counters clear, before the first of these began.
+            if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 0:
+                self.query_sums.wait_until_added(added[0], entry, added[1])
+            cute.arch.sync_threads()
         if const_expr(self.by_rows):
             self.round_row(tile, sdQ, thread)
         else:
@@ -102,6 +129,10 @@ class Postprocess:
             cute.copy(tma_dq, tQsQ, tQgQ[None, m_block])
             cute.arch.cp_async_bulk_commit_group()
             cute.arch.cp_async_bulk_wait_group(0, read=True)
+        if const_expr(self.query_sums is not None):
+            # What follows this kernel may take for granted that the one before has ended, too.
+            if block + 1 == cute.arch.grid_dim()[0]:
+                cute.arch.griddepcontrol_wait()
 
     def round_row(self, tile: cute.Pointer, sdQ: cute.Tensor, thread: Int32) -> None:
         """A thread's row; 32 rows lie together, four columns of each at a time."""

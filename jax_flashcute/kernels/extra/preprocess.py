@@ -45,14 +45,25 @@ class Preprocess:
         self.any_scores = functions is not None and functions.changes_scores
 
     def launch(
-        self, stream, m_blocks: Int32, mO, mdO, mLSE, mdLSE, mQLengths, out, mSums: tuple = ()
+        self,
+        stream,
+        m_blocks: Int32,
+        mO,
+        mdO,
+        mLSE,
+        mdLSE,
+        mQLengths,
+        out,
+        mSums: tuple = (),
+        cleared_heads: Int32 | None = None,
     ) -> None:
         """``out``: (LSE2, dPsum, dQ accumulator or None, turns or None).
 
-        ``mSums``: arrays of 32-bit elements that are cleared.
+        ``mSums``: arrays of 32-bit elements that are cleared; ``cleared_heads``: so many heads' dQ
+        is cleared, of the first entries of the batch; all where None.
         """
         heads, batch = mO.shape[2], mO.shape[0]
-        self.kernel(mO, mdO, mLSE, mdLSE, mQLengths, *out, mSums, m_blocks).launch(
+        self.kernel(mO, mdO, mLSE, mdLSE, mQLengths, *out, mSums, m_blocks, cleared_heads).launch(
             grid=[m_blocks * heads * batch, 1, 1], block=[THREADS, 1, 1], stream=stream
         )
 
@@ -87,6 +98,7 @@ class Preprocess:
         mTurns: cute.Tensor | None,  # (B, N, m_blocks * turns) int32
         mSums: tuple,
         m_blocks: Int32,
+        cleared_heads: Int32 | None,
     ):
         # The next kernel waits for this one before it reads what this one writes.
         cute.arch.griddepcontrol_launch_dependents()
@@ -102,16 +114,11 @@ class Preprocess:
             queries = cutlass.max(cutlass.min(mQLengths[batch], queries), Int32(0))
 
         if const_expr(mdQAccum is not None):
-            tile = self.tile_m * self.accumulator_width
-            first = (Int64(entry) * m_blocks + m_block) * tile
-            cleared = cute.make_tensor(
-                (mdQAccum.iterator + first).align(16),
-                cute.make_layout((4, THREADS, tile // (4 * THREADS)), stride=(1, 4, 4 * THREADS)),
-            )
-            zeros = cute.make_rmem_tensor(4, Float32)
-            zeros.fill(0.0)
-            for i in cutlass.range_constexpr(tile // (4 * THREADS)):
-                cute.autovec_copy(zeros, cleared[None, thread, i])
+            if const_expr(cleared_heads is None):
+                self.clear_tile(mdQAccum, Int64(block), thread)
+            else:
+                if entry < cleared_heads:
+                    self.clear_tile(mdQAccum, Int64(block), thread)
         if const_expr(mTurns is not None):
             if thread < self.turns:
                 mTurns[batch, head, m_block * self.turns + thread] = Int32(0)
@@ -154,6 +161,18 @@ class Preprocess:
                         total = Float32(0.0)
                 mLSE2[batch, head, token] = lse2
                 mdPsum[batch, head, token] = total
+
+    def clear_tile(self, mdQAccum: cute.Tensor, index: Int64, thread: Int32) -> None:
+        """Sets the dQ of a query tile to zero."""
+        tile = self.tile_m * self.accumulator_width
+        cleared = cute.make_tensor(
+            (mdQAccum.iterator + index * tile).align(16),
+            cute.make_layout((4, THREADS, tile // (4 * THREADS)), stride=(1, 4, 4 * THREADS)),
+        )
+        zeros = cute.make_rmem_tensor(4, Float32)
+        zeros.fill(0.0)
+        for i in range(tile // (4 * THREADS)):
+            cute.autovec_copy(zeros, cleared[None, thread, i])
 
     @cute.jit
     def clear(self, mSum: cute.Tensor, first: Int64):

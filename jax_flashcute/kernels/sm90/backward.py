@@ -9,7 +9,7 @@ every query head of the group:
 The scores are computed transposed, a warpgroup owning 64 keys, so that P^T and dS^T are in
 registers just as the products dV and dK take them; only dS goes through shared memory, for dQ,
 which needs all keys of the block.  dQ is summed in float32 in global memory by bulk reductions,
-tile by tile in the order of the registers (extra/postprocess.py turns it into 16 bits), unless it
+tile by tile in the order of the registers, and rounded to 16 bits later (query_sums.py), unless it
 has a pass of its own (backward_dq.py); dK is multiplied by the scale at the end.  Sums of floats
 depend on their order: a deterministic kernel counts the blocks that have added to a tile, and a
 block waits for those of the keys before its own, which were launched before it.  How many those
@@ -98,6 +98,7 @@ from jax_flashcute.kernels.sm90.fragments import (
     tiled_mma,
 )
 from jax_flashcute.kernels.sm90.gradient_sums import Pullback
+from jax_flashcute.kernels.sm90.query_sums import QuerySums
 
 CONSUMER_BARRIER = 1
 DQ_FULL_BARRIER = 2
@@ -181,6 +182,7 @@ class BackwardSm90(QueryTiles):
         self.smem_hv = round_up(head_dim_v, 16)
         self.consumer_threads = 128 * config.warpgroups
         self.consumer_warps = 4 * config.warpgroups
+        self.query_sums = QuerySums(config, head_dim, group)
 
     def _heads_share_bias(self) -> bool:
         """Whether the heads of a group add to one gradient of a bias, and there is room for it."""
@@ -224,6 +226,7 @@ class BackwardSm90(QueryTiles):
         mdQAccum: cute.Tensor | None,  # (B, N, m_blocks * tile_m * smem_h) float32, scratch
         mLSE2: cute.Tensor,  # (B, N, m_blocks * tile_m) float32, scratch
         mdPsum: cute.Tensor,  # (B, N, m_blocks * tile_m) float32, scratch
+        mCounts: cute.Tensor | None,  # of ``QuerySums``, scratch
         mTurns: cute.Tensor | None = None,  # (B, N, m_blocks * dq_warps) int32, scratch
         mCarried: tuple = (),  # scratch of blocks in parts: how many are done, dK and dV
         mElements: tuple = (),  # arrays of ``functions``
@@ -240,6 +243,25 @@ class BackwardSm90(QueryTiles):
         m_blocks = cute.ceil_div(q_length, cfg.tile_m)
         n_blocks = cute.ceil_div(kv_length, cfg.tile_n)
 
+        # Queries, dO and a float32 dQ of the heads in flight should stay in L2.
+        dq_bytes = 4 * self.head_dim if cfg.dq_pass is None else 0
+        bytes_per_query = self.group * (2 * (self.head_dim + self.head_dim_v) + dq_bytes)
+        section = section_size(q_length, bytes_per_query, kv_heads, batch)
+        if const_expr(cfg.deterministic):
+            section = section_in_turns(section, kv_heads, batch)
+        heads_at_once, parts = None, Int32(1)
+        if const_expr(cfg.resident_bytes > 0):
+            of_head = Int64(q_length) * (bytes_per_query // self.group)
+            fitting = Int64(cfg.resident_bytes) // cutlass.max(of_head, Int64(1))
+            heads_at_once = Int32(cutlass.max(cutlass.min(fitting, Int64(self.group)), Int64(1)))
+            parts = (self.group + heads_at_once - 1) // heads_at_once
+            section = section if parts == 1 else Int32(1)
+
+        ahead, cleared_heads, counters = None, None, ()
+        if const_expr(mCounts is not None):
+            kv_entries, counters = Int32(kv_heads * batch), (mCounts,)
+            ahead = self.query_sums.distance(section, kv_entries, m_blocks, n_blocks)
+            cleared_heads = ahead * self.group
         dq_warps = cfg.dq_warps(self.head_dim)
         Preprocess(
             self.dtype, self.head_dim_v, cfg.tile_m, self.smem_h, dq_warps, self.functions
@@ -252,7 +274,8 @@ class BackwardSm90(QueryTiles):
             mdLSE,
             mQLengths,
             (mLSE2, mdPsum, mdQAccum, mTurns),
-            (*mGradients, *mCarried[:1]),
+            (*mGradients, *mCarried[:1], *counters),
+            cleared_heads,
         )
 
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
@@ -267,19 +290,6 @@ class BackwardSm90(QueryTiles):
         tma_dk = tma(store, mdK, cfg.tile_n, self.head_dim, self.smem_h)
         tma_dv = tma(store, mdV, cfg.tile_n, self.head_dim_v, self.smem_hv)
 
-        # Queries, dO and a float32 dQ of the heads in flight should stay in L2.
-        dq_bytes = 4 * self.head_dim if cfg.dq_pass is None else 0
-        bytes_per_query = self.group * (2 * (self.head_dim + self.head_dim_v) + dq_bytes)
-        section = section_size(q_length, bytes_per_query, kv_heads, batch)
-        if const_expr(cfg.deterministic):
-            section = section_in_turns(section, kv_heads, batch)
-        heads_at_once, parts = None, Int32(1)
-        if const_expr(cfg.resident_bytes > 0):
-            of_head = Int64(q_length) * (bytes_per_query // self.group)
-            fitting = Int64(cfg.resident_bytes) // cutlass.max(of_head, Int64(1))
-            heads_at_once = Int32(cutlass.max(cutlass.min(fitting, Int64(self.group)), Int64(1)))
-            parts = (self.group + heads_at_once - 1) // heads_at_once
-            section = section if parts == 1 else Int32(1)
         arguments = (
             *tma_q,
             *tma_do,
@@ -293,6 +303,7 @@ class BackwardSm90(QueryTiles):
             mLSE2,
             mdPsum,
             mdQAccum,
+            mCounts,
             mTurns,
             mCarried,
             mElements,
@@ -305,6 +316,7 @@ class BackwardSm90(QueryTiles):
             m_blocks,
             n_blocks,
             section,
+            ahead,
             heads_at_once,
             q_length,
             kv_length,
@@ -323,8 +335,8 @@ class BackwardSm90(QueryTiles):
             self.measuring().kernel(*arguments).launch(**launch)
         self.kernel(*arguments).launch(**launch)
         if const_expr(cfg.dq_pass is None):
-            Postprocess(cfg, self.dtype, self.head_dim, self.scale).launch(
-                stream, m_blocks, mdQAccum, mdQ
+            Postprocess(cfg, self.dtype, self.head_dim, self.scale, self.query_sums).launch(
+                stream, m_blocks, mdQAccum, mdQ, (mCounts, n_blocks * parts)
             )
         else:
             QueryGradientSm90(
@@ -405,6 +417,7 @@ class BackwardSm90(QueryTiles):
         mLSE2: cute.Tensor,
         mdPsum: cute.Tensor,
         mdQAccum: cute.Tensor | None,
+        mCounts: cute.Tensor | None,
         mTurns: cute.Tensor | None,
         mCarried: tuple,
         mElements: tuple,
@@ -417,6 +430,7 @@ class BackwardSm90(QueryTiles):
         m_blocks: Int32,
         n_blocks: Int32,
         section: Int32,
+        ahead: Int32 | None,
         heads_at_once: Int32 | None,
         q_length: Int32,
         kv_length: Int32,
@@ -495,6 +509,7 @@ class BackwardSm90(QueryTiles):
             n_block = n_block - part * n_blocks
         batch = entry // kv_heads
         kv_head = entry - batch * kv_heads
+        of_keys = (entry, n_block, n_blocks)
 
         offset, queries, keys = entry_lengths(
             mQOffset, mQLengths, mKVLengths, q_length, kv_length, batch
@@ -540,6 +555,11 @@ class BackwardSm90(QueryTiles):
             dq_warps = 0 if self.is_measuring else cfg.dq_warps(self.head_dim)
             for w in cutlass.range_constexpr(dq_warps):
                 if warp_index == 1 + w:
+                    # Nothing may be added before sums are clear, or counted before counters are.
+                    cute.arch.griddepcontrol_wait()
+                    if const_expr(w == 0):
+                        cute.arch.griddepcontrol_launch_dependents()
+                    self.query_sums.wait_until_cleared(mCounts, of_keys, ahead)
                     self.reduce_dq(
                         sdQ,
                         (mdQAccum, mTurns, mRanks),
@@ -547,6 +567,11 @@ class BackwardSm90(QueryTiles):
                         (visits, heads_here, m_blocks, offset),
                         (part_values, tuple(range(w, parts, dq_warps))),
                     )
+                    self.query_sums.end_adding(mCounts, of_keys)
+            if const_expr(dq_warps > 0):
+                if warp_index == self.query_sums.idle_warp and part == 0:
+                    cute.arch.griddepcontrol_wait()
+                    self.query_sums.clear(mdQAccum, mCounts, of_keys, ahead, m_blocks)
         else:
             if const_expr(cfg.reallocates_registers):
                 cute.arch.setmaxregister_increase(cfg.consumer_registers)
@@ -778,8 +803,6 @@ class BackwardSm90(QueryTiles):
         dq_warps = cfg.dq_warps(self.head_dim)
         threads = 128 + 32
         values = cfg.tile_m * self.smem_h
-        # Nothing may be added before the kernel before this one has cleared the sums.
-        cute.arch.griddepcontrol_wait()
         for g in cutlass.range(heads_here[0], heads_here[1], unroll=1):
             entry = Int64(batch) * heads + kv_head * self.group + g
             count, tile_of, _ = visits(g)
